@@ -1,0 +1,118 @@
+// The plain structs that every native kernel takes: pointers, sizes, strides, options. No torch here.
+//
+// Strides count elements. A stride of zero broadcasts. Sizes: B batch, H query heads, H_kv key heads,
+// T queries, S keys, D head dim of q and k, D_v head dim of v.
+#pragma once
+#include <cstdint>
+
+namespace attnfast {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kBool, kFloat64 };
+
+// A read-only (B, H, rows, columns) tensor; data is null where the call has no such tensor.
+struct View {
+  const void* data = nullptr;
+  int64_t b = 0, h = 0, t = 0, d = 0;
+  DType dtype = DType::kFloat32;
+};
+
+// The same, writable.
+struct MutableView {
+  void* data = nullptr;
+  int64_t b = 0, h = 0, t = 0, d = 0;
+  DType dtype = DType::kFloat32;
+};
+
+enum class Weights : int32_t { kNone, kMean, kPerHead };
+
+// What forward, backward and the second passes have in common: the problem.
+struct Problem {
+  int64_t B, H, H_kv, T, S, D, D_v;  // varlen: B sequences, T and S the longest of them
+
+  View q;     // (B, H, T, D)
+  View k;     // (B, H_kv, S, D)
+  View v;     // (B, H_kv, S, D_v)
+  View mask;  // (B|1, H|1, T|1, S|1) bool, true = attend
+  View bias;  // (B|1, H|1, T|1, S|1) float, added to the scaled scores
+
+  const float* alibi_slopes = nullptr;  // [B|1, H]
+  int64_t alibi_stride_b = 0;
+  const float* sinks = nullptr;  // [H] fp32, natural log units
+
+  // t' = t + align: an offset for all, or one per batch entry; bottom_right adds S_b - T_b.
+  const int32_t* align_per_batch = nullptr;  // [B]
+  int64_t align_offset = 0;
+  bool align_bottom_right = false;
+
+  // varlen: rows of sequence b are cu_seqlens[b] .. cu_seqlens[b + 1]; q.b, k.b, v.b are then zero.
+  const int32_t* cu_seqlens_q = nullptr;  // [B + 1]
+  const int32_t* cu_seqlens_k = nullptr;  // [B + 1]
+
+  float scale = 1.0f;
+  bool causal = false;
+  int64_t window_left = -1;   // -1: unbounded
+  int64_t window_right = -1;  // -1: unbounded
+  float softcap = 0.0f;       // 0: none
+
+  float dropout_p = 0.0f;
+  uint64_t dropout_seed = 0;
+  uint64_t dropout_offset = 0;
+
+  int num_threads = 1;
+};
+
+struct ForwardParams : Problem {
+  MutableView out;  // (B, H, T, D_v), the dtype of q
+
+  // fp32 rows of length lse_stride_h per head: (B, H, T); varlen (1, H, total_q)
+  float* lse = nullptr;
+  float* max_logit = nullptr;  // null unless statistics are wanted; laid out like lse
+  float* entropy = nullptr;
+  float* reach = nullptr;
+  int64_t lse_stride_b = 0, lse_stride_h = 0;
+
+  float* received = nullptr;  // (B, H, S); varlen (1, H, total_k)
+  int64_t received_stride_b = 0, received_stride_h = 0;
+
+  Weights weights_mode = Weights::kNone;
+  MutableView weights;  // (B, H, T, S), or (B, T, S) with h = 0; after dropout; the dtype of q
+};
+
+struct BackwardParams : Problem {
+  View out;       // (B, H, T, D_v)
+  View grad_out;  // (B, H, T, D_v)
+  const float* lse = nullptr;
+  const float* grad_lse = nullptr;      // null: zero; laid out like lse
+  const float* entropy = nullptr;       // given with grad_entropy
+  const float* grad_entropy = nullptr;  // null: zero
+  int64_t lse_stride_b = 0, lse_stride_h = 0;
+
+  Weights weights_mode = Weights::kNone;
+  View grad_weights;  // (B, H, T, S); for the mean (B, T, S) with h = 0, divided by H here
+
+  MutableView dq, dk, dv;  // the dtypes of q, k, v
+  MutableView dbias;       // null unless wanted; the shape of bias, stride 0 where reduced
+  float* dsinks = nullptr; // [H], null unless wanted
+};
+
+// Few queries against a cache: query t of batch b stands at cache_seqlens[b] - T + t.
+struct DecodeParams {
+  int64_t B, H, H_kv, T, S, D, D_v;  // S: the capacity of the cache (pages * page size when paged)
+  View q;                            // (B, H, T, D)
+  View k, v;                         // (B, H_kv, S, D|D_v); paged: b is the page's stride, t the row's
+  View bias;                         // (B|1, H|1, T|1, S|1)
+  const int32_t* cache_seqlens = nullptr;  // [B]
+  const int32_t* page_table = nullptr;     // [B, pages_per_sequence]; null: contiguous
+  int64_t page_size = 0, pages_per_sequence = 0, num_pages = 0;
+  const float* alibi_slopes = nullptr;
+  int64_t alibi_stride_b = 0;
+  const float* sinks = nullptr;
+  float scale = 1.0f;
+  int64_t window_left = -1, window_right = -1;
+  float softcap = 0.0f;
+  MutableView out;       // (B, H, T, D_v)
+  float* lse = nullptr;  // (B, H, T)
+  int num_threads = 1;
+};
+
+}  // namespace attnfast
