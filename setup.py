@@ -1,0 +1,193 @@
+"""Builds attnfast/_native.so, the native kernels, with ninja rules of our own.
+
+torch.utils.cpp_extension is not used: it ties the library to one Python and one torch. This one holds
+no Python API and only torch's stable C++ ABI, so one file serves every Python and every torch from 2.10 on.
+
+    python setup.py build_ext --inplace     an incremental build into attnfast/
+    pip install -e . --no-build-isolation   the same, and the package becomes importable
+
+Environment: CXX, MAX_JOBS, ATTNFAST_CXXFLAGS (appended), ATTNFAST_SANITIZE=1 (AddressSanitizer and
+UndefinedBehaviorSanitizer; the library stays in build/native-asan, ATTNFAST_NATIVE loads it from there).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+if sys.version_info < (3, 10):
+    sys.exit(
+        f"attnfast needs Python 3.10 or later, this is {platform.python_version()}: install a newer one"
+    )
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SANITIZE = os.environ.get("ATTNFAST_SANITIZE") == "1"
+BUILD = ROOT / "build" / ("native-asan" if SANITIZE else "native")
+
+COMMON = (
+    "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -fno-trapping-math"
+    " -ffp-contract=fast -Wall -Wextra"
+)
+OPTIMISED = "-O3 -DNDEBUG"
+SANITIZED = (
+    "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+)
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
+
+# csrc/cpu/kernels_*.cpp are compiled once per row, with ATTNFAST_ISA as the row's name. The order is
+# that of linking, lowest first: an inline function that several objects define (std::min, say) is
+# taken from the first, so no machine runs one compiled for instructions that it lacks.
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+X86_ISAS = {
+    "portable": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": AVX512,
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
+}
+ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"portable": ""}
+
+
+def compiler() -> str:
+    """The C++ compiler's command, once it has shown that it knows every flag used here."""
+    command = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), "g++")
+    if shutil.which(shlex.split(command)[0]) is None:
+        sys.exit(
+            f"attnfast: no C++ compiler: {command} was not found; install g++ 10 or later"
+            " (Debian, Ubuntu: apt install g++) or name one in CXX"
+        )
+    flags = f"{COMMON} {' '.join(ISAS.values())} -x c++ -fsyntax-only -"
+    probe = subprocess.run(
+        shlex.split(f"{command} {flags}"),
+        input="#include <omp.h>\n#include <vector>\n",
+        text=True,
+        capture_output=True,
+    )
+    if probe.returncode:
+        reason = (probe.stderr.strip() or f"exit status {probe.returncode}").splitlines()[0]
+        sys.exit(
+            f"attnfast: {command} cannot compile the kernels ({reason}); install g++ 10 or later,"
+            " or clang 12 or later with OpenMP, and name it in CXX"
+        )
+    return command
+
+
+def torch_folder() -> Path:
+    """Where torch's headers and libraries are; torch itself is not imported."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        sys.exit(
+            "attnfast: torch is not installed, and its headers are needed to build:"
+            " pip install torch, then pip install --no-build-isolation ."
+        )
+    return Path(spec.origin).parent
+
+
+def ninja() -> str:
+    """The ninja executable: this Python's own, else the one on the PATH."""
+    found = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
+    if found is None:
+        sys.exit("attnfast: ninja is not installed: pip install ninja")
+    return found
+
+
+def ninja_file(cxx: str, torch: Path) -> str:
+    """The text of build.ninja: what is compiled, with which flags, in which order it is linked."""
+    mode = SANITIZED if SANITIZE else OPTIMISED
+    undefined = "" if SANITIZE else "-Wl,-z,defs"
+    lines = [
+        "ninja_required_version = 1.5",
+        f"cxx = {cxx}",
+        f"cxxflags = {COMMON} {mode} -I{ROOT / 'csrc'} {os.environ.get('ATTNFAST_CXXFLAGS', '')}",
+        f"torchflags = {STABLE_ABI} -isystem {torch / 'include'}",
+        f"ldflags = {undefined} -L{torch / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $cxxflags $extra -c $in -o $out",
+        "  description = compile $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx -shared $cxxflags $in -o $out $ldflags",
+        "  description = link $out",
+    ]
+    objects: list[str] = []
+
+    def compile(source: Path, suffix: str, extra: str) -> None:
+        target = f"{source.relative_to(ROOT / 'csrc').with_suffix('')}{suffix}.o"
+        lines.extend([f"build {target}: compile {source}", f"  extra = {extra}"])
+        objects.append(target)
+
+    for source in sorted((ROOT / "csrc" / "bindings").glob("*.cpp")):
+        compile(source, "", "$torchflags")
+    cpu = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    for source in cpu:
+        if not source.name.startswith("kernels_"):
+            compile(source, "", "")
+    for isa, flags in ISAS.items():
+        for source in cpu:
+            if source.name.startswith("kernels_"):
+                compile(source, f".{isa}", f"-DATTNFAST_ISA={isa} {flags}")
+    lines.extend([f"build _native.so: link {' '.join(objects)}", "default _native.so", ""])
+    return "\n".join(lines)
+
+
+def build_native() -> Path:
+    """Bring the library up to date and say where it is."""
+    text = ninja_file(compiler(), torch_folder())
+    command = [ninja(), "-C", str(BUILD)]
+    if os.environ.get("MAX_JOBS"):
+        command.append(f"-j{os.environ['MAX_JOBS']}")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "build.ninja").write_text(text)
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        sys.exit("attnfast: the native library did not compile; the compiler's messages are above")
+    return BUILD / "_native.so"
+
+
+class BuildNative(build_ext):
+    """Has ninja build the one library and puts it where setuptools expects an extension."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Without a Python version in the name: the library serves them all."""
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def run(self) -> None:
+        """Build; then replace the file in one step, so that a running process keeps the old one."""
+        library = build_native()
+        if SANITIZE:
+            return
+        target = ROOT / "attnfast" / "_native.so"
+        if not self.inplace and not self.editable_mode:
+            target = Path(self.build_lib) / "attnfast" / "_native.so"
+        if target.exists() and target.stat().st_mtime_ns == library.stat().st_mtime_ns:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_name(f"_native.so.{os.getpid()}")
+        shutil.copy2(library, fresh)
+        fresh.replace(target)
+
+
+class NativeWheel(bdist_wheel):
+    """Tags the wheel py3-none-<platform>: any Python 3, this kind of machine."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """The wheel's Python, ABI and platform tags."""
+        return "py3", "none", super().get_tag()[2]
+
+
+if sys.platform == "linux":
+    setup(
+        ext_modules=[Extension("attnfast._native", sources=[])],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": NativeWheel},
+    )
+else:
+    setup()  # elsewhere the package holds no native kernels, and says so when asked for one
