@@ -1,0 +1,347 @@
+"""The specification: every option of attention in plain, differentiable PyTorch.
+
+    s   = softcap(scale * q k^T) + bias - slope * |j - t'|   -inf where t may not attend j
+    lse = log(sum_j exp(s_j) + exp(sink))
+    p   = exp(s - lse)
+    out = (p * keep / (1 - dropout_p)) v
+
+Every backend has to agree with this file, and second derivatives are taken through it. It holds all
+T x S scores at once and runs on any device and dtype. docs/math.md derives the gradients that the
+fused kernels compute.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .options import Inputs, Options, Outputs
+
+NEG_INF = float("-inf")
+
+
+def reference_attention(
+    inputs: Inputs,
+    options: Options,
+    *,
+    row_start: int = 0,
+    batch_start: int = 0,
+    compute_dtype: torch.dtype | None = None,
+) -> Outputs:
+    """Attention with every option, in operations that autograd can differentiate at any order.
+
+    Args:
+        inputs: The tensors of the call, dense or varlen.
+        options: Everything that is not a tensor.
+        row_start: q (with mask and bias, where they have T rows) may be the rows of a larger dense
+            call from this index on; positions and the dropout counter then use the index in that
+            call. T is the slice's here, so the caller replaces ``align_bottom_right`` by
+            ``align_offset = S - T`` of the whole call.
+        batch_start: The same for batch entries, of which only the dropout counter takes note.
+        compute_dtype: What everything is computed and ``out`` and ``weights`` are returned in. None
+            computes in fp64 for fp64 inputs and in fp32 for all others, and returns q's dtype.
+
+    Returns:
+        ``Outputs``; ``lse``, ``stats`` and ``received`` are fp32, or fp64 where the computation is.
+        Of the statistics only the entropy is differentiable. Query rows past the last sequence of a
+        varlen call are rows without keys and without a sink.
+    """
+    device = inputs.q.device.type
+    available = torch.amp.autocast_mode.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if available else nullcontext():
+        attend = _dense if inputs.cu_seqlens_q is None else _varlen
+        return attend(inputs, options, row_start, batch_start, compute_dtype)
+
+
+def reference_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    page_table: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a few new queries over a cache: causal from t' = cache_seqlens[b] - T + t on.
+
+    Args:
+        q: (B, H, T, D).
+        k_cache: (B, H_kv, S, D), or pages (P, page, H_kv, D).
+        v_cache: (B, H_kv, S, D_v), or pages (P, page, H_kv, D_v).
+        cache_seqlens: (B,) int32, the keys in the cache, the T new ones included. Slots past them
+            may hold anything, NaN included.
+        page_table: (B, n) int32: page i of entry b is ``k_cache[page_table[b, i]]``. Entries past
+            cache_seqlens may hold anything.
+        bias: (B|1, H|1, T|1, S|1) float, S = n * page when paged.
+        alibi_slopes: (1|B, H) fp32.
+        sinks: (H,) float.
+
+    Returns:
+        out (B, H, T, D_v) in q's dtype and lse (B, H, T) fp32.
+    """
+    if page_table is not None:
+        pages = page_table.long().clamp(0, k_cache.shape[0] - 1)
+        k_cache = k_cache[pages].flatten(1, 2).transpose(1, 2)  # [B, H_kv, n * page, D]
+        v_cache = v_cache[pages].flatten(1, 2).transpose(1, 2)
+    align = cache_seqlens - q.shape[2]
+    inputs = Inputs(q, k_cache, v_cache, None, bias, alibi_slopes, sinks, align)
+    outputs = reference_attention(
+        inputs, Options(scale, True, window_left, window_right, softcap=softcap)
+    )
+    return outputs.out, outputs.lse
+
+
+def positions(inputs: Inputs, options: Options, row_start: int = 0) -> Tensor:
+    """t', where each query stands among the keys: t + align. int64 (B|1, 1, T, 1)."""
+    q, k = inputs.q, inputs.k
+    t = torch.arange(q.shape[2], device=q.device).view(1, 1, -1, 1) + (
+        row_start + options.align_offset
+    )
+    if options.align_bottom_right:
+        t = t + (k.shape[2] - q.shape[2])
+    return t if inputs.align is None else t + inputs.align.long().view(-1, 1, 1, 1)
+
+
+def allowed(inputs: Inputs, options: Options, distance: Tensor) -> Tensor:
+    """Which keys each query may attend, bool (B|1, H|1, T, S).
+
+    Causal j <= t', window t' - left <= j <= t' + right, mask, bias above -inf: all must hold.
+    ``distance`` is j - t', (B|1, 1, T, S).
+    """
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if options.causal:
+        seen = seen & (distance <= 0)
+    if options.window_left >= 0:
+        seen = seen & (distance >= -options.window_left)
+    if options.window_right >= 0:
+        seen = seen & (distance <= options.window_right)
+    if inputs.mask is not None:
+        seen = seen & inputs.mask
+    if inputs.bias is not None:
+        seen = seen & (inputs.bias != NEG_INF)
+    return seen
+
+
+def scores(q: Tensor, k: Tensor, inputs: Inputs, options: Options, distance: Tensor) -> Tensor:
+    """s = softcap(scale * q k^T) + bias - slope * |j - t'|, not masked yet; (B, H, T, S)."""
+    s = (q @ k.mT) * options.scale
+    if options.softcap > 0:
+        s = options.softcap * torch.tanh(s / options.softcap)
+    if inputs.bias is not None:
+        s = s + inputs.bias.to(s.dtype)
+    if inputs.alibi_slopes is not None:
+        s = s - inputs.alibi_slopes.to(s.dtype)[:, :, None, None] * distance.abs().to(s.dtype)
+    return s
+
+
+def probabilities(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """p = softmax(s) over the keys and the sink, lse = log of its denominator, entropy of p.
+
+    The sink is one more column, -inf where there is none. With m the largest score and
+    l = sum(exp(s - m)), entropy = log l - sum(p (s - m)), which stays exact where s itself is huge.
+    Rows of nothing but -inf are replaced by zeros before, and their results after, so that neither
+    they nor their derivatives are ever NaN.
+
+    Returns:
+        p (B, H, T, S) without the sink's column, lse and entropy (B, H, T).
+    """
+    sink = s.new_full((1,), NEG_INF) if sinks is None else sinks.to(s.dtype)
+    s = torch.cat([s, sink.view(1, -1, 1, 1).expand(*s.shape[:2], s.shape[2], 1)], dim=-1)
+    finite = s != NEG_INF
+    some = finite.any(-1, keepdim=True)
+    s = torch.where(some, s, 0)
+    m = s.detach().amax(-1, keepdim=True)
+    z = s - m
+    p = torch.where(some, torch.softmax(s, -1), 0)
+    log_l = torch.logsumexp(z, -1)
+    entropy = log_l - (p * torch.where(finite, z, 0)).sum(-1)
+    some = some.squeeze(-1)
+    lse = torch.where(some, m.squeeze(-1) + log_l, NEG_INF)
+    return p[..., :-1], lse, torch.where(some, entropy, 0)
+
+
+def dropout_mask(
+    seed: Tensor,
+    B: int,
+    H: int,
+    T: int,
+    S: int,
+    p: float,
+    *,
+    row_start: int = 0,
+    batch_start: int = 0,
+) -> Tensor:
+    """Which probabilities dropout keeps, bool (B, H, T, S): a function of position alone.
+
+    Philox-4x32-10 with the 64-bit ``seed[0]`` as key and (s // 8, t, b * H + h, seed[1]), each
+    modulo 2**32, as counter. Its four words, low half first, are eight 16-bit lanes; key s takes
+    lane s % 8 and stays iff lane >= round(p * 65536).
+    """
+
+    def index(start: int, length: int) -> Tensor:
+        return torch.arange(start, start + length, device=seed.device)
+
+    key = (seed[0] & 0xFFFFFFFF, (seed[0] >> 32) & 0xFFFFFFFF)
+    counter = (
+        index(0, (S + 7) // 8),
+        index(row_start, T).view(-1, 1),
+        index(batch_start * H, B * H).view(B, H, 1, 1),
+        seed[1] & 0xFFFFFFFF,
+    )
+    words = torch.stack(philox(counter, key), dim=-1)  # [B, H, T, S/8, 4]
+    lanes = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(-3)[..., :S]
+    return lanes >= round(p * 65536)
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Philox-4x32-10 (Salmon et al., SC 2011) of four counter and two key words held in int64."""
+
+    def multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+        low = a * (b & 0xFFFF)
+        high = a * (b >> 16) + (low >> 16)
+        return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = multiply(0xD2511F53, c0)
+        high1, low1 = multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def _dense(
+    inputs: Inputs,
+    options: Options,
+    row_start: int,
+    batch_start: int,
+    compute_dtype: torch.dtype | None,
+) -> Outputs:
+    q, k, v = inputs.q, inputs.k, inputs.v
+    (B, H, T, _), S = q.shape, k.shape[2]
+    dtype = compute_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    out_dtype = compute_dtype or q.dtype
+    stat_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    distance = torch.arange(S, device=q.device) - positions(
+        inputs, options, row_start
+    )  # [B|1, 1, T, S]
+    seen = allowed(inputs, options, distance)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+    q = torch.where(
+        seen.any(-1).unsqueeze(-1), q, 0
+    )  # NaN in an unused row would survive as 0 * NaN
+    k, v = (torch.where(seen.any(-2).unsqueeze(-1), x, 0) for x in (k, v))
+
+    s = scores(q, k, inputs, options, distance).masked_fill(~seen, NEG_INF)
+    p, lse, entropy = probabilities(s, inputs.sinks)
+    dropped = p
+    if options.dropout_p > 0:
+        assert inputs.dropout_seed is not None
+        keep = dropout_mask(
+            inputs.dropout_seed,
+            B,
+            H,
+            T,
+            S,
+            options.dropout_p,
+            row_start=row_start,
+            batch_start=batch_start,
+        )
+        dropped = (
+            torch.where(keep, p / (1 - options.dropout_p), 0) if options.dropout_p < 1 else p * 0
+        )
+    out = _ordered_like(dropped @ v, inputs.q).to(out_dtype)
+
+    stats = received = weights = None
+    if options.stats:
+        max_logit = F.pad(s.detach(), (0, 1), value=NEG_INF).amax(-1)
+        reach = (p.detach() * distance.abs().to(dtype)).sum(-1)
+        stats = torch.stack([max_logit, entropy, reach]).to(stat_dtype)
+    if options.stats == 2:
+        received = p.detach().sum(-2).to(stat_dtype)
+    if options.weights:
+        weights = (dropped.mean(1) if options.weights == 1 else dropped).to(out_dtype)
+    return Outputs(out, lse.to(stat_dtype), stats, received, weights)
+
+
+def _varlen(
+    inputs: Inputs,
+    options: Options,
+    row_start: int,
+    batch_start: int,
+    compute_dtype: torch.dtype | None,
+) -> Outputs:
+    """Each sequence alone through the dense path; then the rows past the last, without keys."""
+    assert inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None
+    q_ends, k_ends = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
+    parts = []
+    for i in range(len(q_ends) - 1):
+        q_rows, k_rows = slice(q_ends[i], q_ends[i + 1]), slice(k_ends[i], k_ends[i + 1])
+        sequence = _sequence(inputs, i, q_rows, k_rows)
+        parts.append(_dense(sequence, options, row_start, batch_start + i, compute_dtype))
+    tail = Inputs(inputs.q[:, :, q_ends[-1] :], inputs.k[:, :, :0], inputs.v[:, :, :0])
+    parts.append(_dense(tail, Options(options.scale, stats=options.stats), 0, 0, compute_dtype))
+
+    stats = received = weights = None
+    if options.stats:
+        stats = torch.cat([part.stats for part in parts if part.stats is not None], dim=-1)
+    if options.stats == 2:
+        received = torch.cat([part.received for part in parts if part.received is not None], dim=-1)
+        received = F.pad(received, (0, inputs.k.shape[2] - received.shape[-1]))
+    if options.weights:
+        longest = (options.max_seqlen_q, options.max_seqlen_k)
+        shape = longest if options.weights == 1 else (inputs.q.shape[1], *longest)
+        none = parts[0].out.new_zeros(0, *shape)
+        weights = torch.cat([none, *(_padded(part, longest) for part in parts[:-1])])
+    out = _ordered_like(torch.cat([part.out for part in parts], dim=2), inputs.q)
+    return Outputs(out, torch.cat([part.lse for part in parts], dim=-1), stats, received, weights)
+
+
+def _sequence(inputs: Inputs, i: int, q_rows: slice, k_rows: slice) -> Inputs:
+    """Sequence i of a varlen call as a dense call; mask and bias are indexed by local positions."""
+
+    def entry(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.shape[0] == 1 else x[i : i + 1]
+
+    def corner(x: Tensor | None) -> Tensor | None:
+        x = entry(x)
+        if x is not None and x.shape[2] > 1:
+            x = x[:, :, : q_rows.stop - q_rows.start]
+        return x[..., : k_rows.stop - k_rows.start] if x is not None and x.shape[3] > 1 else x
+
+    return Inputs(
+        inputs.q[:, :, q_rows],
+        inputs.k[:, :, k_rows],
+        inputs.v[:, :, k_rows],
+        corner(inputs.mask),
+        corner(inputs.bias),
+        entry(inputs.alibi_slopes),
+        inputs.sinks,
+        entry(inputs.align),
+        inputs.dropout_seed,
+    )
+
+
+def _padded(part: Outputs, longest: tuple[int, int]) -> Tensor:
+    """A sequence's weights (1, [H,] T, S) with zeros up to the longest sequence's T and S."""
+    assert part.weights is not None
+    T, S = part.weights.shape[-2:]
+    return F.pad(part.weights, (0, longest[1] - S, 0, longest[0] - T))
+
+
+def _ordered_like(x: Tensor, q: Tensor) -> Tensor:
+    """x (B, H, T, D_v) with its dimensions in memory in the order of q's."""
+    order = [*sorted(range(3), key=q.stride, reverse=True), 3]
+    return x.permute(order).contiguous().permute([order.index(d) for d in range(4)])
