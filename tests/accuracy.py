@@ -1,0 +1,158 @@
+"""The accuracy rule: the one comparison of numbers in this project's tests."""
+
+from __future__ import annotations
+
+import torch
+from dense import Problem, dense
+from torch import Tensor
+
+from attnfast.options import Inputs, Outputs
+from attnfast.reference import reference_attention
+
+Results = dict[str, Tensor]  # by the names of `dense.dense`
+
+FP32_RESULTS = ("lse", "max_logit", "entropy", "reach", "received")
+
+
+def check(actual: Results, problem: Problem) -> None:
+    """Hold every output and gradient of a call to the accuracy rule.
+
+    With ``error = |actual - truth|``, truth the reference in fp64, both must hold:
+
+        max error   <=  2 max |eager - truth|   +  4 max unit
+        mean error  <=  2 mean |eager - truth|  +  4 mean unit
+
+    `eager` is the same computation in plain PyTorch, all of it in the input's dtype; in fp32 for lse, statistics and
+    column sums, which are fp32 results. `unit` is eps times the same sum with absolute terms, fp64, as
+    `dense` derives and documents it: eps of the dtype for what may be rounded to it, of fp32 for scores. So a sum
+    that cancels is judged by its terms and a huge score by its spacing in fp32.
+
+    Where eager has no digit left (overflow, NaN, an error beyond a quarter of the largest value), it is no
+    baseline: fp32, rounded to the dtype, takes its place.
+
+    Names, shapes and dtypes must agree first, then the positions and signs of NaN and Inf.
+
+    Raises:
+        AssertionError: one line for each result that fails, with errors and bounds.
+    """
+    inputs, options, cotangents = problem
+    wide = Inputs(*(_double(x) for x in inputs))
+    truth = reference_results(problem._replace(inputs=wide), torch.float64)
+    eager = reference_results(problem, inputs.q.dtype)
+    eager32 = reference_results(problem, torch.float32)
+    sums = dense(problem)
+    assert set(actual) == set(truth), f"results {sorted(actual)}, expected {sorted(truth)}"
+    faults = []
+    for name, result in actual.items():
+        baselines = [eager32[name]] if name in FP32_RESULTS else [eager[name], eager32[name]]
+        want = torch.promote_types(inputs.q.dtype, torch.float32)
+        dtype = want if name in FP32_RESULTS else _dtype(name, inputs)
+        fault = _fault(result, truth[name], dtype, baselines, sums[name].unit)
+        if fault:
+            faults.append(f"{name}: {fault}")
+    assert not faults, "\n".join(["beyond the accuracy rule", *faults])
+
+
+def check_formulas(actual: Results, problem: Problem) -> None:
+    """Hold the reference itself to the rule without a baseline: ``error <= 4 unit`` against `dense`."""
+    faults = []
+    for name, (value, unit) in dense(problem).items():
+        if name in actual:
+            fault = _fault(actual[name], value, actual[name].dtype, [], unit)
+            faults += [f"{name}: {fault}"] if fault else []
+    assert not faults, "\n".join(["beyond the formulas' rounding errors", *faults])
+
+
+def reference_results(problem: Problem, compute_dtype: torch.dtype | None) -> Results:
+    """The reference's outputs and, by autograd, its gradients."""
+    inputs, leaves = with_leaves(problem.inputs)
+    outputs = reference_attention(inputs, problem.options, compute_dtype=compute_dtype)
+    return differentiate(outputs, leaves, problem)
+
+
+def with_leaves(inputs: Inputs) -> tuple[Inputs, dict[str, Tensor]]:
+    """Inputs whose differentiable tensors are leaves that want gradients, and these by name."""
+    leaves = {
+        name: getattr(inputs, name).detach().requires_grad_()
+        for name in ("q", "k", "v", "bias", "sinks")
+        if getattr(inputs, name) is not None
+    }
+    return inputs._replace(**leaves), leaves
+
+
+def differentiate(outputs: Outputs, leaves: dict[str, Tensor], problem: Problem) -> Results:
+    """Outputs by name, and the gradients of the leaves by the problem's cotangents."""
+    stats = (
+        {}
+        if outputs.stats is None
+        else dict(zip(("max_logit", "entropy", "reach"), outputs.stats.unbind(0), strict=True))
+    )
+    named = {"out": outputs.out, "lse": outputs.lse, **stats}
+    named |= {} if outputs.received is None else {"received": outputs.received}
+    named |= {} if outputs.weights is None else {"weights": outputs.weights}
+    results = {name: x.detach() for name, x in named.items()}
+    given = {n: g for n, g in problem.cotangents._asdict().items() if g is not None}
+    if given:
+        gradients = torch.autograd.grad(
+            [named[name] for name in given],
+            list(leaves.values()),
+            [g.to(named[name].dtype) for name, g in given.items()],
+            allow_unused=True,
+        )
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            results["d" + name] = torch.zeros_like(leaf) if gradient is None else gradient
+    return results
+
+
+def _fault(
+    result: Tensor,
+    truth: Tensor,
+    dtype: torch.dtype,
+    baselines: list[Tensor],
+    unit: Tensor,
+) -> str | None:
+    """What is wrong with a result, or None."""
+    if result.shape != truth.shape or result.dtype != dtype:
+        return f"{result.dtype} {tuple(result.shape)}, expected {dtype} {tuple(truth.shape)}"
+    rounded = truth.to(dtype)
+    special = ~rounded.isfinite()
+    same = torch.where(
+        special, result.eq(rounded) | result.isnan() & rounded.isnan(), result.isfinite()
+    )
+    if not same.all():
+        where = tuple((~same).nonzero()[0].tolist())
+        return (
+            f"{(~same).sum()} NaN or Inf out of place, first at {where}: {result[where]}, "
+            f"expected {rounded[where]}"
+        )
+    if special.all():
+        return None
+    error = _error(result, truth, special)
+    unit = torch.maximum(unit, torch.finfo(dtype).eps * truth.abs())[~special]
+    bound_max, bound_mean = 4 * unit.max(), 4 * unit.mean()
+    for baseline in baselines:
+        eager = _error(baseline.to(dtype), truth, special)
+        if eager.max() <= truth[~special].abs().max() / 4:
+            bound_max, bound_mean = bound_max + 2 * eager.max(), bound_mean + 2 * eager.mean()
+            break
+    if error.max() <= bound_max and error.mean() <= bound_mean:
+        return None
+    return (
+        f"max error {error.max():.3g}, bound {bound_max:.3g}; "
+        f"mean error {error.mean():.3g}, bound {bound_mean:.3g}"
+    )
+
+
+def _error(result: Tensor, truth: Tensor, special: Tensor) -> Tensor:
+    """|result - truth| where truth is finite, infinite where result is not."""
+    error = (result.double() - truth)[~special].abs()
+    return error.nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def _dtype(name: str, inputs: Inputs) -> torch.dtype:
+    source = {"dbias": inputs.bias, "dsinks": inputs.sinks}.get(name)
+    return inputs.q.dtype if source is None else source.dtype
+
+
+def _double(x: Tensor | None) -> Tensor | None:
+    return x.double() if x is not None and x.is_floating_point() else x
