@@ -1,0 +1,157 @@
+"""Swap ``torch.nn.MultiheadAttention`` for ours inside a model, in place, and back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from attnfast.module import MultiheadAttention
+
+_REPLACED = "_attnfast_replaced"  # on a module whose class replace changed
+_USED_NESTED = "_attnfast_used_nested_tensor"  # on an encoder that replace took it from
+
+
+class ReplaceReport(NamedTuple):
+    """What `replace` did to a model; ``print`` it. Names are those of ``model.named_modules()``."""
+
+    replaced: tuple[str, ...]
+    left: tuple[tuple[str, str], ...]  # name, reason
+    layers: tuple[str, ...]  # encoder layers that now call their attention in inference too
+    encoders: tuple[str, ...]  # encoders that now keep padding masks instead of nesting tensors
+
+    def __str__(self) -> str:
+        found = len(self.replaced) + len(self.left)
+        if not found:
+            return (
+                "replace: nothing to replace: the model has no torch.nn.MultiheadAttention "
+                "(attention modules of other classes are not touched)"
+            )
+        lines = [f"replace: {len(self.replaced)} of {found} attention modules replaced"]
+        lines += [f"  replaced  {name or '(the model itself)'}" for name in self.replaced]
+        lines += [f"  left      {name or '(the model itself)'}: {why}" for name, why in self.left]
+        if self.layers:
+            lines.append(f"  inference path goes through the attention: {_listed(self.layers)}")
+        if self.encoders:
+            lines.append(f"  padding masks kept, no nested tensors: {_listed(self.encoders)}")
+        return "\n".join(lines)
+
+
+def replace(
+    model: nn.Module, *, backend: str = "auto", deterministic: bool | None = None
+) -> ReplaceReport:
+    """Turn every ``torch.nn.MultiheadAttention`` in a model into an `attnfast.MultiheadAttention`.
+
+    The modules stay the same objects with the same parameters: optimisers, hooks, shared modules,
+    the training flag, dtype and device survive. Only exact instances are swapped; subclasses and
+    modules whose ``forward`` was overridden are left and reported. ``nn.TransformerEncoderLayer``,
+    whose inference path otherwise bypasses its attention, is made to call it (by a forward hook
+    that does nothing), and ``nn.TransformerEncoder`` to keep padding masks
+    (``use_nested_tensor = False``); this is also done where the attention already was ours. The
+    result can be copied and pickled, and `restore` undoes it all. Calling it again changes nothing.
+
+    Args:
+        model: any module, itself a ``torch.nn.MultiheadAttention`` or holding some; may hold none.
+        backend: the ``backend`` of the swapped modules.
+        deterministic: the ``deterministic`` of the swapped modules.
+
+    Returns:
+        What was swapped, what was left and why. It says so too if there was nothing to replace.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _check_model("replace", model)
+    replaced, left = [], []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        why = _why_left(module)
+        if why:
+            left.append((name, why))
+            continue
+        module.__class__ = MultiheadAttention
+        module.backend = backend
+        module.deterministic = deterministic
+        setattr(module, _REPLACED, True)
+        replaced.append(name)
+
+    layers, encoders = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _bypasses(module):
+            module.register_forward_hook(_call_self_attention)
+            layers.append(name)
+        if (
+            isinstance(module, nn.TransformerEncoder)
+            and getattr(module, "use_nested_tensor", False)
+            and any(_is_ours(layer) for layer in module.layers)
+        ):
+            module.use_nested_tensor = False
+            setattr(module, _USED_NESTED, True)
+            encoders.append(name)
+    return ReplaceReport(tuple(replaced), tuple(left), tuple(layers), tuple(encoders))
+
+
+def restore(model: nn.Module) -> int:
+    """Undo what `replace` did to a model or to the one it was copied or unpickled from.
+
+    Modules that were built as `attnfast.MultiheadAttention` stay what they are. Calling it again
+    changes nothing.
+
+    Args:
+        model: the module given to `replace`, a part of it or a module that holds it.
+
+    Returns:
+        The number of attention modules that are ``torch.nn.MultiheadAttention`` again.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _check_model("restore", model)
+    restored = 0
+    for module in model.modules():
+        state = module.__dict__
+        if state.pop(_REPLACED, False):
+            module.__class__ = nn.MultiheadAttention
+            del state["backend"], state["deterministic"]
+            restored += 1
+        if state.pop(_USED_NESTED, False):
+            state["use_nested_tensor"] = True
+        hooks = module._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is _call_self_attention]:
+            del hooks[key]
+    return restored
+
+
+def _check_model(function: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _why_left(module: nn.MultiheadAttention) -> str | None:
+    """Why an attention module must not be swapped, or None."""
+    kind = type(module)
+    if isinstance(module, MultiheadAttention):
+        return "it is an attnfast.MultiheadAttention already"
+    if kind is not nn.MultiheadAttention:
+        return f"{kind.__module__}.{kind.__qualname__} is a subclass with behaviour of its own"
+    if "forward" in vars(module):
+        return "its forward was overridden on the instance"
+    return None
+
+
+def _is_ours(layer: nn.Module) -> bool:
+    return isinstance(getattr(layer, "self_attn", None), MultiheadAttention)
+
+
+def _bypasses(layer: nn.TransformerEncoderLayer) -> bool:
+    """Whether an encoder layer with our attention has not been made to call it yet."""
+    return _is_ours(layer) and _call_self_attention not in layer._forward_hooks.values()
+
+
+def _call_self_attention(layer: nn.Module, args: Any, output: Any) -> None:
+    """Do nothing, as a forward hook: any hook makes the layer call its attention in inference."""
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(name or "(the model itself)" for name in names)
