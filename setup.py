@@ -1,13 +1,14 @@
 """Builds attnfast/_native.so, the native kernels, with ninja rules of our own.
 
-torch.utils.cpp_extension is not used: it ties the library to one Python and one torch. This one holds
-no Python API and only torch's stable C++ ABI, so one file serves every Python and every torch from 2.10 on.
+torch.utils.cpp_extension is not used: it ties the library to one Python and one torch. This one
+holds no Python API and only torch's stable C++ ABI, so that one file serves every Python and every
+torch from 2.10 on.
 
     python setup.py build_ext --inplace     an incremental build into attnfast/
     pip install -e . --no-build-isolation   the same, and the package becomes importable
 
 Environment: CXX, MAX_JOBS, ATTNFAST_CXXFLAGS (appended), ATTNFAST_SANITIZE=1 (AddressSanitizer and
-UndefinedBehaviorSanitizer; the library stays in build/native-asan, ATTNFAST_NATIVE loads it from there).
+UndefinedBehaviorSanitizer; that library stays in build/native-asan, ATTNFAST_NATIVE loads it).
 """
 
 from __future__ import annotations
@@ -21,10 +22,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-if sys.version_info < (3, 10):
-    sys.exit(
-        f"attnfast needs Python 3.10 or later, this is {platform.python_version()}: install a newer one"
-    )
+if sys.hexversion < 0x030A0000:
+    sys.exit(f"attnfast needs Python 3.10 or later, this is {platform.python_version()}")
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -44,9 +43,9 @@ SANITIZED = (
 )
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 
-# csrc/cpu/kernels_*.cpp are compiled once per row, with ATTNFAST_ISA as the row's name. The order is
-# that of linking, lowest first: an inline function that several objects define (std::min, say) is
-# taken from the first, so no machine runs one compiled for instructions that it lacks.
+# csrc/cpu/kernels_*.cpp are compiled once per row, with ATTNFAST_ISA as the row's name. The order
+# is that of linking, lowest first: an inline function that several objects define (std::min, say)
+# is taken from the first, so no machine runs one compiled for instructions that it lacks.
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 X86_ISAS = {
     "portable": "",
@@ -109,7 +108,8 @@ def ninja_file(cxx: str, torch: Path) -> str:
         f"cxx = {cxx}",
         f"cxxflags = {COMMON} {mode} -I{ROOT / 'csrc'} {os.environ.get('ATTNFAST_CXXFLAGS', '')}",
         f"torchflags = {STABLE_ABI} -isystem {torch / 'include'}",
-        f"ldflags = {undefined} -L{torch / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed",
+        f"ldflags = {undefined} -L{torch / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu"
+        " -Wl,--as-needed",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $cxxflags $extra -c $in -o $out",
         "  description = compile $out",

@@ -1,0 +1,94 @@
+# The README's commands. Each makes what it needs (.venv, pinned packages, the native library) and
+# re-uses what is there.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PYTHONS := $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.10)
+COMPILERS := $(if $(filter default,$(origin CXX)),g++ clang++ c++,$(firstword $(CXX)))
+WORKERS ?= 2
+
+# A file in .venv whose name holds the checksum of the requirements it stands for.
+stamp = $(VENV)/.$(1)-$(firstword $(shell cksum < $(2)))
+RUNTIME := $(call stamp,runtime,requirements/runtime.txt)
+TEST := $(call stamp,test,requirements/test.txt)
+LINT := $(call stamp,lint,requirements/lint.txt)
+WHEEL := $(call stamp,wheel,requirements/wheel.txt)
+DEMO := $(call stamp,demo,requirements/demo.txt)
+EDITABLE := $(call stamp,editable,pyproject.toml)
+
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+# $(1) what is installed, $(2) pip's arguments: one line when it fails, the rest in a log.
+install = @echo "installing $(1)" && $(PIP) $(2) 2> $(VENV)/pip.log || { \
+  echo "attnfast: could not install $(1): $$(grep ERROR $(VENV)/pip.log | tail -n 1)" \
+    "(is there a network? pip's messages are in $(VENV)/pip.log)" >&2; exit 1; }
+done = @rm -f $(VENV)/.$(1)-* && touch $@
+
+ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  LD_PRELOAD="$(foreach l,asan ubsan,$$($(firstword $(COMPILERS)) -print-file-name=lib$(l).so))"
+
+.PHONY: help demo test lint bench wheel asan venv build clean
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+help:  ## list these commands
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-12s%s\n", $$1, $$2 }'
+
+demo: build $(DEMO)  ## semantic search over Python's standard library, torch's attention and ours side by side
+	$(PY) examples/search $(ARGS)
+
+test: build $(TEST)  ## run the tests; ARGS="-k varlen" passes arguments to pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(LINT)  ## ruff, mypy and clang-format, nothing rewritten
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+bench: build $(TEST)  ## time attnfast beside PyTorch; JSON in bench/results
+	$(PY) -m pytest bench $(ARGS)
+
+wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, in dist/
+	@rm -rf build/lib* build/bdist* build/wheel
+	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(BIN):$$PATH" $(PY) -m auditwheel repair --wheel-dir dist \
+	  --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude libgomp.so.1 build/wheel/*.whl
+
+asan: $(TEST)  ## the case table under AddressSanitizer and UndefinedBehaviorSanitizer
+	ATTNFAST_SANITIZE=1 $(PY) setup.py -q build_ext
+	OMP_NUM_THREADS=1 $(ASAN_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal tests $(ARGS)
+
+venv: $(RUNTIME) $(TEST) $(LINT)  ## .venv with what building, testing and linting need
+
+build: $(EDITABLE)  ## bring the native library up to date
+	@$(PY) setup.py -q build_ext --inplace
+
+clean:  ## remove everything built; .venv stays
+	rm -rf build dist *.egg-info attnfast/_native.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(PY):
+	@for c in $(COMPILERS); do command -v "$$c" > /dev/null && exit; done; \
+	  echo "attnfast: no C++ compiler ($(COMPILERS)): install g++ 10 or later, or name one in CXX" >&2; exit 1
+	@for p in $(PYTHONS); do \
+	  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null || continue; \
+	  echo "creating $(VENV) with $$p"; \
+	  "$$p" -m venv $(VENV) > /dev/null 2>&1 && exit; rm -rf $(VENV); \
+	  echo "attnfast: $$p -m venv $(VENV) failed: install Python's venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; \
+	done; \
+	echo "attnfast: no Python 3.10 or later ($(PYTHONS)): install one, or name one in PYTHON" >&2; exit 1
+
+$(RUNTIME): | $(PY)
+	@echo "torch is a large download: the first time takes minutes"
+	$(call install,requirements/runtime.txt,-r requirements/runtime.txt)
+	$(call done,runtime)
+
+$(TEST) $(LINT) $(WHEEL) $(DEMO): $(VENV)/.%: | $(RUNTIME)
+	$(call install,requirements/$(firstword $(subst -, ,$*)).txt,--no-deps -r requirements/$(firstword $(subst -, ,$*)).txt)
+	$(call done,$(firstword $(subst -, ,$*)))
+
+$(EDITABLE): | $(RUNTIME)
+	@$(PY) setup.py -q build_ext --inplace
+	$(call install,attnfast itself,--no-build-isolation --no-deps -e .)
+	$(call done,editable)
