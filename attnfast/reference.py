@@ -12,7 +12,7 @@ fused kernels compute.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +49,44 @@ def reference_attention(
         Of the statistics only the entropy is differentiable. Query rows past the last sequence of a
         varlen call are rows without keys and without a sink.
     """
-    device = inputs.q.device.type
-    available = torch.amp.autocast_mode.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if available else nullcontext():
-        attend = _dense if inputs.cu_seqlens_q is None else _varlen
-        return attend(inputs, options, row_start, batch_start, compute_dtype)
+    if inputs.cu_seqlens_q is not None:
+        return _varlen(inputs, options, compute_dtype)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    (B, H, T, _), S = q.shape, k.shape[2]
+    dtype = compute_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    stat_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    t = positions(inputs, options, row_start)
+    distance = torch.arange(S, device=q.device) - t  # [B|1, 1, T, S]
+    seen = allowed(inputs, options, distance)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+    # What no query may see is zeroed, because NaN and Inf there would survive as 0 * NaN.
+    k, v = (torch.where(seen.any(-2)[..., None], x, 0) for x in (k, v))
+    q = torch.where(seen.any(-1)[..., None], q, 0)
+
+    with _without_autocast(q.device.type):
+        s = scores(q, k, inputs, options, distance).masked_fill(~seen, NEG_INF)
+        p, lse, entropy = probabilities(s, inputs.sinks)
+        w = p
+        if options.dropout_p > 0:
+            assert inputs.dropout_seed is not None
+            start = {"row_start": row_start, "batch_start": batch_start}
+            keep = dropout_mask(inputs.dropout_seed, B, H, T, S, options.dropout_p, **start)
+            w = torch.where(keep, p, 0) / (1 - options.dropout_p if options.dropout_p < 1 else 1)
+        out = w @ v
+
+    stats = received = weights = None
+    if options.stats:
+        max_logit = F.pad(s.detach(), (0, 1), value=NEG_INF).amax(-1)
+        reach = (p.detach() * distance.abs().to(dtype)).sum(-1)
+        stats = torch.stack([max_logit, entropy, reach]).to(stat_dtype)
+    if options.stats == 2:
+        received = p.detach().sum(-2).to(stat_dtype)
+    if options.weights:
+        weights = (w.mean(1) if options.weights == 1 else w).to(compute_dtype or inputs.q.dtype)
+    out = _ordered_like(out, inputs.q).to(compute_dtype or inputs.q.dtype)
+    return Outputs(out, lse.to(stat_dtype), stats, received, weights)
 
 
 def reference_decode(
@@ -84,6 +117,10 @@ def reference_decode(
         bias: (B|1, H|1, T|1, S|1) float, S = n * page when paged.
         alibi_slopes: (1|B, H) fp32.
         sinks: (H,) float.
+        scale: Of q k^T.
+        window_left: Keys from t' - window_left on; -1 is unbounded.
+        window_right: Of no effect, because no key stands after t'.
+        softcap: As in ``Options``.
 
     Returns:
         out (B, H, T, D_v) in q's dtype and lse (B, H, T) fp32.
@@ -103,9 +140,8 @@ def reference_decode(
 def positions(inputs: Inputs, options: Options, row_start: int = 0) -> Tensor:
     """t', where each query stands among the keys: t + align. int64 (B|1, 1, T, 1)."""
     q, k = inputs.q, inputs.k
-    t = torch.arange(q.shape[2], device=q.device).view(1, 1, -1, 1) + (
-        row_start + options.align_offset
-    )
+    start = row_start + options.align_offset
+    t = torch.arange(start, start + q.shape[2], device=q.device).view(1, 1, -1, 1)
     if options.align_bottom_right:
         t = t + (k.shape[2] - q.shape[2])
     return t if inputs.align is None else t + inputs.align.long().view(-1, 1, 1, 1)
@@ -132,8 +168,8 @@ def allowed(inputs: Inputs, options: Options, distance: Tensor) -> Tensor:
 
 
 def scores(q: Tensor, k: Tensor, inputs: Inputs, options: Options, distance: Tensor) -> Tensor:
-    """s = softcap(scale * q k^T) + bias - slope * |j - t'|, not masked yet; (B, H, T, S)."""
-    s = (q @ k.mT) * options.scale
+    """Scores s = softcap(scale * q k^T) + bias - slope * |j - t'|, not masked; (B, H, T, S)."""
+    s: Tensor = (q @ k.mT) * options.scale
     if options.softcap > 0:
         s = options.softcap * torch.tanh(s / options.softcap)
     if inputs.bias is not None:
@@ -144,7 +180,7 @@ def scores(q: Tensor, k: Tensor, inputs: Inputs, options: Options, distance: Ten
 
 
 def probabilities(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """p = softmax(s) over the keys and the sink, lse = log of its denominator, entropy of p.
+    """Softmax p of s over the keys and the sink, the log of its denominator, and its entropy.
 
     The sink is one more column, -inf where there is none. With m the largest score and
     l = sum(exp(s - m)), entropy = log l - sum(p (s - m)), which stays exact where s itself is huge.
@@ -220,79 +256,20 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor
     return c0, c1, c2, c3
 
 
-def _dense(
-    inputs: Inputs,
-    options: Options,
-    row_start: int,
-    batch_start: int,
-    compute_dtype: torch.dtype | None,
-) -> Outputs:
-    q, k, v = inputs.q, inputs.k, inputs.v
-    (B, H, T, _), S = q.shape, k.shape[2]
-    dtype = compute_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
-    out_dtype = compute_dtype or q.dtype
-    stat_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-
-    distance = torch.arange(S, device=q.device) - positions(
-        inputs, options, row_start
-    )  # [B|1, 1, T, S]
-    seen = allowed(inputs, options, distance)
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
-    q = torch.where(
-        seen.any(-1).unsqueeze(-1), q, 0
-    )  # NaN in an unused row would survive as 0 * NaN
-    k, v = (torch.where(seen.any(-2).unsqueeze(-1), x, 0) for x in (k, v))
-
-    s = scores(q, k, inputs, options, distance).masked_fill(~seen, NEG_INF)
-    p, lse, entropy = probabilities(s, inputs.sinks)
-    dropped = p
-    if options.dropout_p > 0:
-        assert inputs.dropout_seed is not None
-        keep = dropout_mask(
-            inputs.dropout_seed,
-            B,
-            H,
-            T,
-            S,
-            options.dropout_p,
-            row_start=row_start,
-            batch_start=batch_start,
-        )
-        dropped = (
-            torch.where(keep, p / (1 - options.dropout_p), 0) if options.dropout_p < 1 else p * 0
-        )
-    out = _ordered_like(dropped @ v, inputs.q).to(out_dtype)
-
-    stats = received = weights = None
-    if options.stats:
-        max_logit = F.pad(s.detach(), (0, 1), value=NEG_INF).amax(-1)
-        reach = (p.detach() * distance.abs().to(dtype)).sum(-1)
-        stats = torch.stack([max_logit, entropy, reach]).to(stat_dtype)
-    if options.stats == 2:
-        received = p.detach().sum(-2).to(stat_dtype)
-    if options.weights:
-        weights = (dropped.mean(1) if options.weights == 1 else dropped).to(out_dtype)
-    return Outputs(out, lse.to(stat_dtype), stats, received, weights)
-
-
-def _varlen(
-    inputs: Inputs,
-    options: Options,
-    row_start: int,
-    batch_start: int,
-    compute_dtype: torch.dtype | None,
-) -> Outputs:
-    """Each sequence alone through the dense path; then the rows past the last, without keys."""
-    assert inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None
+def _varlen(inputs: Inputs, options: Options, compute_dtype: torch.dtype | None) -> Outputs:
+    """Each sequence as a dense call; then the rows past the last one, which have no keys."""
+    assert inputs.cu_seqlens_q is not None
+    assert inputs.cu_seqlens_k is not None
     q_ends, k_ends = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
     parts = []
     for i in range(len(q_ends) - 1):
         q_rows, k_rows = slice(q_ends[i], q_ends[i + 1]), slice(k_ends[i], k_ends[i + 1])
         sequence = _sequence(inputs, i, q_rows, k_rows)
-        parts.append(_dense(sequence, options, row_start, batch_start + i, compute_dtype))
+        part = reference_attention(sequence, options, batch_start=i, compute_dtype=compute_dtype)
+        parts.append(part)
     tail = Inputs(inputs.q[:, :, q_ends[-1] :], inputs.k[:, :, :0], inputs.v[:, :, :0])
-    parts.append(_dense(tail, Options(options.scale, stats=options.stats), 0, 0, compute_dtype))
+    no_keys = Options(options.scale, stats=options.stats)
+    parts.append(reference_attention(tail, no_keys, compute_dtype=compute_dtype))
 
     stats = received = weights = None
     if options.stats:
@@ -341,7 +318,13 @@ def _padded(part: Outputs, longest: tuple[int, int]) -> Tensor:
     return F.pad(part.weights, (0, longest[1] - S, 0, longest[0] - T))
 
 
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Autocast would compute the matrix products in its own dtype."""
+    available = torch.amp.autocast_mode.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
 def _ordered_like(x: Tensor, q: Tensor) -> Tensor:
-    """x (B, H, T, D_v) with its dimensions in memory in the order of q's."""
+    """Return x (B, H, T, D_v) with its dimensions in memory in the order of q's."""
     order = [*sorted(range(3), key=q.stride, reverse=True), 3]
     return x.permute(order).contiguous().permute([order.index(d) for d in range(4)])
