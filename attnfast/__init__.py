@@ -1,0 +1,26 @@
+"""attnfast: exact softmax attention, forward and backward, in memory linear in sequence length.
+
+See `attention` for the contract, `explain` for which backend runs a call and why, `MultiheadAttention`
+and `replace` for the drop-in module.
+"""
+
+from ._version import __version__
+from .explain import explain
+from .functional import attention, decode_attention, varlen_attention
+from .module import MultiheadAttention
+from .replace import replace, restore
+from .sdpa import scaled_dot_product_attention
+from .stats import AttentionStats
+
+__all__ = [
+    "AttentionStats",
+    "MultiheadAttention",
+    "__version__",
+    "attention",
+    "decode_attention",
+    "explain",
+    "replace",
+    "restore",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]

@@ -1,0 +1,183 @@
+"""Which backend runs a call, and why: one ordered table per device.
+
+``auto`` takes the first row that accepts. A backend joins by adding its row to the devices it serves.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import ops
+from .options import Options
+
+NAMES = ("cpu", "triton", "cuda", "reference")
+HALF = (torch.bfloat16, torch.float16)
+FUSED_DTYPES = (torch.float32, *HALF)
+
+
+class Problem(NamedTuple):
+    """What a backend needs to know of a call to accept or refuse it; sizes as in the README's glossary."""
+
+    kind: str  # "attention", "varlen" or "decode"
+    device: torch.device
+    dtype: torch.dtype
+    B: int  # varlen: the number of sequences
+    H: int
+    H_kv: int
+    T: int  # varlen: all queries of all sequences
+    S: int  # varlen: all keys; decode: the capacity of the cache
+    D: int
+    D_v: int
+    options: Options
+    mask: bool = False
+    bias: torch.dtype | None = None
+    alibi: bool = False
+    sinks: bool = False
+    align: bool = False  # one offset per batch entry
+    page_size: int = 0  # decode: 0 is a contiguous cache
+    requires_grad: bool = False
+
+
+class Backend(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        name: What ``backend=`` calls it.
+        unsupported: The reason why a problem is refused, or None.
+        ops: Its operators; None for the reference, which is plain PyTorch.
+        workspace: Bytes that a call needs beside its inputs and outputs, forward and backward.
+        details: What ``explain`` adds, the instruction set for example.
+    """
+
+    name: str
+    unsupported: Callable[[Problem], str | None]
+    ops: ops.Ops | None
+    workspace: Callable[[Problem], tuple[int, int]]
+    details: Callable[[], str]
+
+
+def _cpu_unsupported(problem: Problem) -> str | None:
+    if problem.dtype not in FUSED_DTYPES:
+        return f"takes float32, bfloat16 and float16, got {dtype_name(problem.dtype)}"
+    return NATIVE_MISSING
+
+
+def _cpu_workspace(problem: Problem) -> tuple[int, int]:
+    return 0, 0
+
+
+def _scores(problem: Problem) -> int:
+    """Bytes of one T x S matrix of scores per head."""
+    size = 8 if problem.dtype == torch.float64 else 4
+    return problem.B * problem.H * problem.T * problem.S * size
+
+
+NATIVE_MISSING = ops.load()
+
+CPU = Backend(
+    "cpu",
+    _cpu_unsupported,
+    ops.CPU,
+    _cpu_workspace,
+    lambda: f"{ops.cpu_isa()}, {torch.get_num_threads()} threads",
+)
+REFERENCE = Backend(
+    "reference",
+    lambda problem: None,
+    None,
+    lambda problem: (4 * _scores(problem), 8 * _scores(problem)),
+    lambda: "plain PyTorch",
+)
+
+BACKENDS: dict[str, tuple[Backend, ...]] = {
+    "cpu": (CPU, REFERENCE),
+}
+OTHER_DEVICES = (REFERENCE,)
+OPS = {row.name: row.ops for table in BACKENDS.values() for row in table if row.ops is not None}
+
+_warned: set[str] = set()
+
+
+def rows(device: torch.device) -> tuple[Backend, ...]:
+    """The backends that serve a device, in the order in which ``auto`` tries them."""
+    return BACKENDS.get(device.type, OTHER_DEVICES)
+
+
+def select(problem: Problem, backend: str = "auto", *, function: str = "attention") -> Backend:
+    """The backend that runs a problem.
+
+    Args:
+        problem: What is to be computed.
+        backend: A backend's name, or "auto" for ``ATTNFAST_BACKEND`` if that is set, and else the
+            first row of the device's table that accepts.
+        function: Who asks, for messages.
+
+    Raises:
+        ValueError: There is no such backend; or a named one refuses the problem; or only the reference
+            accepts it, on a device with kernels, and ``ATTNFAST_FALLBACK=error``. Without that
+            variable such a fallback warns once per reason.
+    """
+    name, source = requested(backend)
+    if name != "auto":
+        check_name(function, name, source)
+        reason = refusal(name, problem)
+        if reason is not None:
+            raise ValueError(f"{function}: {source} {name!r} cannot run this call: {reason}")
+        return next(row for row in rows(problem.device) if row.name == name)
+    for row in rows(problem.device):
+        if row.unsupported(problem) is None:
+            break
+    if row is REFERENCE and not torch.compiler.is_compiling():
+        _report_fallback(problem, function)
+    return row
+
+
+def requested(backend: str) -> tuple[str, str]:
+    """The backend asked for, by the argument or else by ``ATTNFAST_BACKEND``, and which of the two."""
+    if backend == "auto":
+        return os.environ.get("ATTNFAST_BACKEND") or "auto", "ATTNFAST_BACKEND"
+    return backend, "backend"
+
+
+def check_name(function: str, name: object, source: str) -> None:
+    """Raise unless there is a backend of that name, in this build or another."""
+    if not isinstance(name, str):
+        raise TypeError(f"{function}: {source} must be a str, got {type(name).__name__}")
+    if name not in ("auto", *NAMES):
+        raise ValueError(f"{function}: {source} must be one of {('auto', *NAMES)}, got {name!r}")
+
+
+def refusal(name: str, problem: Problem) -> str | None:
+    """Why the backend of that name does not run the problem, or None."""
+    for row in rows(problem.device):
+        if row.name == name:
+            return row.unsupported(problem)
+    if any(row.name == name for table in BACKENDS.values() for row in table):
+        return f"does not run on {problem.device.type} tensors"
+    return "not part of this build"
+
+
+def _report_fallback(problem: Problem, function: str) -> None:
+    fused = [row for row in rows(problem.device) if row is not REFERENCE]
+    if not fused or problem.dtype not in FUSED_DTYPES:
+        return
+    reason = "; ".join(f"{row.name}: {row.unsupported(problem)}" for row in fused)
+    message = (
+        f"{function}: no fused backend accepts this call, so the reference runs it, which is slow and"
+        f" holds all T x S scores. {reason}"
+    )
+    if os.environ.get("ATTNFAST_FALLBACK") == "error":
+        raise ValueError(message)
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")

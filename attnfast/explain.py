@@ -1,0 +1,178 @@
+"""``explain``: the whole dispatch decision of a call as text."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+import torch
+
+from . import checks, dispatch
+from .dispatch import Problem, dtype_name
+from .functional import (
+    attention,
+    attention_problem,
+    decode_attention,
+    decode_problem,
+    varlen_attention,
+)
+
+ENVIRONMENT = ("ATTNFAST_BACKEND", "ATTNFAST_FALLBACK", "ATTNFAST_CPU_ISA")
+_CHECKED = tuple(inspect.signature(checks.attention_call).parameters)[1:-2]
+_DECODE_CHECKED = tuple(inspect.signature(checks.decode_call).parameters)[1:]
+
+
+def explain(*args: Any, **kwargs: Any) -> str:
+    """Which backend would run a call, why, and what it costs beside the result; nothing is computed.
+
+    Takes the arguments of `varlen_attention` (if there is any cu_seqlens or max_seqlen among them, or more
+    than four by position), of `decode_attention` (if there is a cache argument, or are four by position) or
+    else of `attention`, and checks them in the same way.
+
+    Returns:
+        Several lines: the problem; its options; every backend in the order in which "auto" tries them,
+        accepted or with its reason; the one chosen; what is saved for backward; the workspace; the
+        environment variables that count.
+
+    Raises:
+        TypeError: As the function whose arguments these are.
+        ValueError: As the function whose arguments these are, except that a named backend which
+            refuses the call is reported, not raised.
+    """
+    function = _function(args, kwargs)
+    call = inspect.signature(function).bind(*args, **kwargs)
+    call.apply_defaults()
+    problem = _problem(function.__name__, call.arguments)
+    return describe(function.__name__, problem, call.arguments["backend"])
+
+
+def _function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Which public function takes these arguments."""
+    if len(args) > 4 or any(name.startswith(("cu_seqlens", "max_seqlen")) for name in kwargs):
+        return varlen_attention
+    if len(args) == 4 or any("cache" in name or name == "page_table" for name in kwargs):
+        return decode_attention
+    return attention
+
+
+def _problem(function: str, arguments: dict[str, Any]) -> Problem:
+    if function == "decode_attention":
+        tensors, options = checks.decode_call(
+            function, *(arguments[name] for name in _DECODE_CHECKED)
+        )
+        return decode_problem(tensors, options)
+    sequences = None
+    if function == "varlen_attention":
+        sequences = checks.Sequences(*(arguments[name] for name in checks.Sequences._fields))
+    checked = (arguments[name] for name in _CHECKED)
+    return attention_problem(*checks.attention_call(function, *checked, sequences))
+
+
+def describe(function: str, problem: Problem, backend: str = "auto") -> str:
+    """The text of ``explain`` for a problem."""
+    name, source = dispatch.requested(backend)
+    dispatch.check_name(function, name, source)
+    order = [row.name for row in dispatch.rows(problem.device)]
+    order += [other for other in dispatch.NAMES if other not in order]
+    reasons = {other: dispatch.refusal(other, problem) for other in order}
+    accepted = [other for other in order if reasons[other] is None]
+    lines = [f"{function}: {_shapes(problem)}", f"options: {_options(problem)}", "backends:"]
+    for other in order:
+        lines.append(f"  {other:<10} {reasons[other] or f'accepted ({details(other, problem)})'}")
+    if name == "auto":
+        lines.append(f"chosen: {accepted[0]}, the first that accepts")
+        chosen = accepted[0]
+    elif reasons[name] is None:
+        lines.append(f"chosen: {name}, named by {source}")
+        chosen = name
+    else:
+        lines.append(f"chosen: none; {source} names {name}, and the call raises its reason")
+        return "\n".join([*lines, _environment()])
+    row = next(row for row in dispatch.rows(problem.device) if row.name == chosen)
+    forward, backward = row.workspace(problem)
+    lines.append(f"saved for backward: {_saved(problem, chosen)}")
+    lines.append(
+        f"workspace: about {_size(forward)} forward"
+        + (f", {_size(backward)} backward" if problem.requires_grad else "")
+    )
+    return "\n".join([*lines, _environment()])
+
+
+def details(name: str, problem: Problem) -> str:
+    """What the backend says of itself, its instruction set for example."""
+    return next(row for row in dispatch.rows(problem.device) if row.name == name).details()
+
+
+def _shapes(p: Problem) -> str:
+    if p.kind == "varlen":
+        sizes = (
+            f"{p.B} sequences, q ({p.T}, {p.H}, {p.D}), k ({p.S}, {p.H_kv}, {p.D}),"
+            f" v ({p.S}, {p.H_kv}, {p.D_v})"
+        )
+    else:
+        kv = f"({p.B}, {p.H_kv}, {p.S}, {{}})"
+        cache = f" (pages of {p.page_size})" if p.page_size else ""
+        sizes = f"q ({p.B}, {p.H}, {p.T}, {p.D}), k {kv.format(p.D)}, v {kv.format(p.D_v)}{cache}"
+    gradient = "with gradient" if p.requires_grad else "without gradient"
+    return f"{sizes}, {dtype_name(p.dtype)} on {p.device}, {gradient}"
+
+
+def _options(p: Problem) -> str:
+    """Every option that is not at its default."""
+    options = p.options
+    window = tuple(
+        None if side < 0 else side for side in (options.window_left, options.window_right)
+    )
+    align = "bottom_right" if options.align_bottom_right else options.align_offset
+    shown = {
+        "scale": f"{options.scale:.6g}",
+        "causal": options.causal,
+        "window": window if window != (None, None) else None,
+        "align": "per batch entry" if p.align else align,
+        "softcap": options.softcap,
+        "dropout_p": options.dropout_p,
+        "deterministic": options.deterministic,
+        "return_weights": {1: "mean", 2: "per head"}.get(options.weights),
+        "return_stats": {1: True, 2: "received"}.get(options.stats),
+    }
+    flags = {
+        "mask": p.mask,
+        f"bias ({dtype_name(p.bias)})" if p.bias else "bias": p.bias,
+        "alibi_slopes": p.alibi,
+        "sinks": p.sinks,
+    }
+    return ", ".join(
+        [f"{name}={value}" for name, value in shown.items() if value]
+        + [name for name, given in flags.items() if given]
+    )
+
+
+def _saved(p: Problem, backend: str) -> str:
+    if not p.requires_grad:
+        return "nothing (no gradient wanted)"
+    rows = p.T * p.H * (p.B if p.kind == "attention" else 1)
+    keys = p.S * p.H_kv * (p.B if p.kind == "attention" else 1)
+    size = torch.tensor([], dtype=p.dtype).element_size()
+    if backend == "reference":
+        return "what autograd saves of the reference, all scores several times over"
+    inputs = (rows * p.D + keys * (p.D + p.D_v)) * size
+    results = rows * (p.D_v * size + 4 * (4 if p.options.stats else 1))
+    names = "out, lse" + (" and statistics" if p.options.stats else "")
+    return f"the inputs ({_size(inputs)} of q, k, v, not copied), {names} ({_size(results)})"
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"
+
+
+def _environment() -> str:
+    return "environment: " + ", ".join(
+        f"{name}={os.environ[name]}" if name in os.environ else f"{name} unset"
+        for name in ENVIRONMENT
+    )

@@ -1,0 +1,417 @@
+"""The public functions: the documented contract, and the way from arguments to a backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd, checks, dispatch
+from .options import Inputs, Options, Outputs
+from .reference import reference_attention, reference_decode
+from .stats import AttentionStats
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    align: str | int | Tensor = "top_left",
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: bool = False,
+    return_stats: bool | str = False,
+    return_weights: bool | str = False,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Any:
+    r"""Exact softmax attention, ``softmax(scale * q k^T + bias) v``, in memory linear in T and S.
+
+    Query t stands at t' among the keys, and attends key s if all of ``causal``, ``window`` and
+    ``mask`` allow it, and the bias is not -inf. With ``causal=True``, T = 2 and S = 4::
+
+        align="top_left"     t' = t          align="bottom_right"   t' = t + S - T
+            1 0 0 0                              1 1 1 0
+            1 1 0 0                              1 1 1 1
+
+    and with T = 4 and S = 2::
+
+            1 0                                  0 0
+            1 1                                  0 0
+            1 1                                  1 0
+            1 1                                  1 1
+
+    A query without keys gives zeros, ``lse = -inf`` (the sink, where there is one) and zero gradients,
+    never NaN. NaN or Inf in keys that no query of their batch entry and head may attend has no effect.
+
+    Args:
+        q: ``(B, H, T, D)``, float32, bfloat16 or float16; float64, and devices without a kernel, are
+            served by the reference. Any strides; only a last stride other than 1 costs a copy.
+        k: ``(B, H_kv, S, D)``, q's dtype; H_kv divides H (grouped queries: arXiv:2305.13245), and
+            query head h reads key head ``h // (H / H_kv)``.
+        v: ``(B, H_kv, S, D_v)``, q's dtype.
+        mask: bool, True = attend, broadcastable to ``(B, H, T, S)``; never expanded.
+        bias: any supported dtype, broadcastable to ``(B, H, T, S)``, added to the scaled scores.
+            Differentiable; -inf masks.
+        causal: attend keys s <= t'.
+        window: ``(left, right)``, attend t' - left <= s <= t' + right; None is unbounded.
+        align: "top_left" t' = t (as torch), "bottom_right" t' = t + S - T (as flash-attn), an int n
+            or an int tensor ``(B,)``: t' = t + n (chunked prefill).
+        scale: factor of ``q k^T``; default ``D ** -0.5``.
+        softcap: c > 0: scaled scores x become ``c * tanh(x / c)``, before all that is added to them
+            (arXiv:2408.00118).
+        alibi_slopes: float32 ``(H,)`` or ``(B, H)``: adds ``-slope * abs(s - t')`` (arXiv:2108.12409).
+        sinks: ``(H,)``, any supported dtype, differentiable: one more logit per head in the
+            denominator, without a value (arXiv:2309.17453).
+        dropout_p: probability in [0, 1] with which a probability is dropped; the rest is divided by
+            ``1 - dropout_p``.
+        dropout_seed: int64 ``(seed, offset)`` on q's device, of which the offset counts modulo
+            2**32; default: drawn from torch's generator of that device.
+        return_lse: also return the natural log of the softmax's denominator, sink included.
+        return_stats: True: also return `AttentionStats`; "received" fills its column sums as well.
+        return_weights: True: also return the probabilities after dropout; "mean": averaged over heads.
+        deterministic: True: bitwise the same every run, and every row independent of what else is in
+            the batch. Default: ``torch.are_deterministic_algorithms_enabled()``.
+        backend: "auto", "cpu", "triton", "cuda" or "reference". "auto" is ``ATTNFAST_BACKEND`` where
+            that is set, else the first backend that accepts; see `explain`.
+
+    Returns:
+        ``out`` ``(B, H, T, D_v)`` in q's dtype and stride order; or a tuple in the order out, lse,
+        stats, weights of what was asked for. lse is float32 ``(B, H, T)`` (float64 for float64
+        inputs), weights are in q's dtype, ``(B, H, T, S)`` or, "mean", ``(B, T, S)``. All but the
+        statistics other than entropy are differentiable. Second derivatives are taken through the
+        reference, block by block. Under autocast q, k and v are cast to its dtype first.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or the named backend cannot run
+            the call; or none but the reference can and ``ATTNFAST_FALLBACK=error``.
+        NotImplementedError: vmap, forward-mode or third derivatives of a fused backend.
+
+    Papers: FlashAttention-2 (arXiv:2307.08691); online softmax (arXiv:1805.02867).
+    """
+    inputs, options = checks.attention_call(
+        "attention",
+        q,
+        k,
+        v,
+        mask,
+        bias,
+        causal,
+        window,
+        align,
+        scale,
+        softcap,
+        alibi_slopes,
+        sinks,
+        dropout_p,
+        dropout_seed,
+        return_stats,
+        return_weights,
+        deterministic,
+    )
+    outputs = run("attention", inputs, options, backend)
+    if not (return_lse or return_stats or return_weights):
+        return outputs.out
+    return _results(outputs, return_lse, options)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    align: str | int | Tensor = "top_left",
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: bool = False,
+    return_stats: bool | str = False,
+    return_weights: bool | str = False,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Any:
+    """`attention` within each of many sequences that lie one after another, without padding.
+
+    Sequence i has queries ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]`` and keys ``cu_seqlens_k[i]`` to
+    ``cu_seqlens_k[i + 1]``. Positions t and s count from the sequence's first row, T and S are its own
+    lengths, and ``align`` applies to each. Rows past the last sequence are queries without keys, and
+    keys that nothing attends.
+
+    Args:
+        q: ``(total_q, H, D)``; dtypes as for `attention`.
+        k: ``(total_k, H_kv, D)``.
+        v: ``(total_k, H_kv, D_v)``.
+        cu_seqlens_q: int32 ``(sequences + 1,)`` on q's device: 0, then the sequences' ends; int64 is
+            converted.
+        cu_seqlens_k: the same for the keys.
+        max_seqlen_q: at least the longest sequence's number of queries.
+        max_seqlen_k: at least the longest sequence's number of keys.
+        mask: bool, broadcastable to ``(1, H, max_seqlen_q, max_seqlen_k)``: the same for every sequence,
+            by positions within it.
+        bias: the same, added; differentiable.
+        causal: see `attention`, as for all that follow.
+        window: see `attention`.
+        align: a tensor has one entry per sequence.
+        scale: default ``D ** -0.5``.
+        softcap: see `attention`.
+        alibi_slopes: ``(H,)`` or ``(sequences, H)``.
+        sinks: see `attention`.
+        dropout_p: see `attention`.
+        dropout_seed: see `attention`.
+        return_lse: see `attention`.
+        return_stats: see `attention`.
+        return_weights: see `attention`.
+        deterministic: see `attention`.
+        backend: see `attention`.
+
+    Returns:
+        As `attention`, with out ``(total_q, H, D_v)``, lse and statistics ``(H, total_q)``, received
+        ``(H, total_k)`` and weights ``(sequences, H, max_seqlen_q, max_seqlen_k)`` or, "mean",
+        ``(sequences, max_seqlen_q, max_seqlen_k)``, zero outside a sequence.
+
+    Raises:
+        TypeError: As `attention`.
+        ValueError: As `attention`; also if cu_seqlens does not start at 0, decreases, or ends past the
+            last row, or a sequence is longer than max_seqlen. GPU kernels do not read these values but
+            never leave their tensors.
+        NotImplementedError: As `attention`.
+    """
+    inputs, options = checks.attention_call(
+        "varlen_attention",
+        q,
+        k,
+        v,
+        mask,
+        bias,
+        causal,
+        window,
+        align,
+        scale,
+        softcap,
+        alibi_slopes,
+        sinks,
+        dropout_p,
+        dropout_seed,
+        return_stats,
+        return_weights,
+        deterministic,
+        checks.Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+    )
+    outputs = run("varlen_attention", inputs, options, backend)
+    outputs = Outputs(
+        outputs.out[0].transpose(0, 1),
+        outputs.lse[0],
+        outputs.stats[:, 0] if options.stats else None,
+        outputs.received[0] if options.stats == 2 else None,
+        outputs.weights,
+    )
+    if not (return_lse or return_stats or return_weights):
+        return outputs.out
+    return _results(outputs, return_lse, options)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    page_table: Tensor | None = None,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Attention of the newest T queries of every sequence over a cache of keys and values.
+
+    Query t of entry b stands at t' = ``cache_seqlens[b] - T + t`` and attends the keys s <= t'. The
+    caller has written the T new keys and values; the cache is never written here. The work is split
+    over the keys.
+
+    Args:
+        q: ``(B, H, T, D)`` with a small T; dtypes as for `attention`.
+        k_cache: ``(B, H_kv, S, D)``; or, with ``page_table``, pages ``(P, page, H_kv, D)``.
+        v_cache: ``(B, H_kv, S, D_v)``; or pages ``(P, page, H_kv, D_v)``.
+        cache_seqlens: int32 ``(B,)`` on q's device, the keys in the cache, the new ones included; at
+            most S. What lies past them, NaN included, has no effect. int64 is converted.
+        page_table: int32 ``(B, n)``: keys ``i * page`` and following of entry b lie in page
+            ``page_table[b, i]``, so that S = n * page. Entries past ``cache_seqlens`` are not read.
+        scale: default ``D ** -0.5``.
+        window: see `attention`.
+        softcap: see `attention`.
+        alibi_slopes: see `attention`.
+        sinks: see `attention`.
+        bias: broadcastable to ``(B, H, T, S)``, see `attention`.
+        return_lse: also return lse, float32 ``(B, H, T)``.
+        backend: see `attention`.
+
+    Returns:
+        out ``(B, H, T, D_v)``, or (out, lse).
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value, or requires a gradient, which
+            decoding does not have; a length is outside [0, S], or a page outside [0, P); or the
+            backend cannot run the call.
+
+    Paper: PagedAttention (arXiv:2309.06180).
+    """
+    function = "decode_attention"
+    tensors, options = checks.decode_call(
+        function,
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        page_table,
+        scale,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        bias,
+    )
+    row = dispatch.select(decode_problem(tensors, options), backend, function=function)
+    scale, left, right, softcap = (
+        options.scale,
+        options.window_left,
+        options.window_right,
+        options.softcap,
+    )
+    if row.ops is None:
+        checks.cache_values(function, *tensors[1:5])
+        out, lse = reference_decode(
+            *tensors, scale=scale, window_left=left, window_right=right, softcap=softcap
+        )
+    else:
+        try:
+            out, lse = autograd.call(row.ops.decode, *tensors, scale, left, right, softcap)
+        except RuntimeError as error:
+            raise checks.value_error(function, error) from None
+    return (out, lse) if return_lse else out
+
+
+def run(function: str, inputs: Inputs, options: Options, backend: str) -> Outputs:
+    """Choose a backend and run a checked call of ``attention`` or ``varlen_attention``."""
+    problem = attention_problem(inputs, options)
+    row = dispatch.select(problem, backend, function=function)
+    if options.dropout_p > 0 and inputs.dropout_seed is None:
+        drawn = torch.randint(1 << 32, (2,), dtype=torch.int64, device=inputs.q.device)
+        inputs = inputs._replace(dropout_seed=drawn)
+    if row.ops is None:
+        if inputs.cu_seqlens_q is not None:
+            checks.sequence_values(function, inputs, options)
+        return reference_attention(inputs, options)
+    try:
+        return autograd.fused_attention(row.name, inputs, options, problem.requires_grad)
+    except RuntimeError as error:
+        raise checks.value_error(function, error) from None
+
+
+def attention_problem(inputs: Inputs, options: Options) -> dispatch.Problem:
+    """A call of ``attention`` or ``varlen_attention`` as backends see it."""
+    q, k, v, mask, bias, alibi_slopes, sinks, align, _, cu_seqlens_q, _ = inputs
+    B, H, T, D = q.shape
+    _, H_kv, S, D_v = v.shape
+    return dispatch.Problem(
+        "attention" if cu_seqlens_q is None else "varlen",
+        q.device,
+        q.dtype,
+        B if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        H,
+        H_kv,
+        T,
+        S,
+        D,
+        D_v,
+        options,
+        mask is not None,
+        None if bias is None else bias.dtype,
+        alibi_slopes is not None,
+        sinks is not None,
+        align is not None,
+        0,
+        torch.is_grad_enabled()
+        and (
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (sinks is not None and sinks.requires_grad)
+        ),
+    )
+
+
+def decode_problem(tensors: tuple[Tensor | None, ...], options: Options) -> dispatch.Problem:
+    """A call of ``decode_attention`` as backends see it."""
+    q, k_cache, v_cache, _, page_table, bias, alibi_slopes, sinks = tensors
+    B, H, T, D = q.shape
+    _, H_kv, S, D_v = v_cache.shape
+    page_size = 0
+    if page_table is not None:
+        _, page_size, H_kv, D_v = v_cache.shape
+        S = page_table.shape[1] * page_size
+    return dispatch.Problem(
+        "decode",
+        q.device,
+        q.dtype,
+        B,
+        H,
+        H_kv,
+        T,
+        S,
+        D,
+        D_v,
+        options,
+        bias=None if bias is None else bias.dtype,
+        alibi=alibi_slopes is not None,
+        sinks=sinks is not None,
+        page_size=page_size,
+    )
+
+
+def _results(outputs: Outputs, return_lse: bool, options: Options) -> tuple[Any, ...]:
+    """What was asked for, in the order out, lse, stats, weights."""
+    results: list[Any] = [outputs.out]
+    if return_lse:
+        results.append(outputs.lse)
+    if options.stats:
+        max_logit, entropy, reach = outputs.stats.unbind(0)
+        results.append(
+            AttentionStats(
+                lse=outputs.lse,
+                max_logit=max_logit.detach(),
+                entropy=entropy,
+                reach=reach.detach(),
+                received=outputs.received if options.stats == 2 else None,
+            )
+        )
+    if options.weights:
+        results.append(outputs.weights)
+    return tuple(results)

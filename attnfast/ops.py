@@ -1,0 +1,177 @@
+"""The raw operators: torch.ops.attnfast.NAME_fwd, NAME_bwd and NAME_decode of every fused backend.
+
+All backends share one schema and one fake per operation, defined here; a backend adds kernels for its
+device, in C++ (the CPU's, from the native library) or in Python. The tensors come in the order of
+``Inputs``, then the values in the order of ``Options``; ``Outputs`` and ``Gradients`` come back, with
+empty tensors of shape (0,) for what was not asked for. Shapes and dtypes are checked by the public
+functions, not here.
+
+Raw operators have no gradient. They raise where one would be lost; ``attnfast.attention`` and
+``attnfast.varlen_attention`` have it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .options import Inputs, Options
+
+TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks,"
+    " Tensor? align, Tensor? dropout_seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+)
+VALUES = (
+    "float scale, bool causal, SymInt window_left, SymInt window_right, SymInt align_offset,"
+    " bool align_bottom_right, float softcap, float dropout_p, int weights, int stats,"
+    " bool deterministic, SymInt max_seqlen_q, SymInt max_seqlen_k"
+)
+SCHEMAS = {
+    "fwd": f"({TENSORS}, {VALUES})"
+    " -> (Tensor out, Tensor lse, Tensor stats, Tensor received, Tensor weights)",
+    "bwd": "(Tensor grad_out, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_weights,"
+    " Tensor out, Tensor lse, Tensor? entropy, bool need_dbias, bool need_dsinks,"
+    f" {TENSORS}, {VALUES})"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+    "decode": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? page_table,"
+    " Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, float scale, SymInt window_left,"
+    " SymInt window_right, float softcap) -> (Tensor out, Tensor lse)",
+}
+
+_LIBRARY = torch.library.Library("attnfast", "DEF")
+
+
+class Ops(NamedTuple):
+    """The three operators of one backend."""
+
+    fwd: Callable[..., Any]
+    bwd: Callable[..., Any]
+    decode: Callable[..., Any]
+
+
+@functools.cache
+def define(backend: str) -> Ops:
+    """Define a backend's operators: schemas, fakes, and Autograd kernels that refuse gradients."""
+    overloads = []
+    for kind, schema in SCHEMAS.items():
+        name = f"{backend}_{kind}"
+        _LIBRARY.define(name + schema)
+        op = getattr(torch.ops.attnfast, name).default
+        torch.library.register_fake(f"attnfast::{name}", FAKES[kind], lib=_LIBRARY)
+        _LIBRARY.impl(name, _refusing_gradients(op), "Autograd", with_keyset=True)
+        overloads.append(op)
+    return Ops(*overloads)
+
+
+def _refusing_gradients(op: Any) -> Callable[..., Any]:
+    """An Autograd kernel that goes on to the backend's own, unless that would lose a gradient."""
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad and x.is_floating_point() for x in args
+        ):
+            raise NotImplementedError(
+                f"{op.name()}: the raw operator has no gradient, and an input requires one: call "
+                "attnfast.attention or attnfast.varlen_attention, or run under torch.no_grad()"
+            )
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return kernel
+
+
+def empty_in_order(like: Tensor, last: int) -> Tensor:
+    """An empty tensor with the first three sizes of ``like``, ``last`` columns, and its memory order.
+
+    Rows are dense: the last dimension has stride 1, and the other three follow in the order of their
+    strides in ``like``, the largest first, equal ones in the order of the dimensions.
+    """
+    strides = like.stride()
+    order = sorted(range(3), key=lambda d: strides[d], reverse=True)
+    return torch.empty_permuted(
+        (*like.shape[:3], last), (*order, 3), dtype=like.dtype, device=like.device
+    )
+
+
+def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
+    inputs, options = Inputs(*args[:11]), Options(*args[11:])
+    q, (B, H, T, _), S = inputs.q, inputs.q.shape, inputs.k.shape[2]
+    fp32 = functools.partial(q.new_empty, dtype=torch.float32)
+    weights = (B, H, T, S)
+    if inputs.cu_seqlens_q is not None:
+        weights = (
+            inputs.cu_seqlens_q.shape[0] - 1,
+            H,
+            options.max_seqlen_q,
+            options.max_seqlen_k,
+        )
+    if options.weights == 1:
+        weights = (weights[0], *weights[2:])
+    return (
+        empty_in_order(q, inputs.v.shape[3]),
+        fp32((B, H, T)),
+        fp32((3, B, H, T) if options.stats else (0,)),
+        fp32((B, H, S) if options.stats == 2 else (0,)),
+        q.new_empty(weights if options.weights else (0,)),
+    )
+
+
+def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
+    need_dbias, need_dsinks = args[7:9]
+    inputs = Inputs(*args[9:20])
+    nothing = inputs.q.new_empty((0,))
+    return (
+        *(empty_in_order(x, x.shape[3]) for x in inputs[:3]),
+        inputs.bias.new_empty(inputs.bias.shape) if need_dbias else nothing,
+        inputs.sinks.new_empty(inputs.sinks.shape) if need_dsinks else nothing.clone(),
+    )
+
+
+def _decode_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return empty_in_order(q, v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "fwd": _fwd_fake,
+    "bwd": _bwd_fake,
+    "decode": _decode_fake,
+}
+
+CPU = define("cpu")
+_LIBRARY.define("cpu_isa() -> str")
+_LIBRARY.define("cpu_isas() -> str")
+
+
+def load() -> str | None:
+    """Load the native library: None, or the reason why there is none.
+
+    It is ``_native.so`` beside this file; the environment variable ``ATTNFAST_NATIVE`` names another.
+    """
+    path = Path(os.environ.get("ATTNFAST_NATIVE") or Path(__file__).with_name("_native.so"))
+    if not path.exists():
+        return (
+            f"native library not built: no {path}; build it with"
+            " `python setup.py build_ext --inplace`, or install a wheel"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"native library not loaded: {error}"
+    return None
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use: avx512_bf16, avx512, avx2 or portable."""
+    isa: str = torch.ops.attnfast.cpu_isa()
+    return isa
+
+
+def cpu_isas() -> list[str]:
+    """The instruction sets that this machine can run, the fastest first."""
+    isas: str = torch.ops.attnfast.cpu_isas()
+    return isas.split(",")

@@ -1,0 +1,140 @@
+"""``torch.nn.functional.scaled_dot_product_attention``, computed by attnfast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .functional import run
+
+FUNCTION = "scaled_dot_product_attention"
+NAMES = ("query", "key", "value", "attn_mask", "attn_mask")
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Torch's function with torch's signature; a query that attends nothing gives zeros.
+
+    Args:
+        query: ``(..., H, L, E)``, any number of leading dimensions (none of them, or no heads, too);
+            dtypes as for `attention`.
+        key: ``(..., H | H_kv, S, E)``. Leading dimensions and heads broadcast as in torch.
+        value: ``(..., H | H_kv, S, E_v)``.
+        attn_mask: bool, True = attend, or float, to be added; broadcastable to ``(..., H, L, S)``.
+        dropout_p: dropout probability; applied whether or not anything trains, as in torch.
+        is_causal: query t attends keys s <= t; not together with ``attn_mask``.
+        scale: default ``E ** -0.5``.
+        enable_gqa: allow fewer key and value heads than query heads, whose number they divide.
+
+    Returns:
+        ``(..., H, L, E_v)`` in query's dtype.
+
+    Raises:
+        TypeError: As `attention`.
+        ValueError: As `attention`; also ``attn_mask`` with ``is_causal``, or head counts that need
+            ``enable_gqa``.
+    """
+    q, k, v, leading = canonical(query, key, value, enable_gqa)
+    if attn_mask is not None and is_causal:
+        raise ValueError(f"{FUNCTION}: attn_mask must be None with is_causal=True, got both")
+    mask = bias = None
+    if attn_mask is not None:
+        attn_mask = flat_mask(attn_mask, q, leading)
+        if attn_mask.dtype is torch.bool:
+            mask = attn_mask
+        else:
+            bias = attn_mask
+    inputs, options = checks.attention_call(
+        FUNCTION,
+        q,
+        k,
+        v,
+        mask,
+        bias,
+        is_causal,
+        None,
+        "top_left",
+        scale,
+        None,
+        None,
+        None,
+        dropout_p,
+        None,
+        False,
+        False,
+        None,
+        names=NAMES,
+    )
+    out: Tensor = run(FUNCTION, inputs, options, "auto").out
+    rank = max(query.dim(), key.dim(), value.dim())
+    return out.view(out.shape[2:]) if rank == 2 else out.reshape(*leading, *out.shape[1:])
+
+
+def canonical(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """query, key, value as (B, H, L, E), (B, H_kv, S, E), (B, H_kv, S, E_v), and the sizes before H."""
+    given = (query, key, value)
+    for name, x in zip(NAMES, given, strict=False):
+        if not isinstance(x, Tensor):
+            checks.fail(FUNCTION, name, "a Tensor", type(x).__name__, TypeError)
+        if x.dim() < 2:
+            checks.fail(FUNCTION, name, "of 2 or more dimensions", tuple(x.shape))
+    rank = max(3, *(x.dim() for x in given))
+    q, k, v = (x[(None,) * (rank - x.dim())] for x in given)
+    q, k, v = same_heads(q, k, v, enable_gqa)
+    try:
+        leading = tuple(torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v))))
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(x.shape)) for x in given)
+        checks.fail(FUNCTION, "query, key and value", "of leading sizes that broadcast", shapes)
+    if rank == 3:
+        return q[None], k[None], v[None], leading
+    q, k, v = (x.expand(*leading, *x.shape[-3:]) for x in (q, k, v))
+    if rank > 4:
+        q, k, v = (x.flatten(0, rank - 4) for x in (q, k, v))
+    return q, k, v, leading
+
+
+def same_heads(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v with H, H_kv and H_kv heads, repeated only where `attention` cannot share them."""
+    H, *others = (x.shape[-3] for x in (q, k, v))
+    if not enable_gqa:
+        H = max(H, *others) if H == 1 else H
+        q = q if q.shape[-3] == H else q.expand(*q.shape[:-3], H, *q.shape[-2:])
+    for name, heads in zip(NAMES[1:3], others, strict=True):
+        if enable_gqa and (heads == 0 or H % heads):
+            requirement = f"of a number of heads that divides query's, {H}"
+            checks.fail(FUNCTION, name, requirement, heads)
+        if not enable_gqa and heads not in (1, H):
+            requirement = (
+                f"of query's number of heads, {H} (or a divisor of it, with enable_gqa=True)"
+            )
+            checks.fail(FUNCTION, name, requirement, heads)
+    if others[0] != others[1]:
+        k, v = (x.repeat_interleave(H // x.shape[-3], dim=-3) for x in (k, v))
+    return q, k, v
+
+
+def flat_mask(attn_mask: Tensor, q: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """attn_mask with its dimensions before H as one, expanded only where several of them differ."""
+    checks.on_device(FUNCTION, "attn_mask", attn_mask, q, "a Tensor or None")
+    if attn_mask.dtype is not torch.bool and not attn_mask.is_floating_point():
+        checks.fail(FUNCTION, "attn_mask", "bool or float", attn_mask.dtype, TypeError)
+    surplus = attn_mask.dim() - 3
+    if surplus <= 1 or len(leading) <= 1:
+        return attn_mask
+    try:
+        return attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, len(leading) - 1)
+    except RuntimeError:
+        requirement = f"broadcastable to (..., H, L, S) with leading sizes {leading}"
+        checks.fail(FUNCTION, "attn_mask", requirement, tuple(attn_mask.shape))

@@ -1,0 +1,150 @@
+"""Second derivatives of a fused call, through the reference, in memory linear in T and S."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .options import Inputs, Options
+from .reference import reference_attention
+
+BLOCK_ELEMENTS = 1 << 20  # scores in one block of rows
+
+
+def present(names: Iterable[str], values: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    """The values that are not None, by name."""
+    return {name: x for name, x in zip(names, values, strict=True) if x is not None}
+
+
+def second_derivatives(
+    inputs: Inputs, options: Options, grads: dict[str, Tensor], toward: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The gradient of sum(first gradients * ``toward``) for every differentiable tensor.
+
+    Every block of rows is computed anew by the reference, in fp32 or better, and differentiated
+    twice: memory is that of one block's scores, beside results of the inputs' sizes.
+
+    Args:
+        inputs: The tensors of the forward call.
+        options: Its options.
+        grads: The gradients of out, lse, entropy and weights that the first backward was given.
+        toward: The gradients of its results, for q, k, v, bias and sinks.
+
+    Returns:
+        The results by name: q, k, v, bias, sinks, and ``grad_`` with each name of ``grads``.
+    """
+    if not toward or not grads:
+        return {}
+    primals = present(
+        ("q", "k", "v", "bias", "sinks"),
+        (inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sinks),
+    )
+    dtype = torch.promote_types(inputs.q.dtype, torch.float32)
+    totals = {name: torch.zeros_like(x, dtype=dtype) for name, x in primals.items()}
+    grad_totals = {name: torch.zeros_like(x, dtype=dtype) for name, x in grads.items()}
+    options = options._replace(
+        stats=int("entropy" in grads), weights=options.weights if "weights" in grads else 0
+    )
+    for block in blocks(inputs, options):
+        x, dy, direction = (block.cut(part, dtype) for part in (primals, grads, toward))
+        _, pullback = torch.func.vjp(
+            lambda x, dy, block=block: block.backward(x, dy, toward), x, dy
+        )
+        for sums, terms in zip((totals, grad_totals), pullback(direction), strict=True):
+            for name, term in terms.items():
+                sums[name][block.index(name, sums[name])] += term
+    return {
+        **{name: total.to(primals[name].dtype) for name, total in totals.items()},
+        **{f"grad_{name}": total.to(grads[name].dtype) for name, total in grad_totals.items()},
+    }
+
+
+class Block(NamedTuple):
+    """Rows ``rows`` of one sequence of a varlen call, or of all entries of a dense call."""
+
+    inputs: Inputs
+    options: Options
+    sequence: int | None
+    q_start: int  # where the sequence begins among all queries
+    k_rows: slice
+    rows: slice
+
+    def index(self, name: str, x: Tensor) -> tuple[slice, ...]:
+        """Which part of a tensor of the whole call belongs to the block."""
+        every = slice(None)
+        entry = every if self.sequence is None else slice(self.sequence, self.sequence + 1)
+        local_keys = slice(0, self.k_rows.stop - self.k_rows.start)
+        if name in ("q", "out", "lse", "entropy"):
+            return (
+                every,
+                every,
+                slice(self.q_start + self.rows.start, self.q_start + self.rows.stop),
+            )
+        if name in ("k", "v"):
+            return every, every, self.k_rows
+        if name == "weights":
+            return (entry, *(every,) * (x.dim() - 3), self.rows, local_keys)
+        if name in ("mask", "bias"):
+            return (
+                every if x.shape[0] == 1 else entry,
+                every,
+                every if x.shape[2] == 1 else self.rows,
+                every if x.shape[3] == 1 else local_keys,
+            )
+        if name in ("align", "alibi_slopes"):
+            return (every if x.shape[0] == 1 else entry,)
+        return (every,)
+
+    def cut(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The block's part of each tensor, in the dtype of the computation."""
+        return {name: x[self.index(name, x)].to(dtype) for name, x in tensors.items()}
+
+    def backward(
+        self, x: dict[str, Tensor], dy: dict[str, Tensor], wanted: Collection[str]
+    ) -> dict[str, Tensor]:
+        """The block's first gradients, as functions of its inputs and of the results' gradients."""
+        _, pullback = torch.func.vjp(lambda x: self.forward(x, dy), x)
+        (dx,) = pullback(dy)
+        return {name: dx[name] for name in wanted}
+
+    def forward(self, x: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+        """The reference's results on the block, as functions of its differentiable tensors."""
+        others = {
+            name: tensor[self.index(name, tensor)]
+            for name, tensor in self.inputs._asdict().items()
+            if tensor is not None and name not in x and not name.startswith("cu_seqlens")
+        }
+        outputs = reference_attention(
+            Inputs(**x, **others),
+            self.options,
+            row_start=self.rows.start,
+            batch_start=self.sequence or 0,
+            compute_dtype=x["q"].dtype,
+        )
+        results: dict[str, Any] = {
+            "out": outputs.out,
+            "lse": outputs.lse,
+            "entropy": None if outputs.stats is None else outputs.stats[1],
+            "weights": outputs.weights,
+        }
+        return {name: results[name] for name in wanted}
+
+
+def blocks(inputs: Inputs, options: Options) -> Iterator[Block]:
+    """Cut a call into blocks of rows of about BLOCK_ELEMENTS scores."""
+    (B, H, T, _), S = inputs.q.shape, inputs.k.shape[2]
+    q_ends, k_ends = [0, T], [0, S]
+    varlen = inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None
+    if varlen:
+        q_ends, k_ends = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
+    for i, (q_start, k_start) in enumerate(zip(q_ends[:-1], k_ends[:-1], strict=True)):
+        T, S = q_ends[i + 1] - q_start, k_ends[i + 1] - k_start
+        offset = options.align_offset + (S - T if options.align_bottom_right else 0)
+        aligned = options._replace(align_offset=offset, align_bottom_right=False)
+        height = max(1, BLOCK_ELEMENTS // max(1, B * H * S))
+        for row in range(0, T, height):
+            rows, k_rows = slice(row, min(row + height, T)), slice(k_start, k_start + S)
+            yield Block(inputs, aligned, i if varlen else None, q_start, k_rows, rows)
