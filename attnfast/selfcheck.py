@@ -1,0 +1,217 @@
+"""``python -m attnfast --check``: every backend this machine can run, held to the accuracy rule.
+
+The tests hold the backends to the same rule over hundreds of cases; this is the part that an
+installed wheel can run by itself, to tell a broken machine, compiler or torch from a good one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .functional import attention
+from .options import Inputs, Options
+from .reference import reference_attention
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
+REPEATS = 3
+
+
+class Case(NamedTuple):
+    """The sizes and options of one call; False or zero is an option's absence."""
+
+    name: str
+    B: int
+    H: int
+    H_kv: int
+    T: int
+    S: int
+    D: int
+    causal: bool = False
+    window: int = -1
+    extras: bool = False  # a mask, a bias, slopes, sinks and dropout
+
+
+CASES = (
+    Case("plain", 2, 4, 4, 128, 128, 64),
+    Case("causal, grouped heads", 1, 6, 2, 65, 129, 80, causal=True),
+    Case("window, long rows", 1, 2, 2, 300, 300, 128, causal=True, window=70),
+    Case("mask, bias, ALiBi, sinks, dropout", 2, 2, 1, 63, 100, 40, extras=True),
+)
+
+
+class Verdict(NamedTuple):
+    """One backend on one case in one dtype."""
+
+    backend: str
+    case: str
+    dtype: str
+    errors: dict[str, float]  # by result: the largest difference from the fp64 reference
+    bounds: dict[str, float]  # by result: what the accuracy rule allows
+    forward_ms: float
+    backward_ms: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every error is within its bound. NaN is not."""
+        return all(self.errors[name] <= self.bounds[name] for name in self.bounds)
+
+
+def run(backends: list[tuple[str, str]]) -> Iterator[Verdict]:
+    """Check backends, given as (name, device type), on every case and dtype."""
+    for backend, device in backends:
+        for case in CASES:
+            for dtype in DTYPES:
+                yield check(backend, case, dtype, device)
+
+
+def check(backend: str, case: Case, dtype: torch.dtype, device: str) -> Verdict:
+    """Run one case forward and backward, and measure it against the rule.
+
+    ``error <= 2 x eager error + 4 eps M``: eager is the reference computed in the case's dtype, M
+    the largest of the same sums taken with absolute terms in fp64 (`magnitudes`).
+    """
+    inputs, options, grad_out = problem(case, dtype, device)
+    truth = reference_results(_double(inputs), options, grad_out.double(), torch.float64)
+    eager = reference_results(inputs, options, grad_out, dtype)
+    eager["lse"] = reference_results(inputs, options, grad_out, torch.float32)["lse"]
+    sums = magnitudes(_double(inputs), options, grad_out.double())
+    results, forward_ms, backward_ms = timed(backend, inputs, options, grad_out)
+    errors = {name: _largest(results[name].double() - truth[name]) for name in truth}
+    bounds = {
+        name: 2 * _largest(eager[name].double() - truth[name])
+        + 4 * torch.finfo(torch.float32 if name == "lse" else dtype).eps * sums[name]
+        for name in truth
+    }
+    name = str(dtype).removeprefix("torch.")
+    return Verdict(backend, case.name, name, errors, bounds, forward_ms, backward_ms)
+
+
+def problem(case: Case, dtype: torch.dtype, device: str) -> tuple[Inputs, Options, Tensor]:
+    """The case's tensors, the same every time, and the gradient of its output."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    B, H, T, S, D = case.B, case.H, case.T, case.S, case.D
+    inputs = Inputs(normal(B, H, T, D), normal(B, case.H_kv, S, D), normal(B, case.H_kv, S, D))
+    if case.extras:
+        inputs = inputs._replace(
+            mask=(torch.rand(B, 1, 1, S, generator=generator) < 0.8).to(device),
+            bias=normal(1, H, T, S),
+            alibi_slopes=torch.linspace(0.01, 0.1, H, device=device).view(1, H),
+            sinks=normal(H),
+            dropout_seed=torch.tensor([5, 7], device=device),
+        )
+    options = Options(
+        scale=D**-0.5,
+        causal=case.causal,
+        window_left=case.window,
+        align_bottom_right=case.causal,
+        dropout_p=0.1 if case.extras else 0.0,
+    )
+    return inputs, options, normal(B, H, T, D)
+
+
+def reference_results(
+    inputs: Inputs, options: Options, grad_out: Tensor, compute_dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """``out lse dq dk dv``, with dbias and dsinks where there are such inputs, by the reference."""
+    inputs, leaves = _with_leaves(inputs)
+    outputs = reference_attention(inputs, options, compute_dtype=compute_dtype)
+    gradients = torch.autograd.grad(outputs.out, list(leaves.values()), grad_out)
+    results = {"out": outputs.out.detach(), "lse": outputs.lse.detach()}
+    return results | {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+
+
+def timed(
+    backend: str, inputs: Inputs, options: Options, grad_out: Tensor
+) -> tuple[dict[str, Tensor], float, float]:
+    """The same results through ``attention``, and the median ms of forward and of backward."""
+    inputs, leaves = _with_leaves(inputs)
+    forward, backward = [], []
+    for _ in range(REPEATS):
+        start = _now(grad_out)
+        out, lse = attention(
+            *inputs[:3],
+            mask=inputs.mask,
+            bias=inputs.bias,
+            causal=options.causal,
+            window=(options.window_left, None) if options.window_left >= 0 else None,
+            align="bottom_right" if options.align_bottom_right else "top_left",
+            alibi_slopes=None if inputs.alibi_slopes is None else inputs.alibi_slopes[0],
+            sinks=inputs.sinks,
+            dropout_p=options.dropout_p,
+            dropout_seed=inputs.dropout_seed,
+            return_lse=True,
+            backend=backend,
+        )
+        middle = _now(grad_out)
+        gradients = torch.autograd.grad(out, list(leaves.values()), grad_out)
+        backward.append(_now(grad_out) - middle)
+        forward.append(middle - start)
+    results = {"out": out.detach(), "lse": lse.detach()}
+    results |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+    return results, 1e3 * sorted(forward)[REPEATS // 2], 1e3 * sorted(backward)[REPEATS // 2]
+
+
+def magnitudes(inputs: Inputs, options: Options, grad_out: Tensor) -> dict[str, float]:
+    """M of each result: its largest sum with every term replaced by its absolute value, in fp64."""
+    q, k, v = (x.abs() for x in inputs[:3])
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    per_head = options._replace(weights=2)
+    undropped = reference_attention(inputs, per_head._replace(dropout_p=0.0))
+    dropped = reference_attention(inputs, per_head).weights
+    p, lse = undropped.weights, undropped.lse
+    assert p is not None
+    assert dropped is not None
+    dp = dropped * (grad_out.abs() @ v.mT)  # p * |dP|
+    delta = dp.sum(-1, keepdim=True)
+    ds = dp + p * delta
+    sums = {
+        "out": dropped @ v,
+        "lse": lse[lse.isfinite()].abs() + 1,
+        "dq": options.scale * ds @ k,
+        "dk": (options.scale * ds.mT @ q).unflatten(1, (-1, group)).sum(2),
+        "dv": (dropped.mT @ grad_out.abs()).unflatten(1, (-1, group)).sum(2),
+    }
+    if inputs.bias is not None:
+        sums["dbias"] = ds.sum_to_size(inputs.bias.shape)
+    if inputs.sinks is not None:
+        sums["dsinks"] = ((1 - p.sum(-1, keepdim=True)) * delta).sum((0, 2, 3))
+    return {name: _largest(x) for name, x in sums.items()}
+
+
+def _with_leaves(inputs: Inputs) -> tuple[Inputs, dict[str, Tensor]]:
+    """The inputs with fresh leaves in the place of the differentiable ones, and these by name."""
+    given = {name: getattr(inputs, name) for name in DIFFERENTIABLE}
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
+    return inputs._replace(**leaves), leaves
+
+
+def _double(inputs: Inputs) -> Inputs:
+    floats = {
+        name: x.double()
+        for name, x in inputs._asdict().items()
+        if x is not None and x.is_floating_point()
+    }
+    return inputs._replace(**floats)
+
+
+def _largest(x: Tensor) -> float:
+    """The largest absolute value; NaN if there is one, which no bound admits."""
+    return float(x.abs().max())
+
+
+def _now(x: Tensor) -> float:
+    """Seconds, once the device of x has done what it was asked for."""
+    if x.device.type != "cpu":
+        torch.accelerator.synchronize(x.device)
+    return time.perf_counter()
