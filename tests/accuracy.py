@@ -17,25 +17,24 @@ FP32_RESULTS = ("lse", "max_logit", "entropy", "reach", "received")
 def check(actual: Results, problem: Problem) -> None:
     """Hold every output and gradient of a call to the accuracy rule.
 
-    With ``error = |actual - truth|``, truth the reference in fp64, both must hold:
+    Names, shapes and dtypes must agree first, then the positions and signs of NaN and Inf. Then,
+    with truth the reference in fp64 and ``error = |actual - truth|``:
 
         max error   <=  2 max |eager - truth|   +  4 max unit
         mean error  <=  2 mean |eager - truth|  +  4 mean unit
 
-    `eager` is the same computation in plain PyTorch, all of it in the input's dtype; in fp32 for lse, statistics and
-    column sums, which are fp32 results. `unit` is eps times the same sum with absolute terms, fp64, as
-    `dense` derives and documents it: eps of the dtype for what may be rounded to it, of fp32 for scores. So a sum
-    that cancels is judged by its terms and a huge score by its spacing in fp32.
+    `eager` is the same computation in plain PyTorch, all of it in the input's dtype; in fp32 for
+    lse, statistics and column sums, which are fp32 results. `unit` is eps times the same sum with
+    absolute terms, in fp64, as `dense` derives it: eps of the dtype for what may be rounded to
+    it, of fp32 for the scores.
 
-    Where eager has no digit left (overflow, NaN, an error beyond a quarter of the largest value), it is no
-    baseline: fp32, rounded to the dtype, takes its place.
-
-    Names, shapes and dtypes must agree first, then the positions and signs of NaN and Inf.
+    Where eager has no digit left (overflow, NaN, an error beyond a quarter of the largest value),
+    it is no baseline: fp32, rounded to the dtype, takes its place.
 
     Raises:
         AssertionError: one line for each result that fails, with errors and bounds.
     """
-    inputs, options, cotangents = problem
+    inputs = problem.inputs
     wide = Inputs(*(_double(x) for x in inputs))
     truth = reference_results(problem._replace(inputs=wide), torch.float64)
     eager = reference_results(problem, inputs.q.dtype)
@@ -54,7 +53,7 @@ def check(actual: Results, problem: Problem) -> None:
 
 
 def check_formulas(actual: Results, problem: Problem) -> None:
-    """Hold the reference itself to the rule without a baseline: ``error <= 4 unit`` against `dense`."""
+    """Hold the reference itself to the rule, with `dense` as the truth and no baseline."""
     faults = []
     for name, (value, unit) in dense(problem).items():
         if name in actual:

@@ -30,8 +30,8 @@ WEIGHTS = {"none": 0, "mean": 1, "per head": 2}
 class Case:
     """A call of `attention`, or with lengths of `varlen_attention`, on random tensors.
 
-    ``mask`` and ``bias`` name the dimensions of (b, h, t, s) that are not broadcast: "bs" is a padding
-    mask (B, 1, 1, S). ``grads`` are the outputs in the loss.
+    ``mask`` and ``bias`` name the dimensions of (b, h, t, s) that are not broadcast: "bs" is a
+    padding mask (B, 1, 1, S). ``grads`` are the outputs in the loss.
     """
 
     name: str = ""
@@ -63,7 +63,7 @@ class Case:
 
     def __str__(self) -> str:
         """The test id: shape, dtype, and every field that is not at its default."""
-        heads = f"H{self.H}" if self.H == self.H_kv else f"H{self.H}:{self.H_kv}"
+        heads = f"H{self.H}" if self.H_kv == self.H else f"H{self.H}:{self.H_kv}"
         T, S = "+".join(str(t) for t, _ in self.lengths), "+".join(str(s) for _, s in self.lengths)
         shape = f"T{T}-S{S}" if self.lengths else f"B{self.B}-T{self.T}-S{self.S}"
         D = f"D{self.D}:{self.D_v}" if self.D_v else f"D{self.D}"
@@ -186,7 +186,7 @@ def outputs(inputs: Inputs, options: Options, backend: str, **overrides: Any) ->
 
 
 def arguments_of(inputs: Inputs, options: Options) -> dict[str, Any]:
-    """The keyword arguments of `attention` that make up these options, always with the lse returned."""
+    """The keyword arguments of `attention` for these options; the lse is always returned."""
     align: Tensor | int | str = options.align_offset
     if inputs.align is not None:
         align = inputs.align

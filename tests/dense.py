@@ -1,33 +1,36 @@
 """Attention and its gradients as dense fp64 formulas, each with the size of its rounding errors.
 
-Written from the formulas of docs/math.md and independent of ``attnfast.reference``, which gets its gradients
-from autograd: the two check each other. Beside every value stands its `unit`: the same sum taken
-with absolute terms, each term weighted with the relative rounding error it carries. The accuracy rule
+Written from the formulas of docs/math.md and independent of ``attnfast.reference``, which gets
+its gradients from autograd: the two check each other. Beside every value stands its `unit`: eps
+times the same sum with absolute terms, each term weighted by what it carries. The accuracy rule
 (`accuracy.check`) allows four of the largest.
 
-The rounding errors. Scores, softmax and sums are in fp32, with ``es = 2**-23``; probabilities, score gradients and results may
-be rounded to the input's dtype, with ``e = finfo(dtype).eps``:
+Scores, softmax and sums are in fp32, with ``es = 2**-23``. Only p, out and ds, as they enter a sum,
+and the results may be rounded to the input's dtype, with ``e = finfo(dtype).eps``.
 
-    A      = scale * sum |q| |k|, through the softcap, + |bias| + slope * |s - t'|   the score's absolute terms
-    Abar   = sum_s p A, with |sink| as one more key's A
-    E      = A + Abar + |lse|       p = exp(score - lse): an error es * A of its own score and one of es * (Abar + |lse|)
-                                    of the lse; both move p relative to its size
-    rho    = e + es * E             the relative error of p as it enters a sum
+    A      = |scale| sum |q| |k|, through the softcap, + |bias| + slope |s - t'|
+    Abar   = sum_s p A, the sink as one more key with A = |sink|
+    E      = A + Abar + |lse|
+    rho    = e + es E
 
-    out        sum rho p Z |v|
-    weights    rho p Z
+A is the sum of a score's absolute terms, so es A is its error. p = exp(score - lse) is moved,
+relative to its size, by that and by the error of the lse, es (Abar + |lse|): together es E. rho
+is p's relative error as it enters a sum. The units, |x|' the absolute terms of x summed:
+
+    out        sum_s rho p Z |v|                    weights    rho p Z
     lse        es (1 + Abar + |lse|)
     max_logit  es A of the largest score, or of any within its own error of it
-    entropy    es (1 + |log l| + sum p (|s - m| + sum p |s - m|) E)      error of score s moves H by p (s - lse + H)
-    reach      es sum p |s - t'| (1 + E)
-    received   es sum_t p (1 + E)
+    entropy    es (1 + |log l| + sum_s p (|s - m| + sum p |s - m|) E)
+    reach      es sum_s p |s - t'| (1 + E)          received   es sum_t p (1 + E)
 
-    dP         Z (|do| |v|^T + |dW|)                   delta = sum p dP, its unit = sum rho p dP
-    ds         p (rho (dP + delta + |dlse| + |dH| (|s - lse| + H)) + unit(delta) + |dH| (es E + unit(H)))
-    dx         unit(ds) (1 - u^2) + es |ds| (u^2 + 2 u (1 - u^2) A_x / softcap)    u = tanh(x / softcap)
-    dq, dk     scale * sum unit(dx) |k|, and |q|       dv = sum rho p Z |do|       dbias = sum unit(ds)
+    dP         |dP|' = Z (|do| |v|^T + |dW|) delta      es sum_s p |dP|' (1 + E) ds         e
+    (|ds| + p sum_d |do o|) + es |ds|' (1 + E) + p (unit(delta) + |dH| (es E + unit(H)))
+               |ds|' = p (|dP|' + sum_s p |dP|' + |dlse| + |dH| (|s - lse| + H))
+    dx         unit(ds) (1 - u^2) + es |ds|' (u^2 + 2 |u| (1 - u^2) A_x / c),   u = tanh(x / c)
+    dq, dk     |scale| sum unit(dx) |k|, and |q|    dv         sum_t rho p Z |do|
+    dbias      sum unit(ds)                         dsinks     sum unit(ds) of the sink
 
-Huge scores are thus judged by what fp32 can know of them (es * A is their spacing), and cancelling sums by their terms.
+So huge scores are judged by what fp32 can know of them, cancelling sums by their terms.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from attnfast.reference import dropout_mask
 
 
 class Cotangents(NamedTuple):
-    """The gradients of a scalar loss by each differentiable output; None where it is not part of the loss."""
+    """The gradients of a scalar loss by each differentiable output; None where it has none."""
 
     out: Tensor | None = None  # (B, H, T, D_v)
     lse: Tensor | None = None  # (B, H, T)
@@ -69,8 +72,8 @@ def dense(problem: Problem) -> dict[str, Sum]:
     """Every output and gradient of a call, from inputs of any dtype.
 
     Returns:
-        ``out lse max_logit entropy reach received weights dq dk dv dbias dsinks``, without those that the
-        call lacks, in the layout of `Outputs` and `Gradients`.
+        ``out lse max_logit entropy reach received weights dq dk dv dbias dsinks``, without those
+        that the call lacks, in the layout of `Outputs` and `Gradients`.
     """
     return _batch(*problem) if problem.inputs.cu_seqlens_q is None else _varlen(*problem)
 
@@ -78,8 +81,8 @@ def dense(problem: Problem) -> dict[str, Sum]:
 def _batch(
     inputs: Inputs, options: Options, cotangents: Cotangents, batch_start: int = 0
 ) -> dict[str, Sum]:
-    """`dense` without cu_seqlens; batch_start counts the entries before these, for the dropout mask."""
-    B, H, T, D = inputs.q.shape
+    """`dense` without cu_seqlens. The dropout mask counts batch_start entries before these."""
+    B, H, T, _ = inputs.q.shape
     H_kv, S, D_v = inputs.v.shape[1:]
     group = H // H_kv
     e, es = rounding(inputs.q.dtype)
@@ -180,14 +183,16 @@ def _batch(
     dP, dP_abs = Z * (do @ v.mT + dW), Z * (do.abs() @ v.abs().mT + dW.abs())
     delta = (p * dP).sum(3, keepdim=True)
     delta_abs = (p * dP_abs).sum(3, keepdim=True)
-    delta_unit = (rho * p * dP_abs).sum(3, keepdim=True)
+    delta_unit = es * ((1 + E) * p * dP_abs).sum(3, keepdim=True)
 
     nothing = torch.zeros(B, H, T, 1).double()  # the sink has no value: its dP is zero
     ds_all = p_all * (torch.cat([dP, nothing], 3) - delta + dlse - dH * (below + spread))
     ds_abs = p_all * (
         torch.cat([dP_abs, nothing], 3) + delta_abs + dlse.abs() + dH.abs() * (below.abs() + spread)
     )
-    ds_unit = rho_all * ds_abs + p_all * (delta_unit + dH.abs() * (es * E_all + entropy_unit))
+    rounded = (do * result["out"].value).abs().sum(3, keepdim=True)  # of delta from a rounded out
+    ds_unit = e * (ds_all.abs() + p_all * rounded) + es * (1 + E_all) * ds_abs
+    ds_unit += p_all * (delta_unit + dH.abs() * (es * E_all + entropy_unit))
     ds = Sum(ds_all[..., :S], ds_unit[..., :S])
     dx = Sum(ds.value * slope, ds.unit * slope + ds_abs[..., :S] * slope_unit)
 
@@ -210,7 +215,8 @@ def _batch(
 
 def _varlen(inputs: Inputs, options: Options, cotangents: Cotangents) -> dict[str, Sum]:
     """Every sequence as a batch of one; the rows past the last are rows without keys or sink."""
-    assert inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None
+    assert inputs.cu_seqlens_q is not None
+    assert inputs.cu_seqlens_k is not None
     q_ends, k_ends = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
     result = _nothing(inputs, options, len(q_ends) - 1)
     for i in range(len(q_ends) - 1):
