@@ -54,7 +54,7 @@ struct Problem {
   int64_t window_right = -1;  // -1: unbounded
   float softcap = 0.0f;       // 0: none
 
-  float dropout_p = 0.0f;
+  double dropout_p = 0.0;
   uint64_t dropout_seed = 0;
   uint64_t dropout_offset = 0;
 

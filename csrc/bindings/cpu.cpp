@@ -1,0 +1,413 @@
+// torch.ops.attnfast.cpu_*: tensors in, parameter structs out, through torch's stable ABI (2.10 and later).
+//
+// The schemas are defined in attnfast/ops.py, which also checks shapes and dtypes; what is checked here are the values
+// inside tensors that index memory.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace {
+
+using attnfast::BackwardParams;
+using attnfast::DecodeParams;
+using attnfast::DType;
+using attnfast::ForwardParams;
+using attnfast::MutableView;
+using attnfast::Problem;
+using attnfast::View;
+using attnfast::Weights;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Bool:
+      return DType::kBool;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, "attention: tensors must be float32, bfloat16, float16, float64 or bool");
+      return DType::kFloat32;
+  }
+}
+
+// Strides of a 4-D tensor; dimensions of size 1 broadcast.
+template <class AnyView, class Pointer>
+AnyView view_of(const Tensor& x, Pointer data) {
+  const auto stride = [&](int64_t d) { return x.size(d) == 1 ? 0 : x.stride(d); };
+  return AnyView{data, stride(0), stride(1), stride(2), stride(3), dtype_of(x)};
+}
+View read(const Tensor& x) { return view_of<View>(x, x.const_data_ptr()); }
+View read(const OptionalTensor& x) { return x ? read(*x) : View{}; }
+MutableView write(const Tensor& x) { return view_of<MutableView>(x, x.mutable_data_ptr()); }
+
+// The rows of q, k, v and their gradients are walked by pointer: their last stride must be 1.
+void check_rows(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 4 && (x.size(3) <= 1 || x.stride(3) == 1), "attention: ", name,
+                  " must be 4-D with last stride 1");
+}
+
+Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  int32_t dtype, device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device_type,
+                                                  device_index, &handle));
+  return Tensor(handle);
+}
+
+// Dense rows of `last` elements, the first three dimensions in the memory order of `like`.
+Tensor empty_in_order(const Tensor& like, int64_t last) {
+  std::array<int64_t, 3> order{0, 1, 2};
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return like.stride(a) > like.stride(b); });
+  const std::vector<int64_t> sizes{like.size(0), like.size(1), like.size(2), last};
+  std::vector<int64_t> strides{0, 0, 0, 1};
+  int64_t next = std::max<int64_t>(last, 1);
+  for (int i = 2; i >= 0; --i) {
+    strides[order[i]] = next;
+    next *= std::max<int64_t>(sizes[order[i]], 1);
+  }
+  return empty_strided(like, sizes, strides);
+}
+
+Tensor empty_float(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+double element(const Tensor& x, int64_t offset) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return static_cast<const double*>(x.const_data_ptr())[offset];
+    case ScalarType::BFloat16:
+      return static_cast<float>(static_cast<const c10::BFloat16*>(x.const_data_ptr())[offset]);
+    case ScalarType::Half:
+      return static_cast<float>(static_cast<const c10::Half*>(x.const_data_ptr())[offset]);
+    default:
+      return static_cast<const float*>(x.const_data_ptr())[offset];
+  }
+}
+
+void set_element(const Tensor& x, int64_t offset, float value) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      static_cast<double*>(x.mutable_data_ptr())[offset] = value;
+      return;
+    case ScalarType::BFloat16:
+      static_cast<c10::BFloat16*>(x.mutable_data_ptr())[offset] = value;
+      return;
+    case ScalarType::Half:
+      static_cast<c10::Half*>(x.mutable_data_ptr())[offset] = value;
+      return;
+    default:
+      static_cast<float*>(x.mutable_data_ptr())[offset] = value;
+  }
+}
+
+// Small tensors (slopes, sinks, lengths) as plain arrays that live as long as the call.
+struct SmallTensors {
+  std::vector<float> slopes, sinks;
+  std::vector<int32_t> align, cu_seqlens_q, cu_seqlens_k, cache_seqlens, page_table;
+};
+
+std::vector<float> floats_of(const Tensor& x) {  // 1-D or 2-D
+  std::vector<float> out;
+  const int64_t rows = x.dim() == 2 ? x.size(0) : 1, columns = x.size(x.dim() - 1);
+  out.reserve(rows * columns);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t offset = (x.dim() == 2 ? i * x.stride(0) : 0) + j * x.stride(x.dim() - 1);
+      out.push_back(static_cast<float>(element(x, offset)));
+    }
+  }
+  return out;
+}
+
+std::vector<int32_t> ints_of(const Tensor& x, const char* name) {  // 1-D or 2-D
+  const bool is_long = x.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(is_long || x.scalar_type() == ScalarType::Int, name, " must be int32 or int64");
+  std::vector<int32_t> out;
+  const int64_t rows = x.dim() == 2 ? x.size(0) : 1, columns = x.size(x.dim() - 1);
+  out.reserve(rows * columns);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t offset = (x.dim() == 2 ? i * x.stride(0) : 0) + j * x.stride(x.dim() - 1);
+      const int64_t value = is_long ? static_cast<const int64_t*>(x.const_data_ptr())[offset]
+                                    : static_cast<const int32_t*>(x.const_data_ptr())[offset];
+      STD_TORCH_CHECK(value >= std::numeric_limits<int32_t>::min() && value <= std::numeric_limits<int32_t>::max(),
+                      name, " must fit in 32 bits, got ", value);
+      out.push_back(static_cast<int32_t>(value));
+    }
+  }
+  return out;
+}
+
+// The sequences' boundaries, checked so that no index can leave the tensor; returns the longest sequence.
+int64_t check_cu_seqlens(const std::vector<int32_t>& cu, int64_t total, int64_t max_seqlen, const std::string& side) {
+  const std::string name = "attention: cu_seqlens_" + side;
+  STD_TORCH_CHECK(!cu.empty() && cu[0] == 0, name, " must start with 0, got ", cu.empty() ? -1 : cu[0]);
+  int64_t longest = 0;
+  for (size_t i = 1; i < cu.size(); ++i) {
+    STD_TORCH_CHECK(cu[i] >= cu[i - 1], name, " must not decrease, got ", cu[i], " after ", cu[i - 1], " at index ", i);
+    longest = std::max<int64_t>(longest, cu[i] - cu[i - 1]);
+  }
+  STD_TORCH_CHECK(cu.back() <= total, name, " must end within the ", total, " rows of ", side, ", got ", cu.back());
+  STD_TORCH_CHECK(longest <= max_seqlen, "attention: max_seqlen_", side, " must be at least the longest sequence (",
+                  longest, "), got ", max_seqlen);
+  return longest;
+}
+
+int threads_for(int64_t work) {
+  constexpr int64_t kWorthSharing = 1 << 17;  // multiply-adds
+  return work < kWorthSharing ? 1 : static_cast<int>(torch::stable::get_num_threads());
+}
+
+#define ATTNFAST_INPUTS                                                                                             \
+  const Tensor &q, const Tensor &k, const Tensor &v, OptionalTensor mask, OptionalTensor bias,                      \
+      OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor align, OptionalTensor dropout_seed,         \
+      OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, double scale, bool causal, int64_t window_left,     \
+      int64_t window_right, int64_t align_offset, bool align_bottom_right, double softcap, double dropout_p,        \
+      int64_t weights, int64_t stats, bool deterministic, int64_t max_seqlen_q, int64_t max_seqlen_k
+#define ATTNFAST_INPUT_NAMES                                                                                          \
+  q, k, v, mask, bias, alibi_slopes, sinks, align, dropout_seed, cu_seqlens_q, cu_seqlens_k, scale, causal,           \
+      window_left, window_right, align_offset, align_bottom_right, softcap, dropout_p, weights, stats, deterministic, \
+      max_seqlen_q, max_seqlen_k
+
+void fill_problem(Problem* p, SmallTensors* small, ATTNFAST_INPUTS) {
+  (void)weights, (void)stats, (void)deterministic;  // the kernels are deterministic always
+  check_rows(q, "q"), check_rows(k, "k"), check_rows(v, "v");
+  p->B = q.size(0), p->H = q.size(1), p->T = q.size(2), p->D = q.size(3);
+  p->H_kv = k.size(1), p->S = k.size(2), p->D_v = v.size(3);
+  p->q = read(q), p->k = read(k), p->v = read(v), p->mask = read(mask), p->bias = read(bias);
+  if (alibi_slopes) {
+    small->slopes = floats_of(*alibi_slopes);
+    p->alibi_slopes = small->slopes.data();
+    p->alibi_stride_b = alibi_slopes->dim() == 2 && alibi_slopes->size(0) > 1 ? p->H : 0;
+  }
+  if (sinks) {
+    small->sinks = floats_of(*sinks);
+    p->sinks = small->sinks.data();
+  }
+  if (cu_seqlens_q) {
+    small->cu_seqlens_q = ints_of(*cu_seqlens_q, "attention: cu_seqlens_q");
+    small->cu_seqlens_k = ints_of(*cu_seqlens_k, "attention: cu_seqlens_k");
+    STD_TORCH_CHECK(small->cu_seqlens_q.size() == small->cu_seqlens_k.size(),
+                    "attention: cu_seqlens_k must have as many entries as cu_seqlens_q (", small->cu_seqlens_q.size(),
+                    "), got ", small->cu_seqlens_k.size());
+    check_cu_seqlens(small->cu_seqlens_q, p->T, max_seqlen_q, "q");
+    check_cu_seqlens(small->cu_seqlens_k, p->S, max_seqlen_k, "k");
+    p->B = static_cast<int64_t>(small->cu_seqlens_q.size()) - 1;
+    p->T = max_seqlen_q, p->S = max_seqlen_k;
+    p->cu_seqlens_q = small->cu_seqlens_q.data(), p->cu_seqlens_k = small->cu_seqlens_k.data();
+    p->q.b = p->k.b = p->v.b = 0;
+  }
+  if (align) {
+    small->align = ints_of(*align, "attention: align");
+    p->align_per_batch = small->align.data();
+  }
+  p->align_offset = align_offset, p->align_bottom_right = align_bottom_right;
+  p->scale = static_cast<float>(scale), p->causal = causal;
+  p->window_left = window_left, p->window_right = window_right;
+  p->softcap = static_cast<float>(softcap);
+  p->dropout_p = dropout_p;
+  if (dropout_seed) {
+    const auto* seed = static_cast<const int64_t*>(dropout_seed->const_data_ptr());
+    p->dropout_seed = static_cast<uint64_t>(seed[0]);
+    p->dropout_offset = static_cast<uint64_t>(seed[dropout_seed->stride(0)]);
+  }
+  p->num_threads = threads_for(p->B * p->H * p->T * p->S * (p->D + p->D_v));
+}
+
+// Rows of a varlen result that belong to no sequence.
+bool has_slack(const Problem& p, int64_t rows_q, int64_t rows_k) {
+  return p.cu_seqlens_q && (p.cu_seqlens_q[p.B] < rows_q || p.cu_seqlens_k[p.B] < rows_k);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fwd(ATTNFAST_INPUTS) {
+  ForwardParams p;
+  SmallTensors small;
+  fill_problem(&p, &small, ATTNFAST_INPUT_NAMES);
+  const int64_t B = q.size(0), H = p.H, T = q.size(2), S = k.size(2);
+  Tensor out = empty_in_order(q, p.D_v);
+  Tensor lse = empty_float(q, {B, H, T});
+  Tensor statistics = stats ? empty_float(q, {3, B, H, T}) : nothing(lse);
+  Tensor received = stats == 2 ? empty_float(q, {B, H, S}) : nothing(lse);
+  Tensor probabilities = weights == 0   ? nothing(q)
+                         : weights == 1 ? torch::stable::new_empty(q, {p.B, p.T, p.S})
+                                        : torch::stable::new_empty(q, {p.B, H, p.T, p.S});
+  if (has_slack(p, T, S)) {
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+    if (stats) torch::stable::zero_(statistics);
+    if (stats == 2) torch::stable::zero_(received);
+  }
+  p.out = write(out);
+  if (p.cu_seqlens_q) p.out.b = 0;
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.lse_stride_b = H * T, p.lse_stride_h = T;
+  if (stats) {
+    p.max_logit = static_cast<float*>(statistics.mutable_data_ptr());
+    p.entropy = p.max_logit + B * H * T;
+    p.reach = p.entropy + B * H * T;
+  }
+  if (stats == 2) {
+    p.received = static_cast<float*>(received.mutable_data_ptr());
+    p.received_stride_b = H * S, p.received_stride_h = S;
+  }
+  p.weights_mode = static_cast<Weights>(weights);
+  if (weights == 1) {
+    p.weights = MutableView{probabilities.mutable_data_ptr(), p.T * p.S, 0, p.S, 1, dtype_of(probabilities)};
+  } else if (weights == 2) {
+    p.weights = MutableView{probabilities.mutable_data_ptr(), H * p.T * p.S, p.T * p.S, p.S, 1, dtype_of(probabilities)};
+  }
+  attnfast::cpu::kernels().attention_fwd(p);
+  return {out, lse, statistics, received, probabilities};
+}
+
+const float* rows_of(const OptionalTensor& x, std::vector<Tensor>* kept, const Tensor& lse) {
+  if (!x) return nullptr;
+  if (x->is_contiguous() && x->scalar_type() == ScalarType::Float) {
+    return static_cast<const float*>(x->const_data_ptr());
+  }
+  Tensor copy = empty_float(lse, {lse.size(0), lse.size(1), lse.size(2)});
+  torch::stable::copy_(copy, *x);
+  kept->push_back(copy);
+  return static_cast<const float*>(copy.const_data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_bwd(const Tensor& grad_out, OptionalTensor grad_lse,
+                                                           OptionalTensor grad_entropy, OptionalTensor grad_weights,
+                                                           const Tensor& out, const Tensor& lse, OptionalTensor entropy,
+                                                           bool need_dbias, bool need_dsinks, ATTNFAST_INPUTS) {
+  BackwardParams p;
+  SmallTensors small;
+  std::vector<Tensor> kept;
+  fill_problem(&p, &small, ATTNFAST_INPUT_NAMES);
+  const int64_t H = p.H, T = q.size(2);
+  Tensor d_o = grad_out;
+  if (d_o.size(3) > 1 && d_o.stride(3) != 1) {  // expanded or transposed by the caller: rows are needed
+    d_o = empty_in_order(grad_out, grad_out.size(3));
+    torch::stable::copy_(d_o, grad_out);
+  }
+  Tensor dq = empty_in_order(q, q.size(3)), dk = empty_in_order(k, k.size(3)), dv = empty_in_order(v, v.size(3));
+  if (has_slack(p, T, k.size(2))) torch::stable::zero_(dq), torch::stable::zero_(dk), torch::stable::zero_(dv);
+  p.out = read(out), p.grad_out = read(d_o);
+  p.dq = write(dq), p.dk = write(dk), p.dv = write(dv);
+  if (p.cu_seqlens_q) p.out.b = p.grad_out.b = p.dq.b = p.dk.b = p.dv.b = 0;
+  p.lse_stride_b = H * T, p.lse_stride_h = T;
+  p.lse = rows_of(lse, &kept, lse);
+  p.grad_lse = rows_of(grad_lse, &kept, lse);
+  p.entropy = rows_of(entropy, &kept, lse);
+  p.grad_entropy = rows_of(grad_entropy, &kept, lse);
+  p.weights_mode = static_cast<Weights>(weights);
+  if (grad_weights) {
+    const auto stride = [&](int64_t d) { return grad_weights->size(d) == 1 ? 0 : grad_weights->stride(d); };
+    p.grad_weights = weights == 1 ? View{grad_weights->const_data_ptr(), stride(0), 0, stride(1), stride(2), dtype_of(*grad_weights)}
+                                  : read(*grad_weights);
+  }
+  Tensor dbias = nothing(q), dsinks = nothing(q);
+  if (need_dbias) {
+    dbias = torch::stable::new_empty(*bias, {bias->size(0), bias->size(1), bias->size(2), bias->size(3)});
+    p.dbias = write(dbias);
+  }
+  std::vector<float> sink_sums(need_dsinks ? H : 0);
+  if (need_dsinks) {
+    dsinks = torch::stable::new_empty(*sinks, {H});
+    p.dsinks = sink_sums.data();
+  }
+  attnfast::cpu::kernels().attention_bwd(p);
+  for (size_t h = 0; h < sink_sums.size(); ++h) set_element(dsinks, h, sink_sums[h]);
+  return {dq, dk, dv, dbias, dsinks};
+}
+
+std::tuple<Tensor, Tensor> cpu_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                      const Tensor& cache_seqlens, OptionalTensor page_table, OptionalTensor bias,
+                                      OptionalTensor alibi_slopes, OptionalTensor sinks, double scale,
+                                      int64_t window_left, int64_t window_right, double softcap) {
+  DecodeParams p;
+  SmallTensors small;
+  check_rows(q, "q"), check_rows(k_cache, "k_cache"), check_rows(v_cache, "v_cache");
+  p.B = q.size(0), p.H = q.size(1), p.T = q.size(2), p.D = q.size(3), p.D_v = v_cache.size(3);
+  p.q = read(q), p.k = read(k_cache), p.v = read(v_cache), p.bias = read(bias);
+  small.cache_seqlens = ints_of(cache_seqlens, "decode_attention: cache_seqlens");
+  p.cache_seqlens = small.cache_seqlens.data();
+  if (page_table) {  // pages (P, page, H_kv, D)
+    small.page_table = ints_of(*page_table, "decode_attention: page_table");
+    p.page_table = small.page_table.data();
+    p.num_pages = k_cache.size(0), p.page_size = k_cache.size(1), p.H_kv = k_cache.size(2);
+    p.pages_per_sequence = page_table->size(1);
+    p.S = p.pages_per_sequence * p.page_size;
+    std::swap(p.k.h, p.k.t), std::swap(p.v.h, p.v.t);
+  } else {
+    p.H_kv = k_cache.size(1), p.S = k_cache.size(2);
+  }
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int64_t length = small.cache_seqlens[b];
+    STD_TORCH_CHECK(length >= 0 && length <= p.S, "decode_attention: cache_seqlens must lie in [0, ", p.S,
+                    "], the capacity of the cache, got ", length, " at index ", b);
+    const int64_t pages = p.page_size ? (length + p.page_size - 1) / p.page_size : 0;
+    for (int64_t i = 0; i < pages; ++i) {
+      const int32_t page = small.page_table[b * p.pages_per_sequence + i];
+      STD_TORCH_CHECK(page >= 0 && page < p.num_pages, "decode_attention: page_table must hold pages in [0, ",
+                      p.num_pages, "), got ", page, " at (", b, ", ", i, ")");
+    }
+  }
+  if (alibi_slopes) {
+    small.slopes = floats_of(*alibi_slopes);
+    p.alibi_slopes = small.slopes.data();
+    p.alibi_stride_b = alibi_slopes->dim() == 2 && alibi_slopes->size(0) > 1 ? p.H : 0;
+  }
+  if (sinks) {
+    small.sinks = floats_of(*sinks);
+    p.sinks = small.sinks.data();
+  }
+  p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
+  p.window_left = window_left, p.window_right = window_right;
+  Tensor out = empty_in_order(q, p.D_v);
+  Tensor lse = empty_float(q, {p.B, p.H, p.T});
+  p.out = write(out);
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.num_threads = threads_for(p.B * p.H * p.T * p.S * (p.D + p.D_v));
+  attnfast::cpu::kernels().attention_decode(p);
+  return {out, lse};
+}
+
+std::string cpu_isa() { return attnfast::cpu::kernels().name; }
+std::string cpu_isas() { return attnfast::cpu::runnable_isas(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(attnfast, CPU, m) {
+  m.impl("cpu_fwd", TORCH_BOX(&cpu_fwd));
+  m.impl("cpu_bwd", TORCH_BOX(&cpu_bwd));
+  m.impl("cpu_decode", TORCH_BOX(&cpu_decode));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(attnfast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
+}

@@ -1,0 +1,64 @@
+// Which instruction set's kernels run: the best that the machine has, unless ATTNFAST_CPU_ISA names another.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace attnfast::cpu {
+namespace {
+
+struct Row {
+  Kernels kernels;
+  bool runs;
+};
+
+#define ATTNFAST_ROW(isa, runs) {{#isa, isa::attention_fwd, isa::attention_bwd, isa::attention_decode}, runs}
+
+// Best first.
+const Row* table(int* count) {
+  static const Row rows[] = {
+#if defined(__x86_64__)
+      ATTNFAST_ROW(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),
+      ATTNFAST_ROW(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                             __builtin_cpu_supports("f16c")),
+#endif
+      ATTNFAST_ROW(portable, true),
+  };
+  *count = sizeof rows / sizeof *rows;
+  return rows;
+}
+
+const Kernels& choose() {
+  int count;
+  const Row* rows = table(&count);
+  const char* wanted = getenv("ATTNFAST_CPU_ISA");
+  for (int i = 0; i < count; ++i) {
+    if (rows[i].runs && (!wanted || !*wanted || std::string(wanted) == rows[i].kernels.name)) return rows[i].kernels;
+  }
+  throw std::runtime_error(std::string("ATTNFAST_CPU_ISA must be one of ") + runnable_isas() + " on this machine, got " +
+                           wanted);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const char* runnable_isas() {
+  static const std::string names = [] {
+    int count;
+    const Row* rows = table(&count);
+    std::string all;
+    for (int i = 0; i < count; ++i) {
+      if (rows[i].runs) all += (all.empty() ? "" : ",") + std::string(rows[i].kernels.name);
+    }
+    return all;
+  }();
+  return names.c_str();
+}
+
+}  // namespace attnfast::cpu
