@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnfast.functional import attention
+from .functional import attention
 
 
 class MultiheadAttention(nn.MultiheadAttention):

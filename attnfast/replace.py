@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from attnfast.module import MultiheadAttention
+from .module import MultiheadAttention
 
 _REPLACED = "_attnfast_replaced"  # on a module whose class replace changed
 _USED_NESTED = "_attnfast_used_nested_tensor"  # on an encoder that replace took it from

@@ -1,0 +1,321 @@
+"""replace and restore: what they change, what they leave, and that models answer the same."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnfast.module
+from attnfast import MultiheadAttention, replace, restore
+
+E, H, B, T = 16, 4, 3, 6
+
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
+
+def encoder(layers: int = 2, **options: Any) -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    options = {"batch_first": True, "dropout": 0.0, "dtype": torch.float64} | options
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 32, **options), layers)
+
+
+def padded() -> tuple[Tensor, Tensor]:
+    padding = torch.zeros(B, T, dtype=torch.bool)
+    padding[1, 4:] = padding[2, 1:] = True
+    return torch.randn(B, T, E, dtype=torch.float64), padding
+
+
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The keyword arguments of every call of `attention` by the module."""
+    calls: list[dict[str, Any]] = []
+    attention = attnfast.module.attention
+
+    def spy(*args: Tensor, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(attnfast.module, "attention", spy)
+    return calls
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_an_encoder_answers_the_same(
+    training: bool, norm_first: bool, attended: list[dict[str, Any]]
+) -> None:
+    """Every layer's attention is called, in inference too, which torch's layer would bypass."""
+    model = encoder(norm_first=norm_first).train(training)
+    x, padding = padded()
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            expected = model(x, src_key_padding_mask=padding)
+            replace(model)
+            attended.clear()
+            actual = model(x, src_key_padding_mask=padding)
+            restore(model)
+        assert len(attended) == 2
+        torch.testing.assert_close(actual[~padding], expected[~padding])
+
+
+def test_evaluation_equals_training() -> None:
+    model = encoder()
+    replace(model)
+    x, padding = padded()
+    trained = model.train()(x, src_key_padding_mask=padding)
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(x, src_key_padding_mask=padding), trained)
+
+
+def test_a_transformer_trains_the_same(attended: list[dict[str, Any]]) -> None:
+    """Encoder, decoder and cross-attention, causal and padded; the optimiser outlives the swap."""
+    torch.manual_seed(0)
+    theirs = nn.Transformer(E, H, 1, 1, 32, dropout=0.0, batch_first=True, dtype=torch.float64)
+    ours = copy.deepcopy(theirs)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (theirs, ours)]
+    report = replace(ours)
+    assert report.replaced == (
+        "encoder.layers.0.self_attn",
+        "decoder.layers.0.self_attn",
+        "decoder.layers.0.multihead_attn",
+    )
+    source, padding = padded()
+    target, _ = padded()
+    mask = ours.generate_square_subsequent_mask(T, dtype=torch.float64)
+    for _ in range(3):
+        losses = []
+        for model, optimizer in zip((theirs, ours), optimizers, strict=True):
+            out = model(
+                source,
+                target,
+                tgt_mask=mask,
+                src_key_padding_mask=padding,
+                tgt_key_padding_mask=padding,
+                memory_key_padding_mask=padding,
+            )
+            losses.append(out[~padding].square().mean())
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        torch.testing.assert_close(losses[1], losses[0])
+    for theirs_p, ours_p in zip(theirs.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(ours_p, theirs_p)
+    assert len(attended) == 9
+    assert [call["causal"] for call in attended[:3]] == [False, True, False]
+
+
+def test_identity_survives() -> None:
+    model = nn.ModuleDict(
+        {"a": nn.MultiheadAttention(E, H, dropout=0.1, batch_first=True, dtype=torch.bfloat16)}
+    )
+    model.a.eval()
+    seen = []
+    model.a.register_forward_hook(lambda *_: seen.append(1))
+    module, parameters, state = model.a, list(model.parameters()), model.state_dict()
+    replace(model)
+    assert model.a is module
+    assert type(module) is MultiheadAttention
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == list(state)
+    assert (module.training, module.dropout, module.batch_first) == (False, 0.1, True)
+    x = torch.randn(2, 3, E, dtype=torch.bfloat16)
+    assert module(x, x, x)[0].dtype == torch.bfloat16
+    assert seen == [1]
+
+
+def test_the_model_itself() -> None:
+    module = nn.MultiheadAttention(E, H)
+    assert str(replace(module)).splitlines() == [
+        "replace: 1 of 1 attention modules replaced",
+        "  replaced  (the model itself)",
+    ]
+    assert type(module) is MultiheadAttention
+    assert restore(module) == 1
+    assert type(module) is nn.MultiheadAttention
+
+
+def test_shared_modules_are_swapped_once() -> None:
+    shared = nn.MultiheadAttention(E, H)
+    model = nn.Sequential(nn.ModuleDict({"a": shared}), nn.ModuleDict({"b": shared}))
+    assert replace(model).replaced == ("0.a",)
+    assert model[0].a is model[1].b is shared
+    assert restore(model) == 1
+
+
+class Windowed(nn.MultiheadAttention):
+    """A subclass, which may compute anything."""
+
+
+def test_what_is_left() -> None:
+    model = nn.ModuleDict(
+        {
+            "subclass": Windowed(E, H),
+            "patched": nn.MultiheadAttention(E, H),
+            "ours": MultiheadAttention(E, H, backend="reference"),
+            "plain": nn.MultiheadAttention(E, H),
+        }
+    )
+    model.patched.forward = lambda *args, **kwargs: args[0]
+    report = replace(model)
+    assert report.replaced == ("plain",)
+    assert report.left == (
+        ("subclass", f"{__name__}.Windowed is a subclass with behaviour of its own"),
+        ("patched", "its forward was overridden on the instance"),
+        ("ours", "it is an attnfast.MultiheadAttention already"),
+    )
+    assert str(report).splitlines() == [
+        "replace: 1 of 4 attention modules replaced",
+        "  replaced  plain",
+        f"  left      subclass: {__name__}.Windowed is a subclass with behaviour of its own",
+        "  left      patched: its forward was overridden on the instance",
+        "  left      ours: it is an attnfast.MultiheadAttention already",
+    ]
+    assert type(model.subclass) is Windowed
+    assert type(model.patched) is nn.MultiheadAttention
+    assert restore(model) == 1
+    assert type(model.ours) is MultiheadAttention
+    assert model.ours.backend == "reference"
+
+
+def test_nothing_to_replace() -> None:
+    report = replace(nn.Linear(2, 2))
+    assert report.replaced == report.left == ()
+    assert str(report) == (
+        "replace: nothing to replace: the model has no torch.nn.MultiheadAttention (attention "
+        "modules of other classes are not touched)"
+    )
+
+
+def test_the_report_of_an_encoder() -> None:
+    report = replace(nn.Sequential(encoder()))
+    assert report.layers == ("0.layers.0", "0.layers.1")
+    assert report.encoders == ("0",)
+    assert str(report).splitlines()[-2:] == [
+        "  inference path goes through the attention: 0.layers.0, 0.layers.1",
+        "  padding masks kept, no nested tensors: 0",
+    ]
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    """All that replace may change, of every module."""
+    return [
+        (type(m), sorted(vars(m)), len(m._forward_hooks), getattr(m, "use_nested_tensor", None))
+        for m in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_restore_undoes_exactly_what_replace_did(nested: bool) -> None:
+    model = nn.Sequential(encoder())
+    model[0].use_nested_tensor = nested
+    model[0].layers[0].register_forward_hook(lambda *_: None)
+    before = snapshot(model)
+    replace(model)
+    after = snapshot(model)
+    assert after != before
+    replace(model)
+    assert snapshot(model) == after
+    assert restore(model) == 2
+    assert snapshot(model) == before
+    assert restore(model) == 0
+    assert snapshot(model) == before
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_copies(copied: Callable[[nn.Module], nn.Module], attended: list[dict[str, Any]]) -> None:
+    """A copy of a replaced model calls the kernels too, and is restored on its own."""
+    model = encoder().eval()
+    before = snapshot(model)
+    replace(model)
+    x, padding = padded()
+    with torch.inference_mode():
+        expected = model(x, src_key_padding_mask=padding)
+        twin = copied(model)
+        attended.clear()
+        assert torch.equal(twin(x, src_key_padding_mask=padding), expected)
+        assert len(attended) == 2
+        assert restore(twin) == 2
+        assert snapshot(twin) == before
+        assert torch.equal(model(x, src_key_padding_mask=padding), expected)
+        assert len(attended) == 4
+
+
+def test_an_encoder_built_with_our_module(attended: list[dict[str, Any]]) -> None:
+    """Nothing to swap, but its layers would bypass the module in inference."""
+    model = encoder(layers=1).eval()
+    model.layers[0].self_attn = MultiheadAttention(E, H, batch_first=True, dtype=torch.float64)
+    report = replace(model)
+    assert (report.replaced, report.layers, report.encoders) == ((), ("layers.0",), ("",))
+    x, padding = padded()
+    with torch.inference_mode():
+        model(x, src_key_padding_mask=padding)
+    assert len(attended) == 1
+    assert restore(model) == 0
+    assert type(model.layers[0].self_attn) is MultiheadAttention
+
+
+def test_options_reach_the_modules(attended: list[dict[str, Any]]) -> None:
+    model = encoder()
+    replace(model, backend="reference", deterministic=True)
+    model(*padded()[:1])
+    assert [(call["backend"], call["deterministic"]) for call in attended] == [
+        ("reference", True)
+    ] * 2
+
+
+def test_checkpointing() -> None:
+    """Recomputing a layer with dropout in the backward draws the same dropout."""
+    model = encoder(layers=1, dropout=0.5)
+    replace(model)
+    x, _ = padded()
+    gradients = []
+    for recompute in (False, True):
+        model.zero_grad()
+        torch.manual_seed(1)
+        if recompute:
+            out = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+        else:
+            out = model(x)
+        out.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_whole(training: bool) -> None:
+    model = encoder(layers=1, dtype=torch.float32).train(training)
+    replace(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x, padding = padded()
+    x = x.float()
+    torch.testing.assert_close(
+        compiled(x, src_key_padding_mask=padding), model(x, src_key_padding_mask=padding)
+    )
+
+
+@pytest.mark.parametrize("function", [replace, restore])
+def test_not_a_module(function: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError) as raised:
+        function([nn.MultiheadAttention(E, H)])
+    name = function.__name__
+    assert str(raised.value) == f"{name}: model must be a torch.nn.Module, got list"
