@@ -1,7 +1,7 @@
 """attnfast: exact softmax attention, forward and backward, in memory linear in sequence length.
 
-See `attention` for the contract, `explain` for which backend runs a call and why, `MultiheadAttention`
-and `replace` for the drop-in module.
+See `attention` for the contract, `explain` for which backend runs a call and why,
+`MultiheadAttention` and `replace` for the drop-in module.
 """
 
 from ._version import __version__

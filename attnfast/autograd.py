@@ -1,8 +1,11 @@
 """Gradients of the fused backends: what is saved, first and second derivatives, what must raise.
 
-A fused forward saves its inputs, ``out`` and ``lse`` (and the entropy, where statistics are returned):
-memory linear in T and S. The backward is a Function of its own whose derivative is taken through the
-reference, block of rows by block of rows. Everything else that autograd could ask for raises.
+A fused forward saves its inputs, ``out`` and ``lse`` (and the statistics, where they are returned):
+memory linear in T and S. The backward is a Function of its own, whose derivative is taken through
+the reference (second_order.py). Whatever else autograd could ask for raises.
+
+Both Functions exist in two forms: with ctx in forward, which is cheap, and with setup_context,
+which functorch's transforms need and which costs three times as much.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from . import dispatch
+from .checks import rows
 from .options import Inputs, Options, Outputs
 from .second_order import present, second_derivatives
 
@@ -22,8 +26,8 @@ from .second_order import present, second_derivatives
 def fused_attention(backend: str, inputs: Inputs, options: Options, requires_grad: bool) -> Outputs:
     """Run a fused backend so that gradients, where any are wanted, are recorded.
 
-    ``lse``, the entropy in ``stats``, and ``weights`` are differentiable; ``received`` and the other
-    statistics are not. What was not asked for is an empty tensor.
+    ``out``, ``lse``, ``weights`` and the entropy, ``stats[1]``, are differentiable; of the other
+    statistics the gradient is ignored. What was not asked for is an empty tensor.
     """
     if torch._C._are_functorch_transforms_active():
         return Outputs(*TransformedAttention.apply(backend, options, *inputs))
@@ -40,79 +44,60 @@ def call(op: Any, *args: Any) -> Any:
         return op(*args)
 
 
-class AttentionFunction(Function):
-    """apply(backend, options, *Inputs) -> Outputs."""
-
-    @staticmethod
-    def forward(ctx: Any, backend: str, options: Options, *inputs: Tensor | None) -> Any:
-        outputs = call(dispatch.OPS[backend].fwd, *inputs, *options)
-        save_attention(ctx, (backend, options, *inputs), outputs)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return attention_backward(ctx, *grads)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError("attention: forward-mode derivatives (jvp) are not implemented")
-
-
-class TransformedAttention(Function):
-    """The same in the form that functorch needs, and that costs three times as much per call."""
-
-    @staticmethod
-    def forward(backend: str, options: Options, *inputs: Tensor | None) -> Any:
-        return call(dispatch.OPS[backend].fwd, *inputs, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        save_attention(ctx, inputs, output)
-
-    backward = AttentionFunction.backward
-    jvp = AttentionFunction.jvp
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        raise NotImplementedError(
-            "attention: vmap is not implemented for the fused backends: put the mapped dimension into B"
-            " or H, or use backend='reference'"
-        )
-
-
-def save_attention(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    """Keep for backward what it needs of a forward call."""
-    backend, options, *inputs = args
-    out, lse, stats, received, weights = outputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(
-        received,
-        *(() if options.stats else (stats,)),
-        *(() if options.weights else (weights,)),
+def no_jvp(ctx: Any, *tangents: Any) -> Any:
+    """Refuse forward-mode derivatives."""
+    raise NotImplementedError(
+        "attention: forward-mode derivatives (jvp) are not implemented for the fused backends: use"
+        " backend='reference'"
     )
-    ctx.save_for_backward(out, lse, stats if options.stats else None, *inputs)
+
+
+def no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    """Refuse vmap, whose fallback would be a loop."""
+    raise NotImplementedError(
+        "attention: vmap is not implemented for the fused backends: make the mapped dimension part"
+        " of B or H, or use backend='reference'"
+    )
+
+
+def attention_forward(backend: str, options: Options, *inputs: Tensor | None) -> Any:
+    """(backend, options, *Inputs) -> Outputs."""
+    return call(dispatch.OPS[backend].fwd, *inputs, *options)
+
+
+def save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep what the backward of ``attention_forward`` needs."""
+    backend, options, *tensors = inputs
+    out, lse, stats, received, weights = output
+    ctx.set_materialize_grads(False)
+    constants = [received]
+    if not options.stats:
+        constants.append(stats)
+    if not options.weights:
+        constants.append(weights)
+    ctx.mark_non_differentiable(*constants)
+    ctx.save_for_backward(out, lse, stats if options.stats else None, *tensors)
     ctx.backend, ctx.options = backend, options
 
 
 def attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of (backend, options, *Inputs) from those of ``Outputs``."""
+    """Gradients of ``attention_forward``'s arguments from those of its results."""
     grad_out, grad_lse, grad_stats, _, grad_weights = grads
     out, lse, stats, *tensors = ctx.saved_tensors
-    nothing = (None,) * (2 + len(tensors))
-    if grad_out is None and grad_lse is None and grad_stats is None and grad_weights is None:
-        return nothing
     inputs = Inputs(*tensors)
-    needs = ctx.needs_input_grad[2:]
+    if all(grad is None for grad in grads):
+        return (None,) * (2 + len(inputs))
+    need_dbias, need_dsinks = ctx.needs_input_grad[6], ctx.needs_input_grad[8]
     args = (
-        torch.zeros_like(out) if grad_out is None else dense_rows(grad_out),
+        torch.zeros_like(out) if grad_out is None else rows(grad_out),
         None if grad_lse is None else grad_lse.contiguous(),
         None if grad_stats is None else grad_stats[1].contiguous(),
-        None if grad_weights is None else dense_rows(grad_weights),
+        None if grad_weights is None else rows(grad_weights),
         out.detach(),
         lse.detach(),
-        None if grad_stats is None else stats.detach()[1],
-        inputs.bias is not None and needs[4],
-        inputs.sinks is not None and needs[6],
+        None if grad_stats is None else stats[1].detach(),
+        need_dbias,
+        need_dsinks,
         *inputs,
     )
     if torch.compiler.is_compiling():
@@ -125,73 +110,34 @@ def attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
         gradients = call(dispatch.OPS[ctx.backend].bwd, *args, *ctx.options)
     dq, dk, dv, dbias, dsinks = gradients
     return (
-        None,
-        None,
-        dq,
-        dk,
-        dv,
-        None,
-        dbias if inputs.bias is not None and needs[4] else None,
-        None,
-        dsinks if inputs.sinks is not None and needs[6] else None,
-        None,
-        None,
-        None,
-        None,
+        *(None, None),
+        *(dq, dk, dv, None, dbias if need_dbias else None, None, dsinks if need_dsinks else None),
+        *(None, None, None, None),
     )
 
 
-def dense_rows(x: Tensor) -> Tensor:
-    """x with stride 1 in its last dimension, copied only if it is not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def backward_forward(backend: str, options: Options, *args: Any) -> Any:
+    """(backend, options, arguments of the backward operator up to Inputs) -> Gradients."""
+    return call(dispatch.OPS[backend].bwd, *args, *options)
 
 
-class AttentionBackward(Function):
-    """apply(backend, options, *args of the backward operator up to Inputs) -> Gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, backend: str, options: Options, *args: Any) -> Any:
-        gradients = call(dispatch.OPS[backend].bwd, *args, *options)
-        save_backward(ctx, (backend, options, *args), gradients)
-        return gradients
-
-    @staticmethod
-    def backward(ctx: Any, *directions: Tensor | None) -> Any:
-        return second_backward(ctx, *directions)
-
-    jvp = AttentionFunction.jvp
-
-
-class TransformedBackward(Function):
-    """The same in the form that functorch needs."""
-
-    @staticmethod
-    def forward(backend: str, options: Options, *args: Any) -> Any:
-        return call(dispatch.OPS[backend].bwd, *args, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        save_backward(ctx, inputs, output)
-
-    backward = AttentionBackward.backward
-    jvp = AttentionFunction.jvp
-    vmap = TransformedAttention.vmap
-
-
-def save_backward(ctx: Any, args: tuple[Any, ...], gradients: tuple[Tensor, ...]) -> None:
-    """Keep what second derivatives need of a backward call: its inputs, not the results of forward."""
-    _, options, *tensors = args
+def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep what second derivatives need: what backward was given, but no results of forward."""
+    _, options, *tensors = inputs
     need_dbias, need_dsinks = tensors[7:9]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(
-        *(() if need_dbias else (gradients[3],)), *(() if need_dsinks else (gradients[4],))
-    )
+    constants = []
+    if not need_dbias:
+        constants.append(output[3])
+    if not need_dsinks:
+        constants.append(output[4])
+    ctx.mark_non_differentiable(*constants)
     ctx.save_for_backward(*tensors[:4], *tensors[9:])
     ctx.options = options
 
 
 def second_backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of (backend, options, *args) of ``AttentionBackward`` from those of ``Gradients``."""
+    """Gradients of ``backward_forward``'s arguments from those of its results."""
     tensors = ctx.saved_tensors
     inputs = Inputs(*tensors[4:])
     grads = present(("out", "lse", "entropy", "weights"), tensors[:4])
@@ -199,7 +145,7 @@ def second_backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None
     results = second_derivatives(inputs, ctx.options, grads, toward)
     if torch.is_grad_enabled() and results:
         sources = [x for x in (*tensors, *directions) if x is not None]
-        values = SecondDerivatives.apply(len(results), *results.values(), *sources)
+        values = TwiceDifferentiated.apply(len(results), *results.values(), *sources)
         results = dict(zip(results, values, strict=True))
     get = results.get
     return (
@@ -211,23 +157,71 @@ def second_backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None
     )
 
 
-class SecondDerivatives(Function):
-    """apply(n, *results, *sources): the n results, whose derivatives by the sources must raise."""
+def pass_on(n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """(n, *results, *sources) -> the n results, which depend on all of them."""
+    return tuple(x.clone() for x in tensors[:n])
 
-    @staticmethod
-    def forward(n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.clone() for x in tensors[:n])
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
+def no_third(ctx: Any, *grads: Tensor) -> Any:
+    """Refuse third derivatives."""
+    raise NotImplementedError(
+        "attention: third derivatives are not implemented for the fused backends: use"
+        " backend='reference'"
+    )
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(
-            "attention: third derivatives are not implemented for the fused backends: use"
-            " backend='reference'"
-        )
 
-    jvp = AttentionFunction.jvp
-    vmap = TransformedAttention.vmap
+def with_saving(function: Any, save: Any) -> Any:
+    """A forward with ctx, for eager mode, of a function and what saves its call."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        results = function(*args)
+        save(ctx, args, results)
+        return results
+
+    return staticmethod(forward)
+
+
+class AttentionFunction(Function):
+    """Attention in eager mode and under torch.compile."""
+
+    forward = with_saving(attention_forward, save_attention)
+    backward = staticmethod(attention_backward)
+    jvp = staticmethod(no_jvp)
+
+
+class TransformedAttention(Function):
+    """Attention under functorch's transforms."""
+
+    forward = staticmethod(attention_forward)
+    setup_context = staticmethod(save_attention)
+    backward = staticmethod(attention_backward)
+    jvp = staticmethod(no_jvp)
+    vmap = staticmethod(no_vmap)
+
+
+class AttentionBackward(Function):
+    """Attention's backward, where it is to be differentiated again."""
+
+    forward = with_saving(backward_forward, save_backward)
+    backward = staticmethod(second_backward)
+    jvp = staticmethod(no_jvp)
+
+
+class TransformedBackward(Function):
+    """Attention's backward under functorch's transforms."""
+
+    forward = staticmethod(backward_forward)
+    setup_context = staticmethod(save_backward)
+    backward = staticmethod(second_backward)
+    jvp = staticmethod(no_jvp)
+    vmap = staticmethod(no_vmap)
+
+
+class TwiceDifferentiated(Function):
+    """Second derivatives as they are, with third ones that raise instead of being zero."""
+
+    forward = staticmethod(pass_on)
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(no_third)
+    jvp = staticmethod(no_jvp)
+    vmap = staticmethod(no_vmap)

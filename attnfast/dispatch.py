@@ -1,11 +1,13 @@
 """Which backend runs a call, and why: one ordered table per device.
 
-``auto`` takes the first row that accepts. A backend joins by adding its row to the devices it serves.
+``auto`` takes the first row that accepts. A backend joins by adding its row to the devices it
+serves.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,7 +23,7 @@ FUSED_DTYPES = (torch.float32, *HALF)
 
 
 class Problem(NamedTuple):
-    """What a backend needs to know of a call to accept or refuse it; sizes as in the README's glossary."""
+    """What a backend needs to know of a call to accept or refuse it."""
 
     kind: str  # "attention", "varlen" or "decode"
     device: torch.device
@@ -118,9 +120,9 @@ def select(problem: Problem, backend: str = "auto", *, function: str = "attentio
         function: Who asks, for messages.
 
     Raises:
-        ValueError: There is no such backend; or a named one refuses the problem; or only the reference
-            accepts it, on a device with kernels, and ``ATTNFAST_FALLBACK=error``. Without that
-            variable such a fallback warns once per reason.
+        ValueError: There is no such backend; or a named one refuses the problem; or only the
+            reference accepts it, on a device with kernels, and ``ATTNFAST_FALLBACK=error``. Without
+            that variable such a fallback warns once per reason.
     """
     name, source = requested(backend)
     if name != "auto":
@@ -138,7 +140,7 @@ def select(problem: Problem, backend: str = "auto", *, function: str = "attentio
 
 
 def requested(backend: str) -> tuple[str, str]:
-    """The backend asked for, by the argument or else by ``ATTNFAST_BACKEND``, and which of the two."""
+    """The backend asked for, and by what: the argument, or else ``ATTNFAST_BACKEND``."""
     if backend == "auto":
         return os.environ.get("ATTNFAST_BACKEND") or "auto", "ATTNFAST_BACKEND"
     return backend, "backend"
@@ -168,14 +170,24 @@ def _report_fallback(problem: Problem, function: str) -> None:
         return
     reason = "; ".join(f"{row.name}: {row.unsupported(problem)}" for row in fused)
     message = (
-        f"{function}: no fused backend accepts this call, so the reference runs it, which is slow and"
-        f" holds all T x S scores. {reason}"
+        f"{function}: no fused backend accepts this call, so the reference runs it: slowly,"
+        f" and with all T x S scores in memory. {reason}"
     )
     if os.environ.get("ATTNFAST_FALLBACK") == "error":
         raise ValueError(message)
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=_frames_inside())
+
+
+def _frames_inside() -> int:
+    """How many frames up the first caller from outside this package is, as warn counts them."""
+    frame = sys._getframe(1)
+    level = 1
+    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+        frame = frame.f_back
+        level += 1
+    return level
 
 
 def dtype_name(dtype: torch.dtype) -> str:

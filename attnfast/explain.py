@@ -19,21 +19,19 @@ from .functional import (
 )
 
 ENVIRONMENT = ("ATTNFAST_BACKEND", "ATTNFAST_FALLBACK", "ATTNFAST_CPU_ISA")
-_CHECKED = tuple(inspect.signature(checks.attention_call).parameters)[1:-2]
-_DECODE_CHECKED = tuple(inspect.signature(checks.decode_call).parameters)[1:]
 
 
 def explain(*args: Any, **kwargs: Any) -> str:
-    """Which backend would run a call, why, and what it costs beside the result; nothing is computed.
+    """Which backend would run a call, why, and what it costs; nothing is computed.
 
-    Takes the arguments of `varlen_attention` (if there is any cu_seqlens or max_seqlen among them, or more
-    than four by position), of `decode_attention` (if there is a cache argument, or are four by position) or
-    else of `attention`, and checks them in the same way.
+    Takes the arguments of `varlen_attention` (if there is any cu_seqlens or max_seqlen among them,
+    or more than four by position), of `decode_attention` (if there is a cache argument, or are four
+    by position) or else of `attention`, and checks them in the same way.
 
     Returns:
-        Several lines: the problem; its options; every backend in the order in which "auto" tries them,
-        accepted or with its reason; the one chosen; what is saved for backward; the workspace; the
-        environment variables that count.
+        Several lines: the problem; its options; every backend in the order in which "auto" tries
+        them, accepted or with its reason; the one chosen; what is saved for backward; the
+        workspace; the environment variables that count.
 
     Raises:
         TypeError: As the function whose arguments these are.
@@ -58,15 +56,18 @@ def _function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _problem(function: str, arguments: dict[str, Any]) -> Problem:
     if function == "decode_attention":
-        tensors, options = checks.decode_call(
-            function, *(arguments[name] for name in _DECODE_CHECKED)
-        )
-        return decode_problem(tensors, options)
+        return decode_problem(*_checked(checks.decode_call, function, arguments))
     sequences = None
     if function == "varlen_attention":
         sequences = checks.Sequences(*(arguments[name] for name in checks.Sequences._fields))
-    checked = (arguments[name] for name in _CHECKED)
-    return attention_problem(*checks.attention_call(function, *checked, sequences))
+    arguments = {**arguments, "sequences": sequences, "names": checks.NAMES}
+    return attention_problem(*_checked(checks.attention_call, function, arguments))
+
+
+def _checked(check: Any, function: str, arguments: dict[str, Any]) -> Any:
+    """Call a check with its own selection of a public function's arguments."""
+    wanted = list(inspect.signature(check).parameters)[1:]
+    return check(function, **{name: arguments[name] for name in wanted})
 
 
 def describe(function: str, problem: Problem, backend: str = "auto") -> str:

@@ -51,12 +51,13 @@ def attention(
             1 1                                  1 0
             1 1                                  1 1
 
-    A query without keys gives zeros, ``lse = -inf`` (the sink, where there is one) and zero gradients,
-    never NaN. NaN or Inf in keys that no query of their batch entry and head may attend has no effect.
+    A query without keys gives zeros, ``lse = -inf`` (the sink, where there is one) and zero
+    gradients, never NaN. NaN or Inf in keys that no query of their batch entry and head may attend
+    has no effect.
 
     Args:
-        q: ``(B, H, T, D)``, float32, bfloat16 or float16; float64, and devices without a kernel, are
-            served by the reference. Any strides; only a last stride other than 1 costs a copy.
+        q: ``(B, H, T, D)``, float32, bfloat16 or float16; float64, and devices without a kernel,
+            are served by the reference. Any strides; only a last stride other than 1 costs a copy.
         k: ``(B, H_kv, S, D)``, q's dtype; H_kv divides H (grouped queries: arXiv:2305.13245), and
             query head h reads key head ``h // (H / H_kv)``.
         v: ``(B, H_kv, S, D_v)``, q's dtype.
@@ -70,7 +71,8 @@ def attention(
         scale: factor of ``q k^T``; default ``D ** -0.5``.
         softcap: c > 0: scaled scores x become ``c * tanh(x / c)``, before all that is added to them
             (arXiv:2408.00118).
-        alibi_slopes: float32 ``(H,)`` or ``(B, H)``: adds ``-slope * abs(s - t')`` (arXiv:2108.12409).
+        alibi_slopes: float32 ``(H,)`` or ``(B, H)``: adds ``-slope * abs(s - t')``
+            (arXiv:2108.12409).
         sinks: ``(H,)``, any supported dtype, differentiable: one more logit per head in the
             denominator, without a value (arXiv:2309.17453).
         dropout_p: probability in [0, 1] with which a probability is dropped; the rest is divided by
@@ -79,11 +81,12 @@ def attention(
             2**32; default: drawn from torch's generator of that device.
         return_lse: also return the natural log of the softmax's denominator, sink included.
         return_stats: True: also return `AttentionStats`; "received" fills its column sums as well.
-        return_weights: True: also return the probabilities after dropout; "mean": averaged over heads.
-        deterministic: True: bitwise the same every run, and every row independent of what else is in
-            the batch. Default: ``torch.are_deterministic_algorithms_enabled()``.
-        backend: "auto", "cpu", "triton", "cuda" or "reference". "auto" is ``ATTNFAST_BACKEND`` where
-            that is set, else the first backend that accepts; see `explain`.
+        return_weights: True: also return the probabilities after dropout; "mean": averaged over
+            heads.
+        deterministic: True: bitwise the same every run, and every row independent of what else is
+            in the batch. Default: ``torch.are_deterministic_algorithms_enabled()``.
+        backend: "auto", "cpu", "triton", "cuda" or "reference". "auto" is ``ATTNFAST_BACKEND``
+            where that is set, else the first backend that accepts; see `explain`.
 
     Returns:
         ``out`` ``(B, H, T, D_v)`` in q's dtype and stride order; or a tuple in the order out, lse,
@@ -94,8 +97,8 @@ def attention(
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
-        ValueError: An argument has the wrong shape, device or value, or the named backend cannot run
-            the call; or none but the reference can and ``ATTNFAST_FALLBACK=error``.
+        ValueError: An argument has the wrong shape, device or value, or the named backend cannot
+            run the call; or none but the reference can and ``ATTNFAST_FALLBACK=error``.
         NotImplementedError: vmap, forward-mode or third derivatives of a fused backend.
 
     Papers: FlashAttention-2 (arXiv:2307.08691); online softmax (arXiv:1805.02867).
@@ -154,22 +157,22 @@ def varlen_attention(
 ) -> Any:
     """`attention` within each of many sequences that lie one after another, without padding.
 
-    Sequence i has queries ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]`` and keys ``cu_seqlens_k[i]`` to
-    ``cu_seqlens_k[i + 1]``. Positions t and s count from the sequence's first row, T and S are its own
-    lengths, and ``align`` applies to each. Rows past the last sequence are queries without keys, and
-    keys that nothing attends.
+    Sequence i has queries ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]`` and keys
+    ``cu_seqlens_k[i]`` to ``cu_seqlens_k[i + 1]``. Positions t and s count from the sequence's
+    first row, T and S are its own lengths, and ``align`` applies to each. Rows past the last
+    sequence are queries without keys, and keys that nothing attends.
 
     Args:
         q: ``(total_q, H, D)``; dtypes as for `attention`.
         k: ``(total_k, H_kv, D)``.
         v: ``(total_k, H_kv, D_v)``.
-        cu_seqlens_q: int32 ``(sequences + 1,)`` on q's device: 0, then the sequences' ends; int64 is
-            converted.
+        cu_seqlens_q: int32 ``(sequences + 1,)`` on q's device: 0, then the sequences' ends; int64
+            is converted.
         cu_seqlens_k: the same for the keys.
         max_seqlen_q: at least the longest sequence's number of queries.
         max_seqlen_k: at least the longest sequence's number of keys.
-        mask: bool, broadcastable to ``(1, H, max_seqlen_q, max_seqlen_k)``: the same for every sequence,
-            by positions within it.
+        mask: bool, broadcastable to ``(1, H, max_seqlen_q, max_seqlen_k)``: the same for every
+            sequence, by positions within it.
         bias: the same, added; differentiable.
         causal: see `attention`, as for all that follow.
         window: see `attention`.
@@ -187,15 +190,15 @@ def varlen_attention(
         backend: see `attention`.
 
     Returns:
-        As `attention`, with out ``(total_q, H, D_v)``, lse and statistics ``(H, total_q)``, received
-        ``(H, total_k)`` and weights ``(sequences, H, max_seqlen_q, max_seqlen_k)`` or, "mean",
-        ``(sequences, max_seqlen_q, max_seqlen_k)``, zero outside a sequence.
+        As `attention`, with out ``(total_q, H, D_v)``, lse and statistics ``(H, total_q)``,
+        received ``(H, total_k)`` and weights ``(sequences, H, max_seqlen_q, max_seqlen_k)`` or,
+        "mean", ``(sequences, max_seqlen_q, max_seqlen_k)``, zero outside a sequence.
 
     Raises:
         TypeError: As `attention`.
-        ValueError: As `attention`; also if cu_seqlens does not start at 0, decreases, or ends past the
-            last row, or a sequence is longer than max_seqlen. GPU kernels do not read these values but
-            never leave their tensors.
+        ValueError: As `attention`; also if cu_seqlens does not start at 0, decreases, or ends past
+            the last row, or a sequence is longer than max_seqlen. GPU kernels do not read these
+            values but never leave their tensors.
         NotImplementedError: As `attention`.
     """
     inputs, options = checks.attention_call(
@@ -220,16 +223,13 @@ def varlen_attention(
         checks.Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
     )
     outputs = run("varlen_attention", inputs, options, backend)
-    outputs = Outputs(
-        outputs.out[0].transpose(0, 1),
-        outputs.lse[0],
-        outputs.stats[:, 0] if options.stats else None,
-        outputs.received[0] if options.stats == 2 else None,
-        outputs.weights,
-    )
+    out, lse, stats, received, weights = outputs
+    out = out[0].transpose(0, 1)
     if not (return_lse or return_stats or return_weights):
-        return outputs.out
-    return _results(outputs, return_lse, options)
+        return out
+    stats = None if stats is None or not options.stats else stats[:, 0]
+    received = None if received is None or options.stats != 2 else received[0]
+    return _results(Outputs(out, lse[0], stats, received, weights), return_lse, options)
 
 
 def decode_attention(
@@ -258,8 +258,8 @@ def decode_attention(
         q: ``(B, H, T, D)`` with a small T; dtypes as for `attention`.
         k_cache: ``(B, H_kv, S, D)``; or, with ``page_table``, pages ``(P, page, H_kv, D)``.
         v_cache: ``(B, H_kv, S, D_v)``; or pages ``(P, page, H_kv, D_v)``.
-        cache_seqlens: int32 ``(B,)`` on q's device, the keys in the cache, the new ones included; at
-            most S. What lies past them, NaN included, has no effect. int64 is converted.
+        cache_seqlens: int32 ``(B,)`` on q's device, the keys in the cache, the new ones included;
+            at most S. What lies past them, NaN included, has no effect. int64 is converted.
         page_table: int32 ``(B, n)``: keys ``i * page`` and following of entry b lie in page
             ``page_table[b, i]``, so that S = n * page. Entries past ``cache_seqlens`` are not read.
         scale: default ``D ** -0.5``.
@@ -283,7 +283,7 @@ def decode_attention(
     Paper: PagedAttention (arXiv:2309.06180).
     """
     function = "decode_attention"
-    tensors, options = checks.decode_call(
+    inputs, options = checks.decode_call(
         function,
         q,
         k_cache,
@@ -297,7 +297,7 @@ def decode_attention(
         sinks,
         bias,
     )
-    row = dispatch.select(decode_problem(tensors, options), backend, function=function)
+    row = dispatch.select(decode_problem(inputs, options), backend, function=function)
     scale, left, right, softcap = (
         options.scale,
         options.window_left,
@@ -305,13 +305,13 @@ def decode_attention(
         options.softcap,
     )
     if row.ops is None:
-        checks.cache_values(function, *tensors[1:5])
+        checks.cache_values(function, inputs)
         out, lse = reference_decode(
-            *tensors, scale=scale, window_left=left, window_right=right, softcap=softcap
+            *inputs, scale=scale, window_left=left, window_right=right, softcap=softcap
         )
     else:
         try:
-            out, lse = autograd.call(row.ops.decode, *tensors, scale, left, right, softcap)
+            out, lse = autograd.call(row.ops.decode, *inputs, scale, left, right, softcap)
         except RuntimeError as error:
             raise checks.value_error(function, error) from None
     return (out, lse) if return_lse else out
@@ -368,9 +368,9 @@ def attention_problem(inputs: Inputs, options: Options) -> dispatch.Problem:
     )
 
 
-def decode_problem(tensors: tuple[Tensor | None, ...], options: Options) -> dispatch.Problem:
+def decode_problem(inputs: checks.DecodeInputs, options: Options) -> dispatch.Problem:
     """A call of ``decode_attention`` as backends see it."""
-    q, k_cache, v_cache, _, page_table, bias, alibi_slopes, sinks = tensors
+    q, _, v_cache, _, page_table, bias, alibi_slopes, sinks = inputs
     B, H, T, D = q.shape
     _, H_kv, S, D_v = v_cache.shape
     page_size = 0
@@ -401,7 +401,7 @@ def _results(outputs: Outputs, return_lse: bool, options: Options) -> tuple[Any,
     results: list[Any] = [outputs.out]
     if return_lse:
         results.append(outputs.lse)
-    if options.stats:
+    if options.stats and outputs.stats is not None:
         max_logit, entropy, reach = outputs.stats.unbind(0)
         results.append(
             AttentionStats(

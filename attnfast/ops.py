@@ -1,10 +1,10 @@
 """The raw operators: torch.ops.attnfast.NAME_fwd, NAME_bwd and NAME_decode of every fused backend.
 
-All backends share one schema and one fake per operation, defined here; a backend adds kernels for its
-device, in C++ (the CPU's, from the native library) or in Python. The tensors come in the order of
-``Inputs``, then the values in the order of ``Options``; ``Outputs`` and ``Gradients`` come back, with
-empty tensors of shape (0,) for what was not asked for. Shapes and dtypes are checked by the public
-functions, not here.
+All backends share one schema and one fake per operation, defined here; a backend adds kernels for
+its device, in C++ (the CPU's, from the native library) or in Python. The tensors come in the order
+of ``Inputs``, then the values in the order of ``Options``; ``Outputs`` and ``Gradients`` come back,
+with empty tensors of shape (0,) for what was not asked for. Shapes and dtypes are checked by the
+public functions, not here.
 
 Raw operators have no gradient. They raise where one would be lost; ``attnfast.attention`` and
 ``attnfast.varlen_attention`` have it.
@@ -86,10 +86,11 @@ def _refusing_gradients(op: Any) -> Callable[..., Any]:
 
 
 def empty_in_order(like: Tensor, last: int) -> Tensor:
-    """An empty tensor with the first three sizes of ``like``, ``last`` columns, and its memory order.
+    """An empty tensor with the first three sizes and the memory order of ``like``.
 
-    Rows are dense: the last dimension has stride 1, and the other three follow in the order of their
-    strides in ``like``, the largest first, equal ones in the order of the dimensions.
+    Rows are dense: the last dimension has size ``last`` and stride 1, and the other three follow in
+    the order of their strides in ``like``, the largest first, equal ones in the order of the
+    dimensions.
     """
     strides = like.stride()
     order = sorted(range(3), key=lambda d: strides[d], reverse=True)
@@ -102,7 +103,7 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
     inputs, options = Inputs(*args[:11]), Options(*args[11:])
     q, (B, H, T, _), S = inputs.q, inputs.q.shape, inputs.k.shape[2]
     fp32 = functools.partial(q.new_empty, dtype=torch.float32)
-    weights = (B, H, T, S)
+    weights: tuple[Any, ...] = (B, H, T, S)
     if inputs.cu_seqlens_q is not None:
         weights = (
             inputs.cu_seqlens_q.shape[0] - 1,
@@ -124,11 +125,11 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
     need_dbias, need_dsinks = args[7:9]
     inputs = Inputs(*args[9:20])
-    nothing = inputs.q.new_empty((0,))
+    q, k, v, _, bias, _, sinks, *_ = inputs
     return (
-        *(empty_in_order(x, x.shape[3]) for x in inputs[:3]),
-        inputs.bias.new_empty(inputs.bias.shape) if need_dbias else nothing,
-        inputs.sinks.new_empty(inputs.sinks.shape) if need_dsinks else nothing.clone(),
+        *(empty_in_order(x, x.shape[3]) for x in (q, k, v)),
+        q.new_empty((0,)) if bias is None or not need_dbias else bias.new_empty(bias.shape),
+        q.new_empty((0,)) if sinks is None or not need_dsinks else sinks.new_empty(sinks.shape),
     )
 
 
@@ -150,7 +151,8 @@ _LIBRARY.define("cpu_isas() -> str")
 def load() -> str | None:
     """Load the native library: None, or the reason why there is none.
 
-    It is ``_native.so`` beside this file; the environment variable ``ATTNFAST_NATIVE`` names another.
+    It is ``_native.so`` beside this file; the environment variable ``ATTNFAST_NATIVE`` names
+    another.
     """
     path = Path(os.environ.get("ATTNFAST_NATIVE") or Path(__file__).with_name("_native.so"))
     if not path.exists():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from . import requirements as require
 from .functional import run
 
 FUNCTION = "scaled_dot_product_attention"
@@ -25,8 +26,8 @@ def scaled_dot_product_attention(
     """Torch's function with torch's signature; a query that attends nothing gives zeros.
 
     Args:
-        query: ``(..., H, L, E)``, any number of leading dimensions (none of them, or no heads, too);
-            dtypes as for `attention`.
+        query: ``(..., H, L, E)``, any number of leading dimensions (none of them, or no heads,
+            too); dtypes as for `attention`.
         key: ``(..., H | H_kv, S, E)``. Leading dimensions and heads broadcast as in torch.
         value: ``(..., H | H_kv, S, E_v)``.
         attn_mask: bool, True = attend, or float, to be added; broadcastable to ``(..., H, L, S)``.
@@ -82,13 +83,13 @@ def scaled_dot_product_attention(
 def canonical(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-    """query, key, value as (B, H, L, E), (B, H_kv, S, E), (B, H_kv, S, E_v), and the sizes before H."""
+    """(B, H, L, E), (B, H_kv, S, E) and (B, H_kv, S, E_v), and the given sizes before H."""
     given = (query, key, value)
     for name, x in zip(NAMES, given, strict=False):
         if not isinstance(x, Tensor):
-            checks.fail(FUNCTION, name, "a Tensor", type(x).__name__, TypeError)
+            require.fail(FUNCTION, name, "a Tensor", type(x).__name__, TypeError)
         if x.dim() < 2:
-            checks.fail(FUNCTION, name, "of 2 or more dimensions", tuple(x.shape))
+            require.fail(FUNCTION, name, "of 2 or more dimensions", tuple(x.shape))
     rank = max(3, *(x.dim() for x in given))
     q, k, v = (x[(None,) * (rank - x.dim())] for x in given)
     q, k, v = same_heads(q, k, v, enable_gqa)
@@ -96,7 +97,7 @@ def canonical(
         leading = tuple(torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v))))
     except RuntimeError:
         shapes = ", ".join(str(tuple(x.shape)) for x in given)
-        checks.fail(FUNCTION, "query, key and value", "of leading sizes that broadcast", shapes)
+        require.fail(FUNCTION, "query, key and value", "of leading sizes that broadcast", shapes)
     if rank == 3:
         return q[None], k[None], v[None], leading
     q, k, v = (x.expand(*leading, *x.shape[-3:]) for x in (q, k, v))
@@ -114,12 +115,12 @@ def same_heads(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tenso
     for name, heads in zip(NAMES[1:3], others, strict=True):
         if enable_gqa and (heads == 0 or H % heads):
             requirement = f"of a number of heads that divides query's, {H}"
-            checks.fail(FUNCTION, name, requirement, heads)
+            require.fail(FUNCTION, name, requirement, heads)
         if not enable_gqa and heads not in (1, H):
             requirement = (
                 f"of query's number of heads, {H} (or a divisor of it, with enable_gqa=True)"
             )
-            checks.fail(FUNCTION, name, requirement, heads)
+            require.fail(FUNCTION, name, requirement, heads)
     if others[0] != others[1]:
         k, v = (x.repeat_interleave(H // x.shape[-3], dim=-3) for x in (k, v))
     return q, k, v
@@ -127,9 +128,9 @@ def same_heads(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tenso
 
 def flat_mask(attn_mask: Tensor, q: Tensor, leading: tuple[int, ...]) -> Tensor:
     """attn_mask with its dimensions before H as one, expanded only where several of them differ."""
-    checks.on_device(FUNCTION, "attn_mask", attn_mask, q, "a Tensor or None")
+    require.on_device(FUNCTION, "attn_mask", attn_mask, q, "a Tensor or None")
     if attn_mask.dtype is not torch.bool and not attn_mask.is_floating_point():
-        checks.fail(FUNCTION, "attn_mask", "bool or float", attn_mask.dtype, TypeError)
+        require.fail(FUNCTION, "attn_mask", "bool or float", attn_mask.dtype, TypeError)
     surplus = attn_mask.dim() - 3
     if surplus <= 1 or len(leading) <= 1:
         return attn_mask
@@ -137,4 +138,4 @@ def flat_mask(attn_mask: Tensor, q: Tensor, leading: tuple[int, ...]) -> Tensor:
         return attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, len(leading) - 1)
     except RuntimeError:
         requirement = f"broadcastable to (..., H, L, S) with leading sizes {leading}"
-        checks.fail(FUNCTION, "attn_mask", requirement, tuple(attn_mask.shape))
+        require.fail(FUNCTION, "attn_mask", requirement, tuple(attn_mask.shape))

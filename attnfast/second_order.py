@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ def second_derivatives(
     Returns:
         The results by name: q, k, v, bias, sinks, and ``grad_`` with each name of ``grads``.
     """
-    if not toward or not grads:
+    if not toward:
         return {}
     primals = present(
         ("q", "k", "v", "bias", "sinks"),
@@ -49,17 +49,21 @@ def second_derivatives(
         stats=int("entropy" in grads), weights=options.weights if "weights" in grads else 0
     )
     for block in blocks(inputs, options):
-        x, dy, direction = (block.cut(part, dtype) for part in (primals, grads, toward))
-        _, pullback = torch.func.vjp(
-            lambda x, dy, block=block: block.backward(x, dy, toward), x, dy
-        )
+        x, dy, direction = (block.cut(tensors, dtype) for tensors in (primals, grads, toward))
+        pullback = vjp(lambda x, dy, block=block: block.backward(x, dy, toward), x, dy)
         for sums, terms in zip((totals, grad_totals), pullback(direction), strict=True):
             for name, term in terms.items():
-                sums[name][block.index(name, sums[name])] += term
+                sums[name][block.part(name, sums[name])] += term
     return {
         **{name: total.to(primals[name].dtype) for name, total in totals.items()},
         **{f"grad_{name}": total.to(grads[name].dtype) for name, total in grad_totals.items()},
     }
+
+
+def vjp(function: Callable[..., Any], *primals: Any) -> Callable[..., Any]:
+    """The function from gradients of ``function``'s results to those of ``primals``."""
+    pullback: Callable[..., Any] = torch.func.vjp(function, *primals)[1]
+    return pullback
 
 
 class Block(NamedTuple):
@@ -72,17 +76,14 @@ class Block(NamedTuple):
     k_rows: slice
     rows: slice
 
-    def index(self, name: str, x: Tensor) -> tuple[slice, ...]:
+    def part(self, name: str, x: Tensor) -> tuple[slice, ...]:
         """Which part of a tensor of the whole call belongs to the block."""
         every = slice(None)
         entry = every if self.sequence is None else slice(self.sequence, self.sequence + 1)
         local_keys = slice(0, self.k_rows.stop - self.k_rows.start)
         if name in ("q", "out", "lse", "entropy"):
-            return (
-                every,
-                every,
-                slice(self.q_start + self.rows.start, self.q_start + self.rows.stop),
-            )
+            start, stop = self.q_start + self.rows.start, self.q_start + self.rows.stop
+            return every, every, slice(start, stop)
         if name in ("k", "v"):
             return every, every, self.k_rows
         if name == "weights":
@@ -100,20 +101,19 @@ class Block(NamedTuple):
 
     def cut(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """The block's part of each tensor, in the dtype of the computation."""
-        return {name: x[self.index(name, x)].to(dtype) for name, x in tensors.items()}
+        return {name: x[self.part(name, x)].to(dtype) for name, x in tensors.items()}
 
     def backward(
         self, x: dict[str, Tensor], dy: dict[str, Tensor], wanted: Collection[str]
     ) -> dict[str, Tensor]:
-        """The block's first gradients, as functions of its inputs and of the results' gradients."""
-        _, pullback = torch.func.vjp(lambda x: self.forward(x, dy), x)
-        (dx,) = pullback(dy)
+        """The block's first gradients, as functions of its inputs and its results' gradients."""
+        (dx,) = vjp(lambda x: self.forward(x, dy), x)(dy)
         return {name: dx[name] for name in wanted}
 
     def forward(self, x: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
         """The reference's results on the block, as functions of its differentiable tensors."""
         others = {
-            name: tensor[self.index(name, tensor)]
+            name: tensor[self.part(name, tensor)]
             for name, tensor in self.inputs._asdict().items()
             if tensor is not None and name not in x and not name.startswith("cu_seqlens")
         }
@@ -135,10 +135,9 @@ class Block(NamedTuple):
 
 def blocks(inputs: Inputs, options: Options) -> Iterator[Block]:
     """Cut a call into blocks of rows of about BLOCK_ELEMENTS scores."""
-    (B, H, T, _), S = inputs.q.shape, inputs.k.shape[2]
-    q_ends, k_ends = [0, T], [0, S]
-    varlen = inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None
-    if varlen:
+    B, H, T, _ = inputs.q.shape
+    q_ends, k_ends = [0, T], [0, inputs.k.shape[2]]
+    if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
         q_ends, k_ends = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
     for i, (q_start, k_start) in enumerate(zip(q_ends[:-1], k_ends[:-1], strict=True)):
         T, S = q_ends[i + 1] - q_start, k_ends[i + 1] - k_start
@@ -146,5 +145,6 @@ def blocks(inputs: Inputs, options: Options) -> Iterator[Block]:
         aligned = options._replace(align_offset=offset, align_bottom_right=False)
         height = max(1, BLOCK_ELEMENTS // max(1, B * H * S))
         for row in range(0, T, height):
+            sequence = None if inputs.cu_seqlens_q is None else i
             rows, k_rows = slice(row, min(row + height, T)), slice(k_start, k_start + S)
-            yield Block(inputs, aligned, i if varlen else None, q_start, k_rows, rows)
+            yield Block(inputs, aligned, sequence, q_start, k_rows, rows)
