@@ -35,8 +35,7 @@ def check(actual: Results, problem: Problem) -> None:
         AssertionError: one line for each result that fails, with errors and bounds.
     """
     inputs = problem.inputs
-    wide = Inputs(*(_double(x) for x in inputs))
-    truth = reference_results(problem._replace(inputs=wide), torch.float64)
+    truth = reference_results(in_double(problem), torch.float64)
     eager = reference_results(problem, inputs.q.dtype)
     eager32 = reference_results(problem, torch.float32)
     sums = dense(problem)
@@ -67,6 +66,12 @@ def reference_results(problem: Problem, compute_dtype: torch.dtype | None) -> Re
     inputs, leaves = with_leaves(problem.inputs)
     outputs = reference_attention(inputs, problem.options, compute_dtype=compute_dtype)
     return differentiate(outputs, leaves, problem)
+
+
+def in_double(problem: Problem) -> Problem:
+    """The same problem with every floating-point input in fp64."""
+    wide = (x.double() if x is not None and x.is_floating_point() else x for x in problem.inputs)
+    return problem._replace(inputs=Inputs(*wide))
 
 
 def with_leaves(inputs: Inputs) -> tuple[Inputs, dict[str, Tensor]]:
@@ -152,6 +157,3 @@ def _dtype(name: str, inputs: Inputs) -> torch.dtype:
     source = {"dbias": inputs.bias, "dsinks": inputs.sinks}.get(name)
     return inputs.q.dtype if source is None else source.dtype
 
-
-def _double(x: Tensor | None) -> Tensor | None:
-    return x.double() if x is not None and x.is_floating_point() else x

@@ -192,6 +192,7 @@ def arguments_of(inputs: Inputs, options: Options) -> dict[str, Any]:
         align = inputs.align
     elif options.align_bottom_right:
         align = "bottom_right"
+    slopes = inputs.alibi_slopes
     left, right = options.window_left, options.window_right
     return {
         "mask": inputs.mask,
@@ -201,7 +202,7 @@ def arguments_of(inputs: Inputs, options: Options) -> dict[str, Any]:
         "align": align,
         "scale": options.scale,
         "softcap": options.softcap or None,
-        "alibi_slopes": inputs.alibi_slopes,
+        "alibi_slopes": slopes[0] if slopes is not None and len(slopes) == 1 else slopes,
         "sinks": inputs.sinks,
         "dropout_p": options.dropout_p,
         "dropout_seed": inputs.dropout_seed,
