@@ -7,6 +7,7 @@ PY := $(BIN)/python
 PYTHONS := $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.10)
 COMPILERS := $(if $(filter default,$(origin CXX)),g++ clang++ c++,$(firstword $(CXX)))
 WORKERS ?= 2
+RESULTS ?= bench/results/latest.json
 
 # A file in .venv whose name holds the checksum of the requirements it stands for.
 stamp = $(VENV)/.$(1)-$(firstword $(shell cksum < $(2)))
@@ -47,8 +48,9 @@ lint: $(LINT)  ## ruff, mypy and clang-format, nothing rewritten
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
 
-bench: build $(TEST)  ## time attnfast beside PyTorch; JSON in bench/results
-	$(PY) -m pytest bench $(ARGS)
+bench: build $(TEST)  ## time attnfast beside PyTorch; JSON into RESULTS=bench/results/latest.json
+	$(PY) -m pytest bench --benchmark-json=$(RESULTS) $(ARGS)
+	$(PY) -m bench.report $(RESULTS)
 
 wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, in dist/
 	@rm -rf build/lib* build/bdist* build/wheel
