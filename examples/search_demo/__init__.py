@@ -1,0 +1,1 @@
+"""Semantic search over Python's standard library, with torch's attention and with attnfast's."""
