@@ -14,6 +14,7 @@ from . import OURS, SCHEMA, environment, timing
 from .shapes import AttentionCase, LayerCase, attention_cases, layer_cases
 
 SETTINGS = pytest.StashKey[environment.Settings]()
+LOAD = pytest.StashKey[float | None]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if reason is not None:
         raise pytest.UsageError(f"bench: nothing to measure: {reason}")
     config.stash[SETTINGS] = settings
+    config.stash[LOAD] = environment.load()
     if config.option.benchmark_json:
         Path(config.option.benchmark_json).parent.mkdir(parents=True, exist_ok=True)
 
@@ -107,6 +109,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
         "schema": SCHEMA,
         "device": "cpu",
         "settings": settings._asdict(),
+        "load": config.stash[LOAD],
         **environment.code(settings.backend),
     }
     for benchmark in output_json["benchmarks"]:

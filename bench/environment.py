@@ -82,6 +82,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def load() -> float | None:
+    """How many processes wanted a core in the last minute; None where nobody counts them."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+
+
 def code(backend: str) -> dict[str, Any]:
     """What was measured: versions, instruction sets, and a digest of the kernels' sources."""
     return {

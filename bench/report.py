@@ -205,6 +205,7 @@ def provenance(run: Run) -> str:
     machine, settings = facts["machine"], facts["settings"]
     commit = (facts["commit"]["id"] or "unknown")[:12]
     dirty = " with uncommitted changes" if facts["commit"]["dirty"] else ""
+    load = "" if facts["load"] is None else f"; load before the run {facts['load']}"
     quick = (
         ""
         if settings["suite"] == "full"
@@ -212,7 +213,7 @@ def provenance(run: Run) -> str:
     )
     return (
         f"{machine['cpu']}, {machine['architecture']}, {machine['system']};"
-        f" {settings['threads']} threads of {machine['cores']} cores; our kernels:"
+        f" {settings['threads']} threads of {machine['cores']} cores{load}; our kernels:"
         f" {facts['kernel']}, torch's: {facts['torch_isa']}. attnfast {versions['attnfast']}"
         f" at commit {commit}{dirty} (kernel sources {facts['sources']}),"
         f" torch {versions['torch']}, Python {versions['python']}, {facts['date']}.{quick}"

@@ -64,6 +64,7 @@ def results(bench, tmp_path):
         facts = {
             "schema": 1,
             "device": "cpu",
+            "load": 0.25,
             "settings": {"suite": "full", "backend": "cpu", "threads": 2},
             "versions": {"attnfast": "1.2.3", "torch": "2.13.0", "python": "3.11"},
             "kernel": "avx2",
@@ -201,6 +202,7 @@ def test_report_says_what_was_measured_and_where_we_lose(results):
     assert "- module, train: small 4, 32, 128, 4, weights, padding: 0.50x" in done.stdout
     assert "ffffffffffff with uncommitted changes" in done.stdout
     assert "A CPU" in done.stdout
+    assert "load before the run 0.25" in done.stdout
 
 
 def test_report_marks_rows_that_ran_once(bench):
