@@ -49,7 +49,7 @@ lint: $(LINT)  ## ruff, mypy and clang-format, nothing rewritten
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
 
 bench: build $(TEST)  ## time attnfast beside PyTorch; JSON into RESULTS=bench/results/latest.json
-	$(PY) -m pytest bench --benchmark-json=$(RESULTS) $(ARGS)
+	$(PY) -m pytest bench -q --benchmark-quiet --benchmark-json=$(RESULTS) $(ARGS)
 	$(PY) -m bench.report $(RESULTS)
 
 wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, in dist/
