@@ -29,11 +29,16 @@ def fused_attention(backend: str, inputs: Inputs, options: Options, requires_gra
     ``out``, ``lse``, ``weights`` and the entropy, ``stats[1]``, are differentiable; of the other
     statistics the gradient is ignored. What was not asked for is an empty tensor.
     """
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         return Outputs(*TransformedAttention.apply(backend, options, *inputs))
-    if requires_grad or forward_ad._current_level >= 0:
+    if requires_grad:
         return Outputs(*AttentionFunction.apply(backend, options, *inputs))
     return Outputs(*call(dispatch.OPS[backend].fwd, *inputs, *options))
+
+
+def transforms_active() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def call(op: Any, *args: Any) -> Any:
@@ -102,7 +107,7 @@ def attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
     )
     if torch.compiler.is_compiling():
         gradients = dispatch.OPS[ctx.backend].bwd(*args, *ctx.options)
-    elif torch._C._are_functorch_transforms_active():
+    elif transforms_active():
         gradients = TransformedBackward.apply(ctx.backend, ctx.options, *args)
     elif torch.is_grad_enabled():
         gradients = AttentionBackward.apply(ctx.backend, ctx.options, *args)
@@ -186,7 +191,6 @@ class AttentionFunction(Function):
 
     forward = with_saving(attention_forward, save_attention)
     backward = staticmethod(attention_backward)
-    jvp = staticmethod(no_jvp)
 
 
 class TransformedAttention(Function):
@@ -204,7 +208,6 @@ class AttentionBackward(Function):
 
     forward = with_saving(backward_forward, save_backward)
     backward = staticmethod(second_backward)
-    jvp = staticmethod(no_jvp)
 
 
 class TransformedBackward(Function):

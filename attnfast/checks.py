@@ -6,6 +6,7 @@ requirements.py has each requirement and its message.
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from .requirements import fail
 
 NAMES = ("q", "k", "v", "mask", "bias")
 CACHE_NAMES = ("q", "k_cache", "v_cache")
+COMPLAINT = re.compile(r"\b(?:decode_)?attention: (.*)")  # what native code says of values
 STATS: dict[Any, int] = {False: 0, True: 1, "received": 2}
 WEIGHTS: dict[Any, int] = {False: 0, "mean": 1, True: 2}
 
@@ -288,8 +290,7 @@ def cache_values(function: str, inputs: DecodeInputs) -> None:
 
 def value_error(function: str, error: RuntimeError) -> Exception:
     """A native operator's complaint about values as a ValueError; any other error as it is."""
-    for line in str(error).splitlines():
-        for prefix in ("attention: ", "decode_attention: "):
-            if line.startswith(prefix):
-                return ValueError(f"{function}: {line.removeprefix(prefix)}")
-    return error
+    complaint = COMPLAINT.search(str(error))
+    if complaint is None or type(error) is not RuntimeError:
+        return error
+    return ValueError(f"{function}: {complaint[1]}")
