@@ -10,8 +10,8 @@ from torch import Tensor
 class Inputs(NamedTuple):
     """Every tensor of a call, canonical: 4-D, checked, None where absent.
 
-    Varlen calls have B = 1 here: q is ``(1, H, total_q, D)`` and the sequences lie one after another,
-    ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]``.
+    Varlen calls have B = 1 here: q is ``(1, H, total_q, D)`` and the sequences lie one after
+    another, ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]``.
     """
 
     q: Tensor  # (B, H, T, D)
