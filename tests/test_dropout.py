@@ -1,0 +1,144 @@
+"""The dropout mask, bit for bit that of the reference: recovered from results of every kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accuracy import check
+from cases import DTYPES, Case, fp32, problem, run
+from torch import Tensor
+
+import attnfast
+from attnfast.reference import dropout_mask
+
+SEEDS = ((0, 0), (1, 2), (-1, -1), (2**63 - 1, 2**32 - 1), (2**40 + 17, 2**33 + 5), (-(2**63), 9))
+SIZES = (
+    (2, 3, 5, 9),
+    (1, 1, 1, 1),
+    (1, 2, 65, 129),
+    (2, 1, 130, 300),
+    (1, 4, 1, 77),
+    (3, 2, 70, 8),
+)
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox-4x32-10 on Python integers, from the paper (Salmon et al., SC 2011)."""
+    c, k = counter[:], key[:]
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
+        c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def test_philox_gives_the_published_numbers() -> None:
+    """The known answers that come with the authors' Random123 library."""
+    ones = 2**32 - 1
+    assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox([ones] * 4, [ones] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_reference_mask_is_the_documented_one(seed: tuple[int, int]) -> None:
+    B, H, T, S, p = 2, 3, 4, 21, 0.3
+    mask = dropout_mask(torch.tensor(seed), B, H, T, S, p)
+    key = [seed[0] % 2**32, seed[0] // 2**32 % 2**32]
+    for b, h, t, s in np.ndindex(B, H, T, S):
+        words = philox([s // 8, t, b * H + h, seed[1] % 2**32], key)
+        lane = words[s % 8 // 2] >> 16 * (s % 2) & 0xFFFF
+        assert mask[b, h, t, s] == (lane >= round(p * 65536))
+
+
+def kept(sizes: tuple[int, ...], p: float, seed: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Which entries the forward with weights, the forward without, and the backward keep.
+
+    Equal scores make every probability 1 / S, so a zero is a dropped one. The values are unit
+    vectors, so out is the matrix of probabilities; so are the gradients of out, and dv is its
+    transpose.
+    """
+    B, H, T, S = sizes
+    D_v = max(S, T)
+    q, k = torch.zeros(B, H, T, 4, dtype=dtype), torch.zeros(B, H, S, 4, dtype=dtype)
+    units = torch.eye(D_v, dtype=dtype)
+    v = units[:S].expand(B, H, S, D_v).clone().requires_grad_()
+    arguments = {"dropout_p": p, "dropout_seed": seed, "backend": "cpu"}
+    out = attnfast.attention(q, k, v, **arguments)
+    _, weights = attnfast.attention(q, k, v, return_weights=True, **arguments)
+    (dv,) = torch.autograd.grad(out, v, units[:T].expand(B, H, T, D_v))
+    return weights != 0, out[..., :S] != 0, dv[..., :T].mT != 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_every_kernel_drops_what_the_reference_drops(
+    sizes: tuple[int, int, int, int], p: float, dtype: torch.dtype
+) -> None:
+    for seed in map(torch.tensor, SEEDS):
+        expected = dropout_mask(seed, *sizes, p)
+        for found in kept(sizes, p, seed, dtype):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_sequences_count_as_entries_and_positions_are_local(causal: bool) -> None:
+    given = problem(
+        Case(lengths=((9, 20), (0, 4), (70, 70)), dropout_p=0.5, weights="per head", causal=causal)
+    )
+    weights = run(given, "cpu")["weights"]
+    for i, (T, S) in ((0, (9, 20)), (2, (70, 70))):
+        seed = given.inputs.dropout_seed
+        assert seed is not None
+        expected = dropout_mask(seed, 1, 2, T, S, 0.5, batch_start=i)[0]
+        if causal:
+            expected = expected.tril()
+        assert torch.equal(weights[i, :, :T, :S] != 0, expected)
+
+
+def test_no_dropout_is_no_dropout() -> None:
+    given = problem(Case(causal=True))
+    seeded = given._replace(inputs=given.inputs._replace(dropout_seed=torch.tensor([1, 2])))
+    for name, result in run(seeded, "cpu").items():
+        assert torch.equal(result, run(given, "cpu")[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_dropped_is_zero(dtype: torch.dtype) -> None:
+    """Out, weights and all gradients; lse and statistics are those before dropout."""
+    case = Case(dtype=dtype, dropout_p=1.0, stats=2, weights="per head", grads=("out", "weights"))
+    given = problem(case)
+    results = run(given, "cpu")
+    check(results, given)
+    for name in ("out", "weights", "dq", "dk", "dv"):
+        assert not results[name].any(), name
+    whole = run(given._replace(options=given.options._replace(dropout_p=0.0)), "cpu")
+    for name in ("lse", "max_logit", "entropy", "reach", "received"):
+        assert torch.equal(results[name], whole[name]), name
+
+
+def test_the_seed_comes_from_torch() -> None:
+    q, k, v = problem(Case(dtype=fp32)).inputs[:3]
+
+    def out() -> Tensor:
+        return attnfast.attention(q, k, v, dropout_p=0.5, backend="cpu")
+
+    torch.manual_seed(3)
+    first, second = out(), out()
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(out(), first)
+    assert torch.equal(out(), second)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_the_share_of_kept_entries(p: float) -> None:
+    """256k draws: the mean keeps within five standard deviations of 1 - p."""
+    case = replace(Case(B=1, T=512, S=512), dropout_p=p, weights="mean", H=1, H_kv=1)
+    weights = run(problem(case), "cpu")["weights"]
+    share = float((weights != 0).double().mean())
+    assert abs(share - (1 - p)) < 5 * (p * (1 - p) / weights.numel()) ** 0.5
