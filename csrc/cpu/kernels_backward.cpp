@@ -238,7 +238,7 @@ struct Backward {
       for (Index key = column.begin; key < column.end; key += kKeys) {
         const Index count = min_of(kKeys, column.end - key);
         Index k_row;
-        const float* k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, count, p.D, s.k_tile, &k_row);
+        const float* k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, count, p.D, Use::kAcross, s.k_tile, &k_row);
         DeadKeys dead;
         float* prob = s.columns[c].p;
         score_tile(head, column, key, count, s.columns[c].q_t, k, k_row, prob, nullptr, nullptr, &dead);
@@ -305,8 +305,8 @@ struct Backward {
     if (kPacks && s.k_head) {
       k = s.k_head + key * k_row, v = s.v_head + key * v_row;
     } else {
-      k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, n, p.D, s.k_tile, &k_row);
-      v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, n, p.D_v, s.v_tile, &v_row);
+      k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, n, p.D, Use::kAcross, s.k_tile, &k_row);
+      v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, n, p.D_v, Use::kAlongRows, s.v_tile, &v_row);
     }
     Index first = s.num_columns, last = 0;  // columns that see a key of the tile
     for (Index c = 0; c < s.num_columns; ++c) {
@@ -478,8 +478,8 @@ struct Backward {
       for (Index key = max_of(column.begin, key_begin); key < end; key += kKeys) {
         const Index count = min_of(kKeys, end - key);
         Index k_row, v_row;
-        const float* k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, count, p.D, s.k_tile, &k_row);
-        const float* v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, count, p.D_v, s.v_tile, &v_row);
+        const float* k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, count, p.D, Use::kAcross, s.k_tile, &k_row);
+        const float* v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, count, p.D_v, Use::kAlongRows, s.v_tile, &v_row);
         ColumnState& state = s.columns[c];
         DeadKeys dead;
         gradient_tile(head, column, state, key, count, k, k_row, v, v_row, s, state.p, state.ds, false, &dead);

@@ -17,6 +17,10 @@ namespace {
 // Raising the running maximum means rescaling o; until a lane has grown this much (in powers of two) it waits.
 constexpr float kLazyRise = 8.0f;
 
+// Cache lines of the next item asked for with each tile, and the most rows of an item for which that is done.
+constexpr Index kLinesPerTile = 256;
+constexpr Index kPrefetchRows = 256;
+
 struct ColumnState {
   float m[kColumn], l[kColumn];           // running maximum and sum
   float entropy[kColumn], reach[kColumn];  // sum of p (s - m), sum of p |j - t'|
@@ -84,17 +88,15 @@ void exponentiate(ColumnState& state, const Column& column, Index shift, Index k
 struct Scratch {
   float *s, *keep, *k, *v;
   ColumnState* columns;
+  Prefetcher next;
 
   template <class Element>
   static size_t bytes(const Problem& p, Index num_columns) {
     size_t n = Arena::bytes_for<float>(kMaxKeys * kColumn) * (p.dropout_p > 0.0 ? 2 : 1);
     n += Arena::bytes_for<ColumnState>(num_columns);
     n += num_columns * (Arena::bytes_for<float>(p.D * kColumn) + Arena::bytes_for<float>(p.D_v * kColumn));
-    if (RowsAsFloat<Element>::kPacks) {
-      n += Arena::bytes_for<float>(kMaxKeys * round_up(p.D, kLanes));
-      n += Arena::bytes_for<float>(kMaxKeys * round_up(p.D_v, kLanes));
-    }
-    return n;
+    if (RowsAsFloat<Element>::kPacks) n += Arena::bytes_for<float>(kMaxKeys * round_up(p.D, kLanes));
+    return n + Arena::bytes_for<float>(kMaxKeys * round_up(p.D_v, kLanes));
   }
 
   template <class Element>
@@ -107,11 +109,8 @@ struct Scratch {
       columns[c].q_t = arena.take<float>(p.D * kColumn);
       columns[c].o_t = arena.take<float>(p.D_v * kColumn);
     }
-    k = v = nullptr;
-    if (RowsAsFloat<Element>::kPacks) {
-      k = arena.take<float>(kMaxKeys * round_up(p.D, kLanes));
-      v = arena.take<float>(kMaxKeys * round_up(p.D_v, kLanes));
-    }
+    k = RowsAsFloat<Element>::kPacks ? arena.take<float>(kMaxKeys * round_up(p.D, kLanes)) : nullptr;
+    v = arena.take<float>(kMaxKeys * round_up(p.D_v, kLanes));
   }
 };
 
@@ -128,6 +127,7 @@ void tile_step(const ForwardParams& p, const Head<Element>& head, const Column& 
   for (Index lane = 0; lane < kColumn; lane += kLanes) store(tile_max + lane, broadcast(-kInfinity));
   DeadKeys dead;
   score_tile(head, column, key, n, state.q_t, k, k_row, scratch.s, nullptr, tile_max, &dead);
+  scratch.next.advance(kLinesPerTile);
   rescale<kStats>(state, tile_max, head.to_log2(), p.D_v);
   exponentiate<kStats, kNatural>(state, column, head.shift, key, n, scratch.s);
   if (p.dropout_p > 0.0) {
@@ -206,8 +206,10 @@ void query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
   for (Index key = begin; key < end; key += step) {
     const Index n = min_of(step, end - key);
     Index k_row, v_row;
-    const float* k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, n, p.D, scratch.k, &k_row);
-    const float* v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, n, p.D_v, scratch.v, &v_row);
+    const float* k = 
+        RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, n, p.D, Use::kAlongRows, scratch.k, &k_row);
+    const float* v = 
+        RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, n, p.D_v, Use::kAcross, scratch.v, &v_row);
     for (Index c = 0; c < num_columns; ++c) {
       const Column column(head, t0 + c * kColumn, min_of(rows - c * kColumn, kColumn));
       const Index first = max_of(key, column.begin), last = min_of(key + n, column.end);
@@ -222,6 +224,15 @@ void query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
   }
 }
 
+// Short heads are over before the hardware sees a pattern in their rows.
+template <class Element>
+void prefetch_head(const ForwardParams& p, Index head_index, Prefetcher* next) {
+  const Head<Element> head(p, head_index / p.H, head_index % p.H);
+  next->add(head.q, p.q.t, head.T, p.D);
+  next->add(head.k, p.k.t, head.S, p.D);
+  next->add(head.v, p.v.t, head.S, p.D_v);
+}
+
 template <class Element>
 void forward(const ForwardParams& p) {
   // bf16 and fp16 blocks are taller, so that each fp32 copy of k and v serves more queries.
@@ -231,15 +242,19 @@ void forward(const ForwardParams& p) {
   const auto run = p.max_logit ? (p.bias.data ? query_block<true, true, Element> : query_block<true, false, Element>)
                                : (p.bias.data ? query_block<false, true, Element> : query_block<false, false, Element>);
   const int threads = usable_threads(p.num_threads);
+  const bool short_rows = p.T <= kPrefetchRows && p.S <= kPrefetchRows;
+  const Index chunk = short_rows ? max_of(min_of(items / (threads * 8), 8), 1) : 1;
 #pragma omp parallel num_threads(threads) if (items > 1 && threads > 1)
   {
     Arena& arena = thread_arena();
     Scratch scratch;
     scratch.take<Element>(arena, p, (min_of(block, p.T) + kColumn - 1) / kColumn);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, chunk)
     for (Index item = 0; item < items; ++item) {
       const Index head_index = item / blocks, t0 = (blocks - 1 - item % blocks) * block;
       const Head<Element> head(p, head_index / p.H, head_index % p.H);
+      scratch.next.clear();
+      if (short_rows && t0 == 0 && head_index + 1 < p.B * p.H) prefetch_head<Element>(p, head_index + 1, &scratch.next);
       if (t0 < head.T) run(p, head, t0, min_of(block, head.T - t0), scratch);
     }
     arena.release();

@@ -335,11 +335,17 @@ ATTNFAST_NOINLINE void dropout_tile(const Head<Element>& head, const Column& col
   }
 }
 
-// A head's key or value rows in fp32: where they lie already, or packed block by block into scratch.
+// A tile's key or value rows in fp32: where they lie already, or copied to scratch.
+//
+// fp32 rows are copied only for products over the keys (`across`), and only where they lie far apart: those walk down
+// columns, and rows of a packed projection would all fall into a few sets of the first-level cache.
+enum class Use { kAlongRows, kAcross };
+
 template <class Element>
 struct RowsAsFloat {
   static constexpr bool kPacks = true;
-  static const float* get(const Element* rows, Index stride, Index n, Index D, float* scratch, Index* out_stride) {
+  static const float* get(const Element* rows, Index stride, Index n, Index D, Use, float* scratch,
+                          Index* out_stride) {
     *out_stride = round_up(D, kLanes);
     pack_rows(rows, stride, n, D, *out_stride, 1.0f, scratch);
     return scratch;
@@ -348,10 +354,46 @@ struct RowsAsFloat {
 template <>
 struct RowsAsFloat<float> {
   static constexpr bool kPacks = false;
-  static const float* get(const float* rows, Index stride, Index, Index, float*, Index* out_stride) {
-    *out_stride = stride;
-    return rows;
+  static const float* get(const float* rows, Index stride, Index n, Index D, Use use, float* scratch,
+                          Index* out_stride) {
+    if (use == Use::kAlongRows || stride <= 2 * D) {
+      *out_stride = stride;
+      return rows;
+    }
+    *out_stride = round_up(D, kLanes);
+    pack_rows(rows, stride, n, D, *out_stride, 1.0f, scratch);
+    return scratch;
   }
+};
+
+// Asks for the rows of the next work item a few cache lines at a time, between the products of this one.
+class Prefetcher {
+ public:
+  void clear() { count_ = next_ = 0; }
+
+  template <class Element>
+  void add(const Element* rows, Index stride, Index n, Index D) {
+    if (n > 0) ranges_[count_++] = {reinterpret_cast<const char*>(rows), stride * Index(sizeof(Element)), n, D * Index(sizeof(Element)), 0, 0};
+  }
+
+  void advance(Index lines) {
+    for (; lines > 0 && next_ < count_; --lines) {
+      Range& r = ranges_[next_];
+      __builtin_prefetch(r.base + r.row * r.stride + r.byte, 0, 2);
+      r.byte += 64;
+      if (r.byte < r.bytes) continue;
+      r.byte = 0;
+      if (++r.row == r.rows) ++next_;
+    }
+  }
+
+ private:
+  struct Range {
+    const char* base;
+    Index stride, rows, bytes, row, byte;
+  };
+  Range ranges_[8];
+  int count_ = 0, next_ = 0;
 };
 
 }  // namespace attnfast::cpu::ATTNFAST_ISA
