@@ -18,8 +18,8 @@
 namespace attnfast::cpu::ATTNFAST_ISA {
 namespace {
 
-constexpr Index kBlock = 64;             // queries of one item
-constexpr Index kRange = 2 * kMaxKeys;   // keys of one item
+constexpr Index kBlock = 64;            // queries of one item
+constexpr Index kRange = 2 * kMaxKeys;  // keys of one item
 constexpr Index kColumns = kBlock / kColumn;
 
 struct Scratch {
@@ -59,8 +59,8 @@ struct Norms {
 
 // scratch.s[key][lane] = p before dropout, for keys key .. key + n - 1.
 template <class Element>
-void probability_tile(const Head<Element>& head, const Column& column, const Norms& norms, Index key,
-                      Index n, const float* k, Index k_row, const Scratch& scratch) {
+void probability_tile(const Head<Element>& head, const Column& column, const Norms& norms,
+                      Index key, Index n, const float* k, Index k_row, const Scratch& scratch) {
   DeadKeys dead;
   score_tile(head, column, key, n, scratch.q_t, k, k_row, scratch.s, nullptr, nullptr, &dead);
   const float to_log2 = head.to_log2();
@@ -81,8 +81,9 @@ void for_each_tile(Index begin, Index end, Function f) {
 
 // sum[key - key_begin][lane] += weights of one head's column over [key_begin, key_end).
 template <class Element>
-void add_weights(const ForwardParams& p, const Head<Element>& head, const Column& column, Index key_begin,
-                 Index key_end, const float* k, Index k_row, const Scratch& scratch, float* sum) {
+void add_weights(const ForwardParams& p, const Head<Element>& head, const Column& column,
+                 Index key_begin, Index key_end, const float* k, Index k_row,
+                 const Scratch& scratch, float* sum) {
   const Norms norms(p, head, column);
   transpose_in(head.q + column.t0 * p.q.t, p.q.t, column.rows, p.D, head.q_factor, scratch.q_t);
   const float kept = p.dropout_p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p.dropout_p));
@@ -104,10 +105,11 @@ void add_weights(const ForwardParams& p, const Head<Element>& head, const Column
   });
 }
 
-// The weights of queries t0 .. and keys key0 .. of batch entry b, of the heads that share an output.
+// The weights of queries t0 .. and keys key0 .. of batch entry b, of the heads that share an
+// output.
 template <class Element>
-void weights_item(const ForwardParams& p, Index b, Index head_begin, Index head_end, Index t0, Index key0,
-                  const Scratch& scratch) {
+void weights_item(const ForwardParams& p, Index b, Index head_begin, Index head_end, Index t0,
+                  Index key0, const Scratch& scratch) {
   const Index rows = min_of(kBlock, p.T - t0), keys = min_of(kRange, p.S - key0);
   memset(scratch.sum, 0, kColumns * kRange * kColumn * sizeof(float));
   const float* k = nullptr;
@@ -117,20 +119,22 @@ void weights_item(const ForwardParams& p, Index b, Index head_begin, Index head_
     const Index key_end = min_of(key0 + keys, head.S), live = min_of(rows, head.T - t0);
     if (key0 >= key_end || live <= 0) break;  // past the end of this sequence
     if (!k || h % (p.H / p.H_kv) == 0) {
-      k = RowsAsFloat<Element>::get(head.k + key0 * p.k.t, p.k.t, key_end - key0, p.D, Use::kAlongRows, scratch.k, &k_row);
+      k = RowsAsFloat<Element>::get(head.k + key0 * p.k.t, p.k.t, key_end - key0, p.D,
+                                    Use::kAlongRows, scratch.k, &k_row);
     }
     for (Index c = 0; c * kColumn < live; ++c) {
       const Column column(head, t0 + c * kColumn, min_of(live - c * kColumn, kColumn));
-      add_weights(p, head, column, key0, key_end, k, k_row, scratch, scratch.sum + c * kRange * kColumn);
+      add_weights(p, head, column, key0, key_end, k, k_row, scratch,
+                  scratch.sum + c * kRange * kColumn);
     }
   }
   alignas(64) float factor[kColumn];
   for (float& x : factor) x = 1.0f / static_cast<float>(head_end - head_begin);
-  Element* out = static_cast<Element*>(p.weights.data) + b * p.weights.b + head_begin * p.weights.h +
-                 t0 * p.weights.t + key0;
+  Element* out = static_cast<Element*>(p.weights.data) + b * p.weights.b +
+                 head_begin * p.weights.h + t0 * p.weights.t + key0;
   for (Index c = 0; c * kColumn < rows; ++c) {
-    transpose_out(scratch.sum + c * kRange * kColumn, min_of(rows - c * kColumn, kColumn), keys, factor,
-                  out + c * kColumn * p.weights.t, p.weights.t);
+    transpose_out(scratch.sum + c * kRange * kColumn, min_of(rows - c * kColumn, kColumn), keys,
+                  factor, out + c * kColumn * p.weights.t, p.weights.t);
   }
 }
 
@@ -151,7 +155,8 @@ void weights(const ForwardParams& p) {
       const Index range = item % ranges, block = item / ranges % blocks;
       const Index output = item / ranges / blocks;
       const Index h = output % outputs;
-      weights_item<Element>(p, output / outputs, h, h + heads, block * kBlock, range * kRange, scratch);
+      weights_item<Element>(p, output / outputs, h, h + heads, block * kBlock, range * kRange,
+                            scratch);
     }
     arena.release();
   }
@@ -159,11 +164,13 @@ void weights(const ForwardParams& p) {
 
 // The column sums of keys key0 .. of one head, query by query in their order.
 template <class Element>
-void received_item(const ForwardParams& p, const Head<Element>& head, Index key0, const Scratch& scratch) {
+void received_item(const ForwardParams& p, const Head<Element>& head, Index key0,
+                   const Scratch& scratch) {
   const Index keys = min_of(kRange, head.S - key0);
   memset(scratch.sum, 0, kRange * kLanes * sizeof(float));
   Index k_row;
-  const float* k = RowsAsFloat<Element>::get(head.k + key0 * p.k.t, p.k.t, keys, p.D, Use::kAlongRows, scratch.k, &k_row);
+  const float* k = RowsAsFloat<Element>::get(head.k + key0 * p.k.t, p.k.t, keys, p.D,
+                                             Use::kAlongRows, scratch.k, &k_row);
   for (Index t = 0; t < head.T; t += kColumn) {
     const Column column(head, t, min_of(head.T - t, kColumn));
     const Norms norms(p, head, column);
@@ -211,15 +218,13 @@ void received(const ForwardParams& p) {
 }  // namespace
 
 void weights_fwd(const ForwardParams& p) {
-  with_element(p.q.dtype, [&](auto* element) {
-    weights<std::remove_pointer_t<decltype(element)>>(p);
-  });
+  with_element(p.q.dtype,
+               [&](auto* element) { weights<std::remove_pointer_t<decltype(element)>>(p); });
 }
 
 void received_fwd(const ForwardParams& p) {
-  with_element(p.q.dtype, [&](auto* element) {
-    received<std::remove_pointer_t<decltype(element)>>(p);
-  });
+  with_element(p.q.dtype,
+               [&](auto* element) { received<std::remove_pointer_t<decltype(element)>>(p); });
 }
 
 }  // namespace attnfast::cpu::ATTNFAST_ISA
