@@ -1,0 +1,181 @@
+"""Sequences without padding: each is attention of its own, whatever the options."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accuracy import check
+from cases import DTYPES, OPTIONS, Case, bf16, problem, run
+from torch import Tensor
+
+import attnfast
+
+LENGTHS = ((5, 9), (0, 3), (66, 70), (40, 0), (0, 0), (1, 130), (129, 64))
+
+
+def packed(case: Case) -> Case:
+    """The case with `LENGTHS` in the place of B, T and S, and mask and bias the same for all."""
+    dims = {
+        name: None if dims is None else dims.replace("b", "")
+        for name, dims in (("mask", case.mask), ("bias", case.bias))
+    }
+    return replace(case, lengths=LENGTHS, **dims)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(packed(case) for case in OPTIONS if not case.lengths),
+        *(replace(packed(case), dtype=bf16) for case in OPTIONS[::3] if not case.lengths),
+    ],
+    ids=str,
+)
+def test_every_option(case: Case) -> None:
+    """The truth, the reference, runs the sequences one by one."""
+    given = problem(case)
+    check(run(given, "cpu"), given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_attention_of_each_sequence(dtype: torch.dtype) -> None:
+    """Of two public functions, the same numbers; the reference is not asked."""
+    case = Case(lengths=LENGTHS, H=6, H_kv=2, dtype=dtype, causal=True, align="bottom_right")
+    given = problem(replace(case, alibi="bh", sinks=True, softcap=5.0, bias="hts", stats=2))
+    inputs, options = given.inputs, given.options
+    whole = run(given, "cpu")
+    assert inputs.cu_seqlens_q is not None
+    assert inputs.cu_seqlens_k is not None
+    assert inputs.alibi_slopes is not None
+    assert inputs.bias is not None
+    for i, (T, S) in enumerate(LENGTHS):
+        rows = slice(*inputs.cu_seqlens_q[i : i + 2].tolist())
+        keys = slice(*inputs.cu_seqlens_k[i : i + 2].tolist())
+        one = inputs._replace(
+            q=inputs.q[:, :, rows],
+            k=inputs.k[:, :, keys],
+            v=inputs.v[:, :, keys],
+            bias=inputs.bias[..., :T, :S],
+            alibi_slopes=inputs.alibi_slopes[i : i + 1],
+            cu_seqlens_q=None,
+            cu_seqlens_k=None,
+        )
+        out = None if given.cotangents.out is None else given.cotangents.out[:, :, rows]
+        single = given._replace(
+            inputs=one,
+            options=options._replace(max_seqlen_q=0, max_seqlen_k=0),
+            cotangents=given.cotangents._replace(out=out),
+        )
+        results = {
+            name: whole[name][:, :, rows]
+            for name in ("out", "lse", "max_logit", "entropy", "reach", "dq")
+        }
+        results |= {name: whole[name][:, :, keys] for name in ("dk", "dv", "received")}
+        alone = run(single, "cpu")
+        check(results | {name: alone[name] for name in ("dbias", "dsinks")}, single)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weights", ["mean", "per head"])
+def test_rows_past_the_last_sequence(weights: str, dtype: torch.dtype) -> None:
+    """They are queries without keys, and keys that nothing attends."""
+    grads = ("out", "lse", "entropy", "weights")
+    case = Case(lengths=LENGTHS, weights=weights, stats=2, sinks=True, grads=grads, dtype=dtype)
+    given = problem(case)
+    inputs, n = given.inputs, 4
+    assert inputs.cu_seqlens_q is not None
+    assert inputs.cu_seqlens_k is not None
+    assert given.cotangents.weights is not None
+    given = given._replace(
+        inputs=inputs._replace(
+            cu_seqlens_q=inputs.cu_seqlens_q[: n + 1], cu_seqlens_k=inputs.cu_seqlens_k[: n + 1]
+        ),
+        cotangents=given.cotangents._replace(weights=given.cotangents.weights[:n]),
+    )
+    check(run(given, "cpu"), given)
+
+
+def test_longest_may_be_overstated() -> None:
+    grads = ("out", "weights")
+    given = problem(Case(lengths=((5, 9), (66, 70)), weights="mean", grads=grads, causal=True))
+    options = given.options._replace(max_seqlen_q=100, max_seqlen_k=300)
+    assert given.cotangents.weights is not None
+    wider = torch.nn.functional.pad(given.cotangents.weights, (0, 230, 0, 34), value=3.0)
+    given = given._replace(options=options, cotangents=given.cotangents._replace(weights=wider))
+    check(run(given, "cpu"), given)
+
+
+def test_no_sequences() -> None:
+    q, ends = torch.empty(0, 2, 8), torch.zeros(1, dtype=torch.int32)
+    out, weights = attnfast.varlen_attention(
+        q, q, q, ends, ends, 0, 0, return_weights=True, backend="cpu"
+    )
+    assert out.shape == (0, 2, 8)
+    assert weights.shape == (0, 2, 0, 0)
+
+
+def test_int64_ends() -> None:
+    given = problem(Case(lengths=((5, 9), (66, 70))))
+    inputs = given.inputs
+    assert inputs.cu_seqlens_q is not None
+    assert inputs.cu_seqlens_k is not None
+    wide = inputs._replace(
+        cu_seqlens_q=inputs.cu_seqlens_q.long(), cu_seqlens_k=inputs.cu_seqlens_k.long()
+    )
+    expected = run(given, "cpu")
+    for name, result in run(given._replace(inputs=wide), "cpu").items():
+        assert torch.equal(result, expected[name])
+
+
+def call(**changes: Any) -> Any:
+    """A right call of two sequences, 3 + 2 queries over 4 + 6 keys, but for the changes."""
+    arguments: dict[str, Any] = {
+        "q": torch.randn(5, 2, 8),
+        "k": torch.randn(10, 2, 8),
+        "v": torch.randn(10, 2, 8),
+        "cu_seqlens_q": torch.tensor([0, 3, 5]).int(),
+        "cu_seqlens_k": torch.tensor([0, 4, 10]).int(),
+        "max_seqlen_q": 3,
+        "max_seqlen_k": 6,
+    }
+    return attnfast.varlen_attention(**(arguments | changes))
+
+
+def ends(*values: int) -> Tensor:
+    return torch.tensor(values).int()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"cu_seqlens_q": ends(1, 3, 5)}, r"cu_seqlens_q must start (at|with) 0"),
+    ({"cu_seqlens_k": ends(-4, 4, 10)}, r"cu_seqlens_k must start (at|with) 0"),
+    ({"cu_seqlens_q": ends(0, 5, 3)}, r"cu_seqlens_q must not decrease"),
+    ({"cu_seqlens_k": ends(0, 9, 8)}, r"cu_seqlens_k must not decrease"),
+    ({"cu_seqlens_q": ends(0, 3, 6)}, r"cu_seqlens_q must .*5.*6"),
+    ({"cu_seqlens_k": ends(0, 4, 2**31 - 1)}, r"cu_seqlens_k must .*10.*2147483647"),
+    ({"max_seqlen_q": 2}, r"max_seqlen_q must .*3.*2"),
+    ({"max_seqlen_k": 5}, r"max_seqlen_k must .*6.*5"),
+], ids=str)  # fmt: skip
+def test_ends_out_of_range(
+    changes: dict[str, Any], message: str, gradient: bool, backend: str
+) -> None:
+    call(backend=backend)
+    if gradient:
+        changes = changes | {"q": torch.randn(5, 2, 8, requires_grad=True)}
+    with pytest.raises(ValueError, match=message):
+        call(**changes, backend=backend)
+
+    """(H, total, D) viewed as (total, H, D), and sequences of every other row."""
+    given = problem(Case(lengths=((5, 9), (66, 70)), causal=True))
+    inputs = given.inputs
+    expected = run(given, "cpu")
+    views = {name: getattr(inputs, name).contiguous() for name in ("q", "k", "v")}
+    check(run(given._replace(inputs=inputs._replace(**views)), "cpu"), given)
+    doubled = {name: x.repeat_interleave(2, 2)[:, :, ::2] for name, x in views.items()}
+    results = run(given._replace(inputs=inputs._replace(**doubled)), "cpu")
+    for name in ("out", "dq", "dk", "dv"):
+        assert results[name].shape == expected[name].shape
+    check(results, given)
