@@ -326,5 +326,8 @@ def _without_autocast(device: str) -> AbstractContextManager[object]:
 
 def _ordered_like(x: Tensor, q: Tensor) -> Tensor:
     """Return x (B, H, T, D_v) with its dimensions in memory in the order of q's."""
-    order = [*sorted(range(3), key=q.stride, reverse=True), 3]
+    order = [0]  # by insertion: torch.compile does not sort by sizes that it traces
+    for d in (1, 2):
+        order.insert(sum(q.stride(before) >= q.stride(d) for before in order), d)
+    order.append(3)
     return x.permute(order).contiguous().permute([order.index(d) for d in range(4)])
