@@ -31,9 +31,20 @@ def fused_attention(backend: str, inputs: Inputs, options: Options, requires_gra
     """
     if transforms_active():
         return Outputs(*TransformedAttention.apply(backend, options, *inputs))
+    if torch.compiler.is_compiling():
+        inputs = distinct(inputs)
     if requires_grad:
         return Outputs(*AttentionFunction.apply(backend, options, *inputs))
     return Outputs(*call(dispatch.OPS[backend].fwd, *inputs, *options))
+
+
+def distinct(inputs: Inputs) -> Inputs:
+    """Inputs with a view in place of any tensor that came before, which Dynamo would reject."""
+    tensors: list[Tensor | None] = []
+    for x in inputs:
+        seen = x is not None and any(x is other for other in tensors)
+        tensors.append(x.view(x.shape) if x is not None and seen else x)
+    return Inputs(*tensors)
 
 
 def transforms_active() -> bool:
@@ -89,9 +100,13 @@ def attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
     """Gradients of ``attention_forward``'s arguments from those of its results."""
     grad_out, grad_lse, grad_stats, _, grad_weights = grads
     out, lse, stats, *tensors = ctx.saved_tensors
-    inputs = Inputs(*tensors)
-    if all(grad is None for grad in grads):
+    inputs, options = Inputs(*tensors), ctx.options
+    if grad_out is None and grad_lse is None and grad_stats is None and grad_weights is None:
         return (None,) * (2 + len(inputs))
+    if not options.stats:  # torch.compile passes zeros of the empty tensor's shape
+        grad_stats = None
+    if not options.weights:
+        grad_weights = None
     need_dbias, need_dsinks = ctx.needs_input_grad[6], ctx.needs_input_grad[8]
     args = (
         torch.zeros_like(out) if grad_out is None else rows(grad_out),
@@ -106,13 +121,13 @@ def attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
         *inputs,
     )
     if torch.compiler.is_compiling():
-        gradients = dispatch.OPS[ctx.backend].bwd(*args, *ctx.options)
+        gradients = dispatch.OPS[ctx.backend].bwd(*args, *options)
     elif transforms_active():
-        gradients = TransformedBackward.apply(ctx.backend, ctx.options, *args)
+        gradients = TransformedBackward.apply(ctx.backend, options, *args)
     elif torch.is_grad_enabled():
-        gradients = AttentionBackward.apply(ctx.backend, ctx.options, *args)
+        gradients = AttentionBackward.apply(ctx.backend, options, *args)
     else:
-        gradients = call(dispatch.OPS[ctx.backend].bwd, *args, *ctx.options)
+        gradients = call(dispatch.OPS[ctx.backend].bwd, *args, *options)
     dq, dk, dv, dbias, dsinks = gradients
     return (
         *(None, None),
