@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import attnfast
+from attnfast import replace
 from search_demo import report
 from search_demo.corpus import Document, collect_stdlib, read_queries, read_texts
 from search_demo.encoder import (
@@ -203,7 +204,7 @@ def run(options: argparse.Namespace) -> int:
 
     out = report.console()
     ours = copy.deepcopy(stock)
-    attnfast.replace(ours)
+    replace(ours)
     models = {TORCH: stock.to(device), ATTNFAST: ours.to(device)}
     texts = [document.text for document in documents] + queries
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
@@ -283,7 +284,7 @@ def _device(name: str) -> torch.device:
     """A device that is there."""
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device: {name!r} cannot be used: {reason}") from error

@@ -63,8 +63,8 @@ class SentenceEncoder(nn.Module):
 
 def mean_pool(x: Tensor, padding: Tensor) -> Tensor:
     """The mean of (B, L, E) over each text's own tokens, (B, E)."""
-    kept = (~padding).unsqueeze(-1).to(x.dtype)  # (B, L, 1)
-    return (x * kept).sum(1) / kept.sum(1)
+    padding = padding.unsqueeze(-1)  # (B, L, 1)
+    return x.masked_fill(padding, 0).sum(1) / (~padding).sum(1)
 
 
 def model_folder() -> Path:

@@ -26,7 +26,7 @@ class LayerCall(NamedTuple):
 
 
 class AttentionWatch:
-    """Notes what each layer's attention is given, and sums its statistics batch by batch.
+    """Notes what each layer of a replaced model attends to, and sums statistics batch by batch.
 
     Use as a context manager around the forward passes; call it after each with the batch. The
     hooks only keep a reference, so they cost the watched model nothing worth measuring.
