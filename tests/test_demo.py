@@ -191,17 +191,18 @@ def test_the_watch_agrees_with_torchs_weights(batch: encoder.Batch) -> None:
     weights: list[Tensor] = []
 
     def note(module: torch.nn.MultiheadAttention, args: tuple[Tensor, ...], out: object) -> None:
-        plain = torch.nn.MultiheadAttention.forward
-        mask = batch.padding
         weights.append(
-            plain(module, *args[:3], key_padding_mask=mask, average_attn_weights=False)[1]
+            torch.nn.MultiheadAttention.forward(
+                module, *args[:3], key_padding_mask=batch.padding, average_attn_weights=False
+            )[1]
         )
 
     with torch.no_grad(), look.AttentionWatch(model) as watch:
-        for layer in model.encoder.layers:
-            layer.self_attn.register_forward_hook(note)
+        hooks = [layer.self_attn.register_forward_hook(note) for layer in model.encoder.layers]
         model(batch.tokens, batch.padding)
         watch(batch)
+    for hook in hooks:
+        hook.remove()
     assert len(weights) == encoder.LAYERS
     p = torch.stack(weights).double().transpose(1, 2)  # (layers, heads, B, L, L)
     real = ~batch.padding
