@@ -70,13 +70,20 @@ def _cpu_unsupported(problem: Problem) -> str | None:
 
 
 def _cpu_workspace(problem: Problem) -> tuple[int, int]:
-    return 0, 0
+    """Tiles of up to 128 queries and 96 keys per thread; backward a head's dk, dv, k and v too."""
+    threads, width = torch.get_num_threads(), problem.D + problem.D_v
+    tiles = (128 + 96) * width + 2 * 96 * 32
+    head = problem.S * width * (2 if problem.dtype in HALF else 1)
+    row_sums = problem.B * problem.H * problem.T
+    return 4 * threads * tiles, 4 * (threads * (2 * tiles + head) + row_sums)
 
 
-def _scores(problem: Problem) -> int:
-    """Bytes of one T x S matrix of scores per head."""
+def _reference_workspace(problem: Problem) -> tuple[int, int]:
+    """All scores, in fp32 or better: four times in forward, and as often again in backward."""
+    sequences = 1 if problem.kind == "varlen" else problem.B  # varlen: at most all rows in one
+    scores = sequences * problem.H * problem.T * problem.S
     size = 8 if problem.dtype == torch.float64 else 4
-    return problem.B * problem.H * problem.T * problem.S * size
+    return 4 * scores * size, 8 * scores * size
 
 
 NATIVE_MISSING = ops.load()
@@ -86,13 +93,13 @@ CPU = Backend(
     _cpu_unsupported,
     ops.CPU,
     _cpu_workspace,
-    lambda: f"{ops.cpu_isa()}, {torch.get_num_threads()} threads",
+    lambda: f"{ops.cpu_isa()}, threads: {torch.get_num_threads()}",
 )
 REFERENCE = Backend(
     "reference",
     lambda problem: None,
     None,
-    lambda problem: (4 * _scores(problem), 8 * _scores(problem)),
+    _reference_workspace,
     lambda: "plain PyTorch",
 )
 

@@ -18,7 +18,7 @@ from .functional import (
     varlen_attention,
 )
 
-ENVIRONMENT = ("ATTNFAST_BACKEND", "ATTNFAST_FALLBACK", "ATTNFAST_CPU_ISA")
+ENVIRONMENT = ("ATTNFAST_BACKEND", "ATTNFAST_FALLBACK", "ATTNFAST_CPU_ISA", "ATTNFAST_NATIVE")
 
 
 def explain(*args: Any, **kwargs: Any) -> str:
