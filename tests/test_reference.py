@@ -288,29 +288,36 @@ def test_slices_of_rows_and_batch(name: str) -> None:
     assert_close(received, whole.received)
 
 
-@pytest.mark.parametrize("sink", [None, 0.25])
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("sink", [None, 0.25, -INF])
 def test_a_row_without_keys(sink: float | None) -> None:
+    """Zeros and a log of zero, or the sink; and no NaN, not even on the way to a derivative."""
     mask = torch.ones(1, 1, T, 1, dtype=torch.bool)
     mask[:, :, 1] = False
-    sinks = None if sink is None else torch.full((H,), sink, dtype=torch.float64)
-    inputs = tensors(mask=mask, sinks=sinks, dropout_seed=SEED)
-    leaves = [x.requires_grad_() for x in inputs[:3]]
+    sinks = {} if sink is None else {"sinks": torch.full((H,), sink, dtype=torch.float64)}
+    inputs = tensors(mask=mask, dropout_seed=SEED, **sinks)
+    leaves = [x.requires_grad_() for x in (*inputs[:3], *sinks.values())]
     options = Options(SCALE, softcap=1.0, dropout_p=0.2, stats=1, weights=2)
-    out, lse, stats, _, weights = reference_attention(inputs, options)
-    row = (slice(None), slice(None), 1)
-    assert (out[row] == 0).all()
-    assert (weights[row] == 0).all()
-    assert (lse[row] == (-INF if sink is None else sink)).all()
-    for statistic, value in zip(stats, (-INF, 0, 0), strict=True):
-        assert (statistic[row] == value).all()
+    with torch.autograd.detect_anomaly():
+        out, lse, stats, _, weights = reference_attention(inputs, options)
+        row = (slice(None), slice(None), 1)
+        assert (out[row] == 0).all()
+        assert (weights[row] == 0).all()
+        assert (lse[row] == (-INF if sink is None else sink)).all()
+        for statistic, value in zip(stats, (-INF, 0, 0), strict=True):
+            assert (statistic[row] == value).all()
 
-    loss = out[row].sum() + lse[row].sum() + stats[1][row].sum() + (weights[row] ** 2).sum()
-    gradients = torch.autograd.grad(loss, leaves, create_graph=True)
-    assert all((g == 0).all() for g in gradients)
-    rest = sum((x.masked_fill(x == -INF, 0) ** 2).sum() for x in (out, lse, stats[1], weights))
-    gradients = torch.autograd.grad(rest, leaves, create_graph=True)
-    second = torch.autograd.grad(sum((g**2).sum() for g in gradients), leaves)
-    assert all(g.isfinite().all() for g in (*gradients, *second))
+        loss = out[row].sum() + lse[row].sum() + stats[1][row].sum() + weights[row].sum()
+        gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
+        assert all((g == 0).all() for g in gradients[:3])
+        assert all((g == (B if sink == 0.25 else 0)).all() for g in gradients[3:])  # of the lse
+
+        finite = (x.masked_fill(x == -INF, 0) for x in (out, lse, stats[1], weights))
+        gradients = torch.autograd.grad(
+            sum((x**2).sum() for x in finite), leaves, create_graph=True
+        )
+        second = torch.autograd.grad(sum((g**2).sum() for g in gradients), leaves)
+        assert all(g.isfinite().all() for g in (*gradients, *second))
 
 
 @pytest.mark.parametrize("how", ["mask", "bias", "causal", "window", "all"])
