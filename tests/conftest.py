@@ -34,14 +34,13 @@ def threads() -> object:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which instruction sets of the CPU backend ran, and why others did not."""
-    lines = [
+    lines = {
         value
         for reports in terminalreporter.stats.values()
         for report in reports
-        if getattr(report, "when", None) == "call"
-        for name, value in report.user_properties
+        for name, value in getattr(report, "user_properties", ())
         if name == "isa"
-    ]
+    }
     if lines:
         terminalreporter.section("instruction sets of the CPU backend")
         for line in sorted(lines):

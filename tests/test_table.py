@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from accuracy import check, check_formulas, in_double, reference_results
 from cases import CASES, Case, problem, run
+
+from attnfast import ops
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -26,3 +30,8 @@ def test_public_reference(case: Case) -> None:
     """The same functions with backend="reference", whose results have the same names and dtypes."""
     given = problem(case)
     check(run(given, "reference"), given)
+
+
+def test_instruction_set() -> None:
+    """The kernels under test are those that ATTNFAST_CPU_ISA names, or the machine's best."""
+    assert ops.cpu_isa() == os.environ.get("ATTNFAST_CPU_ISA", ops.cpu_isas()[0])
