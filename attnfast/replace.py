@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -71,9 +71,9 @@ def replace(
             left.append((name, why))
             continue
         module.__class__ = MultiheadAttention
-        module.backend = backend
-        module.deterministic = deterministic
-        setattr(module, _REPLACED, True)
+        ours = cast(MultiheadAttention, module)
+        ours.backend, ours.deterministic = backend, deterministic
+        setattr(ours, _REPLACED, True)
         replaced.append(name)
 
     layers, encoders = [], []

@@ -17,7 +17,10 @@ from attnfast import MultiheadAttention, replace, restore
 
 E, H, B, T = 16, 4, 3, 6
 
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+    pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask"),
+]
 
 
 def encoder(layers: int = 2, **options: Any) -> nn.TransformerEncoder:
