@@ -35,7 +35,8 @@ def missing(isa: str) -> list[str]:
 
 
 def test_the_library_runs_all_that_the_processor_has() -> None:
-    assert set(ops.cpu_isas()) == {isa for isa in NEEDS if not missing(isa)}
+    runs = set(ops.cpu_isas()) - {"lanes16"}  # which sanitizer builds have
+    assert runs == {isa for isa in NEEDS if not missing(isa)}
     assert ops.cpu_isa() in ops.cpu_isas()
 
 

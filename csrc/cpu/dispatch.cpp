@@ -24,6 +24,10 @@ const Row* table(int* count) {
       ATTNFAST_ROW(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                              __builtin_cpu_supports("f16c")),
 #endif
+#if defined(ATTNFAST_HAS_LANES16)
+      ATTNFAST_ROW(lanes16, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                __builtin_cpu_supports("f16c")),
+#endif
       ATTNFAST_ROW(portable, true),
   };
   *count = sizeof rows / sizeof *rows;

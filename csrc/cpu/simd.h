@@ -12,7 +12,7 @@
 #endif
 
 #ifndef ATTNFAST_ISA
-#error "compile with -DATTNFAST_ISA=portable|avx2|avx512|avx512_bf16"
+#error "compile with -DATTNFAST_ISA=portable|avx2|avx512|lanes16"
 #endif
 
 #define ATTNFAST_INLINE inline __attribute__((always_inline))
