@@ -1,7 +1,8 @@
-// The plain structs that every native kernel takes: pointers, sizes, strides, options. No torch here.
+// The plain structs that every native kernel takes: pointers, sizes, strides, options. No torch
+// here.
 //
-// Strides count elements. A stride of zero broadcasts. Sizes: B batch, H query heads, H_kv key heads,
-// T queries, S keys, D head dim of q and k, D_v head dim of v.
+// Strides count elements. A stride of zero broadcasts. Sizes: B batch, H query heads, H_kv key
+// heads, T queries, S keys, D head dim of q and k, D_v head dim of v.
 #pragma once
 #include <cstdint>
 
@@ -90,17 +91,17 @@ struct BackwardParams : Problem {
   Weights weights_mode = Weights::kNone;
   View grad_weights;  // (B, H, T, S); for the mean (B, T, S) with h = 0, divided by H here
 
-  MutableView dq, dk, dv;  // the dtypes of q, k, v
-  MutableView dbias;       // null unless wanted; the shape of bias, stride 0 where reduced
-  float* dsinks = nullptr; // [H], null unless wanted
+  MutableView dq, dk, dv;   // the dtypes of q, k, v
+  MutableView dbias;        // null unless wanted; the shape of bias, stride 0 where reduced
+  float* dsinks = nullptr;  // [H], null unless wanted
 };
 
 // Few queries against a cache: query t of batch b stands at cache_seqlens[b] - T + t.
 struct DecodeParams {
   int64_t B, H, H_kv, T, S, D, D_v;  // S: the capacity of the cache (pages * page size when paged)
   View q;                            // (B, H, T, D)
-  View k, v;                         // (B, H_kv, S, D|D_v); paged: b is the page's stride, t the row's
-  View bias;                         // (B|1, H|1, T|1, S|1)
+  View k, v;  // (B, H_kv, S, D|D_v); paged: b is the page's stride, t the row's
+  View bias;  // (B|1, H|1, T|1, S|1)
   const int32_t* cache_seqlens = nullptr;  // [B]
   const int32_t* page_table = nullptr;     // [B, pages_per_sequence]; null: contiguous
   int64_t page_size = 0, pages_per_sequence = 0, num_pages = 0;

@@ -1,7 +1,8 @@
-// torch.ops.attnfast.cpu_*: tensors in, parameter structs out, through torch's stable ABI (2.10 and later).
+// torch.ops.attnfast.cpu_*: tensors in, parameter structs out, through torch's stable ABI (2.10 and
+// later).
 //
-// The schemas are defined in attnfast/ops.py, which also checks shapes and dtypes; what is checked here are the values
-// inside tensors that index memory.
+// The schemas are defined in attnfast/ops.py, which also checks shapes and dtypes; what is checked
+// here are the values inside tensors that index memory.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -47,7 +48,8 @@ DType dtype_of(const Tensor& x) {
     case ScalarType::Double:
       return DType::kFloat64;
     default:
-      STD_TORCH_CHECK(false, "attention: tensors must be float32, bfloat16, float16, float64 or bool");
+      STD_TORCH_CHECK(false,
+                      "attention: tensors must be float32, bfloat16, float16, float64 or bool");
       return DType::kFloat32;
   }
 }
@@ -68,21 +70,23 @@ void check_rows(const Tensor& x, const char* name) {
                   " must be 4-D with last stride 1");
 }
 
-Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
+                     const std::vector<int64_t>& strides) {
   int32_t dtype, device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device_type,
-                                                  device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                  device_type, device_index, &handle));
   return Tensor(handle);
 }
 
 // Dense rows of `last` elements, the first three dimensions in the memory order of `like`.
 Tensor empty_in_order(const Tensor& like, int64_t last) {
   std::array<int64_t, 3> order{0, 1, 2};
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return like.stride(a) > like.stride(b); });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return like.stride(a) > like.stride(b); });
   const std::vector<int64_t> sizes{like.size(0), like.size(1), like.size(2), last};
   std::vector<int64_t> strides{0, 0, 0, 1};
   int64_t next = std::max<int64_t>(last, 1);
@@ -158,7 +162,8 @@ std::vector<int32_t> ints_of(const Tensor& x, const char* name) {  // 1-D or 2-D
       const int64_t offset = (x.dim() == 2 ? i * x.stride(0) : 0) + j * x.stride(x.dim() - 1);
       const int64_t value = is_long ? static_cast<const int64_t*>(x.const_data_ptr())[offset]
                                     : static_cast<const int32_t*>(x.const_data_ptr())[offset];
-      STD_TORCH_CHECK(value >= std::numeric_limits<int32_t>::min() && value <= std::numeric_limits<int32_t>::max(),
+      STD_TORCH_CHECK(value >= std::numeric_limits<int32_t>::min() &&
+                          value <= std::numeric_limits<int32_t>::max(),
                       name, " must fit in 32 bits, got ", value);
       out.push_back(static_cast<int32_t>(value));
     }
@@ -166,18 +171,23 @@ std::vector<int32_t> ints_of(const Tensor& x, const char* name) {  // 1-D or 2-D
   return out;
 }
 
-// The sequences' boundaries, checked so that no index can leave the tensor; returns the longest sequence.
-int64_t check_cu_seqlens(const std::vector<int32_t>& cu, int64_t total, int64_t max_seqlen, const std::string& side) {
+// The sequences' boundaries, checked so that no index can leave the tensor; returns the longest
+// sequence.
+int64_t check_cu_seqlens(const std::vector<int32_t>& cu, int64_t total, int64_t max_seqlen,
+                         const std::string& side) {
   const std::string name = "attention: cu_seqlens_" + side;
-  STD_TORCH_CHECK(!cu.empty() && cu[0] == 0, name, " must start with 0, got ", cu.empty() ? -1 : cu[0]);
+  STD_TORCH_CHECK(!cu.empty() && cu[0] == 0, name, " must start with 0, got ",
+                  cu.empty() ? -1 : cu[0]);
   int64_t longest = 0;
   for (size_t i = 1; i < cu.size(); ++i) {
-    STD_TORCH_CHECK(cu[i] >= cu[i - 1], name, " must not decrease, got ", cu[i], " after ", cu[i - 1], " at index ", i);
+    STD_TORCH_CHECK(cu[i] >= cu[i - 1], name, " must not decrease, got ", cu[i], " after ",
+                    cu[i - 1], " at index ", i);
     longest = std::max<int64_t>(longest, cu[i] - cu[i - 1]);
   }
-  STD_TORCH_CHECK(cu.back() <= total, name, " must end within the ", total, " rows of ", side, ", got ", cu.back());
-  STD_TORCH_CHECK(longest <= max_seqlen, "attention: max_seqlen_", side, " must be at least the longest sequence (",
-                  longest, "), got ", max_seqlen);
+  STD_TORCH_CHECK(cu.back() <= total, name, " must end within the ", total, " rows of ", side,
+                  ", got ", cu.back());
+  STD_TORCH_CHECK(longest <= max_seqlen, "attention: max_seqlen_", side,
+                  " must be at least the longest sequence (", longest, "), got ", max_seqlen);
   return longest;
 }
 
@@ -186,16 +196,17 @@ int threads_for(int64_t work) {
   return work < kWorthSharing ? 1 : static_cast<int>(torch::stable::get_num_threads());
 }
 
-#define ATTNFAST_INPUTS                                                                                             \
-  const Tensor &q, const Tensor &k, const Tensor &v, OptionalTensor mask, OptionalTensor bias,                      \
-      OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor align, OptionalTensor dropout_seed,         \
-      OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, double scale, bool causal, int64_t window_left,     \
-      int64_t window_right, int64_t align_offset, bool align_bottom_right, double softcap, double dropout_p,        \
-      int64_t weights, int64_t stats, bool deterministic, int64_t max_seqlen_q, int64_t max_seqlen_k
-#define ATTNFAST_INPUT_NAMES                                                                                          \
-  q, k, v, mask, bias, alibi_slopes, sinks, align, dropout_seed, cu_seqlens_q, cu_seqlens_k, scale, causal,           \
-      window_left, window_right, align_offset, align_bottom_right, softcap, dropout_p, weights, stats, deterministic, \
-      max_seqlen_q, max_seqlen_k
+#define ATTNFAST_INPUTS                                                                           \
+  const Tensor &q, const Tensor &k, const Tensor &v, OptionalTensor mask, OptionalTensor bias,    \
+      OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor align,                    \
+      OptionalTensor dropout_seed, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,      \
+      double scale, bool causal, int64_t window_left, int64_t window_right, int64_t align_offset, \
+      bool align_bottom_right, double softcap, double dropout_p, int64_t weights, int64_t stats,  \
+      bool deterministic, int64_t max_seqlen_q, int64_t max_seqlen_k
+#define ATTNFAST_INPUT_NAMES                                                                 \
+  q, k, v, mask, bias, alibi_slopes, sinks, align, dropout_seed, cu_seqlens_q, cu_seqlens_k, \
+      scale, causal, window_left, window_right, align_offset, align_bottom_right, softcap,   \
+      dropout_p, weights, stats, deterministic, max_seqlen_q, max_seqlen_k
 
 void fill_problem(Problem* p, SmallTensors* small, ATTNFAST_INPUTS) {
   (void)weights, (void)stats, (void)deterministic;  // the kernels are deterministic always
@@ -216,8 +227,8 @@ void fill_problem(Problem* p, SmallTensors* small, ATTNFAST_INPUTS) {
     small->cu_seqlens_q = ints_of(*cu_seqlens_q, "attention: cu_seqlens_q");
     small->cu_seqlens_k = ints_of(*cu_seqlens_k, "attention: cu_seqlens_k");
     STD_TORCH_CHECK(small->cu_seqlens_q.size() == small->cu_seqlens_k.size(),
-                    "attention: cu_seqlens_k must have as many entries as cu_seqlens_q (", small->cu_seqlens_q.size(),
-                    "), got ", small->cu_seqlens_k.size());
+                    "attention: cu_seqlens_k must have as many entries as cu_seqlens_q (",
+                    small->cu_seqlens_q.size(), "), got ", small->cu_seqlens_k.size());
     check_cu_seqlens(small->cu_seqlens_q, p->T, max_seqlen_q, "q");
     check_cu_seqlens(small->cu_seqlens_k, p->S, max_seqlen_k, "k");
     p->B = static_cast<int64_t>(small->cu_seqlens_q.size()) - 1;
@@ -280,9 +291,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fwd(ATTNFAST_INPUTS) {
   }
   p.weights_mode = static_cast<Weights>(weights);
   if (weights == 1) {
-    p.weights = MutableView{probabilities.mutable_data_ptr(), p.T * p.S, 0, p.S, 1, dtype_of(probabilities)};
+    p.weights = MutableView{probabilities.mutable_data_ptr(), p.T * p.S, 0, p.S, 1,
+                            dtype_of(probabilities)};
   } else if (weights == 2) {
-    p.weights = MutableView{probabilities.mutable_data_ptr(), H * p.T * p.S, p.T * p.S, p.S, 1, dtype_of(probabilities)};
+    p.weights = MutableView{probabilities.mutable_data_ptr(), H * p.T * p.S, p.T * p.S, p.S, 1,
+                            dtype_of(probabilities)};
   }
   attnfast::cpu::kernels().attention_fwd(p);
   return {out, lse, statistics, received, probabilities};
@@ -299,22 +312,25 @@ const float* rows_of(const OptionalTensor& x, std::vector<Tensor>* kept, const T
   return static_cast<const float*>(copy.const_data_ptr());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_bwd(const Tensor& grad_out, OptionalTensor grad_lse,
-                                                           OptionalTensor grad_entropy, OptionalTensor grad_weights,
-                                                           const Tensor& out, const Tensor& lse, OptionalTensor entropy,
-                                                           bool need_dbias, bool need_dsinks, ATTNFAST_INPUTS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_bwd(
+    const Tensor& grad_out, OptionalTensor grad_lse, OptionalTensor grad_entropy,
+    OptionalTensor grad_weights, const Tensor& out, const Tensor& lse, OptionalTensor entropy,
+    bool need_dbias, bool need_dsinks, ATTNFAST_INPUTS) {
   BackwardParams p;
   SmallTensors small;
   std::vector<Tensor> kept;
   fill_problem(&p, &small, ATTNFAST_INPUT_NAMES);
   const int64_t H = p.H, T = q.size(2);
   Tensor d_o = grad_out;
-  if (d_o.size(3) > 1 && d_o.stride(3) != 1) {  // expanded or transposed by the caller: rows are needed
+  if (d_o.size(3) > 1 &&
+      d_o.stride(3) != 1) {  // expanded or transposed by the caller: rows are needed
     d_o = empty_in_order(grad_out, grad_out.size(3));
     torch::stable::copy_(d_o, grad_out);
   }
-  Tensor dq = empty_in_order(q, q.size(3)), dk = empty_in_order(k, k.size(3)), dv = empty_in_order(v, v.size(3));
-  if (has_slack(p, T, k.size(2))) torch::stable::zero_(dq), torch::stable::zero_(dk), torch::stable::zero_(dv);
+  Tensor dq = empty_in_order(q, q.size(3)), dk = empty_in_order(k, k.size(3)),
+         dv = empty_in_order(v, v.size(3));
+  if (has_slack(p, T, k.size(2)))
+    torch::stable::zero_(dq), torch::stable::zero_(dk), torch::stable::zero_(dv);
   p.out = read(out), p.grad_out = read(d_o);
   p.dq = write(dq), p.dk = write(dk), p.dv = write(dv);
   if (p.cu_seqlens_q) p.out.b = p.grad_out.b = p.dq.b = p.dk.b = p.dv.b = 0;
@@ -325,13 +341,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_bwd(const Tensor& grad_ou
   p.grad_entropy = rows_of(grad_entropy, &kept, lse);
   p.weights_mode = static_cast<Weights>(weights);
   if (grad_weights) {
-    const auto stride = [&](int64_t d) { return grad_weights->size(d) == 1 ? 0 : grad_weights->stride(d); };
-    p.grad_weights = weights == 1 ? View{grad_weights->const_data_ptr(), stride(0), 0, stride(1), stride(2), dtype_of(*grad_weights)}
-                                  : read(*grad_weights);
+    const auto stride = [&](int64_t d) {
+      return grad_weights->size(d) == 1 ? 0 : grad_weights->stride(d);
+    };
+    p.grad_weights = weights == 1
+                         ? View{grad_weights->const_data_ptr(), stride(0), 0, stride(1), stride(2),
+                                dtype_of(*grad_weights)}
+                         : read(*grad_weights);
   }
   Tensor dbias = nothing(q), dsinks = nothing(q);
   if (need_dbias) {
-    dbias = torch::stable::new_empty(*bias, {bias->size(0), bias->size(1), bias->size(2), bias->size(3)});
+    dbias = torch::stable::new_empty(*bias,
+                                     {bias->size(0), bias->size(1), bias->size(2), bias->size(3)});
     p.dbias = write(dbias);
   }
   std::vector<float> sink_sums(need_dsinks ? H : 0);
@@ -345,9 +366,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_bwd(const Tensor& grad_ou
 }
 
 std::tuple<Tensor, Tensor> cpu_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                      const Tensor& cache_seqlens, OptionalTensor page_table, OptionalTensor bias,
-                                      OptionalTensor alibi_slopes, OptionalTensor sinks, double scale,
-                                      int64_t window_left, int64_t window_right, double softcap) {
+                                      const Tensor& cache_seqlens, OptionalTensor page_table,
+                                      OptionalTensor bias, OptionalTensor alibi_slopes,
+                                      OptionalTensor sinks, double scale, int64_t window_left,
+                                      int64_t window_right, double softcap) {
   DecodeParams p;
   SmallTensors small;
   check_rows(q, "q"), check_rows(k_cache, "k_cache"), check_rows(v_cache, "v_cache");
@@ -367,13 +389,15 @@ std::tuple<Tensor, Tensor> cpu_decode(const Tensor& q, const Tensor& k_cache, co
   }
   for (int64_t b = 0; b < p.B; ++b) {
     const int64_t length = small.cache_seqlens[b];
-    STD_TORCH_CHECK(length >= 0 && length <= p.S, "decode_attention: cache_seqlens must lie in [0, ", p.S,
+    STD_TORCH_CHECK(length >= 0 && length <= p.S,
+                    "decode_attention: cache_seqlens must lie in [0, ", p.S,
                     "], the capacity of the cache, got ", length, " at index ", b);
     const int64_t pages = p.page_size ? (length + p.page_size - 1) / p.page_size : 0;
     for (int64_t i = 0; i < pages; ++i) {
       const int32_t page = small.page_table[b * p.pages_per_sequence + i];
-      STD_TORCH_CHECK(page >= 0 && page < p.num_pages, "decode_attention: page_table must hold pages in [0, ",
-                      p.num_pages, "), got ", page, " at (", b, ", ", i, ")");
+      STD_TORCH_CHECK(page >= 0 && page < p.num_pages,
+                      "decode_attention: page_table must hold pages in [0, ", p.num_pages,
+                      "), got ", page, " at (", b, ", ", i, ")");
     }
   }
   if (alibi_slopes) {

@@ -1,4 +1,5 @@
-// Scratch memory of one thread: kept between calls while small, so that short calls pay no page faults.
+// Scratch memory of one thread: kept between calls while small, so that short calls pay no page
+// faults.
 #pragma once
 #include <cstdint>
 #include <cstdlib>

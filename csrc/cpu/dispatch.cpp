@@ -1,4 +1,5 @@
-// Which instruction set's kernels run: the best that the machine has, unless ATTNFAST_CPU_ISA names another.
+// Which instruction set's kernels run: the best that the machine has, unless ATTNFAST_CPU_ISA names
+// another.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -13,14 +14,16 @@ struct Row {
   bool runs;
 };
 
-#define ATTNFAST_ROW(isa, runs) {{#isa, isa::attention_fwd, isa::attention_bwd, isa::attention_decode}, runs}
+#define ATTNFAST_ROW(isa, runs) \
+  {{#isa, isa::attention_fwd, isa::attention_bwd, isa::attention_decode}, runs}
 
 // Best first.
 const Row* table(int* count) {
   static const Row rows[] = {
 #if defined(__x86_64__)
-      ATTNFAST_ROW(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),
+      ATTNFAST_ROW(avx512,
+                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),
       ATTNFAST_ROW(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                              __builtin_cpu_supports("f16c")),
 #endif
@@ -39,10 +42,11 @@ const Kernels& choose() {
   const Row* rows = table(&count);
   const char* wanted = getenv("ATTNFAST_CPU_ISA");
   for (int i = 0; i < count; ++i) {
-    if (rows[i].runs && (!wanted || !*wanted || std::string(wanted) == rows[i].kernels.name)) return rows[i].kernels;
+    if (rows[i].runs && (!wanted || !*wanted || std::string(wanted) == rows[i].kernels.name))
+      return rows[i].kernels;
   }
-  throw std::runtime_error(std::string("ATTNFAST_CPU_ISA must be one of ") + runnable_isas() + " on this machine, got " +
-                           wanted);
+  throw std::runtime_error(std::string("ATTNFAST_CPU_ISA must be one of ") + runnable_isas() +
+                           " on this machine, got " + wanted);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Elements in memory (fp32, bf16, fp16) as fp32 vectors and back, and blocks of them moved and transposed.
+// Elements in memory (fp32, bf16, fp16) as fp32 vectors and back, and blocks of them moved and
+// transposed.
 #pragma once
 #include "../params.h"
 #include "simd.h"
@@ -21,7 +22,8 @@ ATTNFAST_INLINE float to_float(Float16 x) {
   // Shift the exponent and mantissa into place and let a multiplication re-bias and normalise them.
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
   const float scaled = bit_cast<float>(magnitude) * 0x1p112f;
-  const uint32_t bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : bit_cast<uint32_t>(scaled);
+  const uint32_t bits =
+      magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : bit_cast<uint32_t>(scaled);
   return bit_cast<float>(bits | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 }
 
@@ -88,9 +90,11 @@ ATTNFAST_INLINE void store_some(Element* p, Vec x, Index n) {
   memcpy(p, buffer, n * sizeof(Element));
 }
 
-// to[d * ld + lane] = factor * from[lane * stride + d] for `rows` lanes of a column; zero in the rest.
+// to[d * ld + lane] = factor * from[lane * stride + d] for `rows` lanes of a column; zero in the
+// rest.
 template <class Element>
-inline void transpose_in(const Element* from, Index stride, Index rows, Index D, float factor, float* to) {
+inline void transpose_in(const Element* from, Index stride, Index rows, Index D, float factor,
+                         float* to) {
   const Vec scale = broadcast(factor);
   for (Index lane = 0; lane < kColumn; lane += kLanes) {
     const Index live = min_of(max_of(rows - lane, 0), kLanes);
@@ -145,8 +149,8 @@ inline void transpose_out(const float* from, Index rows, Index D, const float* f
 
 // Copies rows to fp32, zero-padded from D to `padded` columns.
 template <class Element>
-inline void pack_rows(const Element* from, Index stride, Index rows, Index D, Index padded, float factor,
-                      float* to) {
+inline void pack_rows(const Element* from, Index stride, Index rows, Index D, Index padded,
+                      float factor, float* to) {
   const Vec scale = broadcast(factor);
   for (Index i = 0; i < rows; ++i) {
     const Element* row = from + i * stride;

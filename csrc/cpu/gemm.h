@@ -1,8 +1,9 @@
 // The register tile: C[rows][vectors] (+)= sum over k of A[row, k] * B[k][vectors].
 //
-// A is read one broadcast scalar at a time through any strides, so keys and values are used where they
-// lie in memory; B is rows of floats, one after another. kTileRows x kTileVecs accumulators fill the registers
-// (the outer-product kernel of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008).
+// A is read one broadcast scalar at a time through any strides, so keys and values are used where
+// they lie in memory; B is rows of floats, one after another. kTileRows x kTileVecs accumulators
+// fill the registers (the outer-product kernel of Goto and van de Geijn, "Anatomy of
+// high-performance matrix multiplication", 2008).
 #pragma once
 #include "simd.h"
 
@@ -27,10 +28,11 @@ struct MatrixC {
 
 enum class Start { kZero, kAccumulate };
 
-// `tiles` register tiles, one below the other. `column_max`, where given, is raised to the largest of each column.
+// `tiles` register tiles, one below the other. `column_max`, where given, is raised to the largest
+// of each column.
 template <int kRows, int kVecs, bool kMax>
-ATTNFAST_NOINLINE void tiles_of_rows(Index tiles, Index K, const MatrixA& a, const MatrixB& b, const MatrixC& c,
-                                     Start start, float* column_max) {
+ATTNFAST_NOINLINE void tiles_of_rows(Index tiles, Index K, const MatrixA& a, const MatrixB& b,
+                                     const MatrixC& c, Start start, float* column_max) {
   constexpr int kGroup = 3;  // rows that share a pointer: base, base + row, base + 2 * row
   constexpr int kGroups = (kRows + kGroup - 1) / kGroup;
   const Index row = a.row, step = a.step, panels = a.panels, b_ld = b.ld, c_ld = c.ld;
@@ -41,7 +43,8 @@ ATTNFAST_NOINLINE void tiles_of_rows(Index tiles, Index K, const MatrixA& a, con
     Vec acc[kRows][kVecs];
     if (start == Start::kAccumulate) {
       ATTNFAST_UNROLL for (int i = 0; i < kRows; ++i) {
-        ATTNFAST_UNROLL for (int j = 0; j < kVecs; ++j) acc[i][j] = load(c_tile + i * c_ld + j * kLanes);
+        ATTNFAST_UNROLL for (int j = 0; j < kVecs; ++j) acc[i][j] =
+            load(c_tile + i * c_ld + j * kLanes);
       }
     } else {
       ATTNFAST_UNROLL for (int i = 0; i < kRows; ++i) {
@@ -65,7 +68,8 @@ ATTNFAST_NOINLINE void tiles_of_rows(Index tiles, Index K, const MatrixA& a, con
       ATTNFAST_UNROLL for (int g = 0; g < kGroups; ++g) a_group[g] += to_next_panel;
     }
     ATTNFAST_UNROLL for (int i = 0; i < kRows; ++i) {
-      ATTNFAST_UNROLL for (int j = 0; j < kVecs; ++j) store(c_tile + i * c_ld + j * kLanes, acc[i][j]);
+      ATTNFAST_UNROLL for (int j = 0; j < kVecs; ++j)
+          store(c_tile + i * c_ld + j * kLanes, acc[i][j]);
     }
     if (kMax) {
       ATTNFAST_UNROLL for (int j = 0; j < kVecs; ++j) {
@@ -79,8 +83,8 @@ ATTNFAST_NOINLINE void tiles_of_rows(Index tiles, Index K, const MatrixA& a, con
 
 // All M rows of a panel of kVecs vectors.
 template <int kVecs, bool kMax = false>
-inline void gemm(Index M, Index K, const MatrixA& a, const MatrixB& b, const MatrixC& c, Start start,
-                 float* column_max = nullptr) {
+inline void gemm(Index M, Index K, const MatrixA& a, const MatrixB& b, const MatrixC& c,
+                 Start start, float* column_max = nullptr) {
   MatrixA a_rest = a;
   MatrixC c_rest = c;
   const auto rows = [&](auto function, int n) {
@@ -97,7 +101,8 @@ inline void gemm(Index M, Index K, const MatrixA& a, const MatrixB& b, const Mat
 }
 
 // The same for N columns, N a multiple of kLanes.
-inline void gemm_wide(Index M, Index N, Index K, const MatrixA& a, const MatrixB& b, const MatrixC& c, Start start) {
+inline void gemm_wide(Index M, Index N, Index K, const MatrixA& a, const MatrixB& b,
+                      const MatrixC& c, Start start) {
   Index n = 0;
   for (; n + kColumn <= N; n += kColumn) {
     gemm<kTileVecs>(M, K, a, MatrixB{b.data + n, b.ld}, MatrixC{c.data + n, c.ld}, start);

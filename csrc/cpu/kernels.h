@@ -11,13 +11,13 @@ struct Kernels {
   void (*attention_decode)(const DecodeParams&);
 };
 
-#define ATTNFAST_DECLARE_ISA(isa)                \
-  namespace isa {                                \
-  void attention_fwd(const ForwardParams&);      \
-  void attention_bwd(const BackwardParams&);     \
-  void attention_decode(const DecodeParams&);    \
-  void weights_fwd(const ForwardParams&);        \
-  void received_fwd(const ForwardParams&);       \
+#define ATTNFAST_DECLARE_ISA(isa)             \
+  namespace isa {                             \
+  void attention_fwd(const ForwardParams&);   \
+  void attention_bwd(const BackwardParams&);  \
+  void attention_decode(const DecodeParams&); \
+  void weights_fwd(const ForwardParams&);     \
+  void received_fwd(const ForwardParams&);    \
   }
 ATTNFAST_DECLARE_ISA(portable)
 ATTNFAST_DECLARE_ISA(avx2)

@@ -1,16 +1,17 @@
 // Attention backward (FlashAttention-2, Algorithm 2, with the queries in lanes and no atomics).
 //
 //   p = exp(s - lse)        dp = keep * (do v^T + dw)        ds = p * (dp + row - dentropy * s)
-//   row = dlse - delta - dentropy * (entropy - lse)          delta = rowsum(p * dp) = rowsum(do * o) + ...
-//   dv = (p * keep)^T do    dq = scale * ds k                dk = scale * ds^T q
+//   row = dlse - delta - dentropy * (entropy - lse)          delta = rowsum(p * dp) = rowsum(do *
+//   o) + ... dv = (p * keep)^T do    dq = scale * ds k                dk = scale * ds^T q
 //
-// Work:    first `row` for every query; then one item per (batch entry, key head), which owns its dk and dv and all
-//          dq of its query heads. With too few heads for the threads, dq and dk/dv are computed apart instead, one
-//          item per block of queries or range of keys: 7 products instead of 5, the same sums in the same order.
-//          The gradient of a bias has a pass of its own, one item per block of dbias, so that reduced dimensions are
-//          summed without atomics.
-// Memory:  per query one float; per thread tiles, and fp32 dk and dv (for bf16 and fp16 also k and v) of one head
-// Threads: results do not depend on their number
+// Work:    first `row` for every query; then one item per (batch entry, key head), which owns its
+// dk and dv and all
+//          dq of its query heads. With too few heads for the threads, dq and dk/dv are computed
+//          apart instead, one item per block of queries or range of keys: 7 products instead of 5,
+//          the same sums in the same order. The gradient of a bias has a pass of its own, one item
+//          per block of dbias, so that reduced dimensions are summed without atomics.
+// Memory:  per query one float; per thread tiles, and fp32 dk and dv (for bf16 and fp16 also k and
+// v) of one head Threads: results do not depend on their number
 #include <memory>
 #include <type_traits>
 
@@ -26,14 +27,14 @@ constexpr Index kKeysPerItem = 256;  // keys of one item where keys are shared o
 
 // What is read once per column of queries.
 struct ColumnState {
-  float lse[kColumn];       // in the units of the scores; +inf where p must be 0
+  float lse[kColumn];  // in the units of the scores; +inf where p must be 0
   float row[kColumn];
   float dentropy[kColumn];
-  float* q_t;               // [D][kColumn], head.q_factor folded in
-  float* do_t;              // [D_v][kColumn]
-  float* dq_t;              // [D][kColumn]
-  float* p;                 // [kKeys][kColumn] kept probabilities of the current tile
-  float* ds;                // [kKeys][kColumn]
+  float* q_t;   // [D][kColumn], head.q_factor folded in
+  float* do_t;  // [D_v][kColumn]
+  float* dq_t;  // [D][kColumn]
+  float* p;     // [kKeys][kColumn] kept probabilities of the current tile
+  float* ds;    // [kKeys][kColumn]
   Start start;
 };
 
@@ -41,20 +42,21 @@ struct Scratch {
   Index D_pad, D_v_pad;
   Index num_columns;
   ColumnState* columns;
-  float *p_all, *ds_all;        // [num_columns][kKeys][kColumn]
-  float *q_rows, *do_rows;      // [num_columns * kColumn][D_pad | D_v_pad], q times scale
-  float *keep, *dw, *cap;       // [kKeys][kColumn]
-  float *k_tile, *v_tile;       // [kKeys][D_pad | D_v_pad]
-  float *k_head, *v_head;       // [S][D_pad | D_v_pad]: one head in fp32, null: read in place or tile by tile
-  float *dk_head, *dv_head;     // [S][D_pad | D_v_pad], null: accumulated in place
-  float* sums;                  // a block of dbias
+  float *p_all, *ds_all;    // [num_columns][kKeys][kColumn]
+  float *q_rows, *do_rows;  // [num_columns * kColumn][D_pad | D_v_pad], q times scale
+  float *keep, *dw, *cap;   // [kKeys][kColumn]
+  float *k_tile, *v_tile;   // [kKeys][D_pad | D_v_pad]
+  float *k_head,
+      *v_head;  // [S][D_pad | D_v_pad]: one head in fp32, null: read in place or tile by tile
+  float *dk_head, *dv_head;  // [S][D_pad | D_v_pad], null: accumulated in place
+  float* sums;               // a block of dbias
 };
 
 // How large each part is; the same list sizes the arena and hands out its memory.
 struct ScratchPlan {
   Index num_columns;
-  Index head_rows = 0;      // rows of dk_head and dv_head
-  Index packed_rows = 0;    // rows of k_head and v_head
+  Index head_rows = 0;    // rows of dk_head and dv_head
+  Index packed_rows = 0;  // rows of k_head and v_head
   Index sums = 0;
 };
 
@@ -68,14 +70,27 @@ size_t take_scratch(const Problem& p, const ScratchPlan& plan, Arena* arena, Scr
   const Index D_pad = round_up(p.D, kLanes), D_v_pad = round_up(p.D_v, kLanes);
   bytes += Arena::bytes_for<ColumnState>(n);
   ColumnState* columns = arena ? arena->take<ColumnState>(n) : nullptr;
-  Scratch scratch{D_pad, D_v_pad, n, columns, floats(n * tile), floats(n * tile),
-                  floats(n * kColumn * D_pad), floats(n * kColumn * D_v_pad),
-                  floats(tile), floats(tile), floats(tile),
-                  floats(kKeys * D_pad), floats(kKeys * D_v_pad),
-                  floats(plan.packed_rows * D_pad), floats(plan.packed_rows * D_v_pad),
-                  floats(plan.head_rows * D_pad), floats(plan.head_rows * D_v_pad), floats(plan.sums)};
+  Scratch scratch{D_pad,
+                  D_v_pad,
+                  n,
+                  columns,
+                  floats(n * tile),
+                  floats(n * tile),
+                  floats(n * kColumn * D_pad),
+                  floats(n * kColumn * D_v_pad),
+                  floats(tile),
+                  floats(tile),
+                  floats(tile),
+                  floats(kKeys * D_pad),
+                  floats(kKeys * D_v_pad),
+                  floats(plan.packed_rows * D_pad),
+                  floats(plan.packed_rows * D_v_pad),
+                  floats(plan.head_rows * D_pad),
+                  floats(plan.head_rows * D_v_pad),
+                  floats(plan.sums)};
   for (Index c = 0; c < n; ++c) {
-    float *q_t = floats(p.D * kColumn), *do_t = floats(p.D_v * kColumn), *dq_t = floats(p.D * kColumn);
+    float *q_t = floats(p.D * kColumn), *do_t = floats(p.D_v * kColumn),
+          *dq_t = floats(p.D * kColumn);
     if (!arena) continue;
     columns[c].q_t = q_t, columns[c].do_t = do_t, columns[c].dq_t = dq_t;
     columns[c].p = scratch.p_all + c * tile, columns[c].ds = scratch.ds_all + c * tile;
@@ -101,12 +116,13 @@ struct Backward {
   static constexpr bool kPacks = RowsAsFloat<Element>::kPacks;
 
   Index row_offset(const Head<Element>& head, Index t) const {
-    return (p.cu_seqlens_q ? 0 : head.b * p.lse_stride_b) + head.h * p.lse_stride_h + head.q_begin + t;
+    return (p.cu_seqlens_q ? 0 : head.b * p.lse_stride_b) + head.h * p.lse_stride_h + head.q_begin +
+           t;
   }
 
   const Element* grad_out(const Head<Element>& head, Index t) const {
-    return static_cast<const Element*>(p.grad_out.data) + head.b * p.grad_out.b + head.h * p.grad_out.h +
-           (head.q_begin + t) * p.grad_out.t;
+    return static_cast<const Element*>(p.grad_out.data) + head.b * p.grad_out.b +
+           head.h * p.grad_out.h + (head.q_begin + t) * p.grad_out.t;
   }
 
   Column column_of(const Head<Element>& head, Index t0, Index rows_in_block, Index c) const {
@@ -143,16 +159,20 @@ struct Backward {
   }
 
   // dw[key][lane], the gradient of the returned weights.
-  void weights_gradient_tile(const Head<Element>& head, const Column& column, Index key, Index n, float* dw) const {
+  void weights_gradient_tile(const Head<Element>& head, const Column& column, Index key, Index n,
+                             float* dw) const {
     const View& view = p.grad_weights;
-    const char* at_head = static_cast<const char*>(view.data) + (head.b * view.b + head.h * view.h) * sizeof(Element);
+    const char* at_head =
+        static_cast<const char*>(view.data) + (head.b * view.b + head.h * view.h) * sizeof(Element);
     const float factor = p.weights_mode == Weights::kMean ? 1.0f / static_cast<float>(p.H) : 1.0f;
     memset(dw, 0, n * kColumn * sizeof(float));
-    fold_view(view, at_head, column.t0, column.rows, key, n, dw, [=](Vec, Vec x) { return x * factor; });
+    fold_view(view, at_head, column.t0, column.rows, key, n, dw,
+              [=](Vec, Vec x) { return x * factor; });
   }
 
   // Probabilities in `prob`: before dropout, from the scores that are in it.
-  static void probabilities(const Head<Element>& head, const ColumnState& state, Index n, float* prob) {
+  static void probabilities(const Head<Element>& head, const ColumnState& state, Index n,
+                            float* prob) {
     const float to_log2 = head.to_log2();
     for (Index lane = 0; lane < kColumn; lane += kLanes) {
       const Vec lse = load(state.lse + lane);
@@ -163,14 +183,18 @@ struct Backward {
     }
   }
 
-  float kept() const { return p.dropout_p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p.dropout_p)); }
+  float kept() const {
+    return p.dropout_p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p.dropout_p));
+  }
 
-  // prob: p * keep; ds: the gradient of the scores (after the cap), times the cap's slope if `through_cap`.
-  void gradient_tile(const Head<Element>& head, const Column& column, const ColumnState& state, Index key, Index n,
-                     const float* k, Index k_row, const float* v, Index v_row, Scratch& s, float* prob, float* ds,
-                     bool through_cap, DeadKeys* dead) const {
+  // prob: p * keep; ds: the gradient of the scores (after the cap), times the cap's slope if
+  // `through_cap`.
+  void gradient_tile(const Head<Element>& head, const Column& column, const ColumnState& state,
+                     Index key, Index n, const float* k, Index k_row, const float* v, Index v_row,
+                     Scratch& s, float* prob, float* ds, bool through_cap, DeadKeys* dead) const {
     score_tile(head, column, key, n, state.q_t, k, k_row, prob, s.cap, nullptr, dead);
-    gemm<kTileVecs>(n, p.D_v, MatrixA{v, v_row, 1}, MatrixB{state.do_t, kColumn}, MatrixC{ds, kColumn}, Start::kZero);
+    gemm<kTileVecs>(n, p.D_v, MatrixA{v, v_row, 1}, MatrixB{state.do_t, kColumn},
+                    MatrixC{ds, kColumn}, Start::kZero);
     const float to_log2 = head.to_log2(), to_natural = head.to_natural();
     if (is_plain()) {
       for (Index lane = 0; lane < kColumn; lane += kLanes) {
@@ -188,7 +212,8 @@ struct Backward {
     if (drops) dropout_tile(head, column, key, n, kept(), s.keep);
     if (weighs) weights_gradient_tile(head, column, key, n, s.dw);
     for (Index lane = 0; lane < kColumn; lane += kLanes) {
-      const Vec lse = load(state.lse + lane), row = load(state.row + lane), dh = load(state.dentropy + lane);
+      const Vec lse = load(state.lse + lane), row = load(state.row + lane),
+                dh = load(state.dentropy + lane);
       for (Index j = 0; j < n; ++j) {
         const Index i = j * kColumn + lane;
         const Vec score = load(prob + i);
@@ -204,11 +229,12 @@ struct Backward {
     }
   }
 
-  // `row` of a block of queries, from o, do and, with a gradient of the weights, their probabilities.
+  // `row` of a block of queries, from o, do and, with a gradient of the weights, their
+  // probabilities.
   void row_block(const Head<Element>& head, Index t0, Index n, Scratch& s) const {
     float* out = rows + row_offset(head, t0);
-    const Element* o = static_cast<const Element*>(p.out.data) + head.b * p.out.b + head.h * p.out.h +
-                       (head.q_begin + t0) * p.out.t;
+    const Element* o = static_cast<const Element*>(p.out.data) + head.b * p.out.b +
+                       head.h * p.out.h + (head.q_begin + t0) * p.out.t;
     const Element* d_o = grad_out(head, t0);
     for (Index i = 0; i < n; ++i) {
       const Element *a = o + i * p.out.t, *b = d_o + i * p.grad_out.t;
@@ -226,11 +252,13 @@ struct Backward {
         continue;
       }
       if (p.grad_lse) out[i] += p.grad_lse[offset + i];
-      if (p.grad_entropy) out[i] -= p.grad_entropy[offset + i] * (p.entropy[offset + i] - p.lse[offset + i]);
+      if (p.grad_entropy)
+        out[i] -= p.grad_entropy[offset + i] * (p.entropy[offset + i] - p.lse[offset + i]);
     }
   }
 
-  void subtract_weights_term(const Head<Element>& head, Index t0, Index n, Scratch& s, float* out) const {
+  void subtract_weights_term(const Head<Element>& head, Index t0, Index n, Scratch& s,
+                             float* out) const {
     load_block(head, t0, n, s, false);
     for (Index c = 0; c < s.num_columns; ++c) {
       const Column column = column_of(head, t0, n, c);
@@ -238,10 +266,12 @@ struct Backward {
       for (Index key = column.begin; key < column.end; key += kKeys) {
         const Index count = min_of(kKeys, column.end - key);
         Index k_row;
-        const float* k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, count, p.D, Use::kAcross, s.k_tile, &k_row);
+        const float* k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, count, p.D,
+                                                   Use::kAcross, s.k_tile, &k_row);
         DeadKeys dead;
         float* prob = s.columns[c].p;
-        score_tile(head, column, key, count, s.columns[c].q_t, k, k_row, prob, nullptr, nullptr, &dead);
+        score_tile(head, column, key, count, s.columns[c].q_t, k, k_row, prob, nullptr, nullptr,
+                   &dead);
         probabilities(head, s.columns[c], count, prob);
         weights_gradient_tile(head, column, key, count, s.dw);
         if (p.dropout_p > 0.0) dropout_tile(head, column, key, count, kept(), s.keep);
@@ -260,13 +290,13 @@ struct Backward {
 
   struct Outputs {
     bool dq, dkv;
-    float *dk, *dv;        // fp32 rows of the key head, accumulated; row 0 is key 0
+    float *dk, *dv;  // fp32 rows of the key head, accumulated; row 0 is key 0
     Index dk_row, dv_row;
   };
 
   // One block of queries against the keys key_begin .. key_end - 1.
-  void query_block(const Head<Element>& head, Index t0, Index n, Index key_begin, Index key_end, const Outputs& to,
-                   Scratch& s) const {
+  void query_block(const Head<Element>& head, Index t0, Index n, Index key_begin, Index key_end,
+                   const Outputs& to, Scratch& s) const {
     load_block(head, t0, n, s, to.dkv);
     Index begin = head.S, end = 0;
     for (Index c = 0; c < s.num_columns; ++c) {
@@ -290,23 +320,27 @@ struct Backward {
     if (!to.dq) return;
     alignas(64) float factor[kColumn];
     for (Index lane = 0; lane < kColumn; ++lane) factor[lane] = p.scale;
-    Element* dq = static_cast<Element*>(p.dq.data) + head.b * p.dq.b + head.h * p.dq.h + (head.q_begin + t0) * p.dq.t;
+    Element* dq = static_cast<Element*>(p.dq.data) + head.b * p.dq.b + head.h * p.dq.h +
+                  (head.q_begin + t0) * p.dq.t;
     for (Index c = 0; c < s.num_columns; ++c) {
       ColumnState& state = s.columns[c];
       if (state.start == Start::kZero) memset(state.dq_t, 0, p.D * kColumn * sizeof(float));
-      transpose_out(state.dq_t, min_of(n - c * kColumn, kColumn), p.D, factor, dq + c * kColumn * p.dq.t, p.dq.t);
+      transpose_out(state.dq_t, min_of(n - c * kColumn, kColumn), p.D, factor,
+                    dq + c * kColumn * p.dq.t, p.dq.t);
     }
   }
 
-  void key_tile(const Head<Element>& head, Index t0, Index rows_in_block, Index key, Index n, const Outputs& to,
-                Scratch& s) const {
+  void key_tile(const Head<Element>& head, Index t0, Index rows_in_block, Index key, Index n,
+                const Outputs& to, Scratch& s) const {
     Index k_row = s.D_pad, v_row = s.D_v_pad;
     const float *k, *v;
     if (kPacks && s.k_head) {
       k = s.k_head + key * k_row, v = s.v_head + key * v_row;
     } else {
-      k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, n, p.D, Use::kAcross, s.k_tile, &k_row);
-      v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, n, p.D_v, Use::kAlongRows, s.v_tile, &v_row);
+      k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, n, p.D, Use::kAcross, s.k_tile,
+                                    &k_row);
+      v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, n, p.D_v, Use::kAlongRows,
+                                    s.v_tile, &v_row);
     }
     Index first = s.num_columns, last = 0;  // columns that see a key of the tile
     for (Index c = 0; c < s.num_columns; ++c) {
@@ -318,15 +352,18 @@ struct Backward {
       float *prob = state.p + (begin - key) * kColumn, *ds = state.ds + (begin - key) * kColumn;
       const Index count = end - begin;
       DeadKeys dead;
-      gradient_tile(head, column, state, begin, count, k + (begin - key) * k_row, k_row, v + (begin - key) * v_row,
-                    v_row, s, prob, ds, true, &dead);
-      if (to.dq) state.start = gather_keys(k + (begin - key) * k_row, k_row, count, p.D, ds, state.dq_t, state.start, dead);
+      gradient_tile(head, column, state, begin, count, k + (begin - key) * k_row, k_row,
+                    v + (begin - key) * v_row, v_row, s, prob, ds, true, &dead);
+      if (to.dq)
+        state.start = gather_keys(k + (begin - key) * k_row, k_row, count, p.D, ds, state.dq_t,
+                                  state.start, dead);
       clear_outside(state.p, begin - key, end - key, n);
       clear_outside(state.ds, begin - key, end - key, n);
     }
     if (!to.dkv || first >= last) return;
     const Index tile = kKeys * kColumn;
-    gemm_wide(n, s.D_v_pad, kColumn, MatrixA{s.p_all + first * tile, kColumn, 1, last - first, tile},
+    gemm_wide(n, s.D_v_pad, kColumn,
+              MatrixA{s.p_all + first * tile, kColumn, 1, last - first, tile},
               MatrixB{s.do_rows + first * kColumn * s.D_v_pad, s.D_v_pad},
               MatrixC{to.dv + key * to.dv_row, to.dv_row}, Start::kAccumulate);
     gemm_wide(n, s.D_pad, kColumn, MatrixA{s.ds_all + first * tile, kColumn, 1, last - first, tile},
@@ -341,7 +378,8 @@ struct Backward {
   }
 
   // dk and dv (and dq, if asked) of one key head, for the keys key_begin .. key_end - 1.
-  void key_head(Index b, Index h_kv, Index key_begin, Index key_end, bool with_dq, Scratch& s) const {
+  void key_head(Index b, Index h_kv, Index key_begin, Index key_end, bool with_dq,
+                Scratch& s) const {
     const Index group = p.H / p.H_kv;
     const Head<Element> first(p, b, h_kv * group);
     key_end = min_of(key_end, first.S);
@@ -350,8 +388,10 @@ struct Backward {
       return;
     }
     const Index keys = key_end - key_begin;
-    Element* dk = static_cast<Element*>(p.dk.data) + b * p.dk.b + h_kv * p.dk.h + (first.k_begin + key_begin) * p.dk.t;
-    Element* dv = static_cast<Element*>(p.dv.data) + b * p.dv.b + h_kv * p.dv.h + (first.k_begin + key_begin) * p.dv.t;
+    Element* dk = static_cast<Element*>(p.dk.data) + b * p.dk.b + h_kv * p.dk.h +
+                  (first.k_begin + key_begin) * p.dk.t;
+    Element* dv = static_cast<Element*>(p.dv.data) + b * p.dv.b + h_kv * p.dv.h +
+                  (first.k_begin + key_begin) * p.dv.t;
     if (kPacks && s.k_head) {
       pack_rows(first.k, p.k.t, first.S, p.D, s.D_pad, 1.0f, s.k_head);
       pack_rows(first.v, p.v.t, first.S, p.D_v, s.D_v_pad, 1.0f, s.v_head);
@@ -371,15 +411,18 @@ struct Backward {
     copy_rows(s.dv_head, s.D_v_pad, keys, p.D_v, dv, p.dv.t);
   }
 
-  static void copy_rows(const float* from, Index from_row, Index n, Index D, Element* to, Index to_row) {
+  static void copy_rows(const float* from, Index from_row, Index n, Index D, Element* to,
+                        Index to_row) {
     for (Index i = 0; i < n; ++i) {
       Index d = 0;
-      for (; d + kLanes <= D; d += kLanes) store(to + i * to_row + d, load(from + i * from_row + d));
+      for (; d + kLanes <= D; d += kLanes)
+        store(to + i * to_row + d, load(from + i * from_row + d));
       if (d < D) store_some(to + i * to_row + d, load(from + i * from_row + d), D - d);
     }
   }
 
-  void each_query_block(Index b, Index h_kv, Index key_begin, Index key_end, const Outputs& to, Scratch& s) const {
+  void each_query_block(Index b, Index h_kv, Index key_begin, Index key_end, const Outputs& to,
+                        Scratch& s) const {
     const Index group = p.H / p.H_kv;
     for (Index g = 0; g < group; ++g) {
       const Head<Element> head(p, b, h_kv * group + g);
@@ -389,7 +432,9 @@ struct Backward {
     }
   }
 
-  Index columns_per_block() const { return (min_of(kBlock, max_of(p.T, 1)) + kColumn - 1) / kColumn; }
+  Index columns_per_block() const {
+    return (min_of(kBlock, max_of(p.T, 1)) + kColumn - 1) / kColumn;
+  }
 
   // Calls body(item, scratch) for every item, in parallel.
   template <class Body>
@@ -405,7 +450,8 @@ struct Backward {
   }
 
   void run() const {
-    const Index blocks = (p.T + kBlock - 1) / kBlock, key_ranges = (p.S + kKeysPerItem - 1) / kKeysPerItem;
+    const Index blocks = (p.T + kBlock - 1) / kBlock,
+                key_ranges = (p.S + kKeysPerItem - 1) / kKeysPerItem;
     ScratchPlan plan{columns_per_block()};
     const auto each_block = [&](auto body) {
       parallel(p.B * p.H * blocks, plan, [&](Index item, Scratch& s) {
@@ -414,7 +460,9 @@ struct Backward {
         if (t0 < head.T) body(head, t0, min_of(kBlock, head.T - t0), s);
       });
     };
-    each_block([&](const Head<Element>& head, Index t0, Index n, Scratch& s) { row_block(head, t0, n, s); });
+    each_block([&](const Head<Element>& head, Index t0, Index n, Scratch& s) {
+      row_block(head, t0, n, s);
+    });
 
     const bool in_place = !kPacks && p.D % kLanes == 0 && p.D_v % kLanes == 0;
     const Index heads = p.B * p.H_kv, threads = usable_threads(p.num_threads);
@@ -422,7 +470,9 @@ struct Backward {
     if (!few_heads) {
       plan.packed_rows = kPacks ? p.S : 0;
       plan.head_rows = in_place ? 0 : p.S;
-      parallel(heads, plan, [&](Index item, Scratch& s) { key_head(item / p.H_kv, item % p.H_kv, 0, p.S, true, s); });
+      parallel(heads, plan, [&](Index item, Scratch& s) {
+        key_head(item / p.H_kv, item % p.H_kv, 0, p.S, true, s);
+      });
     } else {
       each_block([&](const Head<Element>& head, Index t0, Index n, Scratch& s) {
         query_block(head, t0, n, 0, head.S, Outputs{true, false, nullptr, nullptr, 0, 0}, s);
@@ -459,7 +509,8 @@ struct Backward {
           const Index t_begin = per_t ? block * kBlock : 0;
           const Index t_end = per_t ? min_of(t_begin + kBlock, head.T) : head.T;
           for (Index t0 = t_begin; t0 < t_end; t0 += kBlock) {
-            sum_bias_block(head, t0, min_of(kBlock, t_end - t0), key_begin, min_of(key_end, head.S), per_s, s);
+            sum_bias_block(head, t0, min_of(kBlock, t_end - t0), key_begin, min_of(key_end, head.S),
+                           per_s, s);
           }
         }
       }
@@ -468,8 +519,8 @@ struct Backward {
   }
 
   // sums[column][key][lane] += ds; one row for all keys unless per_s.
-  void sum_bias_block(const Head<Element>& head, Index t0, Index n, Index key_begin, Index key_end, bool per_s,
-                      Scratch& s) const {
+  void sum_bias_block(const Head<Element>& head, Index t0, Index n, Index key_begin, Index key_end,
+                      bool per_s, Scratch& s) const {
     load_block(head, t0, n, s, false);
     const Index rows_per_column = per_s ? kKeysPerItem : 1;
     for (Index c = 0; c < s.num_columns; ++c) {
@@ -478,11 +529,14 @@ struct Backward {
       for (Index key = max_of(column.begin, key_begin); key < end; key += kKeys) {
         const Index count = min_of(kKeys, end - key);
         Index k_row, v_row;
-        const float* k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, count, p.D, Use::kAcross, s.k_tile, &k_row);
-        const float* v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, count, p.D_v, Use::kAlongRows, s.v_tile, &v_row);
+        const float* k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, count, p.D,
+                                                   Use::kAcross, s.k_tile, &k_row);
+        const float* v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, count, p.D_v,
+                                                   Use::kAlongRows, s.v_tile, &v_row);
         ColumnState& state = s.columns[c];
         DeadKeys dead;
-        gradient_tile(head, column, state, key, count, k, k_row, v, v_row, s, state.p, state.ds, false, &dead);
+        gradient_tile(head, column, state, key, count, k, k_row, v, v_row, s, state.p, state.ds,
+                      false, &dead);
         for (Index j = 0; j < count; ++j) {
           float* sum = s.sums + (c * rows_per_column + (per_s ? key - key_begin + j : 0)) * kColumn;
           for (Index lane = 0; lane < kColumn; lane += kLanes) {
@@ -493,7 +547,8 @@ struct Backward {
     }
   }
 
-  void write_bias_block(Index b, Index h, Index t0, Index key, Index keys, bool per_t, bool per_s, Scratch& s) const {
+  void write_bias_block(Index b, Index h, Index t0, Index key, Index keys, bool per_t, bool per_s,
+                        Scratch& s) const {
     const MutableView& to = p.dbias;
     const Index rows_per_column = per_s ? kKeysPerItem : 1, columns = columns_per_block();
     const Index count = per_s ? keys : 1, queries = per_t ? min_of(kBlock, p.T - t0) : 1;
@@ -504,10 +559,12 @@ struct Backward {
           sum = s.sums[(i / kColumn * rows_per_column + j) * kColumn + i % kColumn];
         } else {
           for (Index c = 0; c < columns; ++c) {
-            for (Index lane = 0; lane < kColumn; ++lane) sum += s.sums[(c * rows_per_column + j) * kColumn + lane];
+            for (Index lane = 0; lane < kColumn; ++lane)
+              sum += s.sums[(c * rows_per_column + j) * kColumn + lane];
           }
         }
-        const Index at = b * to.b + h * to.h + (per_t ? t0 + i : 0) * to.t + (per_s ? key + j : 0) * to.d;
+        const Index at =
+            b * to.b + h * to.h + (per_t ? t0 + i : 0) * to.t + (per_s ? key + j : 0) * to.d;
         write_scalar(to, at, sum);
       }
     }
@@ -555,7 +612,8 @@ void attention_bwd(const BackwardParams& p) {
   struct Free {
     void operator()(float* x) const { free(x); }
   };
-  const std::unique_ptr<float, Free> buffer(static_cast<float*>(malloc(max_of(rows, 1) * sizeof(float))));
+  const std::unique_ptr<float, Free> buffer(
+      static_cast<float*>(malloc(max_of(rows, 1) * sizeof(float))));
   if (!buffer) throw std::bad_alloc();
   with_element(p.q.dtype, [&](auto* element) {
     Backward<std::remove_pointer_t<decltype(element)>>{p, buffer.get()}.run();

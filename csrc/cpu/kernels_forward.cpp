@@ -1,28 +1,32 @@
-// Attention forward, one block of queries at a time (FlashAttention-2, Algorithm 1, with the queries in lanes).
+// Attention forward, one block of queries at a time (FlashAttention-2, Algorithm 1, with the
+// queries in lanes).
 //
 //   o = softmax(scale * q k^T, masked, biased, capped) v        lse = logsumexp of the scores
 //
 // Work:    one item per (batch entry, head, block of queries), heaviest causal blocks first
-// Memory:  per thread the block's transposed q and o, one tile of scores, and for bf16 and fp16 one fp32 block
+// Memory:  per thread the block's transposed q and o, one tile of scores, and for bf16 and fp16 one
+// fp32 block
 //          of k and v, which all columns of the query block share
 // Threads: items are independent; a row's result depends on its own sequence alone
+#include <type_traits>
 #include "arena.h"
 #include "kernels.h"
 #include "scores.h"
-#include <type_traits>
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 namespace {
 
-// Raising the running maximum means rescaling o; until a lane has grown this much (in powers of two) it waits.
+// Raising the running maximum means rescaling o; until a lane has grown this much (in powers of
+// two) it waits.
 constexpr float kLazyRise = 8.0f;
 
-// Cache lines of the next item asked for with each tile, and the most rows of an item for which that is done.
+// Cache lines of the next item asked for with each tile, and the most rows of an item for which
+// that is done.
 constexpr Index kLinesPerTile = 256;
 constexpr Index kPrefetchRows = 256;
 
 struct ColumnState {
-  float m[kColumn], l[kColumn];           // running maximum and sum
+  float m[kColumn], l[kColumn];            // running maximum and sum
   float entropy[kColumn], reach[kColumn];  // sum of p (s - m), sum of p |j - t'|
   float* q_t;                              // [D][kColumn]
   float* o_t;                              // [D_v][kColumn]
@@ -60,7 +64,8 @@ void rescale(ColumnState& state, const float* tile_max, float to_log2, Index D_v
 
 // s -> p = exp2(s - m) in place, folded into l and the statistics.
 template <bool kStats, bool kNatural>
-void exponentiate(ColumnState& state, const Column& column, Index shift, Index key, Index n, float* s) {
+void exponentiate(ColumnState& state, const Column& column, Index shift, Index key, Index n,
+                  float* s) {
   for (Index lane = 0; lane < kColumn; lane += kLanes) {
     const Vec m = load(state.m + lane);
     const Vec base = m == -kInfinity ? zeros() : m;
@@ -94,8 +99,10 @@ struct Scratch {
   static size_t bytes(const Problem& p, Index num_columns) {
     size_t n = Arena::bytes_for<float>(kMaxKeys * kColumn) * (p.dropout_p > 0.0 ? 2 : 1);
     n += Arena::bytes_for<ColumnState>(num_columns);
-    n += num_columns * (Arena::bytes_for<float>(p.D * kColumn) + Arena::bytes_for<float>(p.D_v * kColumn));
-    if (RowsAsFloat<Element>::kPacks) n += Arena::bytes_for<float>(kMaxKeys * round_up(p.D, kLanes));
+    n += num_columns *
+         (Arena::bytes_for<float>(p.D * kColumn) + Arena::bytes_for<float>(p.D_v * kColumn));
+    if (RowsAsFloat<Element>::kPacks)
+      n += Arena::bytes_for<float>(kMaxKeys * round_up(p.D, kLanes));
     return n + Arena::bytes_for<float>(kMaxKeys * round_up(p.D_v, kLanes));
   }
 
@@ -109,7 +116,8 @@ struct Scratch {
       columns[c].q_t = arena.take<float>(p.D * kColumn);
       columns[c].o_t = arena.take<float>(p.D_v * kColumn);
     }
-    k = RowsAsFloat<Element>::kPacks ? arena.take<float>(kMaxKeys * round_up(p.D, kLanes)) : nullptr;
+    k = RowsAsFloat<Element>::kPacks ? arena.take<float>(kMaxKeys * round_up(p.D, kLanes))
+                                     : nullptr;
     v = arena.take<float>(kMaxKeys * round_up(p.D_v, kLanes));
   }
 };
@@ -121,10 +129,12 @@ Index keys_per_tile(const Problem& p) {
 }
 
 template <bool kStats, bool kNatural, class Element>
-void tile_step(const ForwardParams& p, const Head<Element>& head, const Column& column, ColumnState& state,
-               Index key, Index n, const float* k, Index k_row, const float* v, Index v_row, Scratch& scratch) {
+void tile_step(const ForwardParams& p, const Head<Element>& head, const Column& column,
+               ColumnState& state, Index key, Index n, const float* k, Index k_row, const float* v,
+               Index v_row, Scratch& scratch) {
   float tile_max[kColumn];
-  for (Index lane = 0; lane < kColumn; lane += kLanes) store(tile_max + lane, broadcast(-kInfinity));
+  for (Index lane = 0; lane < kColumn; lane += kLanes)
+    store(tile_max + lane, broadcast(-kInfinity));
   DeadKeys dead;
   score_tile(head, column, key, n, state.q_t, k, k_row, scratch.s, nullptr, tile_max, &dead);
   scratch.next.advance(kLinesPerTile);
@@ -141,10 +151,12 @@ void tile_step(const ForwardParams& p, const Head<Element>& head, const Column& 
 
 // The sums become the output row, lse and statistics.
 template <class Element>
-void finish_column(const ForwardParams& p, const Head<Element>& head, const Column& column, ColumnState& state) {
+void finish_column(const ForwardParams& p, const Head<Element>& head, const Column& column,
+                   ColumnState& state) {
   const float to_log2 = head.to_log2(), to_natural = head.to_natural();
   const float kept = p.dropout_p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p.dropout_p));
-  alignas(64) float factor[kColumn], lse[kColumn], max_logit[kColumn], entropy[kColumn], reach[kColumn];
+  alignas(64) float factor[kColumn], lse[kColumn], max_logit[kColumn], entropy[kColumn],
+      reach[kColumn];
   for (Index lane = 0; lane < kColumn; lane += kLanes) {
     const Vec m = load(state.m + lane);
     Vec top = m, l = load(state.l + lane), h = load(state.entropy + lane), shrink = broadcast(1.0f);
@@ -167,7 +179,8 @@ void finish_column(const ForwardParams& p, const Head<Element>& head, const Colu
     store(entropy + lane, empty ? zeros() : log_l - h * inverse * to_natural);
     store(reach + lane, load(state.reach + lane) * shrink * inverse);
   }
-  const Index row = head.b * (p.cu_seqlens_q ? 0 : p.lse_stride_b) + head.h * p.lse_stride_h + head.q_begin + column.t0;
+  const Index row = head.b * (p.cu_seqlens_q ? 0 : p.lse_stride_b) + head.h * p.lse_stride_h +
+                    head.q_begin + column.t0;
   memcpy(p.lse + row, lse, column.rows * sizeof(float));
   if (p.max_logit) {
     memcpy(p.max_logit + row, max_logit, column.rows * sizeof(float));
@@ -181,7 +194,8 @@ void finish_column(const ForwardParams& p, const Head<Element>& head, const Colu
 }
 
 template <bool kStats, bool kNatural, class Element>
-void query_block(const ForwardParams& p, const Head<Element>& head, Index t0, Index rows, Scratch& scratch) {
+void query_block(const ForwardParams& p, const Head<Element>& head, Index t0, Index rows,
+                 Scratch& scratch) {
   const Index num_columns = (rows + kColumn - 1) / kColumn;
   Index begin = head.S, end = 0;
   for (Index c = 0; c < num_columns; ++c) {
@@ -206,16 +220,17 @@ void query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
   for (Index key = begin; key < end; key += step) {
     const Index n = min_of(step, end - key);
     Index k_row, v_row;
-    const float* k = 
-        RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, n, p.D, Use::kAlongRows, scratch.k, &k_row);
-    const float* v = 
-        RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, n, p.D_v, Use::kAcross, scratch.v, &v_row);
+    const float* k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, n, p.D, Use::kAlongRows,
+                                               scratch.k, &k_row);
+    const float* v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, n, p.D_v, Use::kAcross,
+                                               scratch.v, &v_row);
     for (Index c = 0; c < num_columns; ++c) {
       const Column column(head, t0 + c * kColumn, min_of(rows - c * kColumn, kColumn));
       const Index first = max_of(key, column.begin), last = min_of(key + n, column.end);
       if (first >= last) continue;
       tile_step<kStats, kNatural>(p, head, column, scratch.columns[c], first, last - first,
-                                  k + (first - key) * k_row, k_row, v + (first - key) * v_row, v_row, scratch);
+                                  k + (first - key) * k_row, k_row, v + (first - key) * v_row,
+                                  v_row, scratch);
     }
   }
   for (Index c = 0; c < num_columns; ++c) {
@@ -239,8 +254,10 @@ void forward(const ForwardParams& p) {
   const Index block = RowsAsFloat<Element>::kPacks ? 128 : 64;
   const Index blocks = (p.T + block - 1) / block;
   const Index items = p.B * p.H * blocks;
-  const auto run = p.max_logit ? (p.bias.data ? query_block<true, true, Element> : query_block<true, false, Element>)
-                               : (p.bias.data ? query_block<false, true, Element> : query_block<false, false, Element>);
+  const auto run =
+      p.max_logit
+          ? (p.bias.data ? query_block<true, true, Element> : query_block<true, false, Element>)
+          : (p.bias.data ? query_block<false, true, Element> : query_block<false, false, Element>);
   const int threads = usable_threads(p.num_threads);
   const bool short_rows = p.T <= kPrefetchRows && p.S <= kPrefetchRows;
   const Index chunk = short_rows ? max_of(min_of(items / (threads * 8), 8), 1) : 1;
@@ -254,7 +271,8 @@ void forward(const ForwardParams& p) {
       const Index head_index = item / blocks, t0 = (blocks - 1 - item % blocks) * block;
       const Head<Element> head(p, head_index / p.H, head_index % p.H);
       scratch.next.clear();
-      if (short_rows && t0 == 0 && head_index + 1 < p.B * p.H) prefetch_head<Element>(p, head_index + 1, &scratch.next);
+      if (short_rows && t0 == 0 && head_index + 1 < p.B * p.H)
+        prefetch_head<Element>(p, head_index + 1, &scratch.next);
       if (t0 < head.T) run(p, head, t0, min_of(block, head.T - t0), scratch);
     }
     arena.release();
@@ -264,9 +282,8 @@ void forward(const ForwardParams& p) {
 }  // namespace
 
 void attention_fwd(const ForwardParams& p) {
-  with_element(p.q.dtype, [&](auto* element) {
-    forward<std::remove_pointer_t<decltype(element)>>(p);
-  });
+  with_element(p.q.dtype,
+               [&](auto* element) { forward<std::remove_pointer_t<decltype(element)>>(p); });
   if (p.weights_mode != Weights::kNone) weights_fwd(p);
   if (p.received) received_fwd(p);
 }

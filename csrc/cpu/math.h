@@ -21,8 +21,8 @@ ATTNFAST_INLINE Vec exp2(Vec x) {
   return x < -126.0f ? zeros() : p;
 }
 
-// log2 of positive normal numbers; log2(0) = -inf, inf and NaN stay. Relative error of log2(1 + f) 4e-9
-// before rounding (minimax, degree 9, f in [sqrt(1/2) - 1, sqrt(2) - 1]).
+// log2 of positive normal numbers; log2(0) = -inf, inf and NaN stay. Relative error of log2(1 + f)
+// 4e-9 before rounding (minimax, degree 9, f in [sqrt(1/2) - 1, sqrt(2) - 1]).
 ATTNFAST_INLINE Vec log2(Vec x) {
   constexpr uint32_t kSqrtHalf = 0x3f3504f3u;
   const UVec bits = bit_cast<UVec>(x);
@@ -64,9 +64,10 @@ ATTNFAST_INLINE Vec tanh(Vec x) {
   return bit_cast<Vec>(bit_cast<UVec>(is_nan) | (bit_cast<UVec>(x) & 0x80000000u));
 }
 
-// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four words per
-// counter and lane. Here the second counter word differs by lane.
-ATTNFAST_INLINE void philox(uint32_t c0, UVec c1, uint32_t c2, uint32_t c3, uint64_t key, UVec* words) {
+// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four words
+// per counter and lane. Here the second counter word differs by lane.
+ATTNFAST_INLINE void philox(uint32_t c0, UVec c1, uint32_t c2, uint32_t c3, uint64_t key,
+                            UVec* words) {
   UVec x0 = UVec{} + c0, x1 = c1, x2 = UVec{} + c2, x3 = UVec{} + c3;
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   ATTNFAST_UNROLL for (int round = 0; round < 10; ++round) {

@@ -1,8 +1,10 @@
-// Tiles of scores with every option applied: the one place where positions, masks, bias, ALiBi and softcap live.
+// Tiles of scores with every option applied: the one place where positions, masks, bias, ALiBi and
+// softcap live.
 //
-// Queries lie in vector lanes. A column is kColumn consecutive queries of one head; a tile is S[key][lane].
-// Scores are in units of log2 (scale * log2 e folded into q) so that p = exp2(s - m); where there is a
-// bias they are in natural units, since log2 e times a huge negative bias would overflow to -inf.
+// Queries lie in vector lanes. A column is kColumn consecutive queries of one head; a tile is
+// S[key][lane]. Scores are in units of log2 (scale * log2 e folded into q) so that p = exp2(s - m);
+// where there is a bias they are in natural units, since log2 e times a huge negative bias would
+// overflow to -inf.
 #pragma once
 #include "elements.h"
 #include "gemm.h"
@@ -17,9 +19,9 @@ template <class Element>
 struct Head {
   const Problem& problem;
   Index b, h;
-  Index T, S;           // of this sequence
-  Index q_begin, k_begin;  // first row of this sequence (varlen), else 0
-  Index shift;          // t' = t + shift
+  Index T, S;                  // of this sequence
+  Index q_begin, k_begin;      // first row of this sequence (varlen), else 0
+  Index shift;                 // t' = t + shift
   Index live_begin, live_end;  // keys outside are padding for every query
   const Element *q, *k, *v;
   const char *mask, *bias;  // at (b, h, 0, 0)
@@ -90,9 +92,9 @@ struct Head {
 };
 
 struct Column {
-  Index t0, rows;                 // the queries t0 .. t0 + rows - 1; lanes past them are idle
-  Index begin, end;               // keys that at least one lane may attend to, by position
-  Index inner_begin, inner_end;   // keys that every lane may attend to
+  Index t0, rows;                // the queries t0 .. t0 + rows - 1; lanes past them are idle
+  Index begin, end;              // keys that at least one lane may attend to, by position
+  Index inner_begin, inner_end;  // keys that every lane may attend to
 
   template <class Element>
   Column(const Head<Element>& head, Index t, Index n) : t0(t), rows(n) {
@@ -124,10 +126,11 @@ ATTNFAST_INLINE Vec load(const double* p) {
   return x;
 }
 
-// Calls f(value, address) for the tile's elements: tile[key][lane] = f(tile[key][lane], view[t0 + lane, key]).
+// Calls f(value, address) for the tile's elements: tile[key][lane] = f(tile[key][lane], view[t0 +
+// lane, key]).
 template <class Element, class Function>
-inline void fold_rows(const char* at_head, Index t_stride, Index s_stride, Index t0, Index rows, Index key,
-                      Index n, float* tile, Function f) {
+inline void fold_rows(const char* at_head, Index t_stride, Index s_stride, Index t0, Index rows,
+                      Index key, Index n, float* tile, Function f) {
   const Element* base = reinterpret_cast<const Element*>(at_head) + t0 * t_stride + key * s_stride;
   if (t_stride == 0) {
     for (Index j = 0; j < n; ++j) {
@@ -153,7 +156,8 @@ inline void fold_rows(const char* at_head, Index t_stride, Index s_stride, Index
         for (Index i = 0; i < kLanes; ++i) {
           r[i] = zeros();
           if (i >= live) continue;
-          for (Index x = 0; x < width; ++x) r[i][x] = to_float(row[i * t_stride + (j + x) * s_stride]);
+          for (Index x = 0; x < width; ++x)
+            r[i][x] = to_float(row[i * t_stride + (j + x) * s_stride]);
         }
       }
       transpose_tile(r);
@@ -166,8 +170,8 @@ inline void fold_rows(const char* at_head, Index t_stride, Index s_stride, Index
 }
 
 template <class Function>
-inline void fold_view(const View& view, const char* at_head, Index t0, Index rows, Index key, Index n,
-                      float* tile, Function f) {
+inline void fold_view(const View& view, const char* at_head, Index t0, Index rows, Index key,
+                      Index n, float* tile, Function f) {
   switch (view.dtype) {
     case DType::kBool:
       return fold_rows<MaskByte>(at_head, view.t, view.d, t0, rows, key, n, tile, f);
@@ -193,8 +197,8 @@ ATTNFAST_INLINE IVec positions(const Column& column, Index shift, Index lane) {
 //   slope_of_cap  null, or [n][kColumn]: d capped / d uncapped = 1 - tanh^2, for the backward
 //   column_max    raised to the largest score of each lane; null: not wanted
 template <class Element>
-ATTNFAST_NOINLINE void score_tile(const Head<Element>& head, const Column& column, Index key, Index n,
-                                  const float* q_t, const float* k, Index k_row, float* s,
+ATTNFAST_NOINLINE void score_tile(const Head<Element>& head, const Column& column, Index key,
+                                  Index n, const float* q_t, const float* k, Index k_row, float* s,
                                   float* slope_of_cap, float* column_max, DeadKeys* dead) {
   const Problem& p = head.problem;
   const MatrixA a{k, k_row, 1};
@@ -231,20 +235,19 @@ ATTNFAST_NOINLINE void score_tile(const Head<Element>& head, const Column& colum
     }
   }
   if (head.bias) {
-    fold_view(p.bias, head.bias, column.t0, column.rows, key, n, s, [](Vec score, Vec bias) {
-      return bias == -kInfinity ? bias : score + bias;
-    });
+    fold_view(p.bias, head.bias, column.t0, column.rows, key, n, s,
+              [](Vec score, Vec bias) { return bias == -kInfinity ? bias : score + bias; });
   }
   if (head.mask) {
-    fold_view(p.mask, head.mask, column.t0, column.rows, key, n, s, [](Vec score, Vec mask) {
-      return mask == -kInfinity ? mask : score;
-    });
+    fold_view(p.mask, head.mask, column.t0, column.rows, key, n, s,
+              [](Vec score, Vec mask) { return mask == -kInfinity ? mask : score; });
   }
   if (boundary) {
     const Vec masked = broadcast(-kInfinity);
     for (Index lane = 0; lane < kColumn; lane += kLanes) {
       const IVec t = positions(column, head.shift, lane);
-      const int32_t left = p.window_left < 0 ? INT32_MAX : static_cast<int32_t>(min_of(p.window_left, 1 << 30));
+      const int32_t left =
+          p.window_left < 0 ? INT32_MAX : static_cast<int32_t>(min_of(p.window_left, 1 << 30));
       Index reach = p.window_right < 0 ? 1 << 30 : min_of(p.window_right, 1 << 30);
       if (p.causal) reach = 0;
       const int32_t right = static_cast<int32_t>(reach);
@@ -262,7 +265,8 @@ ATTNFAST_NOINLINE void score_tile(const Head<Element>& head, const Column& colum
   if (head.mask || head.bias) {
     for (Index j = 0; j < n; ++j) {
       IVec live{};
-      for (Index lane = 0; lane < kColumn; lane += kLanes) live |= load(s + j * kColumn + lane) != -kInfinity;
+      for (Index lane = 0; lane < kColumn; lane += kLanes)
+        live |= load(s + j * kColumn + lane) != -kInfinity;
       dead->key[j] = !any(live);
       dead->any |= dead->key[j];
     }
@@ -290,11 +294,11 @@ inline bool has_poison(const float* rows, Index stride, Index n, Index D, const 
 }
 
 // C[D][kColumn] (+)= rows^T weights over the tile's keys: o += v^T p, or dq += k^T ds.
-inline Start gather_keys(const float* rows, Index stride, Index n, Index D, const float* weights, float* c,
-                         Start start, const DeadKeys& dead) {
+inline Start gather_keys(const float* rows, Index stride, Index n, Index D, const float* weights,
+                         float* c, Start start, const DeadKeys& dead) {
   const auto run = [&](Index j, Index count) {
-    gemm<kTileVecs>(D, count, MatrixA{rows + j * stride, 1, stride}, MatrixB{weights + j * kColumn, kColumn},
-                    MatrixC{c, kColumn}, start);
+    gemm<kTileVecs>(D, count, MatrixA{rows + j * stride, 1, stride},
+                    MatrixB{weights + j * kColumn, kColumn}, MatrixC{c, kColumn}, start);
     start = Start::kAccumulate;
   };
   if (!has_poison(rows, stride, n, D, dead)) {
@@ -312,8 +316,8 @@ inline Start gather_keys(const float* rows, Index stride, Index n, Index D, cons
 
 // keep[key][lane] = factor where dropout keeps the probability of keys key .. key + n - 1, else 0.
 template <class Element>
-ATTNFAST_NOINLINE void dropout_tile(const Head<Element>& head, const Column& column, Index key, Index n,
-                                    float factor, float* keep) {
+ATTNFAST_NOINLINE void dropout_tile(const Head<Element>& head, const Column& column, Index key,
+                                    Index n, float factor, float* keep) {
   const Problem& p = head.problem;
   const int32_t threshold = static_cast<int32_t>(__builtin_nearbyint(p.dropout_p * 65536.0));
   const uint32_t stream = static_cast<uint32_t>(head.b * p.H + head.h);
@@ -322,8 +326,8 @@ ATTNFAST_NOINLINE void dropout_tile(const Head<Element>& head, const Column& col
     for (Index lane = 0; lane < kColumn; lane += kLanes) {
       UVec words[4];
       const UVec t = bit_cast<UVec>(lane_numbers() + static_cast<int32_t>(column.t0 + lane));
-      philox(static_cast<uint32_t>(group), t, stream, static_cast<uint32_t>(p.dropout_offset), p.dropout_seed,
-             words);
+      philox(static_cast<uint32_t>(group), t, stream, static_cast<uint32_t>(p.dropout_offset),
+             p.dropout_seed, words);
       ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
         const Index j = group * 8 + i - key;
         const UVec draw = i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
@@ -337,8 +341,9 @@ ATTNFAST_NOINLINE void dropout_tile(const Head<Element>& head, const Column& col
 
 // A tile's key or value rows in fp32: where they lie already, or copied to scratch.
 //
-// fp32 rows are copied only for products over the keys (`across`), and only where they lie far apart: those walk down
-// columns, and rows of a packed projection would all fall into a few sets of the first-level cache.
+// fp32 rows are copied only for products over the keys (`across`), and only where they lie far
+// apart: those walk down columns, and rows of a packed projection would all fall into a few sets of
+// the first-level cache.
 enum class Use { kAlongRows, kAcross };
 
 template <class Element>
@@ -354,8 +359,8 @@ struct RowsAsFloat {
 template <>
 struct RowsAsFloat<float> {
   static constexpr bool kPacks = false;
-  static const float* get(const float* rows, Index stride, Index n, Index D, Use use, float* scratch,
-                          Index* out_stride) {
+  static const float* get(const float* rows, Index stride, Index n, Index D, Use use,
+                          float* scratch, Index* out_stride) {
     if (use == Use::kAlongRows || stride <= 2 * D) {
       *out_stride = stride;
       return rows;
@@ -366,14 +371,21 @@ struct RowsAsFloat<float> {
   }
 };
 
-// Asks for the rows of the next work item a few cache lines at a time, between the products of this one.
+// Asks for the rows of the next work item a few cache lines at a time, between the products of this
+// one.
 class Prefetcher {
  public:
   void clear() { count_ = next_ = 0; }
 
   template <class Element>
   void add(const Element* rows, Index stride, Index n, Index D) {
-    if (n > 0) ranges_[count_++] = {reinterpret_cast<const char*>(rows), stride * Index(sizeof(Element)), n, D * Index(sizeof(Element)), 0, 0};
+    if (n > 0)
+      ranges_[count_++] = {reinterpret_cast<const char*>(rows),
+                           stride * Index(sizeof(Element)),
+                           n,
+                           D * Index(sizeof(Element)),
+                           0,
+                           0};
   }
 
   void advance(Index lines) {

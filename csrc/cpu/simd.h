@@ -1,8 +1,9 @@
 // Vectors of floats for one instruction set, from the compiler's vector extensions.
 //
-// Every kernels_*.cpp is compiled once per instruction set with ATTNFAST_ISA set to its name; all code
-// then lives in attnfast::cpu::<name>, so that no two sets ever share a symbol. Arithmetic,
-// comparisons and `mask ? a : b` are the compiler's own; intrinsics appear only where those fall short.
+// Every kernels_*.cpp is compiled once per instruction set with ATTNFAST_ISA set to its name; all
+// code then lives in attnfast::cpu::<name>, so that no two sets ever share a symbol. Arithmetic,
+// comparisons and `mask ? a : b` are the compiler's own; intrinsics appear only where those fall
+// short.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -33,8 +34,8 @@ constexpr int kTileRows = 6;  // 6 x 2 accumulators of 16 registers
 constexpr int kLanes = 4;
 constexpr int kTileRows = 6;
 #endif
-constexpr int kTileVecs = 2;                  // vectors side by side in the register tile
-constexpr int kColumn = kTileVecs * kLanes;   // queries that one column of a block holds
+constexpr int kTileVecs = 2;                 // vectors side by side in the register tile
+constexpr int kColumn = kTileVecs * kLanes;  // queries that one column of a block holds
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
@@ -157,7 +158,8 @@ ATTNFAST_INLINE void transpose_tile(Vec* r) {
   Vec t[kLanes];
 #if defined(__AVX512F__) || defined(ATTNFAST_16_LANES)
   ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
-    t[2 * i] = shuffle<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(r[2 * i], r[2 * i + 1]);
+    t[2 * i] =
+        shuffle<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] =
         shuffle<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(r[2 * i], r[2 * i + 1]);
   }
@@ -165,7 +167,8 @@ ATTNFAST_INLINE void transpose_tile(Vec* r) {
     ATTNFAST_UNROLL for (int j = 0; j < 2; ++j) {
       const Vec a = t[4 * i + j], b = t[4 * i + 2 + j];
       r[4 * i + 2 * j] = shuffle<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>(a, b);
-      r[4 * i + 2 * j + 1] = shuffle<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(a, b);
+      r[4 * i + 2 * j + 1] =
+          shuffle<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(a, b);
     }
   }
   ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
