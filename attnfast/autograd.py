@@ -20,7 +20,13 @@ from torch.autograd.function import Function
 from . import dispatch
 from .checks import rows
 from .options import Inputs, Options, Outputs
-from .second_order import present, second_derivatives
+from .second_order import (
+    PRIMALS,
+    RESULTS,
+    present,
+    second_derivative_names,
+    second_derivatives,
+)
 
 
 def fused_attention(backend: str, inputs: Inputs, options: Options, requires_grad: bool) -> Outputs:
@@ -44,7 +50,7 @@ def distinct(inputs: Inputs) -> Inputs:
     for x in inputs:
         seen = x is not None and any(x is other for other in tensors)
         tensors.append(x.view(x.shape) if x is not None and seen else x)
-    return Inputs(*tensors)
+    return Inputs._make(tensors)
 
 
 def transforms_active() -> bool:
@@ -158,15 +164,12 @@ def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def second_backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of ``backward_forward``'s arguments from those of its results."""
-    tensors = ctx.saved_tensors
-    inputs = Inputs(*tensors[4:])
-    grads = present(("out", "lse", "entropy", "weights"), tensors[:4])
-    toward = present(("q", "k", "v", "bias", "sinks"), directions)
-    results = second_derivatives(inputs, ctx.options, grads, toward)
-    if torch.is_grad_enabled() and results:
-        sources = [x for x in (*tensors, *directions) if x is not None]
-        values = TwiceDifferentiated.apply(len(results), *results.values(), *sources)
-        results = dict(zip(results, values, strict=True))
+    results: dict[str, Tensor] = {}
+    if any(direction is not None for direction in directions):
+        tensors = (*directions, *ctx.saved_tensors)
+        names = second_derivative_names(*second_order_call(tensors)[:2])
+        values = SecondDerivatives.apply(ctx.options, *tensors)
+        results = dict(zip(names, values, strict=True))
     get = results.get
     return (
         *(None, None),
@@ -177,9 +180,18 @@ def second_backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None
     )
 
 
-def pass_on(n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """(n, *results, *sources) -> the n results, which depend on all of them."""
-    return tuple(x.clone() for x in tensors[:n])
+def second_order_call(
+    tensors: tuple[Tensor | None, ...],
+) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:
+    """Directions, gradients and Inputs, in a row, as ``second_derivatives`` takes them."""
+    inputs = Inputs(*tensors[9:])  # type: ignore[arg-type]
+    return inputs, present(RESULTS, tensors[5:9]), present(PRIMALS, tensors[:5])
+
+
+def second_forward(options: Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """(options, directions, gradients, Inputs) -> the second derivatives that there are."""
+    inputs, grads, toward = second_order_call(tensors)
+    return tuple(second_derivatives(inputs, options, grads, toward).values())
 
 
 def no_third(ctx: Any, *grads: Tensor) -> Any:
@@ -235,10 +247,10 @@ class TransformedBackward(Function):
     vmap = staticmethod(no_vmap)
 
 
-class TwiceDifferentiated(Function):
-    """Second derivatives as they are, with third ones that raise instead of being zero."""
+class SecondDerivatives(Function):
+    """Second derivatives, with third ones that raise instead of being zero."""
 
-    forward = staticmethod(pass_on)
+    forward = staticmethod(second_forward)
     setup_context = staticmethod(lambda ctx, inputs, output: None)
     backward = staticmethod(no_third)
     jvp = staticmethod(no_jvp)

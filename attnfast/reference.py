@@ -65,7 +65,7 @@ def reference_attention(
     k, v = (torch.where(seen.any(-2)[..., None], x, 0) for x in (k, v))
     q = torch.where(seen.any(-1)[..., None], q, 0)
 
-    with _without_autocast(q.device.type):
+    with without_autocast(q.device.type):
         s = scores(q, k, inputs, options, distance).masked_fill(~seen, NEG_INF)
         p, lse, entropy = probabilities(s, inputs.sinks)
         w = p
@@ -318,7 +318,7 @@ def _padded(part: Outputs, longest: tuple[int, int]) -> Tensor:
     return F.pad(part.weights, (0, longest[1] - S, 0, longest[0] - T))
 
 
-def _without_autocast(device: str) -> AbstractContextManager[object]:
+def without_autocast(device: str) -> AbstractContextManager[object]:
     """Autocast would compute the matrix products in its own dtype."""
     available = torch.amp.autocast_mode.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if available else nullcontext()

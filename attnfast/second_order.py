@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from .options import Inputs, Options
-from .reference import reference_attention
+from .reference import reference_attention, without_autocast
 
+PRIMALS = ("q", "k", "v", "bias", "sinks")
+RESULTS = ("out", "lse", "entropy", "weights")
 BLOCK_ELEMENTS = 1 << 20  # scores in one block of rows
 
 
@@ -34,30 +36,35 @@ def second_derivatives(
         toward: The gradients of its results, for q, k, v, bias and sinks.
 
     Returns:
-        The results by name: q, k, v, bias, sinks, and ``grad_`` with each name of ``grads``.
+        The results by name, as ``second_derivative_names`` lists them.
     """
-    if not toward:
-        return {}
-    primals = present(
-        ("q", "k", "v", "bias", "sinks"),
-        (inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sinks),
-    )
+    primals = primals_of(inputs)
     dtype = torch.promote_types(inputs.q.dtype, torch.float32)
     totals = {name: torch.zeros_like(x, dtype=dtype) for name, x in primals.items()}
     grad_totals = {name: torch.zeros_like(x, dtype=dtype) for name, x in grads.items()}
     options = options._replace(
         stats=int("entropy" in grads), weights=options.weights if "weights" in grads else 0
     )
-    for block in blocks(inputs, options):
-        x, dy, direction = (block.cut(tensors, dtype) for tensors in (primals, grads, toward))
-        pullback = vjp(lambda x, dy, block=block: block.backward(x, dy, toward), x, dy)
-        for sums, terms in zip((totals, grad_totals), pullback(direction), strict=True):
-            for name, term in terms.items():
-                sums[name][block.part(name, sums[name])] += term
-    return {
-        **{name: total.to(primals[name].dtype) for name, total in totals.items()},
-        **{f"grad_{name}": total.to(grads[name].dtype) for name, total in grad_totals.items()},
-    }
+    with without_autocast(inputs.q.device.type):
+        for block in blocks(inputs, options):
+            x, dy, direction = (block.cut(tensors, dtype) for tensors in (primals, grads, toward))
+            pullback = vjp(lambda x, dy, block=block: block.backward(x, dy, toward), x, dy)
+            for sums, terms in zip((totals, grad_totals), pullback(direction), strict=True):
+                for name, term in terms.items():
+                    sums[name][block.part(name, sums[name])] += term
+    results = [total.to(primals[name].dtype) for name, total in totals.items()]
+    results += [total.to(grads[name].dtype) for name, total in grad_totals.items()]
+    return dict(zip(second_derivative_names(inputs, grads), results, strict=True))
+
+
+def primals_of(inputs: Inputs) -> dict[str, Tensor]:
+    """The differentiable tensors of a call, by name."""
+    return present(PRIMALS, (inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sinks))
+
+
+def second_derivative_names(inputs: Inputs, grads: Iterable[str]) -> list[str]:
+    """Which second derivatives there are: by q, k, v, bias, sinks, and by each gradient given."""
+    return [*primals_of(inputs), *(f"grad_{name}" for name in grads)]
 
 
 def vjp(function: Callable[..., Any], *primals: Any) -> Callable[..., Any]:
