@@ -1,0 +1,531 @@
+// Attention of a few new queries over a cache, split over the keys (Flash-Decoding, Dao et al.,
+// 2023).
+//
+//   o = softmax(scale * q k^T, causal, windowed, biased, capped) v        lse = logsumexp of the
+//   scores query t stands at cache_seqlens[b] - T + t and attends the keys up to there
+//
+// Work:    one item per (batch entry, key head, at most kMaxRows of the T * H / H_kv query rows
+// that
+//          share its keys, piece of the keys); then one per query row, to combine the pieces in
+//          order
+// Memory:  per item m, l and o of its rows; per thread the item's q and one block of scores; keys
+// and
+//          values are read once, where they lie, converted in registers
+// Threads: how keys are cut into pieces depends on the sequence's own length alone, and so do the
+// results
+#include <omp.h>
+
+#include <type_traits>
+#include <utility>
+
+#include "arena.h"
+#include "kernels.h"
+#include "scores.h"
+
+namespace attnfast::cpu::ATTNFAST_ISA {
+namespace {
+
+constexpr Index kMaxRows = 32;           // query rows of one item
+constexpr Index kMaxBlock = 128;         // keys whose scores are held at once
+constexpr Index kBlockBytes = 16 << 10;  // of k or v rows in one block: half of a first-level cache
+constexpr Index kMinPiece = 256;         // keys of one item
+constexpr Index kMaxPieces = 64;         // items that a sequence's keys are cut into
+constexpr Index kValueKeys = 4;          // keys added to o at once
+
+// The keys of one batch entry that any of its queries attends to, and how they are cut.
+struct Sequence {
+  Index length, begin, piece, pieces;
+
+  Sequence(const DecodeParams& p, Index b) : length(p.cache_seqlens[b]), begin(0) {
+    if (p.window_left >= 0) begin = max_of(length - p.T - p.window_left, 0);
+    const Index keys = max_of(length - begin, 0);
+    piece = max_of(round_up((keys + kMaxPieces - 1) / kMaxPieces, kLanes), kMinPiece);
+    pieces = (keys + piece - 1) / piece;
+  }
+};
+
+// A row of D elements is read as `padded / kLanes` vectors; the last one ends with the row and so
+// overlaps the one before. Rows shorter than a vector are copied and padded first.
+struct RowShape {
+  Index D, padded, last;
+
+  explicit RowShape(Index d)
+      : D(d), padded(max_of(round_up(d, kLanes), kLanes)), last(max_of(d - kLanes, 0)) {}
+  Index at(Index i) const {
+    return min_of(i, last);
+  }  // where the vector i .. i + kLanes - 1 starts
+};
+
+// One query row of an item and what it may attend to.
+struct Row {
+  Index h = 0, t = 0, position = 0;
+  Index begin = 0, end = 0;  // keys
+  float slope = 0.0f;        // ALiBi's, in units; 0: none
+
+  Row() = default;
+  Row(const DecodeParams& p, const Sequence& sequence, Index b, Index h_kv, Index row, float unit) {
+    h = h_kv * (p.H / p.H_kv) + row / p.T, t = row % p.T;
+    position = sequence.length - p.T + t;
+    begin = p.window_left < 0 ? 0 : max_of(position - p.window_left, 0);
+    end = position + 1;
+    slope = p.alibi_slopes ? p.alibi_slopes[b * p.alibi_stride_b + h] * unit : 0.0f;
+  }
+};
+
+// Lane i of the result is the sum of r[i]'s lanes.
+ATTNFAST_INLINE Vec sum_each(const Vec* r) {
+#if defined(__AVX512F__) || defined(ATTNFAST_16_LANES)
+  Vec a[8], b[4], c[2];
+  ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
+    a[i] =
+        shuffle<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(r[2 * i], r[2 * i + 1]) +
+        shuffle<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(r[2 * i], r[2 * i + 1]);
+  }
+  ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
+    b[i] =
+        shuffle<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>(a[2 * i], a[2 * i + 1]) +
+        shuffle<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(a[2 * i], a[2 * i + 1]);
+  }
+  ATTNFAST_UNROLL for (int i = 0; i < 2; ++i) {
+    c[i] =
+        shuffle<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(b[2 * i], b[2 * i + 1]) +
+        shuffle<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(b[2 * i], b[2 * i + 1]);
+  }
+  return shuffle<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(c[0], c[1]) +
+         shuffle<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(c[0], c[1]);
+#elif defined(__AVX2__)
+  Vec a[4], b[2];
+  ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
+    a[i] = shuffle<0, 8, 1, 9, 4, 12, 5, 13>(r[2 * i], r[2 * i + 1]) +
+           shuffle<2, 10, 3, 11, 6, 14, 7, 15>(r[2 * i], r[2 * i + 1]);
+  }
+  ATTNFAST_UNROLL for (int i = 0; i < 2; ++i) {
+    b[i] = shuffle<0, 1, 8, 9, 4, 5, 12, 13>(a[2 * i], a[2 * i + 1]) +
+           shuffle<2, 3, 10, 11, 6, 7, 14, 15>(a[2 * i], a[2 * i + 1]);
+  }
+  return shuffle<0, 1, 2, 3, 8, 9, 10, 11>(b[0], b[1]) +
+         shuffle<4, 5, 6, 7, 12, 13, 14, 15>(b[0], b[1]);
+#else
+  const Vec a = shuffle<0, 4, 1, 5>(r[0], r[1]) + shuffle<2, 6, 3, 7>(r[0], r[1]);
+  const Vec b = shuffle<0, 4, 1, 5>(r[2], r[3]) + shuffle<2, 6, 3, 7>(r[2], r[3]);
+  return shuffle<0, 1, 4, 5>(a, b) + shuffle<2, 3, 6, 7>(a, b);
+#endif
+}
+
+// The k and v rows of consecutive keys; past the last, up to whole vectors, the last again.
+template <class Element>
+struct KeyBlock {
+  Index key = 0, n = 0;
+  const Element *k[kMaxBlock], *v[kMaxBlock];
+  Element *k_copy, *v_copy;  // [kMaxBlock][kLanes], for rows shorter than a vector
+
+  KeyBlock(Element* k_memory, Element* v_memory) : k_copy(k_memory), v_copy(v_memory) {}
+
+  void move_to(const DecodeParams& p, Index b, Index h_kv, Index first, Index count) {
+    key = first, n = count;
+    if (n == 0) return;
+    find_rows(p, p.k, b, h_kv, p.D, k_copy, k);
+    find_rows(p, p.v, b, h_kv, p.D_v, v_copy, v);
+  }
+
+ private:
+  void find_rows(const DecodeParams& p, const View& view, Index b, Index h_kv, Index D,
+                 Element* copy, const Element** rows) const {
+    const Element* head = static_cast<const Element*>(view.data) + h_kv * view.h;
+    if (!p.page_table) {
+      for (Index i = 0; i < n; ++i) rows[i] = head + b * view.b + (key + i) * view.t;
+    } else {
+      const int32_t* page = p.page_table + b * p.pages_per_sequence + key / p.page_size;
+      Index row = key % p.page_size;
+      for (Index i = 0; i < n; ++i, ++row) {
+        if (row == p.page_size) row = 0, ++page;
+        rows[i] = head + *page * view.b + row * view.t;
+      }
+    }
+    if (D < kLanes) {
+      for (Index i = 0; i < n; ++i) {
+        Element* to = copy + i * kLanes;
+        memset(to, 0, kLanes * sizeof(Element));
+        memcpy(to, rows[i], D * sizeof(Element));
+        rows[i] = to;
+      }
+    }
+    for (Index i = n; i < round_up(n, kLanes); ++i) rows[i] = rows[n - 1];
+  }
+};
+
+template <class Element>
+ATTNFAST_INLINE void prefetch_rows(const Element* const* rows, Index n, Index D) {
+  constexpr Index kLine = 64 / sizeof(Element);
+  for (Index i = 0; i < n; ++i) {
+    for (Index d = 0; d < D; d += kLine) __builtin_prefetch(rows[i] + d, 0, 3);
+  }
+}
+
+// s[row][key] = q[row] . k[key] for kRows rows and all keys of a block, kLanes products at a time,
+// while the block's values are on their way.
+template <int kRows, class Element>
+ATTNFAST_NOINLINE void dot_rows(const KeyBlock<Element>& block, const RowShape& shape,
+                                const float* q, float* s, Index prefetch_D_v) {
+  constexpr int kKeys = kLanes / kRows;
+  for (Index j = 0; j < block.n; j += kKeys) {
+    const Element* const* k = block.k + j;
+    Vec sums[kLanes];
+    ATTNFAST_UNROLL for (int i = 0; i < kLanes; ++i) sums[i] = zeros();
+    for (Index d = 0; d < shape.padded; d += kLanes) {
+      const Index at = shape.at(d);
+      Vec qv[kRows];
+      ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) qv[row] =
+          load(q + row * shape.padded + d);
+      ATTNFAST_UNROLL for (int key = 0; key < kKeys; ++key) {
+        const Vec kv = load(k[key] + at);
+        ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
+          sums[row * kKeys + key] = kv * qv[row] + sums[row * kKeys + key];
+        }
+      }
+    }
+    if (prefetch_D_v) prefetch_rows(block.v + j, kKeys, prefetch_D_v);
+    float products[kLanes];
+    store(products, sum_each(sums));
+    ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
+      memcpy(s + row * kMaxBlock + j, products + row * kKeys, kKeys * sizeof(float));
+    }
+  }
+}
+
+template <class Element>
+void dot_block(const KeyBlock<Element>& block, const RowShape& shape, const float* q, Index rows,
+               float* s, Index D_v) {
+  const auto run = [&](auto dot_function, Index row) {
+    dot_function(block, shape, q + row * shape.padded, s + row * kMaxBlock, row == 0 ? D_v : 0);
+  };
+  Index row = 0;
+  for (; row + 4 <= rows; row += 4) run(dot_rows<4, Element>, row);
+  for (; row + 2 <= rows; row += 2) run(dot_rows<2, Element>, row);
+  for (; row < rows; ++row) run(dot_rows<1, Element>, row);
+}
+
+// s[key] += bias[key], -inf where bias is.
+template <class Element>
+void add_bias(const char* data, Index offset, Index stride, Index n, float* s) {
+  const Element* bias = reinterpret_cast<const Element*>(data) + offset;
+  for (Index j = 0; j < n; j += kLanes) {
+    const Index width = min_of(n - j, kLanes);
+    Vec x = zeros();
+    if (stride == 1 && width == kLanes) {
+      x = load(bias + j);
+    } else {
+      for (Index i = 0; i < width; ++i) x[i] = to_float(bias[(j + i) * stride]);
+    }
+    store(s + j, x == -kInfinity ? x : load(s + j) + x);
+  }
+}
+
+void add_bias(const View& view, Index b, const Row& row, Index key, Index n, float* s) {
+  const char* data = static_cast<const char*>(view.data);
+  const Index offset = b * view.b + row.h * view.h + row.t * view.t + key * view.d;
+  switch (view.dtype) {
+    case DType::kFloat64:
+      return add_bias<double>(data, offset, view.d, n, s);
+    case DType::kBFloat16:
+      return add_bias<BFloat16>(data, offset, view.d, n, s);
+    case DType::kFloat16:
+      return add_bias<Float16>(data, offset, view.d, n, s);
+    default:
+      return add_bias<float>(data, offset, view.d, n, s);
+  }
+}
+
+// Dot products become scores: softcap, ALiBi, bias, and -inf where the row may not attend.
+void edit_scores(const DecodeParams& p, Index b, const Row& row, float unit, Index key, Index n,
+                 float* s) {
+  const Index width = round_up(n, kLanes);
+  if (p.softcap > 0.0f) {
+    for (Index j = 0; j < width; j += kLanes) store(s + j, tanh(load(s + j)) * (p.softcap * unit));
+  }
+  if (row.slope != 0.0f) {
+    for (Index j = 0; j < width; j += kLanes) {
+      const IVec ahead = lane_numbers() + static_cast<int32_t>(key + j - row.position);
+      store(s + j, load(s + j) - abs(__builtin_convertvector(ahead, Vec)) * row.slope);
+    }
+  }
+  if (p.bias.data) add_bias(p.bias, b, row, key, n, s);
+  const int32_t begin = static_cast<int32_t>(max_of(row.begin - key, 0));
+  const int32_t end = static_cast<int32_t>(min_of(row.end - key, n));
+  if (begin == 0 && end == width) return;
+  for (Index j = 0; j < width; j += kLanes) {
+    const IVec index = lane_numbers() + static_cast<int32_t>(j);
+    store(s + j, (index >= begin) & (index < end) ? load(s + j) : broadcast(-kInfinity));
+  }
+}
+
+// What a row's keys so far, or those of one piece, come to.
+struct Partial {
+  float* o;  // [padded D_v]
+  float& m;  // running maximum, in units
+  float& l;  // sum of p
+
+  Partial(float* slot, const RowShape& v) : o(slot), m(slot[v.padded]), l(slot[v.padded + 1]) {}
+  static Index size(const RowShape& v) { return v.padded + kLanes; }
+};
+
+float exp2_of(float x) { return exp2(broadcast(x))[0]; }
+
+// s -> p = exp2(s - m) in place, with m raised to the largest score first.
+void exponentiate(float to_log2, Index n, const RowShape& v, float* s, Partial partial) {
+  const Index width = round_up(n, kLanes);
+  Vec top = broadcast(partial.m);
+  for (Index j = 0; j < width; j += kLanes) top = max(load(s + j), top);
+  const float m = max_lanes(top);
+  if (m > partial.m) {
+    const float keep = exp2_of((partial.m - m) * to_log2);
+    for (Index d = 0; d < v.padded; d += kLanes) store(partial.o + d, load(partial.o + d) * keep);
+    partial.l *= keep;
+    partial.m = m;
+  }
+  const float base = m == -kInfinity ? 0.0f : m;
+  Vec l = zeros();
+  for (Index j = 0; j < width; j += kLanes) {
+    const Vec x = exp2((load(s + j) - base) * to_log2);
+    l += x;
+    store(s + j, x);
+  }
+  partial.l += sum_lanes(l);
+}
+
+// o[row] += p[row][key] v[key] for kVecs vectors of kValueKeys keys and all rows.
+template <int kVecs, class Element>
+ATTNFAST_INLINE void add_value_vectors(const Element* const* v, Index d, const RowShape& shape,
+                                       Index rows, const float* p, float* o, Index o_stride) {
+  Vec value[kValueKeys][kVecs];
+  ATTNFAST_UNROLL for (int key = 0; key < kValueKeys; ++key) {
+    ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) value[key][i] =
+        load(v[key] + shape.at(d + i * kLanes));
+  }
+  for (Index row = 0; row < rows; ++row, p += kMaxBlock, o += o_stride) {
+    Vec sum[kVecs];
+    ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) sum[i] = load(o + d + i * kLanes);
+    ATTNFAST_UNROLL for (int key = 0; key < kValueKeys; ++key) {
+      const Vec weight = broadcast(p[key]);
+      ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) sum[i] = weight * value[key][i] + sum[i];
+    }
+    ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) store(o + d + i * kLanes, sum[i]);
+  }
+}
+
+// o[row] += p[row] v over the keys of a block, while the next block's keys are on their way.
+template <class Element>
+ATTNFAST_NOINLINE void add_values(const KeyBlock<Element>& block, const KeyBlock<Element>& next,
+                                  Index D, const RowShape& shape, Index rows, const float* p,
+                                  float* o, Index o_stride) {
+  for (Index j = 0; j < block.n; j += kValueKeys) {
+    if (j < next.n) prefetch_rows(next.k + j, min_of(next.n - j, kValueKeys), D);
+    Index d = 0;
+    for (; d + 2 * kLanes <= shape.padded; d += 2 * kLanes) {
+      add_value_vectors<2>(block.v + j, d, shape, rows, p + j, o, o_stride);
+    }
+    if (d < shape.padded) add_value_vectors<1>(block.v + j, d, shape, rows, p + j, o, o_stride);
+  }
+}
+
+// The same where values that a bias masks are NaN or Inf: 0 * v must not let them out.
+template <class Element>
+ATTNFAST_NOINLINE void add_attended_values(const KeyBlock<Element>& block, const RowShape& shape,
+                                           Index rows, const float* p, float* o, Index o_stride) {
+  for (Index row = 0; row < rows; ++row) {
+    for (Index j = 0; j < block.n; ++j) {
+      const float weight = p[row * kMaxBlock + j];
+      if (weight == 0.0f) continue;
+      for (Index d = 0; d < shape.padded; d += kLanes) {
+        float* out = o + row * o_stride + d;
+        store(out, load(block.v[j] + shape.at(d)) * weight + load(out));
+      }
+    }
+  }
+}
+
+template <class Element>
+bool has_poison(const KeyBlock<Element>& block, const RowShape& shape) {
+  for (Index j = 0; j < block.n; ++j) {
+    Vec zero = zeros();  // x - x, summed: NaN where any x is NaN or Inf
+    for (Index d = 0; d < shape.padded; d += kLanes) {
+      const Vec x = load(block.v[j] + shape.at(d));
+      zero += x - x;
+    }
+    if (any(zero != 0.0f)) return true;
+  }
+  return false;
+}
+
+// One thread's part of the arena.
+template <class Element>
+struct Scratch {
+  float* q;                  // [kMaxRows][padded D]
+  float* s;                  // [kMaxRows][kMaxBlock]
+  Element *k_copy, *v_copy;  // [2][kMaxBlock][kLanes]
+
+  static Index floats(const RowShape& k) {
+    const Index copies = 4 * kMaxBlock * kLanes * Index(sizeof(Element)) / Index(sizeof(float));
+    return kMaxRows * (k.padded + kMaxBlock) + copies;
+  }
+
+  Scratch(float* memory, const RowShape& k) : q(memory), s(q + kMaxRows * k.padded) {
+    k_copy = reinterpret_cast<Element*>(s + kMaxRows * kMaxBlock);
+    v_copy = k_copy + 2 * kMaxBlock * kLanes;
+  }
+};
+
+template <class Element>
+struct Decode {
+  const DecodeParams& p;
+  const RowShape k_shape, v_shape;
+  const Index group_rows;  // query rows that share a key head
+  const Index chunks;      // items' worth of them
+  const Index block_keys;
+  const float unit;     // 1, or log2 e: what the scores are multiplied with (see scores.h)
+  const float to_log2;  // makes a score a power of two
+  Index max_pieces = 0;
+  float* partials = nullptr;  // [B][H_kv][group_rows][max_pieces][Partial::size]
+
+  explicit Decode(const DecodeParams& params)
+      : p(params),
+        k_shape(p.D),
+        v_shape(p.D_v),
+        group_rows(p.T * (p.H / p.H_kv)),
+        chunks((group_rows + kMaxRows - 1) / kMaxRows),
+        block_keys(keys_per_block(p)),
+        unit(p.bias.data ? 1.0f : kLog2E),
+        to_log2(p.bias.data ? kLog2E : 1.0f) {
+    for (Index b = 0; b < p.B; ++b) max_pieces = max_of(max_pieces, Sequence(p, b).pieces);
+  }
+
+  static Index keys_per_block(const DecodeParams& p) {
+    const Index fits = kBlockBytes / (max_of(p.D, p.D_v) * Index(sizeof(Element)));
+    return min_of(max_of(fits / 16 * 16, 16), kMaxBlock);
+  }
+
+  Index partials_size() const {
+    return p.B * p.H_kv * group_rows * max_pieces * Partial::size(v_shape);
+  }
+
+  float* partial(Index b, Index h_kv, Index row, Index piece) const {
+    return partials +
+           (((b * p.H_kv + h_kv) * group_rows + row) * max_pieces + piece) * Partial::size(v_shape);
+  }
+
+  // The query row in fp32, vector by vector as RowShape says, each element in one vector only.
+  void load_query(Index b, const Row& row, float* q) const {
+    const float factor = p.softcap > 0.0f ? p.scale / p.softcap : p.scale * unit;
+    const Element* from =
+        static_cast<const Element*>(p.q.data) + b * p.q.b + row.h * p.q.h + row.t * p.q.t;
+    for (Index d = 0; d < k_shape.padded; ++d) {
+      const Index i = k_shape.at(d / kLanes * kLanes) + d % kLanes;
+      q[d] = i < p.D && i >= d / kLanes * kLanes ? to_float(from[i]) * factor : 0.0f;
+    }
+  }
+
+  void piece_of_keys(Index b, Index h_kv, Index row0, Index piece,
+                     const Scratch<Element>& scratch) const {
+    const Sequence sequence(p, b);
+    if (piece >= sequence.pieces) return;
+    const Index num_rows = min_of(group_rows - row0, kMaxRows);
+    const Index begin = sequence.begin + piece * sequence.piece;
+    const Index end = min_of(begin + sequence.piece, sequence.length);
+    const Index o_stride = max_pieces * Partial::size(v_shape);
+    float* o = partial(b, h_kv, row0, piece);
+    Row rows[kMaxRows];
+    for (Index i = 0; i < num_rows; ++i) {
+      rows[i] = Row(p, sequence, b, h_kv, row0 + i, unit);
+      load_query(b, rows[i], scratch.q + i * k_shape.padded);
+      memset(o + i * o_stride, 0, v_shape.padded * sizeof(float));
+      Partial state(o + i * o_stride, v_shape);
+      state.m = -kInfinity, state.l = 0.0f;
+    }
+    KeyBlock<Element> even(scratch.k_copy, scratch.v_copy);
+    KeyBlock<Element> odd(scratch.k_copy + kMaxBlock * kLanes, scratch.v_copy + kMaxBlock * kLanes);
+    KeyBlock<Element>*block = &odd, *next = &even;
+    next->move_to(p, b, h_kv, begin, min_of(block_keys, end - begin));
+    while (next->n > 0) {
+      std::swap(block, next);
+      const Index key = block->key + block->n;
+      next->move_to(p, b, h_kv, key, min_of(block_keys, end - key));
+      dot_block(*block, k_shape, scratch.q, num_rows, scratch.s, p.D_v);
+      for (Index i = 0; i < num_rows; ++i) {
+        float* s = scratch.s + i * kMaxBlock;
+        edit_scores(p, b, rows[i], unit, block->key, block->n, s);
+        exponentiate(to_log2, block->n, v_shape, s, Partial(o + i * o_stride, v_shape));
+      }
+      if (p.bias.data && has_poison(*block, v_shape)) {
+        add_attended_values(*block, v_shape, num_rows, scratch.s, o, o_stride);
+      } else {
+        add_values(*block, *next, p.D, v_shape, num_rows, scratch.s, o, o_stride);
+      }
+    }
+  }
+
+  // One query row's pieces, in order, become its output and lse.
+  void combine(Index b, Index h, Index t) const {
+    const Index pieces = Sequence(p, b).pieces, group = p.H / p.H_kv;
+    const auto piece = [&](Index i) {
+      return Partial(partial(b, h / group, h % group * p.T + t, i), v_shape);
+    };
+    const float sink = p.sinks ? p.sinks[h] * unit : -kInfinity;
+    float m = sink;
+    for (Index i = 0; i < pieces; ++i) m = piece(i).m > m ? piece(i).m : m;
+    const float base = m == -kInfinity ? 0.0f : m;
+    float weight[kMaxPieces], l = exp2_of((sink - base) * to_log2);
+    for (Index i = 0; i < pieces; ++i) {
+      weight[i] = exp2_of((piece(i).m - base) * to_log2);
+      l += piece(i).l * weight[i];
+    }
+    const float to_natural = p.bias.data ? 1.0f : kLn2;
+    p.lse[(b * p.H + h) * p.T + t] =
+        l == 0.0f ? -kInfinity : m * to_natural + log2(broadcast(l))[0] * kLn2;
+
+    const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+    Element* out = static_cast<Element*>(p.out.data) + b * p.out.b + h * p.out.h + t * p.out.t;
+    for (Index d = 0; d < p.D_v; d += kLanes) {
+      Vec o = zeros();
+      for (Index i = 0; i < pieces; ++i) o += load(piece(i).o + d) * weight[i];
+      store_some(out + v_shape.at(d), o * inverse, min_of(p.D_v, kLanes));
+    }
+  }
+};
+
+template <class Element>
+void decode(const DecodeParams& p) {
+  Decode<Element> decode(p);
+  const Index items = p.B * p.H_kv * decode.chunks * decode.max_pieces;
+  const Index query_rows = p.B * p.H * p.T;
+  const int threads = usable_threads(p.num_threads);
+  const Index partials = decode.partials_size(), scratch = Scratch<Element>::floats(decode.k_shape);
+  Arena& arena = thread_arena();
+  arena.reset(Arena::bytes_for<float>(partials) + threads * Arena::bytes_for<float>(scratch));
+  decode.partials = arena.take<float>(partials);
+  float* memory = arena.take<float>(threads * round_up(scratch, 16));
+#pragma omp parallel num_threads(threads) if (items > 1 && threads > 1)
+  {
+    const Scratch<Element> mine(memory + omp_get_thread_num() * round_up(scratch, 16),
+                                decode.k_shape);
+#pragma omp for schedule(dynamic, 1)
+    for (Index item = 0; item < items; ++item) {
+      const Index piece = item % decode.max_pieces, rest = item / decode.max_pieces;
+      const Index row0 = rest % decode.chunks * kMaxRows, head = rest / decode.chunks;
+      decode.piece_of_keys(head / p.H_kv, head % p.H_kv, row0, piece, mine);
+    }
+#pragma omp for
+    for (Index row = 0; row < query_rows; ++row) {
+      decode.combine(row / p.T / p.H, row / p.T % p.H, row % p.T);
+    }
+  }
+  arena.release();
+}
+
+}  // namespace
+
+void attention_decode(const DecodeParams& p) {
+  with_element(p.q.dtype,
+               [&](auto* element) { decode<std::remove_pointer_t<decltype(element)>>(p); });
+}
+
+}  // namespace attnfast::cpu::ATTNFAST_ISA
