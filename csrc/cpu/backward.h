@@ -1,0 +1,242 @@
+// What the passes of the backward share: blocks of queries made ready, and tiles of p and ds.
+//
+//   p = exp(s - lse)        dp = keep * (do v^T + dw)        ds = p * (dp + row - dentropy * s)
+//
+// `row`, one number per query, is worked out first (kernels_backward.cpp).
+#pragma once
+#include "arena.h"
+#include "scores.h"
+
+namespace attnfast::cpu::ATTNFAST_ISA {
+
+constexpr Index kKeys = 64;          // keys of one tile; ranges of keys begin at multiples of it
+constexpr Index kKeysPerItem = 256;  // keys of one item where keys are shared out
+
+// What is read once per column of queries.
+struct BackwardColumn {
+  float lse[kColumn];  // in the units of the scores; +inf where p must be 0
+  float row[kColumn];
+  float dentropy[kColumn];
+  float* q_t;   // [D][kColumn], head.q_factor folded in
+  float* do_t;  // [D_v][kColumn]
+  float* dq_t;  // [D][kColumn]
+  float* p;     // [kKeys][kColumn] kept probabilities of the current tile
+  float* ds;    // [kKeys][kColumn]
+  Start start;
+};
+
+struct BackwardScratch {
+  Index D_pad, D_v_pad;
+  Index num_columns;
+  BackwardColumn* columns;
+  float *p_all, *ds_all;     // [num_columns][kKeys][kColumn]
+  float *q_rows, *do_rows;   // [num_columns * kColumn][D_pad | D_v_pad], q times scale
+  float *keep, *dw, *cap;    // [kKeys][kColumn]
+  float *k_tile, *v_tile;    // [kKeys][D_pad | D_v_pad]
+  float *k_head, *v_head;    // [S][D_pad | D_v_pad]: one head in fp32; null: read tile by tile
+  float *dk_head, *dv_head;  // [S][D_pad | D_v_pad], null: accumulated in place
+  float* sums;               // a block of dbias
+};
+
+// How large each part is; the same list sizes the arena and hands out its memory.
+struct ScratchPlan {
+  Index num_columns;
+  Index head_rows = 0;    // rows of dk_head and dv_head
+  Index packed_rows = 0;  // rows of k_head and v_head
+  Index sums = 0;
+};
+
+inline size_t take_scratch(const Problem& p, const ScratchPlan& plan, Arena* arena,
+                           BackwardScratch* s) {
+  size_t bytes = 0;
+  const auto floats = [&](Index n) {
+    bytes += Arena::bytes_for<float>(n);
+    return arena && n ? arena->take<float>(n) : nullptr;
+  };
+  const Index tile = kKeys * kColumn, n = plan.num_columns;
+  const Index D_pad = round_up(p.D, kLanes), D_v_pad = round_up(p.D_v, kLanes);
+  bytes += Arena::bytes_for<BackwardColumn>(n);
+  BackwardColumn* columns = arena ? arena->take<BackwardColumn>(n) : nullptr;
+  BackwardScratch scratch{D_pad,
+                          D_v_pad,
+                          n,
+                          columns,
+                          floats(n * tile),
+                          floats(n * tile),
+                          floats(n * kColumn * D_pad),
+                          floats(n * kColumn * D_v_pad),
+                          floats(tile),
+                          floats(tile),
+                          floats(tile),
+                          floats(kKeys * D_pad),
+                          floats(kKeys * D_v_pad),
+                          floats(plan.packed_rows * D_pad),
+                          floats(plan.packed_rows * D_v_pad),
+                          floats(plan.head_rows * D_pad),
+                          floats(plan.head_rows * D_v_pad),
+                          floats(plan.sums)};
+  for (Index c = 0; c < n; ++c) {
+    float *q_t = floats(p.D * kColumn), *do_t = floats(p.D_v * kColumn),
+          *dq_t = floats(p.D * kColumn);
+    if (!arena) continue;
+    columns[c].q_t = q_t, columns[c].do_t = do_t, columns[c].dq_t = dq_t;
+    columns[c].p = scratch.p_all + c * tile, columns[c].ds = scratch.ds_all + c * tile;
+  }
+  if (s) *s = scratch;
+  return bytes;
+}
+
+inline BackwardScratch make_scratch(const Problem& p, const ScratchPlan& plan) {
+  Arena& arena = thread_arena();
+  arena.reset(take_scratch(p, plan, nullptr, nullptr));
+  BackwardScratch s;
+  take_scratch(p, plan, &arena, &s);
+  return s;
+}
+
+template <class Element>
+struct BackwardTiles {
+  const BackwardParams& p;
+  float* rows;  // `row` of every query, laid out like lse
+
+  static constexpr Index kBlock = RowsAsFloat<Element>::kPacks ? 128 : 64;  // queries of a block
+  static constexpr bool kPacks = RowsAsFloat<Element>::kPacks;
+
+  Index row_offset(const Head<Element>& head, Index t) const {
+    return (p.cu_seqlens_q ? 0 : head.b * p.lse_stride_b) + head.h * p.lse_stride_h + head.q_begin +
+           t;
+  }
+
+  const Element* grad_out(const Head<Element>& head, Index t) const {
+    return static_cast<const Element*>(p.grad_out.data) + head.b * p.grad_out.b +
+           head.h * p.grad_out.h + (head.q_begin + t) * p.grad_out.t;
+  }
+
+  Column column_of(const Head<Element>& head, Index t0, Index rows_in_block, Index c) const {
+    return Column(head, t0 + c * kColumn, min_of(rows_in_block - c * kColumn, kColumn));
+  }
+
+  // Everything of a block of queries that its tiles need.
+  void load_block(const Head<Element>& head, Index t0, Index n, BackwardScratch& s,
+                  bool row_major) const {
+    s.num_columns = (n + kColumn - 1) / kColumn;
+    for (Index c = 0; c < s.num_columns; ++c) {
+      BackwardColumn& state = s.columns[c];
+      const Index t = t0 + c * kColumn, live = min_of(n - c * kColumn, kColumn);
+      transpose_in(head.q + t * p.q.t, p.q.t, live, p.D, head.q_factor, state.q_t);
+      transpose_in(grad_out(head, t), p.grad_out.t, live, p.D_v, 1.0f, state.do_t);
+      const Index offset = row_offset(head, t);
+      for (Index lane = 0; lane < kColumn; ++lane) {
+        const float lse = lane < live ? p.lse[offset + lane] : -kInfinity;
+        state.lse[lane] = lse == -kInfinity ? kInfinity : lse / head.to_natural();
+        state.row[lane] = lane < live ? rows[offset + lane] : 0.0f;
+        state.dentropy[lane] = lane < live && p.grad_entropy ? p.grad_entropy[offset + lane] : 0.0f;
+      }
+      state.start = Start::kZero;
+    }
+    if (!row_major) return;
+    const Index padded = s.num_columns * kColumn;
+    pack_rows(head.q + t0 * p.q.t, p.q.t, n, p.D, s.D_pad, p.scale, s.q_rows);
+    pack_rows(grad_out(head, t0), p.grad_out.t, n, p.D_v, s.D_v_pad, 1.0f, s.do_rows);
+    memset(s.q_rows + n * s.D_pad, 0, (padded - n) * s.D_pad * sizeof(float));
+    memset(s.do_rows + n * s.D_v_pad, 0, (padded - n) * s.D_v_pad * sizeof(float));
+  }
+
+  bool is_plain() const {
+    return p.dropout_p == 0.0 && !p.grad_weights.data && !p.grad_entropy && p.softcap == 0.0f;
+  }
+
+  // dw[key][lane], the gradient of the returned weights.
+  void weights_gradient_tile(const Head<Element>& head, const Column& column, Index key, Index n,
+                             float* dw) const {
+    const View& view = p.grad_weights;
+    const char* at_head =
+        static_cast<const char*>(view.data) + (head.b * view.b + head.h * view.h) * sizeof(Element);
+    const float factor = p.weights_mode == Weights::kMean ? 1.0f / static_cast<float>(p.H) : 1.0f;
+    memset(dw, 0, n * kColumn * sizeof(float));
+    fold_view(view, at_head, column.t0, column.rows, key, n, dw,
+              [=](Vec, Vec x) { return x * factor; });
+  }
+
+  // Probabilities in `prob`: before dropout, from the scores that are in it.
+  static void probabilities(const Head<Element>& head, const BackwardColumn& state, Index n,
+                            float* prob) {
+    const float to_log2 = head.to_log2();
+    for (Index lane = 0; lane < kColumn; lane += kLanes) {
+      const Vec lse = load(state.lse + lane);
+      for (Index j = 0; j < n; ++j) {
+        float* x = prob + j * kColumn + lane;
+        store(x, exp2((load(x) - lse) * to_log2));
+      }
+    }
+  }
+
+  float kept() const {
+    return p.dropout_p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p.dropout_p));
+  }
+
+  // prob: p * keep; ds: the gradient of the scores (after the cap), times the cap's slope if
+  // `through_cap`.
+  void gradient_tile(const Head<Element>& head, const Column& column, const BackwardColumn& state,
+                     Index key, Index n, const float* k, Index k_row, const float* v, Index v_row,
+                     BackwardScratch& s, float* prob, float* ds, bool through_cap,
+                     DeadKeys* dead) const {
+    score_tile(head, column, key, n, state.q_t, k, k_row, prob, s.cap, nullptr, dead);
+    gemm<kTileVecs>(n, p.D_v, MatrixA{v, v_row, 1}, MatrixB{state.do_t, kColumn},
+                    MatrixC{ds, kColumn}, Start::kZero);
+    const float to_log2 = head.to_log2(), to_natural = head.to_natural();
+    if (is_plain()) {
+      for (Index lane = 0; lane < kColumn; lane += kLanes) {
+        const Vec lse = load(state.lse + lane), row = load(state.row + lane);
+        for (Index j = 0; j < n; ++j) {
+          float *x = prob + j * kColumn + lane, *dp = ds + j * kColumn + lane;
+          const Vec probability = exp2((load(x) - lse) * to_log2);
+          store(x, probability);
+          store(dp, probability == 0.0f ? zeros() : probability * (load(dp) + row));
+        }
+      }
+      return;
+    }
+    const bool drops = p.dropout_p > 0.0, weighs = p.grad_weights.data != nullptr;
+    if (drops) dropout_tile(head, column, key, n, kept(), s.keep);
+    if (weighs) weights_gradient_tile(head, column, key, n, s.dw);
+    for (Index lane = 0; lane < kColumn; lane += kLanes) {
+      const Vec lse = load(state.lse + lane), row = load(state.row + lane),
+                dh = load(state.dentropy + lane);
+      for (Index j = 0; j < n; ++j) {
+        const Index i = j * kColumn + lane;
+        const Vec score = load(prob + i);
+        const Vec probability = exp2((score - lse) * to_log2);
+        Vec dp = load(ds + i), keep = broadcast(1.0f);
+        if (weighs) dp += load(s.dw + i);
+        if (drops) keep = load(s.keep + i);
+        Vec d = probability * (dp * keep + row - dh * (score * to_natural));
+        if (through_cap && p.softcap > 0.0f) d *= load(s.cap + i);
+        store(prob + i, probability * keep);
+        store(ds + i, probability == 0.0f ? zeros() : d);
+      }
+    }
+  }
+
+  Index columns_per_block() const {
+    return (min_of(kBlock, max_of(p.T, 1)) + kColumn - 1) / kColumn;
+  }
+
+  // Calls body(item, scratch) for every item, in parallel.
+  template <class Body>
+  void parallel(Index items, const ScratchPlan& plan, Body body) const {
+    const int threads = usable_threads(p.num_threads);
+#pragma omp parallel num_threads(threads) if (items > 1 && threads > 1)
+    {
+      BackwardScratch s = make_scratch(p, plan);
+#pragma omp for schedule(dynamic, 1)
+      for (Index item = 0; item < items; ++item) body(item, s);
+      thread_arena().release();
+    }
+  }
+};
+
+// The passes after the first: dbias, where it is wanted, and dsinks.
+void bias_gradient(const BackwardParams& p, float* rows);
+
+}  // namespace attnfast::cpu::ATTNFAST_ISA
