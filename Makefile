@@ -25,11 +25,8 @@ install = @echo "installing $(1)" && $(PIP) $(2) 2> $(VENV)/pip.log || { \
     "(is there a network? pip's messages are in $(VENV)/pip.log)" >&2; exit 1; }
 done = @rm -f $(VENV)/.$(1)-* && touch $@
 
-# Reports go to files: pytest would swallow what a process says as it dies.
-ASAN_REPORT := $(CURDIR)/build/native-asan/report
 ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
-  ASAN_OPTIONS=detect_leaks=0:log_path=$(ASAN_REPORT) \
-  UBSAN_OPTIONS=print_stacktrace=1:log_path=$(ASAN_REPORT) \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   LD_PRELOAD="$(foreach l,asan ubsan,$$($(firstword $(COMPILERS)) -print-file-name=lib$(l).so))"
 ASAN_TESTS := tests/test_table.py tests/test_layouts.py tests/test_decode.py
 
@@ -66,9 +63,8 @@ wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, in dist/
 
 asan: $(TEST)  ## the case table under AddressSanitizer and UndefinedBehaviorSanitizer
 	ATTNFAST_SANITIZE=1 $(PY) setup.py -q build_ext
-	@rm -f $(ASAN_REPORT).*
-	OMP_NUM_THREADS=1 $(ASAN_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal \
-	  $(wildcard $(ASAN_TESTS)) -k "not reference" $(ARGS) || { cat $(ASAN_REPORT).* >&2; exit 1; }
+	OMP_NUM_THREADS=1 $(ASAN_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal --capture=sys \
+	  $(ASAN_TESTS) -k "not reference" $(ARGS)
 
 venv: $(RUNTIME) $(TEST) $(LINT)  ## .venv with what building, testing and linting need
 
