@@ -40,7 +40,7 @@ help:  ## list these commands
 demo: build $(DEMO)  ## semantic search over Python's standard library, torch's attention and ours side by side
 	$(PY) examples/search $(ARGS)
 
-test: build $(TEST)  ## run the tests; ARGS="-k varlen" passes arguments to pytest
+test: build $(TEST) $(DEMO)  ## run the tests; ARGS="-k varlen" passes arguments to pytest
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(LINT)  ## ruff, mypy and clang-format, nothing rewritten
