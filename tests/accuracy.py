@@ -26,7 +26,8 @@ def check(actual: Results, problem: Problem) -> None:
     `eager` is the same computation in plain PyTorch, all of it in the input's dtype; in fp32 for
     lse, statistics and column sums, which are fp32 results. `unit` is eps times the same sum with
     absolute terms, in fp64, as `dense` derives it: eps of the dtype for what may be rounded to
-    it, of fp32 for the scores.
+    it, of fp32 for the scores. To it comes the spacing of the dtype's subnormal numbers, below
+    which nothing can be told apart.
 
     Where eager has no digit left (overflow, NaN, an error beyond a quarter of the largest value),
     it is no baseline: fp32, rounded to the dtype, takes its place.
@@ -132,7 +133,8 @@ def _fault(
     if special.all():
         return None
     error = _error(result, truth, special)
-    unit = torch.maximum(unit, torch.finfo(dtype).eps * truth.abs())[~special]
+    info = torch.finfo(dtype)
+    unit = torch.maximum(unit, info.eps * truth.abs())[~special] + info.eps * info.smallest_normal
     bound_max, bound_mean = 4 * unit.max(), 4 * unit.mean()
     for baseline in baselines:
         eager = _error(baseline.to(dtype), truth, special)
@@ -156,4 +158,3 @@ def _error(result: Tensor, truth: Tensor, special: Tensor) -> Tensor:
 def _dtype(name: str, inputs: Inputs) -> torch.dtype:
     source = {"dbias": inputs.bias, "dsinks": inputs.sinks}.get(name)
     return inputs.q.dtype if source is None else source.dtype
-
