@@ -28,7 +28,7 @@ namespace {
 constexpr Index kMaxRows = 32;           // query rows of one item
 constexpr Index kMaxBlock = 128;         // keys whose scores are held at once
 constexpr Index kBlockBytes = 16 << 10;  // of k or v rows in one block: half of a first-level cache
-constexpr Index kMinPiece = 256;         // keys of one item
+constexpr Index kMinPiece = 512;         // keys of one item
 constexpr Index kMaxPieces = 64;         // items that a sequence's keys are cut into
 constexpr Index kValueKeys = 4;          // keys added to o at once
 
@@ -162,29 +162,27 @@ ATTNFAST_INLINE void prefetch_rows(const Element* const* rows, Index n, Index D)
   }
 }
 
-// s[row][key] = q[row] . k[key] for kRows rows and all keys of a block, kLanes products at a time,
-// while the block's values are on their way.
+// s[row][key] = q[row] . k[key] for kRows rows and kLanes keys, kLanes products at a time.
 template <int kRows, class Element>
-ATTNFAST_NOINLINE void dot_rows(const KeyBlock<Element>& block, const RowShape& shape,
-                                const float* q, float* s, Index prefetch_D_v) {
+ATTNFAST_NOINLINE void dot_rows(const Element* const* k, const RowShape& shape, const float* q,
+                                float* s) {
   constexpr int kKeys = kLanes / kRows;
-  for (Index j = 0; j < block.n; j += kKeys) {
-    const Element* const* k = block.k + j;
+  for (Index j = 0; j < kLanes; j += kKeys) {
     Vec sums[kLanes];
     ATTNFAST_UNROLL for (int i = 0; i < kLanes; ++i) sums[i] = zeros();
     for (Index d = 0; d < shape.padded; d += kLanes) {
       const Index at = shape.at(d);
       Vec qv[kRows];
-      ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) qv[row] =
-          load(q + row * shape.padded + d);
+      ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
+        qv[row] = load(q + row * shape.padded + d);
+      }
       ATTNFAST_UNROLL for (int key = 0; key < kKeys; ++key) {
-        const Vec kv = load(k[key] + at);
+        const Vec kv = load(k[j + key] + at);
         ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
           sums[row * kKeys + key] = kv * qv[row] + sums[row * kKeys + key];
         }
       }
     }
-    if (prefetch_D_v) prefetch_rows(block.v + j, kKeys, prefetch_D_v);
     float products[kLanes];
     store(products, sum_each(sums));
     ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
@@ -193,16 +191,20 @@ ATTNFAST_NOINLINE void dot_rows(const KeyBlock<Element>& block, const RowShape& 
   }
 }
 
+// The dot products of all rows with a block's keys, while the block's values are on their way.
 template <class Element>
 void dot_block(const KeyBlock<Element>& block, const RowShape& shape, const float* q, Index rows,
                float* s, Index D_v) {
-  const auto run = [&](auto dot_function, Index row) {
-    dot_function(block, shape, q + row * shape.padded, s + row * kMaxBlock, row == 0 ? D_v : 0);
-  };
-  Index row = 0;
-  for (; row + 4 <= rows; row += 4) run(dot_rows<4, Element>, row);
-  for (; row + 2 <= rows; row += 2) run(dot_rows<2, Element>, row);
-  for (; row < rows; ++row) run(dot_rows<1, Element>, row);
+  for (Index j = 0; j < block.n; j += kLanes) {
+    prefetch_rows(block.v + j, kLanes, D_v);
+    const auto run = [&](auto dot_function, Index row) {
+      dot_function(block.k + j, shape, q + row * shape.padded, s + row * kMaxBlock + j);
+    };
+    Index row = 0;
+    for (; row + 4 <= rows; row += 4) run(dot_rows<4, Element>, row);
+    for (; row + 2 <= rows; row += 2) run(dot_rows<2, Element>, row);
+    for (; row < rows; ++row) run(dot_rows<1, Element>, row);
+  }
 }
 
 // s[key] += bias[key], -inf where bias is.
@@ -509,9 +511,10 @@ void decode(const DecodeParams& p) {
                                 decode.k_shape);
 #pragma omp for schedule(dynamic, 1)
     for (Index item = 0; item < items; ++item) {
-      const Index piece = item % decode.max_pieces, rest = item / decode.max_pieces;
-      const Index row0 = rest % decode.chunks * kMaxRows, head = rest / decode.chunks;
-      decode.piece_of_keys(head / p.H_kv, head % p.H_kv, row0, piece, mine);
+      // Heads before pieces: where the keys of all heads lie side by side, they share pages.
+      const Index row0 = item % decode.chunks * kMaxRows, head = item / decode.chunks;
+      const Index h_kv = head % p.H_kv, piece = head / p.H_kv % decode.max_pieces;
+      decode.piece_of_keys(head / p.H_kv / decode.max_pieces, h_kv, row0, piece, mine);
     }
 #pragma omp for
     for (Index row = 0; row < query_rows; ++row) {
