@@ -20,6 +20,7 @@ def scaled_dot_product_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
@@ -76,31 +77,37 @@ def scaled_dot_product_attention(
         names=NAMES,
     )
     out: Tensor = run(FUNCTION, inputs, options, "auto").out
+    if len(leading) == 1:
+        return out
     rank = max(query.dim(), key.dim(), value.dim())
-    return out.view(out.shape[2:]) if rank == 2 else out.reshape(*leading, *out.shape[1:])
+    return out[0, 0] if rank == 2 else out.reshape(*leading, *out.shape[1:])
 
 
 def canonical(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """(B, H, L, E), (B, H_kv, S, E) and (B, H_kv, S, E_v), and the given sizes before H."""
-    given = (query, key, value)
+    given = q, k, v = query, key, value
     for name, x in zip(NAMES, given, strict=False):
         if not isinstance(x, Tensor):
             require.fail(FUNCTION, name, "a Tensor", type(x).__name__, TypeError)
         if x.dim() < 2:
             require.fail(FUNCTION, name, "of 2 or more dimensions", tuple(x.shape))
-    rank = max(3, *(x.dim() for x in given))
-    q, k, v = (x[(None,) * (rank - x.dim())] for x in given)
+    rank = max(3, q.dim(), k.dim(), v.dim())
+    if not q.dim() == k.dim() == v.dim() == rank:
+        q, k, v = (x[(None,) * (rank - x.dim())] for x in given)
     q, k, v = same_heads(q, k, v, enable_gqa)
-    try:
-        leading = tuple(torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v))))
-    except RuntimeError:
-        shapes = ", ".join(str(tuple(x.shape)) for x in given)
-        require.fail(FUNCTION, "query, key and value", "of leading sizes that broadcast", shapes)
+    leading = tuple(q.shape[:-3])
+    if not leading == k.shape[:-3] == v.shape[:-3]:
+        try:
+            leading = tuple(torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v))))
+        except RuntimeError:
+            shapes = ", ".join(str(tuple(x.shape)) for x in given)
+            what = "query, key and value"
+            require.fail(FUNCTION, what, "of leading sizes that broadcast", shapes)
+        q, k, v = (x.expand(*leading, *x.shape[-3:]) for x in (q, k, v))
     if rank == 3:
         return q[None], k[None], v[None], leading
-    q, k, v = (x.expand(*leading, *x.shape[-3:]) for x in (q, k, v))
     if rank > 4:
         q, k, v = (x.flatten(0, rank - 4) for x in (q, k, v))
     return q, k, v, leading
@@ -108,20 +115,20 @@ def canonical(
 
 def same_heads(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v with H, H_kv and H_kv heads, repeated only where `attention` cannot share them."""
-    H, *others = (x.shape[-3] for x in (q, k, v))
-    if not enable_gqa:
-        H = max(H, *others) if H == 1 else H
-        q = q if q.shape[-3] == H else q.expand(*q.shape[:-3], H, *q.shape[-2:])
-    for name, heads in zip(NAMES[1:3], others, strict=True):
+    H, H_k, H_v = q.shape[-3], k.shape[-3], v.shape[-3]
+    if H == H_k == H_v:
+        return q, k, v
+    if H == 1 and not enable_gqa:
+        H = max(H_k, H_v)
+        q = q.expand(*q.shape[:-3], H, *q.shape[-2:])
+    for name, heads in ((NAMES[1], H_k), (NAMES[2], H_v)):
         if enable_gqa and (heads == 0 or H % heads):
             requirement = f"of a number of heads that divides query's, {H}"
             require.fail(FUNCTION, name, requirement, heads)
         if not enable_gqa and heads not in (1, H):
-            requirement = (
-                f"of query's number of heads, {H} (or a divisor of it, with enable_gqa=True)"
-            )
+            requirement = f"of query's number of heads, {H} (or a divisor, with enable_gqa=True)"
             require.fail(FUNCTION, name, requirement, heads)
-    if others[0] != others[1]:
+    if H_k != H_v:
         k, v = (x.repeat_interleave(H // x.shape[-3], dim=-3) for x in (k, v))
     return q, k, v
 
@@ -131,9 +138,11 @@ def flat_mask(attn_mask: Tensor, q: Tensor, leading: tuple[int, ...]) -> Tensor:
     require.on_device(FUNCTION, "attn_mask", attn_mask, q, "a Tensor or None")
     if attn_mask.dtype is not torch.bool and not attn_mask.is_floating_point():
         require.fail(FUNCTION, "attn_mask", "bool or float", attn_mask.dtype, TypeError)
-    surplus = attn_mask.dim() - 3
-    if surplus <= 1 or len(leading) <= 1:
+    surplus = attn_mask.shape[:-3]
+    if not surplus or len(leading) <= 1:
         return attn_mask
+    if all(size == 1 for size in surplus):
+        return attn_mask.flatten(0, -4)
     try:
         return attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, len(leading) - 1)
     except RuntimeError:

@@ -640,8 +640,7 @@ SDPA: list[Row] = [
         sdpa,
         {"key": z(2, 2, 12, 64), "value": z(2, 2, 12, 64)},
         ValueError,
-        "key must be of query's number of heads, 4 (or a divisor of it, with enable_gqa=True), "
-        "got 2",
+        "key must be of query's number of heads, 4 (or a divisor, with enable_gqa=True), got 2",
     ),
     (
         sdpa,
