@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from search_demo.corpus import Document
 from search_demo.finetune import Outcome
@@ -16,6 +16,7 @@ from search_demo.measure import ATTNFAST, TORCH, Share
 
 WIDTH = 118  # of tables where the output is no terminal
 WIDEST_NAME = 46
+GAP = 2  # between columns
 INDENT = (0, 0, 0, 2)
 
 
@@ -36,39 +37,36 @@ def plain(out: Console, text: str) -> None:
     out.print(Padding(Text(text), INDENT, expand=False))
 
 
-def hits(
-    out: Console,
-    query: str,
-    scores: Mapping[str, Tensor],
-    documents: Sequence[Document],
-    top: int,
-) -> None:
-    """The best texts for one query, each model's in a column of its own.
+class Hit(NamedTuple):
+    """One text that a query found."""
 
-    Args:
-        out: where to print.
-        query: the question.
-        scores: cosine similarity to every text, by model.
-        documents: the texts.
-        top: how many to show.
-    """
-    best = {name: values.topk(min(top, len(documents))) for name, values in scores.items()}
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    rows = []
-    for rank in range(min(top, len(documents))):
-        found = [(documents[int(x.indices[rank])], x.values[rank]) for x in best.values()]
-        headlines = dict.fromkeys(document.headline for document, _ in found)
-        rows.append([f"{score:.3f} {document.name}" for document, score in found])
-        rows[-1].append(" | ".join(headlines))
-    for column, name in enumerate(best):
-        width = min(max(len(row[column]) for row in rows), WIDEST_NAME)
-        table.add_column(name, no_wrap=True, min_width=width, overflow="ellipsis")
-    table.add_column("says", no_wrap=True, overflow="ellipsis", style="dim")
-    for row in rows:
+    document: Document
+    score: float  # cosine similarity
+
+
+def hits(out: Console, query: str, found: Mapping[str, Sequence[Hit]]) -> None:
+    """The best texts for one query, each model's in a column of its own."""
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
+    columns, room = [], out.width - INDENT[3]
+    for name, ranked in found.items():
+        cells = [_cut(f"{hit.score:.3f} {hit.document.name}", WIDEST_NAME) for hit in ranked]
+        room -= max(map(len, cells)) + GAP
+        columns.append(cells)
+        table.add_column(name, no_wrap=True)
+    ranks = zip(*found.values(), strict=True)
+    headlines = [" | ".join({hit.document.headline: None for hit in rank}) for rank in ranks]
+    columns.append([_cut(headline, max(room, 1)) for headline in headlines])
+    table.add_column("says", no_wrap=True, style="dim")
+    for row in zip(*columns, strict=True):
         table.add_row(*map(Text, row))
     out.print()
     out.print(Text(query, style="bold cyan"))
     out.print(Padding(table, INDENT, expand=False))
+
+
+def _cut(text: str, width: int) -> str:
+    """`text` in at most `width` characters."""
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def costs(
