@@ -127,11 +127,13 @@ def ninja_file(cxx: str, torch: Path) -> str:
         "  description = link $out",
     ]
     objects: list[str] = []
+    compilations: list[tuple[int, str]] = []
 
     def compile(source: Path, suffix: str, extra: str) -> None:
         target = f"{source.relative_to(ROOT / 'csrc').with_suffix('')}{suffix}.o"
-        lines.extend([f"build {target}: compile {source}", f"  extra = {extra}"])
         objects.append(target)
+        text = f"build {target}: compile {source}\n  extra = {extra}"
+        compilations.append((source.stat().st_size, text))
 
     for source in sorted((ROOT / "csrc" / "bindings").glob("*.cpp")):
         compile(source, "", "$torchflags")
@@ -143,6 +145,7 @@ def ninja_file(cxx: str, torch: Path) -> str:
         for source in cpu:
             if source.name.startswith("kernels_"):
                 compile(source, f".{isa}", f"-DATTNFAST_ISA={isa} {flags}")
+    lines.extend(text for _, text in sorted(compilations, reverse=True))  # so that none ends late
     lines.extend([f"build _native.so: link {' '.join(objects)}", "default _native.so", ""])
     return "\n".join(lines)
 
