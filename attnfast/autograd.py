@@ -83,28 +83,31 @@ def no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 def attention_forward(backend: str, options: Options, *inputs: Tensor | None) -> Any:
-    """(backend, options, *Inputs) -> Outputs."""
-    return call(dispatch.OPS[backend].fwd, *inputs, *options)
+    """(backend, options, *Inputs) -> Outputs, or out and lse if nothing else was asked for."""
+    outputs = call(dispatch.OPS[backend].fwd, *inputs, *options)
+    return outputs if options.stats or options.weights else outputs[:2]
 
 
 def save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep what the backward of ``attention_forward`` needs."""
     backend, options, *tensors = inputs
-    out, lse, stats, received, weights = output
+    out, lse, *rest = output
     ctx.set_materialize_grads(False)
-    constants = [received]
-    if not options.stats:
-        constants.append(stats)
-    if not options.weights:
-        constants.append(weights)
-    ctx.mark_non_differentiable(*constants)
+    if rest:
+        stats, received, weights = rest
+        constants = [received]
+        if not options.stats:
+            constants.append(stats)
+        if not options.weights:
+            constants.append(weights)
+        ctx.mark_non_differentiable(*constants)
     ctx.save_for_backward(out, lse, stats if options.stats else None, *tensors)
     ctx.backend, ctx.options = backend, options
 
 
 def attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of ``attention_forward``'s arguments from those of its results."""
-    grad_out, grad_lse, grad_stats, _, grad_weights = grads
+    grad_out, grad_lse, grad_stats, _, grad_weights = (*grads, None, None, None)[:5]
     out, lse, stats, *tensors = ctx.saved_tensors
     inputs, options = Inputs(*tensors), ctx.options
     if grad_out is None and grad_lse is None and grad_stats is None and grad_weights is None:
