@@ -141,7 +141,7 @@ def attention_call(
             alibi_slopes,
             sinks,
             align_tensor,
-            dropout_seed if dropout_p > 0 else None,
+            dropout_seed,
             cu_seqlens_q,
             cu_seqlens_k,
         ),

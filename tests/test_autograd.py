@@ -11,7 +11,7 @@ import torch
 from accuracy import in_double, with_leaves
 from cases import Case, outputs, problem
 from dense import Problem
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -546,6 +546,40 @@ def test_second_derivatives_under_autocast() -> None:
             out = attnfast.attention(*cast)
             (first,) = torch.autograd.grad(out.float().square().sum(), q, create_graph=True)
             found.append(torch.autograd.grad(first.square().sum(), (q, k, v)))
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
+
+
+class Projected(nn.Module):
+    """Attention between a projection and nothing, with every trainable kind of tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+        self.bias = nn.Parameter(torch.randn(2, 1, 5))
+        self.sinks = nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).view(-1, 5, 3, 2, 4).transpose(1, 3).unbind(2)
+        out = attnfast.attention(q, k, v, bias=self.bias, sinks=self.sinks, dropout_p=0.2)
+        assert isinstance(out, Tensor)
+        return out
+
+
+def test_distributed_data_parallel(tmp_path: Any) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        model = Projected()
+        found = []
+        for run in (model, nn.parallel.DistributedDataParallel(model)):
+            model.zero_grad()
+            torch.manual_seed(0)
+            run(torch.linspace(-1, 1, 80).view(2, 5, 8)).square().sum().backward()
+            found.append([x.grad.clone() for x in model.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
     for x, y in zip(*found, strict=True):
         assert torch.equal(x, y)
 
