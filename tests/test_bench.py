@@ -22,7 +22,8 @@ def run(*arguments, **variables):
     """`python -m` with these arguments, in the repository, as a user runs it."""
     command = [sys.executable, "-m", *map(str, arguments)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    environ.pop("PYTEST_ADDOPTS", None)
+    for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):  # a worker's children time nothing
+        environ.pop(name, None)
     return subprocess.run(
         command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120
     )
