@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <string>
@@ -70,16 +71,27 @@ void check_rows(const Tensor& x, const char* name) {
                   " must be 4-D with last stride 1");
 }
 
-Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
-                     const std::vector<int64_t>& strides) {
-  int32_t dtype, device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+// An empty tensor on the device of `like`. Straight from the C shim: calls through the dispatcher
+// cost a microsecond each, and a call of attention makes five tensors.
+Tensor empty_strided(const Tensor& like, ScalarType type, const int64_t* sizes,
+                     const int64_t* strides, int64_t dim) {
+  int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type),
                                                   device_type, device_index, &handle));
   return Tensor(handle);
+}
+
+Tensor empty(const Tensor& like, ScalarType type, std::initializer_list<int64_t> sizes) {
+  std::array<int64_t, 4> strides;
+  int64_t next = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = next;
+    next *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  return empty_strided(like, type, sizes.begin(), strides.data(), sizes.size());
 }
 
 // Dense rows of `last` elements, the first three dimensions in the memory order of `like`.
@@ -87,21 +99,17 @@ Tensor empty_in_order(const Tensor& like, int64_t last) {
   std::array<int64_t, 3> order{0, 1, 2};
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return like.stride(a) > like.stride(b); });
-  const std::vector<int64_t> sizes{like.size(0), like.size(1), like.size(2), last};
-  std::vector<int64_t> strides{0, 0, 0, 1};
+  const std::array<int64_t, 4> sizes{like.size(0), like.size(1), like.size(2), last};
+  std::array<int64_t, 4> strides{0, 0, 0, 1};
   int64_t next = std::max<int64_t>(last, 1);
   for (int i = 2; i >= 0; --i) {
     strides[order[i]] = next;
     next *= std::max<int64_t>(sizes[order[i]], 1);
   }
-  return empty_strided(like, sizes, strides);
+  return empty_strided(like, like.scalar_type(), sizes.data(), strides.data(), 4);
 }
 
-Tensor empty_float(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
-}
-
-Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+Tensor nothing(const Tensor& like) { return empty(like, like.scalar_type(), {0}); }
 
 double element(const Tensor& x, int64_t offset) {
   switch (x.scalar_type()) {
@@ -264,16 +272,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fwd(ATTNFAST_INPUTS) {
   fill_problem(&p, &small, ATTNFAST_INPUT_NAMES);
   const int64_t B = q.size(0), H = p.H, T = q.size(2), S = k.size(2);
   Tensor out = empty_in_order(q, p.D_v);
-  Tensor lse = empty_float(q, {B, H, T});
-  Tensor statistics = stats ? empty_float(q, {3, B, H, T}) : nothing(lse);
-  Tensor received = stats == 2 ? empty_float(q, {B, H, S}) : nothing(lse);
+  Tensor lse = empty(q, ScalarType::Float, {B, H, T});
+  Tensor statistics = stats ? empty(q, ScalarType::Float, {3, B, H, T}) : nothing(lse);
+  Tensor received = stats == 2 ? empty(q, ScalarType::Float, {B, H, S}) : nothing(lse);
   Tensor probabilities = weights == 0   ? nothing(q)
-                         : weights == 1 ? torch::stable::new_empty(q, {p.B, p.T, p.S})
-                                        : torch::stable::new_empty(q, {p.B, H, p.T, p.S});
+                         : weights == 1 ? empty(q, q.scalar_type(), {p.B, p.T, p.S})
+                                        : empty(q, q.scalar_type(), {p.B, H, p.T, p.S});
   if (has_slack(p, T, S)) {
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
-    if (stats) torch::stable::zero_(statistics);
+    if (stats) {
+      torch::stable::zero_(statistics);
+      std::fill_n(static_cast<float*>(statistics.mutable_data_ptr()), B * H * T,  // max_logit
+                  -std::numeric_limits<float>::infinity());
+    }
     if (stats == 2) torch::stable::zero_(received);
   }
   p.out = write(out);
@@ -306,7 +318,7 @@ const float* rows_of(const OptionalTensor& x, std::vector<Tensor>* kept, const T
   if (x->is_contiguous() && x->scalar_type() == ScalarType::Float) {
     return static_cast<const float*>(x->const_data_ptr());
   }
-  Tensor copy = empty_float(lse, {lse.size(0), lse.size(1), lse.size(2)});
+  Tensor copy = empty(lse, ScalarType::Float, {lse.size(0), lse.size(1), lse.size(2)});
   torch::stable::copy_(copy, *x);
   kept->push_back(copy);
   return static_cast<const float*>(copy.const_data_ptr());
@@ -351,13 +363,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_bwd(
   }
   Tensor dbias = nothing(q), dsinks = nothing(q);
   if (need_dbias) {
-    dbias = torch::stable::new_empty(*bias,
-                                     {bias->size(0), bias->size(1), bias->size(2), bias->size(3)});
+    dbias = empty(*bias, bias->scalar_type(),
+                  {bias->size(0), bias->size(1), bias->size(2), bias->size(3)});
     p.dbias = write(dbias);
   }
   std::vector<float> sink_sums(need_dsinks ? H : 0);
   if (need_dsinks) {
-    dsinks = torch::stable::new_empty(*sinks, {H});
+    dsinks = empty(*sinks, sinks->scalar_type(), {H});
     p.dsinks = sink_sums.data();
   }
   attnfast::cpu::kernels().attention_bwd(p);
@@ -412,7 +424,7 @@ std::tuple<Tensor, Tensor> cpu_decode(const Tensor& q, const Tensor& k_cache, co
   p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
   p.window_left = window_left, p.window_right = window_right;
   Tensor out = empty_in_order(q, p.D_v);
-  Tensor lse = empty_float(q, {p.B, p.H, p.T});
+  Tensor lse = empty(q, ScalarType::Float, {p.B, p.H, p.T});
   p.out = write(out);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   p.num_threads = threads_for(p.B * p.H * p.T * p.S * (p.D + p.D_v));

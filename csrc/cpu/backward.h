@@ -138,8 +138,18 @@ struct BackwardTiles {
     const Index padded = s.num_columns * kColumn;
     pack_rows(head.q + t0 * p.q.t, p.q.t, n, p.D, s.D_pad, p.scale, s.q_rows);
     pack_rows(grad_out(head, t0), p.grad_out.t, n, p.D_v, s.D_v_pad, 1.0f, s.do_rows);
+    for (Index i = 0; i < n; ++i) clear_if_without_keys(head, t0 + i, s.q_rows + i * s.D_pad);
     memset(s.q_rows + n * s.D_pad, 0, (padded - n) * s.D_pad * sizeof(float));
     memset(s.do_rows + n * s.D_v_pad, 0, (padded - n) * s.D_v_pad * sizeof(float));
+  }
+
+  // A query without keys may hold NaN or Inf, which 0 * q would carry into dk.
+  void clear_if_without_keys(const Head<Element>& head, Index t, float* q) const {
+    const float lse = p.lse[row_offset(head, t)];
+    if (lse != -kInfinity && !(p.sinks && lse == p.sinks[head.h])) return;
+    bool finite = true;
+    for (Index d = 0; d < p.D; ++d) finite &= q[d] - q[d] == 0.0f;
+    if (!finite) memset(q, 0, p.D * sizeof(float));
   }
 
   bool is_plain() const {
@@ -229,7 +239,7 @@ struct BackwardTiles {
 #pragma omp parallel num_threads(threads) if (items > 1 && threads > 1)
     {
       BackwardScratch s = make_scratch(p, plan);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
       for (Index item = 0; item < items; ++item) body(item, s);
       thread_arena().release();
     }

@@ -516,7 +516,7 @@ void decode(const DecodeParams& p) {
       const Index h_kv = head % p.H_kv, piece = head / p.H_kv % decode.max_pieces;
       decode.piece_of_keys(head / p.H_kv / decode.max_pieces, h_kv, row0, piece, mine);
     }
-#pragma omp for
+#pragma omp for nowait
     for (Index row = 0; row < query_rows; ++row) {
       decode.combine(row / p.T / p.H, row / p.T % p.H, row % p.T);
     }

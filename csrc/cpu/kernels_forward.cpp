@@ -266,7 +266,7 @@ void forward(const ForwardParams& p) {
     Arena& arena = thread_arena();
     Scratch scratch;
     scratch.take<Element>(arena, p, (min_of(block, p.T) + kColumn - 1) / kColumn);
-#pragma omp for schedule(dynamic, chunk)
+#pragma omp for schedule(dynamic, chunk) nowait
     for (Index item = 0; item < items; ++item) {
       const Index head_index = item / blocks, t0 = (blocks - 1 - item % blocks) * block;
       const Head<Element> head(p, head_index / p.H, head_index % p.H);

@@ -150,7 +150,7 @@ void weights(const ForwardParams& p) {
     Arena& arena = thread_arena();
     Scratch scratch;
     scratch.take<Element>(arena, p, kColumns * kRange * kColumn);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (Index item = 0; item < items; ++item) {
       const Index range = item % ranges, block = item / ranges % blocks;
       const Index output = item / ranges / blocks;
@@ -205,7 +205,7 @@ void received(const ForwardParams& p) {
     Arena& arena = thread_arena();
     Scratch scratch;
     scratch.take<Element>(arena, p, kRange * kLanes);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (Index item = 0; item < items; ++item) {
       const Index head_index = item / ranges, key0 = item % ranges * kRange;
       const Head<Element> head(p, head_index / p.H, head_index % p.H);
