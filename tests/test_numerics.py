@@ -208,8 +208,8 @@ def test_rows_without_keys(dtype: torch.dtype) -> None:
 def test_a_query_without_keys_may_hold_anything(dtype: torch.dtype, value: float) -> None:
     """As in the reference: NaN in a padded query does not reach dk."""
     given, empty = rows_without_keys(dtype)
-    given = with_inputs(given, q=given.inputs.q.masked_fill(empty.unsqueeze(-1), value))
-    check(run(given, "cpu"), given)
+    poisoned = with_inputs(given, q=given.inputs.q.masked_fill(empty.unsqueeze(-1), value))
+    check(run(poisoned, "cpu"), given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
