@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from accuracy import in_double, with_leaves
 from cases import Case, outputs, problem
 from dense import Problem
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -550,38 +552,42 @@ def test_second_derivatives_under_autocast() -> None:
         assert torch.equal(x, y)
 
 
-class Projected(nn.Module):
-    """Attention between a projection and nothing, with every trainable kind of tensor."""
+DISTRIBUTED = """
+import os, torch, attnfast
+from torch import nn
 
-    def __init__(self) -> None:
+class Projected(nn.Module):
+    def __init__(self):
         super().__init__()
         self.project = nn.Linear(8, 24)
         self.bias = nn.Parameter(torch.randn(2, 1, 5))
         self.sinks = nn.Parameter(torch.randn(2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         q, k, v = self.project(x).view(-1, 5, 3, 2, 4).transpose(1, 3).unbind(2)
-        out = attnfast.attention(q, k, v, bias=self.bias, sinks=self.sinks, dropout_p=0.2)
-        assert isinstance(out, Tensor)
-        return out
+        return attnfast.attention(q, k, v, bias=self.bias, sinks=self.sinks, dropout_p=0.2)
+
+torch.distributed.init_process_group("gloo", init_method="file://{path}", rank=0, world_size=1)
+model, found = Projected(), []
+for run in (model, nn.parallel.DistributedDataParallel(model)):
+    model.zero_grad()
+    torch.manual_seed(0)
+    run(torch.linspace(-1, 1, 80).view(2, 5, 8)).square().sum().backward()
+    found.append([x.grad.clone() for x in model.parameters()])
+print([torch.equal(x, y) for x, y in zip(*found)], flush=True)
+os._exit(0)  # gloo's threads may wait for each other when Python tears them down
+"""
 
 
 def test_distributed_data_parallel(tmp_path: Any) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    result = subprocess.run(
+        [sys.executable, "-c", DISTRIBUTED.format(path=tmp_path / "rendezvous")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
-    try:
-        model = Projected()
-        found = []
-        for run in (model, nn.parallel.DistributedDataParallel(model)):
-            model.zero_grad()
-            torch.manual_seed(0)
-            run(torch.linspace(-1, 1, 80).view(2, 5, 8)).square().sum().backward()
-            found.append([x.grad.clone() for x in model.parameters()])
-    finally:
-        torch.distributed.destroy_process_group()
-    for x, y in zip(*found, strict=True):
-        assert torch.equal(x, y)
+    assert result.stdout.strip() == str([True] * 4)
 
 
 def test_deterministic_follows_torch() -> None:
