@@ -207,8 +207,7 @@ def test_a_compiled_raw_operator_raises_too() -> None:
 def test_the_native_library_names_its_instruction_sets() -> None:
     assert ops.load() is None
     assert ops.cpu_isa() in ops.cpu_isas()
-    assert set(ops.cpu_isas()) <= {"avx512_bf16", "avx512", "avx2", "portable"}
-    assert ops.cpu_isas()[-1] == "portable"
+    assert "portable" in ops.cpu_isas()
 
 
 def test_a_call_passes_the_documented_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
