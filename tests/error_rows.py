@@ -1,0 +1,421 @@
+"""The calls that the tests of error messages change, and the rows for `attention`'s arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnfast
+
+HALF = torch.bfloat16
+INT32, INT64 = torch.int32, torch.int64
+
+
+def z(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def dense(**changes: Any) -> Any:
+    arguments = {"q": z(2, 4, 10, 64), "k": z(2, 2, 12, 64), "v": z(2, 2, 12, 32)} | changes
+    return attnfast.attention(**arguments)
+
+
+def varlen(**changes: Any) -> Any:
+    arguments = {
+        "q": z(10, 4, 64),
+        "k": z(12, 2, 64),
+        "v": z(12, 2, 32),
+        "cu_seqlens_q": torch.tensor([0, 4, 10], dtype=INT32),
+        "cu_seqlens_k": torch.tensor([0, 5, 12], dtype=INT32),
+        "max_seqlen_q": 6,
+        "max_seqlen_k": 7,
+    } | changes
+    return attnfast.varlen_attention(**arguments)
+
+
+def decode(**changes: Any) -> Any:
+    arguments = {
+        "q": z(2, 4, 1, 64),
+        "k_cache": z(2, 2, 16, 64),
+        "v_cache": z(2, 2, 16, 32),
+        "cache_seqlens": torch.tensor([3, 16], dtype=INT32),
+    } | changes
+    return attnfast.decode_attention(**arguments)
+
+
+def paged(**changes: Any) -> Any:
+    arguments = {
+        "k_cache": z(5, 8, 2, 64),
+        "v_cache": z(5, 8, 2, 32),
+        "page_table": torch.tensor([[0, -7], [2, 4]], dtype=INT32),
+    } | changes
+    return decode(**arguments)
+
+
+def sdpa(**changes: Any) -> Any:
+    arguments = {"query": z(2, 4, 10, 64), "key": z(2, 4, 12, 64), "value": z(2, 4, 12, 32)}
+    return attnfast.scaled_dot_product_attention(**(arguments | changes))
+
+
+def lengths(*values: int, dtype: torch.dtype = INT32) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+Row = tuple[Callable[..., Any], dict[str, Any], type[Exception], str]
+
+TENSORS: list[Row] = [
+    (dense, {"q": [1.0]}, TypeError, "q must be a Tensor, got list"),
+    (dense, {"v": None}, TypeError, "v must be a Tensor, got NoneType"),
+    (
+        dense,
+        {"k": z(2, 2, 12, 64).to_sparse()},
+        TypeError,
+        "k must be a dense strided Tensor, got layout torch.sparse_coo",
+    ),
+    (
+        dense,
+        {"q": torch.nested.nested_tensor([z(4, 64)], layout=torch.jagged)},
+        TypeError,
+        "q must be a dense strided Tensor, got layout torch.jagged",
+    ),
+    (dense, {"q": z(4, 10, 64)}, ValueError, "q must be (B, H, T, D), got (4, 10, 64)"),
+    (
+        dense,
+        {"k": z(2, 12, 64)},
+        ValueError,
+        "k must be (B, H_kv, S, D) = (2, *, *, 64), got (2, 12, 64)",
+    ),
+    (
+        dense,
+        {"k": z(3, 2, 12, 64)},
+        ValueError,
+        "k must be (B, H_kv, S, D) = (2, *, *, 64), got (3, 2, 12, 64)",
+    ),
+    (
+        dense,
+        {"k": z(2, 2, 12, 80)},
+        ValueError,
+        "k must be (B, H_kv, S, D) = (2, *, *, 64), got (2, 2, 12, 80)",
+    ),
+    (
+        dense,
+        {"v": z(2, 2, 11, 64)},
+        ValueError,
+        "v must be (B, H_kv, S, D_v) = (2, 2, 12, *), got (2, 2, 11, 64)",
+    ),
+    (
+        dense,
+        {"v": z(2, 1, 12, 64)},
+        ValueError,
+        "v must be (B, H_kv, S, D_v) = (2, 2, 12, *), got (2, 1, 12, 64)",
+    ),
+    (
+        dense,
+        {"v": z(2, 12)},
+        ValueError,
+        "v must be (B, H_kv, S, D_v) = (2, 2, 12, *), got (2, 12)",
+    ),
+    (dense, {"q": z(2, 0, 10, 64)}, ValueError, "q must be of 1 head or more, got H = 0"),
+    (
+        dense,
+        {"k": z(2, 3, 12, 64), "v": z(2, 3, 12, 64)},
+        ValueError,
+        "k must be of a number of heads that divides H = 4, got H_kv = 3",
+    ),
+    (
+        dense,
+        {"k": z(2, 8, 12, 64), "v": z(2, 8, 12, 64)},
+        ValueError,
+        "k must be of a number of heads that divides H = 4, got H_kv = 8",
+    ),
+    (
+        dense,
+        {"k": z(2, 0, 12, 64), "v": z(2, 0, 12, 64)},
+        ValueError,
+        "k must be of a number of heads that divides H = 4, got H_kv = 0",
+    ),
+    (
+        dense,
+        {"q": z(2, 4, 10, 0), "k": z(2, 2, 12, 0)},
+        ValueError,
+        "q must be of head dim 1 or more, got D = 0",
+    ),
+    (
+        dense,
+        {"v": z(2, 2, 12, 0)},
+        ValueError,
+        "v must be of head dim 1 or more, got D_v = 0",
+    ),
+    (
+        dense,
+        {name: z(2, 2, 12, 64, dtype=INT64) for name in "qkv"},
+        TypeError,
+        "q must be float32, bfloat16, float16 or float64, got torch.int64",
+    ),
+    (
+        dense,
+        {"k": z(2, 2, 12, 64, dtype=HALF)},
+        TypeError,
+        "k must be of q's dtype torch.float32, got torch.bfloat16",
+    ),
+    (
+        dense,
+        {"v": z(2, 2, 12, 64, dtype=torch.float64)},
+        TypeError,
+        "v must be of q's dtype torch.float32, got torch.float64",
+    ),
+    (
+        dense,
+        {"v": z(2, 2, 12, 64, device="meta")},
+        ValueError,
+        "v must be on q's device cpu, got meta",
+    ),
+]
+
+OPTIONAL_TENSORS: list[Row] = [
+    (
+        dense,
+        {"mask": True},
+        TypeError,
+        "mask must be a Tensor broadcastable to (B, H, T, S), got bool",
+    ),
+    (
+        dense,
+        {"mask": z(10, 12)},
+        TypeError,
+        "mask must be bool, True = attend (what is to be added to the scores is a bias), "
+        "got torch.float32",
+    ),
+    (
+        dense,
+        {"mask": z(2, 10, 12, dtype=torch.bool)},
+        ValueError,
+        "mask must be broadcastable to (B, H, T, S) = (2, 4, 10, 12), got (2, 10, 12)",
+    ),
+    (
+        dense,
+        {"mask": z(1, 1, 1, 10, 12, dtype=torch.bool)},
+        ValueError,
+        "mask must be broadcastable to (B, H, T, S) = (2, 4, 10, 12), got (1, 1, 1, 10, 12)",
+    ),
+    (
+        dense,
+        {"mask": z(10, 12, dtype=torch.bool, device="meta")},
+        ValueError,
+        "mask must be on q's device cpu, got meta",
+    ),
+    (
+        dense,
+        {"bias": z(10, 12, dtype=torch.bool)},
+        TypeError,
+        "bias must be float32, bfloat16, float16 or float64 (what is True or False is a mask), "
+        "got torch.bool",
+    ),
+    (
+        dense,
+        {"bias": z(4, 12, 10)},
+        ValueError,
+        "bias must be broadcastable to (B, H, T, S) = (2, 4, 10, 12), got (4, 12, 10)",
+    ),
+    (
+        dense,
+        {"alibi_slopes": z(4, dtype=HALF)},
+        TypeError,
+        "alibi_slopes must be float32, got torch.bfloat16",
+    ),
+    (
+        dense,
+        {"alibi_slopes": z(3)},
+        ValueError,
+        "alibi_slopes must be (H,) = (4,) or (B, H) = (2, 4), got (3,)",
+    ),
+    (
+        dense,
+        {"alibi_slopes": z(1, 4)},
+        ValueError,
+        "alibi_slopes must be (H,) = (4,) or (B, H) = (2, 4), got (1, 4)",
+    ),
+    (
+        dense,
+        {"alibi_slopes": 0.5},
+        TypeError,
+        "alibi_slopes must be a Tensor (H,) or (B, H), got float",
+    ),
+    (
+        dense,
+        {"alibi_slopes": z(4).requires_grad_()},
+        ValueError,
+        "alibi_slopes must be without gradient, as slopes have none (detach them; a bias has one),"
+        " got requires_grad=True",
+    ),
+    (dense, {"sinks": z(2)}, ValueError, "sinks must be (H,) = (4,), got (2,)"),
+    (
+        dense,
+        {"sinks": z(4, dtype=INT32)},
+        TypeError,
+        "sinks must be float32, bfloat16, float16 or float64, got torch.int32",
+    ),
+    (dense, {"sinks": 0.0}, TypeError, "sinks must be a Tensor (H,), got float"),
+    (
+        dense,
+        {"dropout_seed": 3, "dropout_p": 0.5},
+        TypeError,
+        "dropout_seed must be an int64 Tensor (seed, offset), got int",
+    ),
+    (
+        dense,
+        {"dropout_seed": lengths(3, 4)},
+        TypeError,
+        "dropout_seed must be int64, got torch.int32",
+    ),
+    (
+        dense,
+        {"dropout_seed": lengths(3, dtype=INT64)},
+        ValueError,
+        "dropout_seed must be (seed, offset), of shape (2,), got (1,)",
+    ),
+    (
+        dense,
+        {"dropout_seed": z(2, dtype=INT64, device="meta")},
+        ValueError,
+        "dropout_seed must be on q's device cpu, got meta",
+    ),
+]
+
+OPTIONS: list[Row] = [
+    (dense, {"causal": 1}, TypeError, "causal must be True or False, got 1"),
+    (dense, {"causal": None}, TypeError, "causal must be True or False, got None"),
+    (
+        dense,
+        {"window": 5},
+        TypeError,
+        "window must be None or (left, right), each None or an int, got 5",
+    ),
+    (dense, {"window": (1, 2, 3)}, ValueError, "window must be (left, right), got 3 entries"),
+    (
+        dense,
+        {"window": (-1, None)},
+        ValueError,
+        "window's left side must be from 0 to 2147483647, got -1",
+    ),
+    (
+        dense,
+        {"window": (None, 2**31)},
+        ValueError,
+        "window's right side must be from 0 to 2147483647, got 2147483648",
+    ),
+    (dense, {"window": (0.5, 1)}, TypeError, "window's left side must be an int, got 0.5"),
+    (dense, {"window": (True, 1)}, TypeError, "window's left side must be an int, got True"),
+    (
+        dense,
+        {"align": "bottom"},
+        ValueError,
+        "align must be 'top_left', 'bottom_right', an int or an int Tensor (B,), got 'bottom'",
+    ),
+    (
+        dense,
+        {"align": 1.5},
+        TypeError,
+        "align must be 'top_left', 'bottom_right', an int or an int Tensor (B,), got 1.5",
+    ),
+    (
+        dense,
+        {"align": False},
+        TypeError,
+        "align must be 'top_left', 'bottom_right', an int or an int Tensor (B,), got False",
+    ),
+    (
+        dense,
+        {"align": -(2**31)},
+        ValueError,
+        "align must be from -2147483647 to 2147483647, got -2147483648",
+    ),
+    (dense, {"align": lengths(1, 2, 3)}, ValueError, "align must be (B,) = (2,), got (3,)"),
+    (dense, {"align": z(2)}, TypeError, "align must be int32, got torch.float32"),
+    (
+        dense,
+        {"scale": math.nan},
+        ValueError,
+        "scale must be a number that is finite in float32, got nan",
+    ),
+    (
+        dense,
+        {"scale": -math.inf},
+        ValueError,
+        "scale must be a number that is finite in float32, got -inf",
+    ),
+    (
+        dense,
+        {"scale": 1e39},
+        ValueError,
+        "scale must be a number that is finite in float32, got 1e+39",
+    ),
+    (
+        dense,
+        {"scale": "1"},
+        TypeError,
+        "scale must be a number that is finite in float32, got '1'",
+    ),
+    (
+        dense,
+        {"scale": True},
+        TypeError,
+        "scale must be a number that is finite in float32, got True",
+    ),
+    *(
+        (
+            dense,
+            {"softcap": softcap},
+            ValueError,
+            "softcap must be a number above 0 and finite in float32, or None for no cap, "
+            f"got {softcap}",
+        )
+        for softcap in (0, -1.0, math.nan, math.inf, 1e-39)
+    ),
+    *(
+        (
+            dense,
+            {"dropout_p": p},
+            ValueError,
+            f"dropout_p must be a number in [0, 1], got {p}",
+        )
+        for p in (-0.1, 1.1, math.nan)
+    ),
+    (dense, {"dropout_p": None}, TypeError, "dropout_p must be a number in [0, 1], got None"),
+    (
+        dense,
+        {"return_stats": "all"},
+        ValueError,
+        "return_stats must be one of [False, True, 'received'], got 'all'",
+    ),
+    (
+        dense,
+        {"return_stats": None},
+        TypeError,
+        "return_stats must be one of [False, True, 'received'], got None",
+    ),
+    (
+        dense,
+        {"return_weights": "received"},
+        ValueError,
+        "return_weights must be one of [False, 'mean', True], got 'received'",
+    ),
+    (
+        dense,
+        {"return_weights": 1},
+        TypeError,
+        "return_weights must be one of [False, 'mean', True], got 1",
+    ),
+    (
+        dense,
+        {"deterministic": 1},
+        TypeError,
+        "deterministic must be None or True or False, got 1",
+    ),
+]
+
+ATTENTION = [*TENSORS, *OPTIONAL_TENSORS, *OPTIONS]
