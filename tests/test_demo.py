@@ -463,13 +463,22 @@ def test_the_whole_command_on_a_small_corpus(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_leaves_one_line_and_no_files(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "search"), "--threads", "1", "--out", str(tmp_path)]
-    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        # A shell starts background jobs, such as a CI run, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert process.stderr is not None
         seen = b""
-        while b"embedding twice" not in seen:
+        while b"embedding twice" not in seen and process.poll() is None:
             seen += process.stderr.read(1)
         process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
+        try:
+            rest = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert rest.endswith(b"\nsearch: interrupted\n")
     assert b"Traceback" not in rest
