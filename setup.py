@@ -54,6 +54,7 @@ X86_ISAS = {
     "portable": "",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
 ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"portable": ""}
 if SANITIZE and "avx2" in ISAS:

@@ -19,6 +19,7 @@ from attnfast import ops
 
 # What each needs of the processor, by the names of /proc/cpuinfo.
 NEEDS = {
+    "avx512_bf16": ("avx512_bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "avx2": ("avx2", "fma", "f16c"),
     "portable": (),

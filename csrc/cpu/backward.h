@@ -191,7 +191,8 @@ struct BackwardTiles {
                      Index key, Index n, const float* k, Index k_row, const float* v, Index v_row,
                      BackwardScratch& s, float* prob, float* ds, bool through_cap,
                      DeadKeys* dead) const {
-    score_tile(head, column, key, n, state.q_t, k, k_row, prob, s.cap, nullptr, dead);
+    score_tile(head, column, key, n, FloatScores{state.q_t, k, k_row, p.D}, prob, s.cap, nullptr,
+               dead);
     gemm<kTileVecs>(n, p.D_v, MatrixA{v, v_row, 1}, MatrixB{state.do_t, kColumn},
                     MatrixC{ds, kColumn}, Start::kZero);
     const float to_log2 = head.to_log2(), to_natural = head.to_natural();

@@ -21,6 +21,10 @@ struct Row {
 const Row* table(int* count) {
   static const Row rows[] = {
 #if defined(__x86_64__)
+      ATTNFAST_ROW(avx512_bf16,
+                   __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") &&
+                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                       __builtin_cpu_supports("avx512vl")),
       ATTNFAST_ROW(avx512,
                    __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),

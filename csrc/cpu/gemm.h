@@ -4,6 +4,9 @@
 // they lie in memory; B is rows of floats, one after another. kTileRows x kTileVecs accumulators
 // fill the registers (the outer-product kernel of Goto and van de Geijn, "Anatomy of
 // high-performance matrix multiplication", 2008).
+//
+// With kPairs the numbers of A and B are pairs of bf16 (simd.h): K counts pairs, and each step
+// multiplies two of them.
 #pragma once
 #include "simd.h"
 
@@ -14,6 +17,7 @@ struct MatrixA {
   const float* data;
   Index row, step;
   Index panels = 1, panel_stride = 0;
+  float factor = 1.0f;  // with kPairs: what a product that starts from zero is multiplied with
 };
 
 struct MatrixB {
@@ -30,7 +34,7 @@ enum class Start { kZero, kAccumulate };
 
 // `tiles` register tiles, one below the other. `column_max`, where given, is raised to the largest
 // of each column.
-template <int kRows, int kVecs, bool kMax>
+template <int kRows, int kVecs, bool kMax, bool kPairs>
 ATTNFAST_NOINLINE void tiles_of_rows(Index tiles, Index K, const MatrixA& a, const MatrixB& b,
                                      const MatrixC& c, Start start, float* column_max) {
   constexpr int kGroup = 3;  // rows that share a pointer: base, base + row, base + 2 * row
@@ -60,12 +64,19 @@ ATTNFAST_NOINLINE void tiles_of_rows(Index tiles, Index K, const MatrixA& a, con
         ATTNFAST_UNROLL for (int j = 0; j < kVecs; ++j) bv[j] = load(b_row + j * kLanes);
         ATTNFAST_UNROLL for (int i = 0; i < kRows; ++i) {
           const Vec av = broadcast(a_group[i / kGroup][(i % kGroup) * row]);
-          ATTNFAST_UNROLL for (int j = 0; j < kVecs; ++j) acc[i][j] = av * bv[j] + acc[i][j];
+          ATTNFAST_UNROLL for (int j = 0; j < kVecs; ++j) acc[i][j] =
+              kPairs ? multiply_add_pairs(av, bv[j], acc[i][j]) : av * bv[j] + acc[i][j];
         }
         ATTNFAST_UNROLL for (int g = 0; g < kGroups; ++g) a_group[g] += step;
         b_row += b_ld;
       }
       ATTNFAST_UNROLL for (int g = 0; g < kGroups; ++g) a_group[g] += to_next_panel;
+    }
+    if (kPairs && start == Start::kZero) {
+      const Vec factor = broadcast(a.factor);
+      ATTNFAST_UNROLL for (int i = 0; i < kRows; ++i) {
+        ATTNFAST_UNROLL for (int j = 0; j < kVecs; ++j) acc[i][j] *= factor;
+      }
     }
     ATTNFAST_UNROLL for (int i = 0; i < kRows; ++i) {
       ATTNFAST_UNROLL for (int j = 0; j < kVecs; ++j)
@@ -82,7 +93,7 @@ ATTNFAST_NOINLINE void tiles_of_rows(Index tiles, Index K, const MatrixA& a, con
 }
 
 // All M rows of a panel of kVecs vectors.
-template <int kVecs, bool kMax = false>
+template <int kVecs, bool kMax = false, bool kPairs = false>
 inline void gemm(Index M, Index K, const MatrixA& a, const MatrixB& b, const MatrixC& c,
                  Start start, float* column_max = nullptr) {
   MatrixA a_rest = a;
@@ -94,10 +105,10 @@ inline void gemm(Index M, Index K, const MatrixA& a, const MatrixB& b, const Mat
     a_rest.data += tiles * n * a.row, c_rest.data += tiles * n * c.ld;
     M -= tiles * n;
   };
-  rows(tiles_of_rows<kTileRows, kVecs, kMax>, kTileRows);
-  rows(tiles_of_rows<4, kVecs, kMax>, 4);
-  rows(tiles_of_rows<2, kVecs, kMax>, 2);
-  rows(tiles_of_rows<1, kVecs, kMax>, 1);
+  rows(tiles_of_rows<kTileRows, kVecs, kMax, kPairs>, kTileRows);
+  rows(tiles_of_rows<4, kVecs, kMax, kPairs>, 4);
+  rows(tiles_of_rows<2, kVecs, kMax, kPairs>, 2);
+  rows(tiles_of_rows<1, kVecs, kMax, kPairs>, 1);
 }
 
 // The same for N columns, N a multiple of kLanes.

@@ -22,6 +22,7 @@ struct Kernels {
 ATTNFAST_DECLARE_ISA(portable)
 ATTNFAST_DECLARE_ISA(avx2)
 ATTNFAST_DECLARE_ISA(avx512)
+ATTNFAST_DECLARE_ISA(avx512_bf16)  // and vdpbf16ps
 ATTNFAST_DECLARE_ISA(lanes16)  // in sanitizer builds only: the shape of avx512 in AVX2 instructions
 #undef ATTNFAST_DECLARE_ISA
 

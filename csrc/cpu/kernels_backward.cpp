@@ -78,8 +78,8 @@ struct Backward : BackwardTiles<Element> {
                                                    Use::kAcross, s.k_tile, &k_row);
         DeadKeys dead;
         float* prob = s.columns[c].p;
-        score_tile(head, column, key, count, s.columns[c].q_t, k, k_row, prob, nullptr, nullptr,
-                   &dead);
+        score_tile(head, column, key, count, FloatScores{s.columns[c].q_t, k, k_row, p.D}, prob,
+                   nullptr, nullptr, &dead);
         probabilities(head, s.columns[c], count, prob);
         weights_gradient_tile(head, column, key, count, s.dw);
         if (p.dropout_p > 0.0) dropout_tile(head, column, key, count, kept(), s.keep);

@@ -7,6 +7,9 @@
 // Memory:  per thread the block's transposed q and o, one tile of scores, and for bf16 and fp16 one
 // fp32 block
 //          of k and v, which all columns of the query block share
+// bf16:    where the processor multiplies pairs of bf16 (AVX512_BF16), both products do: q k^T
+// along
+//          the rows as they lie, p v on pairs of keys, p rounded to bf16
 // Threads: items are independent; a row's result depends on its own sequence alone
 #include <type_traits>
 #include "arena.h"
@@ -25,10 +28,13 @@ constexpr float kLazyRise = 8.0f;
 constexpr Index kLinesPerTile = 256;
 constexpr Index kPrefetchRows = 256;
 
+template <class Element>
+constexpr bool kPairsOf = kHasPairs && std::is_same<Element, BFloat16>::value;
+
 struct ColumnState {
   float m[kColumn], l[kColumn];            // running maximum and sum
   float entropy[kColumn], reach[kColumn];  // sum of p (s - m), sum of p |j - t'|
-  float* q_t;                              // [D][kColumn]
+  float* q_t;                              // [D][kColumn], or pairs of D
   float* o_t;                              // [D_v][kColumn]
   Start start;                             // whether o_t holds anything yet
 };
@@ -92,6 +98,7 @@ void exponentiate(ColumnState& state, const Column& column, Index shift, Index k
 
 struct Scratch {
   float *s, *keep, *k, *v;
+  float *p_pairs, *v_clean;  // [kMaxKeys / 2][kColumn], [kMaxKeys / 2][D_v]: pairs of keys
   ColumnState* columns;
   Prefetcher next;
 
@@ -103,6 +110,9 @@ struct Scratch {
          (Arena::bytes_for<float>(p.D * kColumn) + Arena::bytes_for<float>(p.D_v * kColumn));
     if (RowsAsFloat<Element>::kPacks)
       n += Arena::bytes_for<float>(kMaxKeys * round_up(p.D, kLanes));
+    if (kPairsOf<Element>)
+      n += Arena::bytes_for<float>(kMaxKeys / 2 * kColumn) +
+           Arena::bytes_for<float>(kMaxKeys / 2 * round_up(p.D_v, kLanes));
     return n + Arena::bytes_for<float>(kMaxKeys * round_up(p.D_v, kLanes));
   }
 
@@ -119,8 +129,85 @@ struct Scratch {
     k = RowsAsFloat<Element>::kPacks ? arena.take<float>(kMaxKeys * round_up(p.D, kLanes))
                                      : nullptr;
     v = arena.take<float>(kMaxKeys * round_up(p.D_v, kLanes));
+    if (!kPairsOf<Element>) return;
+    p_pairs = arena.take<float>(kMaxKeys / 2 * kColumn);
+    v_clean = arena.take<float>(kMaxKeys / 2 * round_up(p.D_v, kLanes));
   }
 };
+
+// A tile's keys and values as the products want them: row 0 is the tile's first key.
+struct KeyTile {
+  const float *k, *v;
+  Index k_row, v_row;
+
+  // From key `skip` of the tile on. Pairs of v are of an even key and the next.
+  template <class Element>
+  KeyTile from(Index skip) const {
+    return {k + skip * k_row, v + (kPairsOf<Element> ? skip / 2 : skip) * v_row, k_row, v_row};
+  }
+};
+
+template <class Element>
+KeyTile load_keys(const Head<Element>& head, Index key, Index n, Scratch& scratch) {
+  const Problem& p = head.problem;
+  const Element *k = head.k + key * p.k.t, *v = head.v + key * p.v.t;
+  KeyTile tile;
+  if constexpr (kPairsOf<Element>) {
+    const bool as_it_lies =
+        p.D % 2 == 0 && p.k.t % 2 == 0 && reinterpret_cast<uintptr_t>(k) % alignof(float) == 0;
+    tile.k = as_it_lies ? reinterpret_cast<const float*>(k) : scratch.k;
+    tile.k_row = as_it_lies ? p.k.t / 2 : round_up(p.D, kLanes);
+    if (!as_it_lies) pack_pairs_along_rows(k, p.k.t, n, p.D, tile.k_row, scratch.k);
+    tile.v = scratch.v, tile.v_row = round_up(p.D_v, kLanes);
+    pack_pairs_of_rows(v, p.v.t, n, p.D_v, tile.v_row, scratch.v);
+  } else {
+    tile.k = RowsAsFloat<Element>::get(k, p.k.t, n, p.D, Use::kAlongRows, scratch.k, &tile.k_row);
+    tile.v = RowsAsFloat<Element>::get(v, p.v.t, n, p.D_v, Use::kAcross, scratch.v, &tile.v_row);
+  }
+  return tile;
+}
+
+// The pairs of v without what keys that nobody attends to hold, where that is NaN or Inf.
+const float* without_poison(const float* v, Index v_row, Index n, Index D_v, const DeadKeys& dead,
+                            float* clean) {
+  if (!dead.any) return v;
+  const Index pairs = (n + 1) / 2;
+  const float* result = v;
+  for (Index j = 0; j < n; ++j) {
+    if (!dead.key[j]) continue;
+    const uint32_t half = j % 2 ? 0xffff0000u : 0x0000ffffu;
+    const uint32_t exponent = 0x7f807f80u & half;
+    IVec poison{};
+    for (Index d = 0; d < D_v; d += kLanes)
+      poison |= (bit_cast<UVec>(load(result + j / 2 * v_row + d)) & exponent) == exponent;
+    if (!any(poison)) continue;
+    if (result == v) memcpy(clean, v, pairs * v_row * sizeof(float));
+    result = clean;
+    for (Index d = 0; d < D_v; d += kLanes) {
+      float* x = clean + j / 2 * v_row + d;
+      store(x, bit_cast<Vec>(bit_cast<UVec>(load(x)) & ~half));
+    }
+  }
+  return result;
+}
+
+// o += v^T p on pairs of keys.
+Start gather_pairs(const float* v, Index v_row, Index n, Index D_v, const DeadKeys& dead,
+                   ColumnState& state, Scratch& scratch) {
+  const float* s = scratch.s;
+  for (Index j = 0; j < n; j += 2) {
+    for (Index lane = 0; lane < kColumn; lane += kLanes) {
+      const Vec even = load(s + j * kColumn + lane);
+      const Vec odd = j + 1 < n ? load(s + (j + 1) * kColumn + lane) : zeros();
+      store(scratch.p_pairs + j / 2 * kColumn + lane, pair_of(even, odd));
+    }
+  }
+  v = without_poison(v, v_row, n, D_v, dead, scratch.v_clean);
+  gemm<kTileVecs, false, true>(D_v, (n + 1) / 2, MatrixA{v, 1, v_row},
+                               MatrixB{scratch.p_pairs, kColumn}, MatrixC{state.o_t, kColumn},
+                               state.start);
+  return Start::kAccumulate;
+}
 
 // Keys per tile: a block of k and v rows should stay in the first-level cache.
 Index keys_per_tile(const Problem& p) {
@@ -130,13 +217,23 @@ Index keys_per_tile(const Problem& p) {
 
 template <bool kStats, bool kNatural, class Element>
 void tile_step(const ForwardParams& p, const Head<Element>& head, const Column& column,
-               ColumnState& state, Index key, Index n, const float* k, Index k_row, const float* v,
-               Index v_row, Scratch& scratch) {
+               ColumnState& state, Index key, Index n, const KeyTile& tile, Scratch& scratch) {
   float tile_max[kColumn];
   for (Index lane = 0; lane < kColumn; lane += kLanes)
     store(tile_max + lane, broadcast(-kInfinity));
   DeadKeys dead;
-  score_tile(head, column, key, n, state.q_t, k, k_row, scratch.s, nullptr, tile_max, &dead);
+  if constexpr (kPairsOf<Element>) {
+    const PairScores scores{state.q_t, tile.k, tile.k_row, (p.D + 1) / 2, head.q_factor};
+    score_tile(head, column, key, n, scores, scratch.s, nullptr, tile_max, &dead);
+    for (Index j = 0; j < n; j += max_of(n - 1, 1)) {  // keys that complete a pair
+      if (key + j >= column.begin && key + j < column.end) continue;
+      if (!dead.any) memset(dead.key, 0, sizeof dead.key);
+      dead.any = dead.key[j] = true;
+    }
+  } else {
+    const FloatScores scores{state.q_t, tile.k, tile.k_row, p.D};
+    score_tile(head, column, key, n, scores, scratch.s, nullptr, tile_max, &dead);
+  }
   scratch.next.advance(kLinesPerTile);
   rescale<kStats>(state, tile_max, head.to_log2(), p.D_v);
   exponentiate<kStats, kNatural>(state, column, head.shift, key, n, scratch.s);
@@ -146,7 +243,12 @@ void tile_step(const ForwardParams& p, const Head<Element>& head, const Column& 
       store(scratch.s + i, load(scratch.s + i) * load(scratch.keep + i));
     }
   }
-  state.start = gather_keys(v, v_row, n, p.D_v, scratch.s, state.o_t, state.start, dead);
+  if constexpr (kPairsOf<Element>) {
+    state.start = gather_pairs(tile.v, tile.v_row, n, p.D_v, dead, state, scratch);
+  } else {
+    state.start =
+        gather_keys(tile.v, tile.v_row, n, p.D_v, scratch.s, state.o_t, state.start, dead);
+  }
 }
 
 // The sums become the output row, lse and statistics.
@@ -208,7 +310,12 @@ void query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
       store(state.entropy + lane, zeros());
       store(state.reach + lane, zeros());
     }
-    transpose_in(head.q + column.t0 * p.q.t, p.q.t, column.rows, p.D, head.q_factor, state.q_t);
+    const Element* q = head.q + column.t0 * p.q.t;
+    if constexpr (kPairsOf<Element>) {
+      transpose_pairs(q, p.q.t, column.rows, p.D, state.q_t);
+    } else {
+      transpose_in(q, p.q.t, column.rows, p.D, head.q_factor, state.q_t);
+    }
     if (column.begin < column.end) {
       begin = min_of(begin, column.begin);
       end = max_of(end, column.end);
@@ -219,18 +326,17 @@ void query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
   const Index step = min_of(round_up((end - begin + tiles - 1) / tiles, kTileRows), most);
   for (Index key = begin; key < end; key += step) {
     const Index n = min_of(step, end - key);
-    Index k_row, v_row;
-    const float* k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, n, p.D, Use::kAlongRows,
-                                               scratch.k, &k_row);
-    const float* v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, n, p.D_v, Use::kAcross,
-                                               scratch.v, &v_row);
+    const KeyTile tile = load_keys(head, key, n, scratch);
     for (Index c = 0; c < num_columns; ++c) {
       const Column column(head, t0 + c * kColumn, min_of(rows - c * kColumn, kColumn));
-      const Index first = max_of(key, column.begin), last = min_of(key + n, column.end);
+      Index first = max_of(key, column.begin), last = min_of(key + n, column.end);
       if (first >= last) continue;
+      if (kPairsOf<Element>) {  // whole pairs; the key too many is masked by its position
+        first -= (first - key) % 2;
+        last = min_of(last + (last - key) % 2, key + n);
+      }
       tile_step<kStats, kNatural>(p, head, column, scratch.columns[c], first, last - first,
-                                  k + (first - key) * k_row, k_row, v + (first - key) * v_row,
-                                  v_row, scratch);
+                                  tile.from<Element>(first - key), scratch);
     }
   }
   for (Index c = 0; c < num_columns; ++c) {

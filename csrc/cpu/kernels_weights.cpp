@@ -62,7 +62,8 @@ template <class Element>
 void probability_tile(const Head<Element>& head, const Column& column, const Norms& norms,
                       Index key, Index n, const float* k, Index k_row, const Scratch& scratch) {
   DeadKeys dead;
-  score_tile(head, column, key, n, scratch.q_t, k, k_row, scratch.s, nullptr, nullptr, &dead);
+  score_tile(head, column, key, n, FloatScores{scratch.q_t, k, k_row, head.problem.D}, scratch.s,
+             nullptr, nullptr, &dead);
   const float to_log2 = head.to_log2();
   for (Index lane = 0; lane < kColumn; lane += kLanes) {
     const Vec lse = load(norms.lse + lane);

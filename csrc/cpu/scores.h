@@ -191,30 +191,55 @@ ATTNFAST_INLINE IVec positions(const Column& column, Index shift, Index lane) {
   return lane_numbers() + static_cast<int32_t>(column.t0 + shift + lane);
 }
 
+// Products of the tile's key rows with the transposed queries, in fp32 ...
+struct FloatScores {
+  const float* q_t;  // [D][kColumn], head.q_factor folded in
+  const float* k;    // the tile's first key row
+  Index k_row, D;
+
+  template <bool kMax>
+  void run(Index n, float* s, float* column_max) const {
+    gemm<kTileVecs, kMax>(n, D, MatrixA{k, k_row, 1}, MatrixB{q_t, kColumn}, MatrixC{s, kColumn},
+                          Start::kZero, column_max);
+  }
+};
+
+// ... or from pairs of bf16 along the rows.
+struct PairScores {
+  const float* q_t;  // [pairs][kColumn], unscaled
+  const float* k;
+  Index k_row, pairs;
+  float factor;  // head.q_factor
+
+  template <bool kMax>
+  void run(Index n, float* s, float* column_max) const {
+    MatrixA a{k, k_row, 1};
+    a.factor = factor;
+    gemm<kTileVecs, kMax, true>(n, pairs, a, MatrixB{q_t, kColumn}, MatrixC{s, kColumn},
+                                Start::kZero, column_max);
+  }
+};
+
 // S[key][lane] for keys key .. key + n - 1 of a column, all options applied.
-//   q_t      [D][kColumn] the transposed queries, head.q_factor folded in
-//   k        the tile's first key row, fp32
+//   scores   FloatScores or PairScores
 //   slope_of_cap  null, or [n][kColumn]: d capped / d uncapped = 1 - tanh^2, for the backward
 //   column_max    raised to the largest score of each lane; null: not wanted
-template <class Element>
+template <class Element, class Scores>
 ATTNFAST_NOINLINE void score_tile(const Head<Element>& head, const Column& column, Index key,
-                                  Index n, const float* q_t, const float* k, Index k_row, float* s,
-                                  float* slope_of_cap, float* column_max, DeadKeys* dead) {
+                                  Index n, const Scores& scores, float* s, float* slope_of_cap,
+                                  float* column_max, DeadKeys* dead) {
   const Problem& p = head.problem;
-  const MatrixA a{k, k_row, 1};
-  const MatrixB b{q_t, kColumn};
-  const MatrixC c{s, kColumn};
   const bool boundary = key < column.inner_begin || key + n > column.inner_end;
   dead->any = false;
   if (!boundary && !head.edits_scores()) {
     if (column_max) {
-      gemm<kTileVecs, true>(n, p.D, a, b, c, Start::kZero, column_max);
+      scores.template run<true>(n, s, column_max);
     } else {
-      gemm<kTileVecs>(n, p.D, a, b, c, Start::kZero);
+      scores.template run<false>(n, s, nullptr);
     }
     return;
   }
-  gemm<kTileVecs>(n, p.D, a, b, c, Start::kZero);
+  scores.template run<false>(n, s, nullptr);
 
   if (p.softcap > 0.0f) {
     const float cap = p.softcap * head.unit;

@@ -13,7 +13,7 @@
 #endif
 
 #ifndef ATTNFAST_ISA
-#error "compile with -DATTNFAST_ISA=portable|avx2|avx512|lanes16"
+#error "compile with -DATTNFAST_ISA=portable|avx2|avx512|avx512_bf16|lanes16"
 #endif
 
 #define ATTNFAST_INLINE inline __attribute__((always_inline))
@@ -78,6 +78,29 @@ ATTNFAST_INLINE Vec broadcast(float x) {
 }
 
 ATTNFAST_INLINE Vec zeros() { return Vec{}; }
+
+// Vectors of pairs: two bf16 in the bits of each lane, the even one in the lower half.
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+
+// acc + a.even * b.even + a.odd * b.odd, the products exact.
+ATTNFAST_INLINE Vec multiply_add_pairs(Vec a, Vec b, Vec acc) {
+  return _mm512_dpbf16_ps(acc, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+}
+
+// Rounds to nearest even.
+ATTNFAST_INLINE Vec pair_of(Vec even, Vec odd) {
+  const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+  const __m512i interleaved =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return bit_cast<Vec>(_mm512_permutexvar_epi16(interleaved, halves));
+}
+#else
+constexpr bool kHasPairs = false;
+ATTNFAST_INLINE Vec multiply_add_pairs(Vec, Vec, Vec acc) { return acc; }
+ATTNFAST_INLINE Vec pair_of(Vec even, Vec) { return even; }
+#endif
 
 ATTNFAST_INLINE IVec broadcast_int(int32_t x) { return IVec{} + x; }
 
