@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import attention
+from .linear import linear, use_projection_linear
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -90,6 +91,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         self.backend = backend
         self.deterministic = deterministic
+        use_projection_linear(self.out_proj)
 
     def forward(
         self,
@@ -136,7 +138,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             else:
                 attn_mask = None
 
-        q, k, v = map(self._as_heads, self._project(query, key, value))
+        q, k, v = self._project(query, key, value)
         mask = bias = None
         if attn_mask is not None or key_padding_mask is not None:
             mask, bias = _split_masks(attn_mask, key_padding_mask, (*q.shape[:3], k.shape[2]))
@@ -170,18 +172,33 @@ class MultiheadAttention(nn.MultiheadAttention):
         return self.out_proj(self._merge_heads(out, query)), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Project to q, k and v (..., H, D) with as few linears as the inputs' identity allows."""
+        """Project to q, k and v (B, H, length, D), with as few linears as the inputs allow."""
         heads = (self.num_heads, self.head_dim)
         weight, bias = self.in_proj_weight, self.in_proj_bias
+        if weight is not None and key is value and query is key:
+            packed = linear(query, weight, bias).view(*query.shape[:-1], 3, *heads)
+            if packed.dim() == 5 and not torch.is_grad_enabled():  # its backward would copy
+                order = (2, 0, 3, 1, 4) if self.batch_first else (2, 1, 3, 0, 4)
+                return packed.permute(order).unbind(0)
+            return tuple(map(self._as_heads, packed.unbind(-3)))
+        return tuple(map(self._as_heads, self._project_apart(query, key, value, weight, bias)))
+
+    def _project_apart(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """q, k and v (..., H, D) of inputs that are not one tensor: two linears or three."""
+        heads = (self.num_heads, self.head_dim)
         if weight is not None and key is value:
-            if query is key:
-                packed = F.linear(query, weight, bias)  # (..., 3E)
-                return packed.view(*query.shape[:-1], 3, *heads).unbind(-3)
             sizes = (self.embed_dim, 2 * self.embed_dim)
             weight_q, weight_kv = weight.split(sizes)
             bias_q, bias_kv = (None, None) if bias is None else bias.split(sizes)
-            q = F.linear(query, weight_q, bias_q)
-            kv = F.linear(key, weight_kv, bias_kv)  # (..., 2E)
+            q = linear(query, weight_q, bias_q)
+            kv = linear(key, weight_kv, bias_kv)  # (..., 2E)
             k, v = kv.view(*key.shape[:-1], 2, *heads).unbind(-3)
             return q.view(*query.shape[:-1], *heads), k, v
         if weight is not None:
@@ -190,7 +207,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None, None, None) if bias is None else bias.chunk(3)
         return tuple(
-            F.linear(x, w, b).view(*x.shape[:-1], *heads)
+            linear(x, w, b).view(*x.shape[:-1], *heads)
             for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
 

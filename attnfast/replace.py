@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
+from .linear import use_projection_linear, use_torch_linear
 from .module import MultiheadAttention
 
 _REPLACED = "_attnfast_replaced"  # on a module whose class replace changed
@@ -73,6 +74,7 @@ def replace(
         module.__class__ = MultiheadAttention
         ours = cast(MultiheadAttention, module)
         ours.backend, ours.deterministic = backend, deterministic
+        use_projection_linear(ours.out_proj)
         setattr(ours, _REPLACED, True)
         replaced.append(name)
 
@@ -113,6 +115,7 @@ def restore(model: nn.Module) -> int:
         state = module.__dict__
         if state.pop(_REPLACED, False):
             module.__class__ = nn.MultiheadAttention
+            use_torch_linear(cast(nn.MultiheadAttention, module).out_proj)
             del state["backend"], state["deterministic"]
             restored += 1
         if state.pop(_USED_NESTED, False):

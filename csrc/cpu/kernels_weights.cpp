@@ -112,7 +112,8 @@ template <class Element>
 void weights_item(const ForwardParams& p, Index b, Index head_begin, Index head_end, Index t0,
                   Index key0, const Scratch& scratch) {
   const Index rows = min_of(kBlock, p.T - t0), keys = min_of(kRange, p.S - key0);
-  memset(scratch.sum, 0, kColumns * kRange * kColumn * sizeof(float));
+  for (Index c = 0; c * kColumn < rows; ++c)
+    memset(scratch.sum + c * kRange * kColumn, 0, keys * kColumn * sizeof(float));
   const float* k = nullptr;
   Index k_row = 0;
   for (Index h = head_begin; h < head_end; ++h) {

@@ -1,0 +1,173 @@
+"""Projections by oneDNN: torch.nn.functional.linear's results, and its alone where that matters."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+import attnfast
+from attnfast import linear as projections
+from attnfast.linear import ProjectionLinear, linear
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Give every size to oneDNN, on every machine; the shapes of what it computes are listed."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    seen: list[tuple[int, ...]] = []
+    plain = projections._onednn
+
+    def listed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append((*x.shape, weight.shape[0]))
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(projections, "_onednn", listed)
+    monkeypatch.setattr(projections, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(projections, "WORTH_IT", 0)
+    monkeypatch.setattr(projections, "WORTH_IT_WITH_GRADIENTS", 0)
+    return seen
+
+
+def operands(*lead: int, bias: bool = True) -> list[Tensor | None]:
+    torch.manual_seed(0)
+    return [torch.randn(*lead, 24), torch.randn(40, 24), torch.randn(40) if bias else None]
+
+
+def derivatives(function: Callable[..., Tensor], args: list[Tensor | None]) -> list[Tensor]:
+    """The result, its gradients, and the gradients of a function of those."""
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in args]
+    given = [x for x in leaves if x is not None]
+    y = function(*leaves)
+    first = torch.autograd.grad(y.square().sum(), given, create_graph=True)
+    total = first[0].square().sum() + first[1].pow(3).sum()
+    second = torch.autograd.grad(total, given, allow_unused=True)
+    return [y, *first, *(x for x in second if x is not None)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lead", [(5,), (3, 7), (2, 3, 4), (1, 1), (0, 4)], ids=str)
+def test_results_and_derivatives(
+    products: list[tuple[int, ...]], lead: tuple[int, ...], bias: bool
+) -> None:
+    args = operands(*lead, bias=bias)
+    exact = derivatives(F.linear, [None if x is None else x.double() for x in args])
+    torchs = derivatives(F.linear, args)
+    ours = derivatives(linear, args)
+    assert bool(products) == (0 not in lead)
+    assert len(ours) == len(exact)
+    for x, y, e in zip(ours, torchs, exact, strict=True):
+        assert x.shape == y.shape
+        if not e.numel():
+            continue
+        bound = 2 * (y - e).abs().max() + 4 * torch.finfo(torch.float32).eps * e.abs().max()
+        assert (x - e).abs().max() <= bound
+
+
+def test_transposed_inputs(products: list[tuple[int, ...]]) -> None:
+    x = torch.randn(6, 3, 24).transpose(0, 1)
+    weight = torch.randn(24, 40).t()
+    torch.testing.assert_close(linear(x, weight, None), F.linear(x, weight))
+    assert products == [(3, 6, 24, 40)]
+
+
+def test_only_wanted_gradients_are_computed(products: list[tuple[int, ...]]) -> None:
+    x, weight, bias = operands(5)
+    assert x is not None
+    assert weight is not None
+    linear(x, weight.requires_grad_(), bias).sum().backward()
+    assert products == [(5, 24, 40), (40, 5, 24)]
+
+
+def call_with(**changed: torch.dtype) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        dtype = changed["dtype"]
+        return linear(torch.randn(5, 24, dtype=dtype), torch.randn(40, 24, dtype=dtype), None)
+
+    return call
+
+
+def under(context: Callable[[], object]) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        with context():  # type: ignore[attr-defined]
+            return linear(torch.randn(5, 24), torch.randn(40, 24), None)
+
+    return call
+
+
+class Subclass(Tensor):
+    pass
+
+
+TORCHS_OWN = {
+    "float64": call_with(dtype=torch.float64),
+    "bfloat16": call_with(dtype=torch.bfloat16),
+    "autocast": under(lambda: torch.autocast("cpu")),
+    "oneDNN switched off": under(lambda: torch.backends.mkldnn.flags(enabled=False)),
+    "fake tensors": under(FakeTensorMode),
+    "meta device": lambda: linear(
+        torch.randn(5, 24, device="meta"), torch.randn(40, 24, device="meta"), None
+    ),
+    "a vector": lambda: linear(torch.randn(24), torch.randn(40, 24), None),
+    "a subclass": lambda: linear(
+        torch.randn(5, 24).as_subclass(Subclass), torch.ones(40, 24), None
+    ),
+    "vmap": lambda: torch.vmap(lambda x: linear(x, torch.ones(40, 24), None))(torch.ones(2, 5, 24)),
+    "forward mode": lambda: torch.func.jvp(
+        lambda x: linear(x, torch.ones(40, 24), None), (torch.ones(5, 24),), (torch.ones(5, 24),)
+    )[1],
+    "compile": lambda: torch.compile(linear, fullgraph=True, backend="eager")(
+        torch.ones(5, 24), torch.ones(40, 24), None
+    ),
+    "trace": lambda: torch.jit.trace(
+        lambda x, w: linear(x, w, None), (torch.ones(5, 24), torch.ones(40, 24)), check_trace=False
+    )(torch.ones(5, 24), torch.ones(40, 24)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:TF32 acceleration")
+@pytest.mark.parametrize("name", TORCHS_OWN)
+def test_torchs_own_function_is_used(products: list[tuple[int, ...]], name: str) -> None:
+    y = TORCHS_OWN[name]()
+    assert y.shape[-1] == 40
+    assert not products
+
+
+def test_wrong_shapes_raise_torchs_error(products: list[tuple[int, ...]]) -> None:
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        linear(torch.ones(5, 23), torch.ones(40, 24), None)
+    assert not products
+
+
+def test_module_projects_by_it(products: list[tuple[int, ...]]) -> None:
+    ours = attnfast.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 5, 32)
+    ours(x, x, x)[0].sum().backward()
+    forward = [(2, 5, 32, 96), (2, 5, 32, 32)]
+    assert products[:2] == forward
+    assert len(products) == 5  # and two gradients of weights, one of an input: x has none
+
+
+def test_replace_and_restore() -> None:
+    stock = nn.MultiheadAttention(32, 4)
+    adapted = nn.MultiheadAttention(32, 4)
+    adapted.out_proj = nn.Linear(32, 32)  # not torch's class: somebody's own
+    model = nn.ModuleList([stock, adapted])
+    attnfast.replace(model)
+    assert type(stock.out_proj) is ProjectionLinear
+    assert type(adapted.out_proj) is nn.Linear
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(copied[0].out_proj) is ProjectionLinear
+        attnfast.restore(copied)
+        assert type(copied[0].out_proj) is NonDynamicallyQuantizableLinear
+    attnfast.restore(model)
+    assert type(stock.out_proj) is NonDynamicallyQuantizableLinear
+    assert type(adapted.out_proj) is nn.Linear
