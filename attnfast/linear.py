@@ -1,10 +1,10 @@
 """Linear projections: ``torch.nn.functional.linear``, by oneDNN where torch's BLAS is slow.
 
 MKL, the BLAS of torch's x86 builds, does not use AVX-512 on AMD processors; oneDNN, which the same
-builds hold for other purposes, does. On a Zen 5 its fp32 products take half the time from a few
-million multiply-adds on (docs/performance.md). Everything else goes to torch's own function: other
-dtypes, devices and processors, small products, autocast, torch.compile, functorch's transforms,
-tracing, dispatch modes and tensor subclasses.
+builds hold for other purposes, does: on a Zen 5, 2 threads, 2048 rows from 384 to 1152 features in
+fp32 take 4.0 ms instead of 8.2. Everything else goes to torch's own function: other dtypes, devices
+and processors, small products, autocast, torch.compile, functorch's transforms, tracing, dispatch
+modes and tensor subclasses.
 """
 
 from __future__ import annotations

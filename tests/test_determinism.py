@@ -19,6 +19,7 @@ LARGER = (
     Case("larger", T=300, S=300, D=64, grads=("out", "lse")),
     Case("larger_gqa", B=1, H=6, H_kv=2, T=513, S=513, D=40, causal=True, bias="ts"),
     Case("larger_varlen", H=4, H_kv=2, lengths=((1, 300), (200, 200), (70, 3)), bias="hts"),
+    Case("larger_heads", B=2, H=5, H_kv=5, T=130, S=2100, D=128),  # packed a few at a time
     Case("larger_row", B=1, H=8, H_kv=2, T=1, S=2100, D=64),
     replace(EVERYTHING, name="larger_everything", T=300, S=257, weights="mean"),
 )
@@ -79,6 +80,7 @@ BATCHES = (
     Case("row", B=5, T=1, S=300, H=4, H_kv=1, D=64),
     Case("row_masks", B=5, T=1, S=300, mask="bs", bias="bs", sinks=True, softcap=5.0),
     Case("long", B=3, T=300, S=300, D=64, grads=("out", "lse")),
+    Case("heads", B=3, H=3, H_kv=3, T=130, S=2100, D=128),
     replace(EVERYTHING, name="everything", B=5, dropout_p=0.0),
 )
 

@@ -100,6 +100,11 @@ UNATTENDED: dict[str, tuple[Case, Callable[[Inputs], Tensor]]] = {
     ),
     "after causal": (Case(causal=True, T=65, S=129), lambda i: _tail(i, 65)),
     "after causal, one key": (Case(causal=True, T=64, S=65), lambda i: _tail(i, 64)),
+    "after causal, many queries": (Case(causal=True, T=201, S=300), lambda i: _tail(i, 201)),
+    "before the window, many queries": (
+        Case(window=(4, -1), T=150, S=301, align="bottom_right"),
+        lambda i: ~_tail(i, 147),
+    ),
     "outside the window": (Case(window=(-1, 3), T=20, S=300), lambda i: _tail(i, 23)),
     "before the window": (
         Case(window=(3, -1), T=20, S=300, align="bottom_right"),

@@ -9,6 +9,11 @@ Arena& thread_arena() {
   return arena;
 }
 
+Arena& team_arena() {
+  static thread_local Arena arena;
+  return arena;
+}
+
 int usable_threads(int wanted) {
   static const pid_t loaded_in = getpid();
   return getpid() == loaded_in ? wanted : 1;

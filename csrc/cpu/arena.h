@@ -53,6 +53,9 @@ class Arena {
 // The calling thread's arena.
 Arena& thread_arena();
 
+// The calling thread's other arena, for what all threads of its parallel region read.
+Arena& team_arena();
+
 // How many threads a parallel region may have: `wanted`, or one in a forked child, where OpenMP's
 // threads of the parent no longer exist.
 int usable_threads(int wanted);

@@ -4,16 +4,14 @@
 //   o = softmax(scale * q k^T, masked, biased, capped) v        lse = logsumexp of the scores
 //
 // Work:    one item per (batch entry, head, block of queries), heaviest causal blocks first
-// Memory:  per thread the block's transposed q and o, one tile of scores, and for bf16 and fp16 one
-// fp32 block
-//          of k and v, which all columns of the query block share
+// Memory:  per thread the block's transposed q and o and one tile of scores; what of k and v cannot
+//          be read in place (keys.h), packed: a tile per thread, or the key heads in work
 // bf16:    where the processor multiplies pairs of bf16 (AVX512_BF16), both products do: q k^T
-// along
-//          the rows as they lie, p v on pairs of keys, p rounded to bf16
+//          along the rows as they lie, p v on pairs of keys, p rounded to bf16
 // Threads: items are independent; a row's result depends on its own sequence alone
-#include <type_traits>
 #include "arena.h"
 #include "kernels.h"
+#include "keys.h"
 #include "scores.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
@@ -27,9 +25,6 @@ constexpr float kLazyRise = 8.0f;
 // that is done.
 constexpr Index kLinesPerTile = 256;
 constexpr Index kPrefetchRows = 256;
-
-template <class Element>
-constexpr bool kPairsOf = kHasPairs && std::is_same<Element, BFloat16>::value;
 
 struct ColumnState {
   float m[kColumn], l[kColumn];            // running maximum and sum
@@ -103,22 +98,22 @@ struct Scratch {
   Prefetcher next;
 
   template <class Element>
-  static size_t bytes(const Problem& p, Index num_columns) {
+  static size_t bytes(const Problem& p, Index num_columns, const PackedHeads<Element>& packed) {
     size_t n = Arena::bytes_for<float>(kMaxKeys * kColumn) * (p.dropout_p > 0.0 ? 2 : 1);
     n += Arena::bytes_for<ColumnState>(num_columns);
     n += num_columns *
          (Arena::bytes_for<float>(p.D * kColumn) + Arena::bytes_for<float>(p.D_v * kColumn));
-    if (RowsAsFloat<Element>::kPacks)
-      n += Arena::bytes_for<float>(kMaxKeys * round_up(p.D, kLanes));
     if (kPairsOf<Element>)
       n += Arena::bytes_for<float>(kMaxKeys / 2 * kColumn) +
            Arena::bytes_for<float>(kMaxKeys / 2 * round_up(p.D_v, kLanes));
-    return n + Arena::bytes_for<float>(kMaxKeys * round_up(p.D_v, kLanes));
+    if (packed.most) return n;
+    return n + Arena::bytes_for<float>(packed.layout.k_floats(kMaxKeys)) +
+           Arena::bytes_for<float>(packed.layout.v_floats(kMaxKeys));
   }
 
   template <class Element>
-  void take(Arena& arena, const Problem& p, Index num_columns) {
-    arena.reset(bytes<Element>(p, num_columns));
+  void take(Arena& arena, const Problem& p, Index num_columns, const PackedHeads<Element>& packed) {
+    arena.reset(bytes(p, num_columns, packed));
     s = arena.take<float>(kMaxKeys * kColumn);
     keep = p.dropout_p > 0.0 ? arena.take<float>(kMaxKeys * kColumn) : nullptr;
     columns = arena.take<ColumnState>(num_columns);
@@ -126,44 +121,28 @@ struct Scratch {
       columns[c].q_t = arena.take<float>(p.D * kColumn);
       columns[c].o_t = arena.take<float>(p.D_v * kColumn);
     }
-    k = RowsAsFloat<Element>::kPacks ? arena.take<float>(kMaxKeys * round_up(p.D, kLanes))
-                                     : nullptr;
-    v = arena.take<float>(kMaxKeys * round_up(p.D_v, kLanes));
-    if (!kPairsOf<Element>) return;
-    p_pairs = arena.take<float>(kMaxKeys / 2 * kColumn);
-    v_clean = arena.take<float>(kMaxKeys / 2 * round_up(p.D_v, kLanes));
-  }
-};
-
-// A tile's keys and values as the products want them: row 0 is the tile's first key.
-struct KeyTile {
-  const float *k, *v;
-  Index k_row, v_row;
-
-  // From key `skip` of the tile on. Pairs of v are of an even key and the next.
-  template <class Element>
-  KeyTile from(Index skip) const {
-    return {k + skip * k_row, v + (kPairsOf<Element> ? skip / 2 : skip) * v_row, k_row, v_row};
+    if (kPairsOf<Element>) {
+      p_pairs = arena.take<float>(kMaxKeys / 2 * kColumn);
+      v_clean = arena.take<float>(kMaxKeys / 2 * round_up(p.D_v, kLanes));
+    }
+    if (packed.most) return;
+    k = arena.take<float>(packed.layout.k_floats(kMaxKeys));
+    v = arena.take<float>(packed.layout.v_floats(kMaxKeys));
   }
 };
 
 template <class Element>
-KeyTile load_keys(const Head<Element>& head, Index key, Index n, Scratch& scratch) {
+KeyTile load_keys(const Head<Element>& head, Index key, Index n, const PackedHeads<Element>& packed,
+                  Scratch& scratch) {
   const Problem& p = head.problem;
-  const Element *k = head.k + key * p.k.t, *v = head.v + key * p.v.t;
-  KeyTile tile;
-  if constexpr (kPairsOf<Element>) {
-    const bool as_it_lies =
-        p.D % 2 == 0 && p.k.t % 2 == 0 && reinterpret_cast<uintptr_t>(k) % alignof(float) == 0;
-    tile.k = as_it_lies ? reinterpret_cast<const float*>(k) : scratch.k;
-    tile.k_row = as_it_lies ? p.k.t / 2 : round_up(p.D, kLanes);
-    if (!as_it_lies) pack_pairs_along_rows(k, p.k.t, n, p.D, tile.k_row, scratch.k);
-    tile.v = scratch.v, tile.v_row = round_up(p.D_v, kLanes);
-    pack_pairs_of_rows(v, p.v.t, n, p.D_v, tile.v_row, scratch.v);
-  } else {
-    tile.k = RowsAsFloat<Element>::get(k, p.k.t, n, p.D, Use::kAlongRows, scratch.k, &tile.k_row);
-    tile.v = RowsAsFloat<Element>::get(v, p.v.t, n, p.D_v, Use::kAcross, scratch.v, &tile.v_row);
+  if (packed.most) {
+    const Index index = head.b * p.H_kv + head.h / (p.H / p.H_kv);
+    return packed.layout.tile(head, key, packed.k(index), packed.v(index));
   }
+  packed.layout.pack(head, key, n, scratch.k, scratch.v);
+  KeyTile tile = packed.layout.tile(head, key, nullptr, nullptr);
+  if (packed.layout.packs_k) tile.k = scratch.k;
+  if (packed.layout.packs_v) tile.v = scratch.v;
   return tile;
 }
 
@@ -297,7 +276,7 @@ void finish_column(const ForwardParams& p, const Head<Element>& head, const Colu
 
 template <bool kStats, bool kNatural, class Element>
 void query_block(const ForwardParams& p, const Head<Element>& head, Index t0, Index rows,
-                 Scratch& scratch) {
+                 const PackedHeads<Element>& packed, Scratch& scratch) {
   const Index num_columns = (rows + kColumn - 1) / kColumn;
   Index begin = head.S, end = 0;
   for (Index c = 0; c < num_columns; ++c) {
@@ -321,12 +300,13 @@ void query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
       end = max_of(end, column.end);
     }
   }
+  if (kPairsOf<Element>) begin -= begin % 2, end = min_of(end + end % 2, head.S);
   const Index most = keys_per_tile(p);
   const Index tiles = max_of((end - begin + most - 1) / most, 1);
   const Index step = min_of(round_up((end - begin + tiles - 1) / tiles, kTileRows), most);
   for (Index key = begin; key < end; key += step) {
     const Index n = min_of(step, end - key);
-    const KeyTile tile = load_keys(head, key, n, scratch);
+    const KeyTile tile = load_keys(head, key, n, packed, scratch);
     for (Index c = 0; c < num_columns; ++c) {
       const Column column(head, t0 + c * kColumn, min_of(rows - c * kColumn, kColumn));
       Index first = max_of(key, column.begin), last = min_of(key + n, column.end);
@@ -358,28 +338,45 @@ template <class Element>
 void forward(const ForwardParams& p) {
   // bf16 and fp16 blocks are taller, so that each fp32 copy of k and v serves more queries.
   const Index block = RowsAsFloat<Element>::kPacks ? 128 : 64;
-  const Index blocks = (p.T + block - 1) / block;
+  const Index blocks = (p.T + block - 1) / block, group = p.H / p.H_kv;
   const Index items = p.B * p.H * blocks;
+  if (items == 0) return;
   const auto run =
       p.max_logit
           ? (p.bias.data ? query_block<true, true, Element> : query_block<true, false, Element>)
           : (p.bias.data ? query_block<false, true, Element> : query_block<false, false, Element>);
+  PackedHeads<Element> packed(p, group * blocks);
+  const Index key_heads = p.B * p.H_kv, heads_at_once = packed.most ? packed.most : key_heads;
+  const Index parts = (p.S + kPackedKeys - 1) / kPackedKeys;
   const int threads = usable_threads(p.num_threads);
-  const bool short_rows = p.T <= kPrefetchRows && p.S <= kPrefetchRows;
-  const Index chunk = short_rows ? max_of(min_of(items / (threads * 8), 8), 1) : 1;
+  const bool prefetches = p.T <= kPrefetchRows && p.S <= kPrefetchRows && !packed.most;
+  const Index chunk = prefetches ? max_of(min_of(items / (threads * 8), 8), 1) : 1;
 #pragma omp parallel num_threads(threads) if (items > 1 && threads > 1)
   {
     Arena& arena = thread_arena();
     Scratch scratch;
-    scratch.take<Element>(arena, p, (min_of(block, p.T) + kColumn - 1) / kColumn);
+    scratch.take(arena, p, (min_of(block, p.T) + kColumn - 1) / kColumn, packed);
+    for (Index first = 0; first < key_heads; first += heads_at_once) {
+      const Index heads = min_of(heads_at_once, key_heads - first);
+      if (packed.most) {
+#pragma omp single
+        packed.first = first;
+#pragma omp for schedule(dynamic, 1)
+        for (Index i = 0; i < heads * parts; ++i) packed.pack(p, first + i / parts, i % parts);
+      }
 #pragma omp for schedule(dynamic, chunk) nowait
-    for (Index item = 0; item < items; ++item) {
-      const Index head_index = item / blocks, t0 = (blocks - 1 - item % blocks) * block;
-      const Head<Element> head(p, head_index / p.H, head_index % p.H);
-      scratch.next.clear();
-      if (short_rows && t0 == 0 && head_index + 1 < p.B * p.H)
-        prefetch_head<Element>(p, head_index + 1, &scratch.next);
-      if (t0 < head.T) run(p, head, t0, min_of(block, head.T - t0), scratch);
+      for (Index item = 0; item < heads * group * blocks; ++item) {
+        const Index head_index = first * group + item / blocks;
+        const Index t0 = (blocks - 1 - item % blocks) * block;
+        const Head<Element> head(p, head_index / p.H, head_index % p.H);
+        scratch.next.clear();
+        if (prefetches && t0 == 0 && head_index + 1 < p.B * p.H)
+          prefetch_head<Element>(p, head_index + 1, &scratch.next);
+        if (t0 < head.T) run(p, head, t0, min_of(block, head.T - t0), packed, scratch);
+      }
+      if (first + heads < key_heads) {
+#pragma omp barrier
+      }
     }
     arena.release();
   }

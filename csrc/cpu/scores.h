@@ -384,9 +384,10 @@ struct RowsAsFloat {
 template <>
 struct RowsAsFloat<float> {
   static constexpr bool kPacks = false;
+  static bool lies_well(Index stride, Index D) { return stride <= 2 * D; }
   static const float* get(const float* rows, Index stride, Index n, Index D, Use use,
                           float* scratch, Index* out_stride) {
-    if (use == Use::kAlongRows || stride <= 2 * D) {
+    if (use == Use::kAlongRows || lies_well(stride, D)) {
       *out_stride = stride;
       return rows;
     }

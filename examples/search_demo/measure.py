@@ -19,7 +19,7 @@ TORCH, ATTNFAST = "torch", "attnfast"  # the two models, everywhere in this demo
 FORWARD, ATTENTION = "search::forward", "search::attention"
 # What TransformerEncoderLayer runs in eval mode instead of its self_attn module.
 TORCH_FAST_PATH = "aten::_native_multi_head_attention"
-PROJECTIONS = frozenset({"aten::linear", "aten::addmm", "aten::mm"})
+PROJECTIONS = frozenset({"aten::linear", "aten::addmm", "aten::mm", "mkldnn::_linear_pointwise"})
 
 Models = Mapping[str, SentenceEncoder]
 
