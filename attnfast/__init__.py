@@ -5,6 +5,7 @@ See `attention` for the contract, `explain` for which backend runs a call and wh
 """
 
 from ._version import __version__
+from .cache import KVCache
 from .explain import explain
 from .functional import attention, decode_attention, varlen_attention
 from .module import MultiheadAttention
@@ -14,6 +15,7 @@ from .stats import AttentionStats
 
 __all__ = [
     "AttentionStats",
+    "KVCache",
     "MultiheadAttention",
     "__version__",
     "attention",

@@ -3,27 +3,34 @@
 The forward pass traces these shapes (E = H * D; batch_first swaps B and T in the first and last):
 
     query (T, B, E), key, value (S, B, kdim|vdim)
-      -> one to three linears, viewed as heads: q (B, H, T, D), k and v (B, H, S, D), nothing copied
+      -> one to three linears, viewed as heads: q (B, H, T, D), k and v (B, H_kv, S, D), no copies
       -> attention: out (B, H, T, D) with q's strides, weights (B, T, S) or (B, H, T, S)
       -> viewed as (T, B, E) -> out_proj
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, NoReturn, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import attention
+from . import extras
+from . import requirements as require
+from .cache import KVCache
+from .functional import attention, decode_attention
+from .jagged import jagged_forward
 from .linear import linear, use_projection_linear
+from .module_inputs import NAME, attend_appended, check_inputs, split_masks
+from .stats import AttentionStats
+
+DECODE_ROWS = 4  # queries per sequence up to which decode_attention beats attention (Zen 5)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` with fused attention: same parameters, ``state_dict``, results.
 
-    Every argument and default is torch's; the two keyword-only extras default to torch's behaviour.
+    Every argument and default is torch's; the keyword-only extras default to torch's behaviour.
     It differs from torch where torch is wrong or refuses:
 
     - A query whose keys are all masked gives zeros in output, weights and gradients, never NaN.
@@ -35,6 +42,7 @@ class MultiheadAttention(nn.MultiheadAttention):
       keys that ``add_bias_kv`` and ``add_zero_attn`` append are always attended.
     - ``attn_mask`` may also be ``(B, T, S)``, 4-D, or have dimensions of size 1; bool and float
       masks may be mixed, and bool masks stay bool.
+    - Nested tensors of layout ``torch.jagged`` work in training and evaluation, without padding.
 
     Args:
         embed_dim: E, the model's width; a multiple of ``num_heads``.
@@ -48,16 +56,45 @@ class MultiheadAttention(nn.MultiheadAttention):
         batch_first: inputs and output are ``(B, T, E)`` instead of ``(T, B, E)``.
         device: where the parameters live.
         dtype: the parameters' dtype; fp64 is computed by the reference.
+        num_kv_heads: H_kv, heads of keys and values, each shared by ``H / H_kv`` query heads
+            (arXiv:2305.13245); default H. ``in_proj_weight`` then is ``((H + 2 H_kv) D, E)``.
+        window: ``(left, right)``: query t attends keys t - left to t + right only; None is
+            unbounded. Not with ``add_bias_kv`` or ``add_zero_attn``, whose keys have no position.
+        softcap: c: scores x become ``c * tanh(x / c)`` (arXiv:2408.00118).
+        sinks: learn one logit per head, the parameter ``sinks`` ``(H,)``, initially zero, that
+            takes part in the softmax's denominator only (arXiv:2309.17453).
+        alibi: add ``-slope * abs(s - t)`` to the scores, with the slopes of arXiv:2108.12409 in
+            ``alibi_slopes``, fp32 ``(H,)``, not in the ``state_dict``. Not with ``add_bias_kv`` or
+            ``add_zero_attn``.
+        similarity: "dot", or "cosine": q and k are normalised, and multiplied not by ``D ** -0.5``
+            but by a temperature per head, exp of the parameter ``log_temperature`` ``(H,)``,
+            initially 10, at most 100 (arXiv:2010.04245, arXiv:2111.09883).
+        collect_stats: keep the `AttentionStats` of the last call in ``module.stats``, attached to
+            the graph, so that entropy can be penalised; "received" fills its column sums too. May
+            be changed at any time. Copies and pickles leave ``stats`` out.
         backend: the backend to use, see `attnfast.attention`.
         deterministic: see `attnfast.attention`.
 
     Raises:
-        ValueError: ``embed_dim`` or ``num_heads`` is not positive.
+        TypeError: an extra of the wrong type.
+        ValueError: ``embed_dim`` or ``num_heads`` is not positive; an extra is out of range, or
+            does not go with ``add_bias_kv`` or ``add_zero_attn``.
         AssertionError: ``embed_dim`` is not a multiple of ``num_heads`` (torch's own check).
     """
 
     backend: str = "auto"
     deterministic: bool | None = None
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    similarity: str = "dot"
+    collect_stats: bool | str = False
+    stats: AttentionStats | None = None
+    num_kv_heads: int
+    sinks: nn.Parameter | None
+    log_temperature: nn.Parameter | None
+    alibi_slopes: Tensor | None
+    _has_sinks: bool = False
 
     def __init__(
         self,
@@ -73,6 +110,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        num_kv_heads: int | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
+        alibi: bool = False,
+        similarity: str = "dot",
+        collect_stats: bool | str = False,
         backend: str = "auto",
         deterministic: bool | None = None,
     ) -> None:
@@ -89,27 +133,54 @@ class MultiheadAttention(nn.MultiheadAttention):
             device,
             dtype,
         )
+        appends = add_bias_kv or add_zero_attn
+        extras.check(window, softcap, alibi, similarity, collect_stats, appends)
         self.backend = backend
         self.deterministic = deterministic
-        use_projection_linear(self.out_proj)
+        self.window = window
+        self.softcap = softcap
+        self.alibi = alibi
+        self.similarity = similarity
+        self.collect_stats = collect_stats
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        adopt(self)
+        if num_kv_heads is not None:
+            self._share_key_heads(num_kv_heads, made)
+        if sinks:
+            self._has_sinks = True
+            self.sinks = nn.Parameter(torch.zeros(num_heads, **made))
+        if similarity == "cosine":
+            initial = torch.full((num_heads,), extras.LOG_TEMPERATURE, **made)
+            self.log_temperature = nn.Parameter(initial)
+        if alibi:
+            self.alibi_slopes = extras.alibi_slopes(num_heads, self.out_proj.weight.device)
 
     def forward(
         self,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        kv_cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from ``query`` to ``key`` and ``value``.
 
+        With ``kv_cache`` the projected ``key`` and ``value`` are appended to what it holds, S
+        counts all that it then holds, and the T queries stand at the last T of these positions (for
+        ``is_causal``, ``window`` and ALiBi), so that feeding a sequence piece by piece with
+        ``is_causal=True`` gives what feeding it whole gives. ``key`` and ``value`` may be None to
+        attend only what is held: cross-attention after its first step.
+
         Args:
-            query: ``(T, B, E)``, ``(B, T, E)`` with ``batch_first``, or ``(T, E)`` unbatched.
-            key: ``(S, B, kdim)``, ``(B, S, kdim)`` or ``(S, kdim)``.
-            value: ``(S, B, vdim)``, ``(B, S, vdim)`` or ``(S, vdim)``.
+            query: ``(T, B, E)``, ``(B, T, E)`` with ``batch_first``, or ``(T, E)`` unbatched; or
+                jagged ``(B, *, E)`` with ``batch_first``.
+            key: ``(S, B, kdim)``, ``(B, S, kdim)`` or ``(S, kdim)``; or jagged ``(B, *, kdim)``.
+            value: ``(S, B, vdim)``, ``(B, S, vdim)`` or ``(S, vdim)``; or jagged, as ``key``.
             key_padding_mask: ``(B, S)``, or ``(S,)`` unbatched. Bool: True keys are masked **out**.
                 Float: added to the scores of the key.
             need_weights: also return the weights, after dropout.
@@ -120,18 +191,28 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal: query t attends keys up to t. With ``attn_mask`` it is, as in torch, the
                 caller's promise that ``attn_mask`` is the causal mask: ``attn_mask`` is then not
                 read at all, except with ``need_weights``, where it alone decides.
+            kv_cache: what this layer has read before; see `KVCache`. Without gradients only.
 
         Returns:
-            The output, of query's shape, and the weights: None without ``need_weights``, else
-            ``(B, T, S)``, per head ``(B, H, T, S)``; unbatched without the B. S includes the keys
-            that ``add_bias_kv`` and ``add_zero_attn`` append, in this order, last.
+            The output, of query's shape (jagged: with query's offsets), and the weights: None
+            without ``need_weights``, else ``(B, T, S)``, per head ``(B, H, T, S)``; unbatched
+            without the B. S includes the keys that ``add_bias_kv`` and ``add_zero_attn`` append, in
+            this order, last.
 
         Raises:
-            TypeError: a mask that is neither bool nor float; a nested tensor; an input in another
-                dtype than the parameters outside autocast.
-            ValueError: a shape that does not fit; an input on another device than the parameters.
+            TypeError: a mask that is neither bool nor float; a nested tensor that is not jagged, or
+                with options that need padding; an input in another dtype than the parameters
+                outside autocast.
+            ValueError: a shape that does not fit; an input on another device than the parameters;
+                ``key`` or ``value`` None without a ``kv_cache`` that holds something; a
+                ``kv_cache`` that is full, of another batch, or where gradients are needed.
         """
-        self._check_inputs(query, key, value)
+        if query.is_nested and query.layout is torch.jagged:
+            options = (key_padding_mask, need_weights, attn_mask, is_causal, kv_cache)
+            return jagged_forward(self, query, key, value, *options), None
+        if kv_cache is not None or key is None or value is None:
+            _check_cache(kv_cache, key, value)
+        check_inputs(self, query, key, value)
         if is_causal and attn_mask is not None:
             if need_weights:
                 is_causal = False
@@ -139,16 +220,30 @@ class MultiheadAttention(nn.MultiheadAttention):
                 attn_mask = None
 
         q, k, v = self._project(query, key, value)
-        mask = bias = None
-        if attn_mask is not None or key_padding_mask is not None:
-            mask, bias = _split_masks(attn_mask, key_padding_mask, (*q.shape[:3], k.shape[2]))
         appended = 0
         if self.bias_k is not None or self.add_zero_attn:
-            source = k.shape[2]
-            k, v = self._append_keys(k, v)
-            appended = k.shape[2] - source
-            mask, bias = (_attend_appended(x, appended, source) for x in (mask, bias))
+            appended = (self.bias_k is not None) + self.add_zero_attn
+            extras.check_positions(self.window, self.alibi)
+            if kv_cache is None or not (k is None or kv_cache.length):
+                k, v = self._append_keys(k, v)
+        if self.similarity == "cosine":
+            q, k = extras.normalise(q, k, cast(Tensor, self.log_temperature))
+        if kv_cache is not None:
+            if k is not None:
+                kv_cache.append(k, v, appended)
+            k, v = kv_cache.keys, kv_cache.values
 
+        mask = bias = None
+        if attn_mask is not None or key_padding_mask is not None:
+            sizes = (*q.shape[:3], k.shape[2] - appended)
+            mask, bias = split_masks(attn_mask, key_padding_mask, sizes)
+            if appended:
+                mask, bias = (attend_appended(x, appended, sizes[3]) for x in (mask, bias))
+        if kv_cache is not None and self._decodes(q, is_causal, need_weights):
+            out = self._decode(q, kv_cache, mask, bias)
+            return self.out_proj(self._merge_heads(out, query)), None
+
+        collect = self.collect_stats
         result = attention(
             q,
             k,
@@ -156,63 +251,162 @@ class MultiheadAttention(nn.MultiheadAttention):
             mask=mask,
             bias=bias,
             causal=is_causal,
-            align=appended or "top_left",
+            window=self.window,
+            align="bottom_right" if kv_cache is not None else appended or "top_left",
+            scale=None if self.similarity == "dot" else 1.0,
+            softcap=self.softcap,
+            alibi_slopes=self.alibi_slopes if self.alibi else None,
+            sinks=self.sinks if self._has_sinks else None,
             dropout_p=self.dropout if self.training else 0.0,
+            return_stats=collect,
             return_weights=("mean" if average_attn_weights else True) if need_weights else False,
             deterministic=self.deterministic,
             backend=self.backend,
         )
-        if not need_weights:
+        if not (need_weights or collect):
             return self.out_proj(self._merge_heads(cast(Tensor, result), query)), None
-        out, weights = result
-        if appended:
+        out, *others = result
+        if collect:
+            self.stats = extras.stats_of_call(others[0], appended, query.dim() == 2)
+        weights = others[-1] if need_weights else None
+        if weights is not None and appended:
             weights = weights.roll(-appended, -1)
-        if query.dim() == 2:
+        if weights is not None and query.dim() == 2:
             weights = weights[0]
         return self.out_proj(self._merge_heads(out, query)), weights
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Project to q, k and v (B, H, length, D), with as few linears as the inputs allow."""
-        heads = (self.num_heads, self.head_dim)
+    def extra_repr(self) -> str:
+        """The extras that are not torch's behaviour."""
+        shown: dict[str, Any] = {}
+        if self.num_kv_heads != self.num_heads:
+            shown["num_kv_heads"] = self.num_kv_heads
+        shown |= {
+            name: getattr(self, name)
+            for name in ("window", "softcap", "alibi", "similarity", "collect_stats", "backend")
+            if getattr(self, name) != getattr(MultiheadAttention, name)
+        }
+        if self._has_sinks:
+            shown["sinks"] = True
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("stats", None)  # part of a graph, which neither pickles nor copies
+        return state
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        extras.fail_to_script()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        applied = super()._apply(fn, recurse)
+        if self.alibi:  # to another device, and fp32 whatever the parameters become
+            self.alibi_slopes = extras.alibi_slopes(self.num_heads, self.out_proj.weight.device)
+        return applied
+
+    def _share_key_heads(self, num_kv_heads: int, made: dict[str, Any]) -> None:
+        """Give keys and values their number of heads: other shapes of the same parameters."""
+        H = self.num_heads
+        num_kv_heads = require.integer(NAME, "num_kv_heads", num_kv_heads, low=1)
+        if H % num_kv_heads:
+            require.fail(NAME, "num_kv_heads", f"a divisor of num_heads, {H}", num_kv_heads)
+        if num_kv_heads == H:
+            return
+        self.num_kv_heads = num_kv_heads
+        rows, E = num_kv_heads * self.head_dim, self.embed_dim
+        if self._qkv_same_embed_dim:
+            self.in_proj_weight = nn.Parameter(torch.empty(E + 2 * rows, E, **made))
+        else:
+            self.k_proj_weight = nn.Parameter(torch.empty(rows, self.kdim, **made))
+            self.v_proj_weight = nn.Parameter(torch.empty(rows, self.vdim, **made))
+        if self.in_proj_bias is not None:
+            self.in_proj_bias = nn.Parameter(torch.empty(E + 2 * rows, **made))
+        if self.bias_k is not None:
+            self.bias_k = nn.Parameter(torch.empty(1, 1, rows, **made))
+            self.bias_v = nn.Parameter(torch.empty(1, 1, rows, **made))
+        self._reset_parameters()
+
+    def _decodes(self, q: Tensor, is_causal: bool, need_weights: bool) -> bool:
+        """Whether a step over the cache is one that `decode_attention` computes."""
+        T = q.shape[2]
+        return (
+            (T == 1 or (is_causal and T <= DECODE_ROWS))
+            and not need_weights
+            and not self.collect_stats
+            and not (self.training and self.dropout)
+        )
+
+    def _decode(
+        self, q: Tensor, cache: KVCache, mask: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """`attention` by the kernel for few queries: a mask becomes part of the bias."""
+        if mask is not None:
+            lowest = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, -torch.inf)
+            bias = lowest if bias is None else bias + lowest
+        out: Tensor = decode_attention(
+            q,
+            cache.keys,
+            cache.values,
+            cache.seqlens(),
+            scale=None if self.similarity == "dot" else 1.0,
+            window=self.window,
+            softcap=self.softcap,
+            alibi_slopes=self.alibi_slopes if self.alibi else None,
+            sinks=self.sinks.detach() if self._has_sinks and self.sinks is not None else None,
+            bias=None if bias is None else bias.detach(),
+            backend=self.backend,
+        )
+        return out
+
+    def _project(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Any:
+        """Project to q (B, H, T, D), k and v (B, H_kv, S, D), with as few linears as possible."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if weight is not None and key is value and query is key:
-            packed = linear(query, weight, bias).view(*query.shape[:-1], 3, *heads)
+            packed = linear(query, weight, bias)
+            if self.num_kv_heads != self.num_heads:
+                return tuple(map(self._as_heads, packed.split(self._sizes(), -1)))
+            packed = packed.view(*query.shape[:-1], 3, self.num_heads, self.head_dim)
             if packed.dim() == 5 and not torch.is_grad_enabled():  # its backward would copy
                 order = (2, 0, 3, 1, 4) if self.batch_first else (2, 1, 3, 0, 4)
                 return packed.permute(order).unbind(0)
-            return tuple(map(self._as_heads, packed.unbind(-3)))
-        return tuple(map(self._as_heads, self._project_apart(query, key, value, weight, bias)))
+            return tuple(map(self._heads_first, packed.unbind(-3)))
+        projected = self._project_apart(query, key, value, weight, bias)
+        return tuple(None if x is None else self._as_heads(x) for x in projected)
 
     def _project_apart(
         self,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        """q, k and v (..., H, D) of inputs that are not one tensor: two linears or three."""
-        heads = (self.num_heads, self.head_dim)
-        if weight is not None and key is value:
-            sizes = (self.embed_dim, 2 * self.embed_dim)
-            weight_q, weight_kv = weight.split(sizes)
-            bias_q, bias_kv = (None, None) if bias is None else bias.split(sizes)
-            q = linear(query, weight_q, bias_q)
-            kv = linear(key, weight_kv, bias_kv)  # (..., 2E)
-            k, v = kv.view(*key.shape[:-1], 2, *heads).unbind(-3)
-            return q.view(*query.shape[:-1], *heads), k, v
+    ) -> tuple[Tensor | None, ...]:
+        """q, k and v (..., H * D) of inputs that are not one tensor: up to three linears."""
+        sizes = self._sizes()
+        if weight is not None and key is not None and key is value:
+            weight_q, weight_kv = weight.split((sizes[0], 2 * sizes[1]))
+            bias_q, bias_kv = (None, None) if bias is None else bias.split((sizes[0], 2 * sizes[1]))
+            return linear(query, weight_q, bias_q), *linear(key, weight_kv, bias_kv).chunk(2, -1)
         if weight is not None:
-            weights = weight.chunk(3)
+            weights = weight.split(sizes)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        biases = (None, None, None) if bias is None else bias.chunk(3)
+        biases = (None, None, None) if bias is None else bias.split(sizes)
         return tuple(
-            linear(x, w, b).view(*x.shape[:-1], *heads)
+            None if x is None else linear(x, w, b)
             for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
 
+    def _sizes(self) -> tuple[int, int, int]:
+        """The features of q, k and v."""
+        keys = self.num_kv_heads * self.head_dim
+        return self.num_heads * self.head_dim, keys, keys
+
     def _as_heads(self, x: Tensor) -> Tensor:
-        """View a projection (..., H, D) as (B, H, length, D)."""
+        """View a projection (..., heads * D) as (B, heads, length, D)."""
+        return self._heads_first(x.unflatten(-1, (-1, self.head_dim)))
+
+    def _heads_first(self, x: Tensor) -> Tensor:
+        """View (..., heads, D) as (B, heads, length, D)."""
         if x.dim() == 3:
             return x.transpose(0, 1).unsqueeze(0)
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
@@ -239,141 +433,36 @@ class MultiheadAttention(nn.MultiheadAttention):
             values.append(v.new_zeros(batch, heads, 1, dim))
         return torch.cat([*keys, k], dim=2), torch.cat([*values, v], dim=2)
 
-    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Raise what the projections would report without naming the argument."""
-        rank = query.dim()
-        if rank not in (2, 3):
-            raise ValueError(
-                f"MultiheadAttention: query must be {self._layout(3, 'B', 'T', self.embed_dim)} or "
-                f"{self._layout(2, 'B', 'T', self.embed_dim)}, got {tuple(query.shape)}"
-            )
-        self._check_input("query", query, rank, None, None, self.embed_dim)
-        if query is key and key is value and self._qkv_same_embed_dim:
-            return
-        batch = query.shape[0 if self.batch_first else 1] if rank == 3 else None
-        self._check_input("key", key, rank, batch, None, self.kdim)
-        source = key.shape[1 if self.batch_first and rank == 3 else 0]
-        self._check_input("value", value, rank, batch, source, self.vdim)
 
-    def _check_input(
-        self, name: str, x: Tensor, rank: int, batch: int | None, length: int | None, features: int
-    ) -> None:
-        """Raise unless x fits its rank, the sizes given (None: any) and the parameters."""
-        if x.is_nested:
-            raise TypeError(
-                f"MultiheadAttention: {name} must not be a nested tensor: pad it and give "
-                "key_padding_mask (in nn.TransformerEncoder set use_nested_tensor to False, as "
-                "attnfast.replace does)"
-            )
-        shape = x.shape
-        batch_dim, length_dim = (0, 1) if self.batch_first else (1, 0)
-        if (
-            len(shape) != rank
-            or shape[-1] != features
-            or (batch is not None and shape[batch_dim] != batch)
-            or (length is not None and shape[length_dim if rank == 3 else 0] != length)
-        ):
-            names = self._layout(rank, "B", "T" if name == "query" else "S", features)
-            sizes = self._layout(
-                rank, "*" if batch is None else batch, "*" if length is None else length, features
-            )
-            required = names if name == "query" else f"{names} = {sizes}"
-            raise ValueError(f"MultiheadAttention: {name} must be {required}, got {tuple(shape)}")
-        weight = self.in_proj_weight if self._qkv_same_embed_dim else self.q_proj_weight
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(
-                f"MultiheadAttention: {name} must have the parameters' dtype {weight.dtype} "
-                f"(or run under autocast), got {x.dtype}"
-            )
-        if x.device != weight.device:
-            raise ValueError(
-                f"MultiheadAttention: {name} must be on the parameters' device {weight.device}, "
-                f"got {x.device}"
-            )
-
-    def _layout(self, rank: int, batch: int | str, length: int | str, features: int) -> str:
-        """A shape as this module expects it, for messages."""
-        if rank == 2:
-            return f"({length}, {features})"
-        first, second = (batch, length) if self.batch_first else (length, batch)
-        return f"({first}, {second}, {features})"
+def adopt(module: nn.MultiheadAttention) -> None:
+    """Give a module built by torch what our class expects beyond its class attributes."""
+    ours = cast(MultiheadAttention, module)
+    ours.num_kv_heads = module.num_heads
+    ours.register_parameter("sinks", None)
+    ours.register_parameter("log_temperature", None)
+    ours.register_buffer("alibi_slopes", None, persistent=False)
+    use_projection_linear(ours.out_proj)
 
 
-def _split_masks(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, sizes: tuple[int, int, int, int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Torch's two masks as `attention` takes them: a bool mask (True = attend) and a float bias.
-
-    Two masks are combined only where both are bool or both float, at the smallest broadcast shape.
-
-    Args:
-        attn_mask: any of the forms of `MultiheadAttention.forward`, or None.
-        key_padding_mask: ``(B, S)``, or ``(S,)`` when B is 1, or None.
-        sizes: ``(B, H, T, S)`` before any key is appended.
-    """
-    excluded: Tensor | None = None
-    bias: Tensor | None = None
-    for given in (
-        None if key_padding_mask is None else _checked_key_padding_mask(key_padding_mask, sizes),
-        None if attn_mask is None else _checked_attn_mask(attn_mask, sizes),
+def abandon(module: nn.MultiheadAttention) -> None:
+    """Undo `adopt`, and forget the extras that were set since."""
+    for registered, name in (
+        (module._parameters, "sinks"),
+        (module._parameters, "log_temperature"),
+        (module._buffers, "alibi_slopes"),
     ):
-        if given is None:
-            continue
-        if given.dtype == torch.bool:
-            excluded = given if excluded is None else excluded | given
-        else:
-            bias = given if bias is None else bias + given
-    return None if excluded is None else ~excluded, bias
+        registered.pop(name, None)
+    module._non_persistent_buffers_set.discard("alibi_slopes")
+    for name in MultiheadAttention.__annotations__:
+        module.__dict__.pop(name, None)
 
 
-def _checked_key_padding_mask(mask: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
-    """A view of key_padding_mask that broadcasts to ``(B, H, T, S)``."""
-    batch, _, _, source = sizes
-    _check_mask_dtype("key_padding_mask", mask)
-    if mask.dim() == 1 and batch == 1:
-        mask = mask.unsqueeze(0)
-    if mask.shape != (batch, source):
-        unbatched = f" or (S,) = ({source},)" if batch == 1 else ""
-        raise ValueError(
-            f"MultiheadAttention: key_padding_mask must be (B, S) = ({batch}, {source})"
-            f"{unbatched}, got {tuple(mask.shape)}"
-        )
-    return mask[:, None, None]
-
-
-def _checked_attn_mask(mask: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
-    """A view of attn_mask that broadcasts to ``(B, H, T, S)``."""
-    batch, heads, target, source = sizes
-    _check_mask_dtype("attn_mask", mask)
-    view = mask
-    if mask.dim() == 3:
-        if mask.shape[0] == batch * heads:
-            view = mask.view(batch, heads, *mask.shape[1:])
-        else:
-            view = mask.unsqueeze(1)
-    fits = all(
-        n in (1, full) for n, full in zip(reversed(view.shape), reversed(sizes), strict=False)
-    )
-    if not (2 <= view.dim() <= 4 and fits):
-        raise ValueError(
-            f"MultiheadAttention: attn_mask must be (T, S) = ({target}, {source}), "
-            f"(B * num_heads, T, S) = ({batch * heads}, {target}, {source}), (B, T, S) or "
-            f"broadcastable to (B, num_heads, T, S) = {sizes}, got {tuple(mask.shape)}"
-        )
-    return view
-
-
-def _check_mask_dtype(name: str, mask: Tensor) -> None:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(
-            f"MultiheadAttention: {name} must be bool (True = masked out) or floating point "
-            f"(added to the scores), got {mask.dtype}"
-        )
-
-
-def _attend_appended(mask: Tensor | None, appended: int, source: int) -> Tensor | None:
-    """Extend a mask or bias over keys put before the others, all of which are attended."""
-    if mask is None:
-        return None
-    value = 1.0 if mask.dtype == torch.bool else 0.0
-    return F.pad(mask.expand(*mask.shape[:-1], source), (appended, 0), value=value)
+def _check_cache(kv_cache: Any, key: Tensor | None, value: Tensor | None) -> None:
+    if not isinstance(kv_cache, KVCache | None):
+        got = type(kv_cache).__name__
+        require.fail(NAME, "kv_cache", "an attnfast.KVCache or None", got, TypeError)
+    if (key is None) != (value is None):
+        require.fail(NAME, "key and value", "both given or both None", "one of them")
+    if key is None and (kv_cache is None or not kv_cache.length):
+        state = "no kv_cache" if kv_cache is None else "an empty one"
+        require.fail(NAME, "key and value", "given unless kv_cache holds some", f"None, {state}")

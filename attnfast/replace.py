@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from .linear import use_projection_linear, use_torch_linear
-from .module import MultiheadAttention
+from .linear import use_torch_linear
+from .module import MultiheadAttention, abandon, adopt
 
 _REPLACED = "_attnfast_replaced"  # on a module whose class replace changed
 _USED_NESTED = "_attnfast_used_nested_tensor"  # on an encoder that replace took it from
@@ -73,8 +73,8 @@ def replace(
             continue
         module.__class__ = MultiheadAttention
         ours = cast(MultiheadAttention, module)
+        adopt(ours)
         ours.backend, ours.deterministic = backend, deterministic
-        use_projection_linear(ours.out_proj)
         setattr(ours, _REPLACED, True)
         replaced.append(name)
 
@@ -116,7 +116,7 @@ def restore(model: nn.Module) -> int:
         if state.pop(_REPLACED, False):
             module.__class__ = nn.MultiheadAttention
             use_torch_linear(cast(nn.MultiheadAttention, module).out_proj)
-            del state["backend"], state["deterministic"]
+            abandon(cast(nn.MultiheadAttention, module))
             restored += 1
         if state.pop(_USED_NESTED, False):
             state["use_nested_tensor"] = True

@@ -110,6 +110,7 @@ def test_nested_tensors() -> None:
     with pytest.raises(TypeError) as raised:
         module(nested, nested, nested)
     assert str(raised.value) == (
-        "MultiheadAttention: query must not be a nested tensor: pad it and give key_padding_mask "
+        "MultiheadAttention: query must not be a nested tensor of layout torch.strided: use "
+        "layout=torch.jagged for query, key and value, or pad and give key_padding_mask "
         "(in nn.TransformerEncoder set use_nested_tensor to False, as attnfast.replace does)"
     )

@@ -1,0 +1,91 @@
+"""The options of `MultiheadAttention` that torch's module lacks, as functions of tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree
+
+from . import requirements as require
+from .module_inputs import NAME
+from .stats import AttentionStats
+
+SIMILARITIES = ("dot", "cosine")
+LOG_TEMPERATURE = math.log(10)  # where the learned log temperatures of cosine similarity start
+MAX_LOG_TEMPERATURE = math.log(100)  # and where they are clamped (arXiv:2111.09883)
+
+
+def check(
+    window: Any, softcap: Any, alibi: bool, similarity: str, collect_stats: Any, appends: bool
+) -> None:
+    """Raise unless the constructor's extras are what `attention` will take.
+
+    ``appends`` is whether keys without a position are appended.
+    """
+    if window is not None:
+        require.window_sides(NAME, window)
+    if softcap is not None:
+        require.softcap_limit(NAME, softcap)
+    require.flag(NAME, "similarity", similarity, SIMILARITIES)
+    require.flag(NAME, "collect_stats", collect_stats, (False, True, "received"))
+    if appends:
+        check_positions(window, alibi)
+
+
+def check_positions(window: Any, alibi: bool) -> None:
+    """Raise where an option that depends on positions meets keys that have none."""
+    if window is None and not alibi:
+        return
+    raise ValueError(
+        f"{NAME}: {'alibi' if window is None else 'window'} must not be combined with add_bias_kv "
+        "or add_zero_attn, whose keys have no position"
+    )
+
+
+def fail_to_script() -> NoReturn:
+    """Raise what ``torch.jit.script`` shows."""
+    raise NotImplementedError(
+        f"{NAME}: torch.jit.script cannot compile attnfast's kernels: use torch.compile or "
+        "torch.export, or call attnfast.restore(model) before scripting"
+    )
+
+
+def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
+    """The slopes of ALiBi (arXiv:2108.12409): fp32 ``(H,)``, geometric from ``2 ** (-8 / H)``.
+
+    For an H that is no power of 2, those of the power below, then every other one of the power
+    above, as its authors do.
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    slopes += [2 ** (-4 * i / power) for i in range(1, 2 * (num_heads - power), 2)]
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
+
+
+def normalise(q: Tensor, k: Tensor | None, log_temperature: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Unit vectors, taken in fp32 or better; q carries the temperature of its head.
+
+    Args:
+        q: ``(B, H, T, D)``.
+        k: ``(B, H_kv, S, D)`` or None.
+        log_temperature: ``(H,)``.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    temperature = log_temperature.to(dtype).clamp(max=MAX_LOG_TEMPERATURE).exp()
+    scaled = F.normalize(q.to(dtype), dim=-1) * temperature[:, None, None]
+    return scaled.to(q.dtype), None if k is None else F.normalize(k.to(dtype), dim=-1).to(k.dtype)
+
+
+def stats_of_call(stats: AttentionStats, appended: int, unbatched: bool) -> AttentionStats:
+    """Statistics with appended keys last, as in the weights, and without a batch of one."""
+    if appended and stats.received is not None:
+        stats = dataclasses.replace(stats, received=stats.received.roll(-appended, -1))
+    if not unbatched:
+        return stats
+    first: AttentionStats = _pytree.tree_map(lambda x: x[0], stats)
+    return first

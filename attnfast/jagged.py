@@ -1,0 +1,135 @@
+"""`MultiheadAttention` over nested tensors of layout ``torch.jagged``: no padding, no mask.
+
+The rows of all sequences lie one after another, which is what `varlen_attention` takes:
+
+    query (B, *, E) -> values (total_q, E) -> q (total_q, H, D) -> out (total_q, H, D)
+      -> (B, *, E) with query's own offsets, so that it can be added to query -> out_proj
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import extras
+from .functional import varlen_attention
+from .module_inputs import NAME, check_kind
+
+if TYPE_CHECKING:
+    from .cache import KVCache
+    from .module import MultiheadAttention
+
+
+def jagged_forward(
+    module: MultiheadAttention,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    kv_cache: KVCache | None,
+) -> Tensor:
+    """The output of `MultiheadAttention.forward` for jagged query, key and value: jagged.
+
+    Raises:
+        TypeError: An input that is not jagged, or an option that needs padding.
+        ValueError: Sizes that do not fit.
+    """
+    _check_options(module, key_padding_mask, need_weights, attn_mask, is_causal, kv_cache)
+    inputs: dict[str, Any] = {"query": query, "key": key, "value": value}
+    for name, features in zip(inputs, (module.embed_dim, module.kdim, module.vdim), strict=True):
+        _check_input(module, name, inputs[name], features, query.shape[0])
+    if key is not value and not _same_lengths(inputs["key"], inputs["value"]):
+        raise ValueError(f"{NAME}: value must have key's lengths in every sequence")
+
+    values: dict[int, Tensor] = {id(x): x.values() for x in inputs.values()}
+    rows = (values[id(query)], values[id(key)], values[id(value)])  # (total, features)
+    q, k, v = module._project(*rows)  # (1, H, total, D)
+    if module.similarity == "cosine":
+        assert module.log_temperature is not None
+        q, k = extras.normalise(q, k, module.log_temperature)
+    result = varlen_attention(
+        q[0].transpose(0, 1),
+        k[0].transpose(0, 1),
+        v[0].transpose(0, 1),
+        inputs["query"].offsets(),
+        inputs["key"].offsets(),
+        _longest(query),
+        _longest(inputs["key"]),
+        causal=is_causal,
+        window=module.window,
+        scale=None if module.similarity == "dot" else 1.0,
+        softcap=module.softcap,
+        alibi_slopes=module.alibi_slopes if module.alibi else None,
+        sinks=module.sinks if module._has_sinks else None,
+        dropout_p=module.dropout if module.training else 0.0,
+        return_stats=module.collect_stats,
+        deterministic=module.deterministic,
+        backend=module.backend,
+    )
+    if module.collect_stats:
+        result, module.stats = result
+    merged = torch.nested.nested_tensor_from_jagged(
+        result.flatten(-2),
+        inputs["query"].offsets(),
+        min_seqlen=inputs["query"]._maybe_min_seqlen,
+        max_seqlen=inputs["query"]._maybe_max_seqlen,
+    )
+    out: Tensor = module.out_proj(merged)
+    return out
+
+
+def _check_options(
+    module: MultiheadAttention,
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    kv_cache: KVCache | None,
+) -> None:
+    if not module.batch_first:
+        _refuse("batch_first=False", "build the module with batch_first=True")
+    if key_padding_mask is not None:
+        _refuse("key_padding_mask", "nested tensors have no padding")
+    if need_weights:
+        _refuse("need_weights=True", "pass need_weights=False, or pad")
+    if attn_mask is not None and not is_causal:
+        _refuse("attn_mask", "pass is_causal=True for a causal mask, or pad")
+    if kv_cache is not None:
+        _refuse("kv_cache", "pad on the left and give key_padding_mask")
+    if module.bias_k is not None or module.add_zero_attn:
+        _refuse("add_bias_kv and add_zero_attn", "pad, or use sinks=True")
+
+
+def _refuse(what: str, instead: str) -> NoReturn:
+    raise TypeError(f"{NAME}: nested tensors do not go with {what}: {instead}")
+
+
+def _check_input(module: MultiheadAttention, name: str, x: Any, features: int, batch: int) -> None:
+    required = f"a jagged nested tensor (B, *, {features}) as query is"
+    if not isinstance(x, Tensor) or not x.is_nested or x.layout is not torch.jagged:
+        got = f"{type(x).__name__}" if not isinstance(x, Tensor) else f"layout {x.layout}"
+        raise TypeError(f"{NAME}: {name} must be {required}, got {got}")
+    if x.dim() != 3 or x.shape[-1] != features or x.shape[0] != batch:
+        raise ValueError(
+            f"{NAME}: {name} must be a jagged nested tensor (B, *, {features}) = "
+            f"({batch}, *, {features}), got {tuple(x.shape)}"
+        )
+    nested: Any = x
+    if nested._ragged_idx != 1 or nested.lengths() is not None:
+        raise ValueError(f"{NAME}: {name} must be contiguous, ragged in dimension 1")
+    check_kind(module, name, x)
+
+
+def _same_lengths(key: Any, value: Any) -> bool:
+    a, b = key.offsets(), value.offsets()
+    return a is b or torch.equal(a, b)
+
+
+def _longest(x: Any) -> int:
+    longest: int = x._get_max_seqlen()
+    return longest
