@@ -15,7 +15,8 @@ from . import requirements as require
 from .module_inputs import NAME
 from .stats import AttentionStats
 
-SIMILARITIES = ("dot", "cosine")
+SIMILARITIES = {"dot": 0, "cosine": 1}
+STATS = {False: 0, True: 1, "received": 2}
 LOG_TEMPERATURE = math.log(10)  # where the learned log temperatures of cosine similarity start
 MAX_LOG_TEMPERATURE = math.log(100)  # and where they are clamped (arXiv:2111.09883)
 
@@ -31,8 +32,8 @@ def check(
         require.window_sides(NAME, window)
     if softcap is not None:
         require.softcap_limit(NAME, softcap)
-    require.flag(NAME, "similarity", similarity, SIMILARITIES)
-    require.flag(NAME, "collect_stats", collect_stats, (False, True, "received"))
+    require.choice(NAME, "similarity", similarity, SIMILARITIES)
+    require.choice(NAME, "collect_stats", collect_stats, STATS)
     if appends:
         check_positions(window, alibi)
 
