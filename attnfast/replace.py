@@ -6,11 +6,15 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
+from . import dispatch
 from .linear import use_torch_linear
 from .module import MultiheadAttention, abandon, adopt
 
-_REPLACED = "_attnfast_replaced"  # on a module whose class replace changed
+_REPLACED = "_attnfast_replaced"  # on a module whose class replace changed: the class it had
 _USED_NESTED = "_attnfast_used_nested_tensor"  # on an encoder that replace took it from
+_PARTS = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"}
+_PARTS |= {"out_proj"}  # parameters and modules of torch's class
+_OPTIONAL = {"bias_k", "bias_v"}
 
 
 class ReplaceReport(NamedTuple):
@@ -39,13 +43,18 @@ class ReplaceReport(NamedTuple):
 
 
 def replace(
-    model: nn.Module, *, backend: str = "auto", deterministic: bool | None = None
+    model: nn.Module,
+    *,
+    subclasses: bool | type | tuple[type, ...] = False,
+    backend: str = "auto",
+    deterministic: bool | None = None,
 ) -> ReplaceReport:
     """Turn every ``torch.nn.MultiheadAttention`` in a model into an `attnfast.MultiheadAttention`.
 
     The modules stay the same objects with the same parameters: optimisers, hooks, shared modules,
-    the training flag, dtype and device survive. Only exact instances are swapped; subclasses and
-    modules whose ``forward`` was overridden are left and reported. ``nn.TransformerEncoderLayer``,
+    the training flag, dtype and device survive. Only exact instances are swapped, and of
+    subclasses those that ``subclasses`` names; others, and modules whose ``forward`` was overridden
+    on the instance, are left and reported. ``nn.TransformerEncoderLayer``,
     whose inference path otherwise bypasses its attention, is made to call it (by a forward hook
     that does nothing), and ``nn.TransformerEncoder`` to keep padding masks
     (``use_nested_tensor = False``); this is also done where the attention already was ours. The
@@ -53,6 +62,9 @@ def replace(
 
     Args:
         model: any module, itself a ``torch.nn.MultiheadAttention`` or holding some; may hold none.
+        subclasses: subclasses of ``torch.nn.MultiheadAttention`` to swap as well, True for all.
+            What their own methods do is gone until `restore`: they compute what torch's class does.
+            Those with parameters or modules that torch's class does not have are left.
         backend: the ``backend`` of the swapped modules.
         deterministic: the ``deterministic`` of the swapped modules.
 
@@ -60,22 +72,26 @@ def replace(
         What was swapped, what was left and why. It says so too if there was nothing to replace.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``subclasses`` neither a bool nor such classes.
+        ValueError: ``backend`` is not a backend's name.
     """
     _check_model("replace", model)
+    chosen = _chosen(subclasses)
+    dispatch.check_name("replace", backend, "backend")
     replaced, left = [], []
     for name, module in model.named_modules():
         if not isinstance(module, nn.MultiheadAttention):
             continue
-        why = _why_left(module)
+        why = _why_left(module, chosen)
         if why:
             left.append((name, why))
             continue
+        kind = type(module)
         module.__class__ = MultiheadAttention
         ours = cast(MultiheadAttention, module)
         adopt(ours)
         ours.backend, ours.deterministic = backend, deterministic
-        setattr(ours, _REPLACED, True)
+        setattr(ours, _REPLACED, kind)
         replaced.append(name)
 
     layers, encoders = [], []
@@ -108,13 +124,22 @@ def restore(model: nn.Module) -> int:
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: something has changed a swapped module's class since, such as a parametrization
+            or ``fully_shard``; nothing is restored then.
     """
     _check_model("restore", model)
+    for name, module in model.named_modules():
+        if _REPLACED in vars(module) and type(module) is not MultiheadAttention:
+            raise ValueError(
+                f"restore: {name or 'the model'} must be an attnfast.MultiheadAttention as replace "
+                f"left it, got {type(module).__name__}: remove parametrizations and wrappers first"
+            )
     restored = 0
     for module in model.modules():
         state = module.__dict__
-        if state.pop(_REPLACED, False):
-            module.__class__ = nn.MultiheadAttention
+        kind = state.pop(_REPLACED, None)
+        if kind is not None:
+            module.__class__ = kind
             use_torch_linear(cast(nn.MultiheadAttention, module).out_proj)
             abandon(cast(nn.MultiheadAttention, module))
             restored += 1
@@ -131,13 +156,33 @@ def _check_model(function: str, model: Any) -> None:
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _why_left(module: nn.MultiheadAttention) -> str | None:
+def _chosen(subclasses: Any) -> tuple[type, ...]:
+    """The classes that may be swapped."""
+    if isinstance(subclasses, bool):
+        return (nn.MultiheadAttention,) if subclasses else ()
+    classes = subclasses if isinstance(subclasses, tuple) else (subclasses,)
+    for kind in classes:
+        if not (isinstance(kind, type) and issubclass(kind, nn.MultiheadAttention)):
+            raise TypeError(
+                "replace: subclasses must be a bool or subclasses of torch.nn.MultiheadAttention, "
+                f"got {kind!r}"
+            )
+    return classes
+
+
+def _why_left(module: nn.MultiheadAttention, chosen: tuple[type, ...]) -> str | None:
     """Why an attention module must not be swapped, or None."""
     kind = type(module)
     if isinstance(module, MultiheadAttention):
         return "it is an attnfast.MultiheadAttention already"
     if kind is not nn.MultiheadAttention:
-        return f"{kind.__module__}.{kind.__qualname__} is a subclass with behaviour of its own"
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if not issubclass(kind, chosen):
+            return f"{name} is a subclass with behaviour of its own (subclasses=True swaps it)"
+        parts = {*module._parameters, *module._modules} - _OPTIONAL
+        if parts != _PARTS:
+            differing = ", ".join(sorted(parts ^ _PARTS))
+            return f"{name} differs from torch.nn.MultiheadAttention in {differing}"
     if "forward" in vars(module):
         return "its forward was overridden on the instance"
     return None

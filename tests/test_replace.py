@@ -156,6 +156,21 @@ def test_shared_modules_are_swapped_once() -> None:
 class Windowed(nn.MultiheadAttention):
     """A subclass, which may compute anything."""
 
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return query, None
+
+
+class Narrow(Windowed):
+    """A subclass of a subclass."""
+
+
+class Relative(nn.MultiheadAttention):
+    """A subclass with a parameter of its own, which ours would not know of."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.distances = nn.Parameter(torch.zeros(3))
+
 
 def test_what_is_left() -> None:
     model = nn.ModuleDict(
@@ -170,14 +185,19 @@ def test_what_is_left() -> None:
     report = replace(model)
     assert report.replaced == ("plain",)
     assert report.left == (
-        ("subclass", f"{__name__}.Windowed is a subclass with behaviour of its own"),
+        (
+            "subclass",
+            f"{__name__}.Windowed is a subclass with behaviour of its own "
+            "(subclasses=True swaps it)",
+        ),
         ("patched", "its forward was overridden on the instance"),
         ("ours", "it is an attnfast.MultiheadAttention already"),
     )
     assert str(report).splitlines() == [
         "replace: 1 of 4 attention modules replaced",
         "  replaced  plain",
-        f"  left      subclass: {__name__}.Windowed is a subclass with behaviour of its own",
+        f"  left      subclass: {__name__}.Windowed is a subclass with behaviour of its own "
+        "(subclasses=True swaps it)",
         "  left      patched: its forward was overridden on the instance",
         "  left      ours: it is an attnfast.MultiheadAttention already",
     ]
@@ -186,6 +206,161 @@ def test_what_is_left() -> None:
     assert restore(model) == 1
     assert type(model.ours) is MultiheadAttention
     assert model.ours.backend == "reference"
+
+
+@pytest.mark.parametrize(
+    ("subclasses", "replaced"),
+    [
+        (True, ("a", "b", "plain")),
+        (Windowed, ("a", "b", "plain")),
+        (Narrow, ("b", "plain")),
+        ((Narrow, Relative), ("b", "plain")),
+    ],
+    ids=str,
+)
+def test_subclasses_are_swapped_when_named(subclasses: Any, replaced: tuple[str, ...]) -> None:
+    model = nn.ModuleDict(
+        {
+            "a": Windowed(E, H),
+            "b": Narrow(E, H),
+            "c": Relative(E, H),
+            "plain": nn.MultiheadAttention(E, H),
+        }
+    )
+    kinds = [type(m) for m in model.values()]
+    report = replace(model, subclasses=subclasses)
+    assert report.replaced == replaced
+    x = torch.randn(T, B, E)
+    with torch.no_grad():
+        for name in replaced:
+            stock = nn.MultiheadAttention(E, H)
+            stock.load_state_dict(model[name].state_dict())
+            torch.testing.assert_close(model[name](x, x, x), stock(x, x, x))
+    if subclasses is not Narrow and subclasses is not Windowed:
+        assert (
+            "c",
+            f"{__name__}.Relative differs from torch.nn.MultiheadAttention in distances",
+        ) in report.left
+    twin = copy.deepcopy(model)
+    for made in (model, twin):
+        assert restore(made) == len(replaced)
+        assert [type(m) for m in made.values()] == kinds
+        assert made.a(x, x, x)[0] is x
+
+
+def test_quantizable_attention_is_left() -> None:
+    """It computes with linears of its own, whatever in_proj_weight holds."""
+    model = nn.Sequential(torch.ao.nn.quantizable.MultiheadAttention(E, H))
+    ((name, why),) = replace(model, subclasses=True).left
+    assert name == "0"
+    assert "differs from torch.nn.MultiheadAttention in" in why
+    assert "linear_Q" in why
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"subclasses": nn.Linear},
+            TypeError,
+            "replace: subclasses must be a bool or subclasses of torch.nn.MultiheadAttention, "
+            "got <class 'torch.nn.modules.linear.Linear'>",
+        ),
+        (
+            {"subclasses": ("Windowed",)},
+            TypeError,
+            "replace: subclasses must be a bool or subclasses of torch.nn.MultiheadAttention, "
+            "got 'Windowed'",
+        ),
+        (
+            {"backend": "gpu"},
+            ValueError,
+            "replace: backend must be one of ('auto', 'cpu', 'triton', 'cuda', 'reference'), "
+            "got 'gpu'",
+        ),
+    ],
+)
+def test_bad_options_change_nothing(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = nn.MultiheadAttention(E, H)
+    with pytest.raises(error) as raised:
+        replace(model, **options)
+    assert str(raised.value) == message
+    assert type(model) is nn.MultiheadAttention
+
+
+class Lazily(nn.Module):
+    """Attention used only when asked for, behind layers whose parameters do not exist yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([nn.ModuleDict({"deep": nn.MultiheadAttention(E, H)})])
+        self.rarely = nn.MultiheadAttention(E, H)
+        self.first = nn.LazyLinear(E)
+
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        x = self.first(x)
+        x = self.inner[0]["deep"](x, x, x)[0]
+        return self.rarely(x, x, x)[0] if twice else x
+
+
+def test_nested_and_lazily_used_modules(attended: list[dict[str, Any]]) -> None:
+    model = Lazily()
+    assert replace(model).replaced == ("inner.0.deep", "rarely")
+    x = torch.randn(T, B, 5)
+    model(x)
+    assert len(attended) == 1
+    both = model(x, twice=True)
+    assert len(attended) == 3
+    restore(model)
+    torch.testing.assert_close(model(x, twice=True), both)
+
+
+def decoder(**options: Any) -> nn.TransformerDecoder:
+    torch.manual_seed(0)
+    options = {"batch_first": True, "dropout": 0.0, "dtype": torch.float64} | options
+    return nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 32, **options), 2)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "inference"])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_decoder_answers_the_same(
+    mode: str, norm_first: bool, attended: list[dict[str, Any]]
+) -> None:
+    model = decoder(norm_first=norm_first).train(mode == "train")
+    (x, _), (memory, memory_padding) = padded(), padded()
+    options = {
+        "tgt_mask": nn.Transformer.generate_square_subsequent_mask(T, dtype=torch.float64),
+        "tgt_is_causal": True,
+        "memory_key_padding_mask": memory_padding,
+    }
+    with torch.inference_mode(mode == "inference"):
+        expected = model(x, memory, **options)
+        replace(model)
+        actual = model(x, memory, **options)
+    assert [call["causal"] for call in attended] == [True, False] * 2
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_transformer_answers_the_same(training: bool, attended: list[dict[str, Any]]) -> None:
+    """Encoder with nested-tensor conversion, decoder, cross-attention; with and without grad."""
+    torch.manual_seed(0)
+    model = nn.Transformer(E, H, 2, 2, 32, dropout=0.0, batch_first=True, dtype=torch.float64)
+    model.train(training)
+    (source, padding), (target, _) = padded(), padded()
+    options = {"src_key_padding_mask": padding, "memory_key_padding_mask": padding}
+    for context in (torch.enable_grad, torch.inference_mode):
+        with context():
+            expected = model(source, target, **options)
+            report = replace(model)
+            assert len(report.replaced) == 6
+            assert report.encoders == ("encoder",)
+            attended.clear()
+            torch.testing.assert_close(model(source, target, **options), expected)
+            assert len(attended) == 6
+            restore(model)
 
 
 def test_nothing_to_replace() -> None:
@@ -314,6 +489,21 @@ def test_compiles_whole(training: bool) -> None:
     torch.testing.assert_close(
         compiled(x, src_key_padding_mask=padding), model(x, src_key_padding_mask=padding)
     )
+
+
+def test_restore_refuses_a_class_changed_since() -> None:
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(E, H), "b": nn.MultiheadAttention(E, H)})
+    replace(model)
+    torch.nn.utils.parametrize.register_parametrization(model.b, "in_proj_weight", nn.Identity())
+    with pytest.raises(ValueError) as raised:
+        restore(model)
+    assert str(raised.value) == (
+        "restore: b must be an attnfast.MultiheadAttention as replace left it, got "
+        "ParametrizedMultiheadAttention: remove parametrizations and wrappers first"
+    )
+    assert type(model.a) is MultiheadAttention
+    torch.nn.utils.parametrize.remove_parametrizations(model.b, "in_proj_weight")
+    assert restore(model) == 2
 
 
 @pytest.mark.parametrize("function", [replace, restore])
