@@ -298,6 +298,8 @@ def decode_attention(
         bias,
     )
     row = dispatch.select(decode_problem(inputs, options), backend, function=function)
+    if torch.onnx.is_in_onnx_export():
+        row = dispatch.REFERENCE
     scale, left, right, softcap = (
         options.scale,
         options.window_left,
@@ -321,6 +323,8 @@ def run(function: str, inputs: Inputs, options: Options, backend: str) -> Output
     """Choose a backend and run a checked call of ``attention`` or ``varlen_attention``."""
     problem = attention_problem(inputs, options)
     row = dispatch.select(problem, backend, function=function)
+    if torch.onnx.is_in_onnx_export():  # ONNX has no operator of ours: the reference's are known
+        row = dispatch.REFERENCE
     if options.dropout_p > 0 and inputs.dropout_seed is None:
         drawn = torch.randint(1 << 32, (2,), dtype=torch.int64, device=inputs.q.device)
         inputs = inputs._replace(dropout_seed=drawn)

@@ -169,7 +169,7 @@ def allowed(inputs: Inputs, options: Options, distance: Tensor) -> Tensor:
 
 def scores(q: Tensor, k: Tensor, inputs: Inputs, options: Options, distance: Tensor) -> Tensor:
     """Scores s = softcap(scale * q k^T) + bias - slope * |j - t'|, not masked; (B, H, T, S)."""
-    s: Tensor = (q @ k.mT) * options.scale
+    s: Tensor = (q @ k.transpose(-2, -1)) * options.scale
     if options.softcap > 0:
         s = options.softcap * torch.tanh(s / options.softcap)
     if inputs.bias is not None:
