@@ -11,7 +11,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from . import OURS, SCHEMA, environment, timing
-from .shapes import AttentionCase, LayerCase, attention_cases, layer_cases
+from .shapes import Case, attention_cases, encoder_cases, layer_cases
 
 SETTINGS = pytest.StashKey[environment.Settings]()
 LOAD = pytest.StashKey[float | None]()
@@ -35,7 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Cases of the suite that was asked for."""
     suite = metafunc.config.stash[SETTINGS].suite
-    for argument, cases in (("attention_case", attention_cases), ("layer_case", layer_cases)):
+    for argument, cases in (
+        ("attention_case", attention_cases),
+        ("layer_case", layer_cases),
+        ("encoder_case", encoder_cases),
+    ):
         if argument in metafunc.fixturenames:
             metafunc.parametrize(argument, cases(suite), ids=str)
 
@@ -64,7 +68,7 @@ def race(
     reporter = request.config.pluginmanager.getplugin("terminalreporter")
     capture = request.config.pluginmanager.getplugin("capturemanager")
 
-    def run(case: AttentionCase | LayerCase, contestants: dict[str, timing.Call]) -> None:
+    def run(case: Case, contestants: dict[str, timing.Call]) -> None:
         row = case.describe()
         measured = timing.race(
             benchmark,

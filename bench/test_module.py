@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,20 +12,20 @@ import attnfast
 
 from . import OURS
 from .environment import Settings
-from .shapes import LayerCase
+from .shapes import DTYPES, LayerCase, padding_mask
 from .timing import Call, Race
 
 
 @pytest.mark.benchmark(group="module", disable_gc=True)
 def test_module(layer_case: LayerCase, race: Race, settings: Settings) -> None:
-    _, B, T, E, H, mode, weights, padding = layer_case
-    stock = nn.MultiheadAttention(E, H, batch_first=True)
-    layer = attnfast.MultiheadAttention(E, H, batch_first=True, backend=settings.backend)
+    _, B, T, E, H, dtype, mode, weights, padding = layer_case
+    made: dict[str, Any] = {"batch_first": True, "dtype": DTYPES[dtype]}
+    stock = nn.MultiheadAttention(E, H, **made)
+    layer = attnfast.MultiheadAttention(E, H, backend=settings.backend, **made)
     layer.load_state_dict(stock.state_dict())
-    x = torch.randn(B, T, E, requires_grad=mode == "train")
-    grad = torch.randn(B, T, E)
-    lengths = torch.linspace(T, T // 2, B).long()  # a quarter of the batch is padding
-    mask = torch.arange(T) >= lengths[:, None] if padding else None  # (B, T), True = padding
+    x = torch.randn(B, T, E, dtype=DTYPES[dtype], requires_grad=mode == "train")
+    grad = torch.randn(B, T, E, dtype=DTYPES[dtype])
+    mask = padding_mask(B, T) if padding else None
 
     def call(module: nn.MultiheadAttention) -> Call:
         module.train(mode == "train")

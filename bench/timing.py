@@ -16,10 +16,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from . import OURS
-from .shapes import AttentionCase, LayerCase
+from .shapes import Case
 
 Call = Callable[[], dict[str, Tensor]]  # the results by name
-Race = Callable[[AttentionCase | LayerCase, dict[str, Call]], None]  # the fixture of that name
+Race = Callable[[Case, dict[str, Call]], None]  # the fixture of that name
 
 FEWEST_ROUNDS = 3
 LONG_S = 5.0  # a rival's call that takes longer runs once, and that run is its time

@@ -54,12 +54,19 @@ def measured(ours_s, rival_s, once=()):
     }
 
 
+def every_case(bench, suite):
+    """The rows of a run, in its order."""
+    shapes = bench.shapes
+    makers = (shapes.attention_cases, shapes.encoder_cases, shapes.layer_cases)
+    return [case for make in makers for case in make(suite)]
+
+
 @pytest.fixture
 def results(bench, tmp_path):
     """Writes a file of results: every row of the full suites, its ratio given by `ratio(row)`."""
 
     def write(ratio=lambda row: 3.0, **changes):
-        cases = bench.shapes.attention_cases("full") + bench.shapes.layer_cases("full")
+        cases = every_case(bench, "full")
         rows = [case.describe() for case in cases]
         infos = [{**row, **measured(1e-3, ratio(row) * 1e-3)} for row in rows]
         facts = {
@@ -93,7 +100,7 @@ def test_quick_run(bench, tmp_path):
     done = run(*arguments, BENCH_QUICK="1", BENCH_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(path.read_text())
-    cases = bench.shapes.attention_cases("quick") + bench.shapes.layer_cases("quick")
+    cases = every_case(bench, "quick")
     rows = [row["extra_info"] for row in content["benchmarks"]]
     assert [row["case"] for row in rows] == [case.describe()["case"] for case in cases]
     for case, row in zip(cases, rows, strict=True):
@@ -192,15 +199,15 @@ def test_wrong_results_are_not_timed(bench, result, message):
 def test_report_says_what_was_measured_and_where_we_lose(results):
     def ratio(row):
         case = row["case"]
-        if row["suite"] == "module":
-            return 0.5 if case["layer"] == "small" and case["weights"] else 1.5
+        if row["suite"] != "attention":
+            return 0.5 if case["layer"] == "small" and case.get("weights") else 1.5
         return 8.0 if case["causal"] else 2.0
 
     done = run("bench.report", results(ratio))
     assert done.returncode == 0, done.stderr
     assert re.search(r"attention, fp32, forward +\| +12 \| +\*\*4.00x\*\* \| +2.00x", done.stdout)
-    assert "Slower than torch in 4 of 72 rows:" in done.stdout
-    assert "- module, train: small 4, 32, 128, 4, weights, padding: 0.50x" in done.stdout
+    assert "Slower than torch in 4 of 148 rows:" in done.stdout
+    assert "- module, float32, train: small 4, 32, 128, 4, weights, padding: 0.50x" in done.stdout
     assert "ffffffffffff with uncommitted changes" in done.stdout
     assert "A CPU" in done.stdout
     assert "load before the run 0.25" in done.stdout
@@ -224,7 +231,7 @@ def test_report_fills_the_docs(results, tmp_path):
         assert readme.count("bench:begin") == 1
         assert "old" not in readme
         assert re.search(r"\| 1, 16, 4096, 128 +(\| +3.0 / 3.0 ){4}\|", readme)
-        assert "No row is slower than torch (72 rows)." in readme
+        assert "No row is slower than torch (148 rows)." in readme
         assert "## How it is measured" in (tmp_path / "docs" / "performance.md").read_text()
 
 
