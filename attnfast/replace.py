@@ -18,7 +18,7 @@ _OPTIONAL = {"bias_k", "bias_v"}
 
 
 class ReplaceReport(NamedTuple):
-    """What `replace` did to a model; ``print`` it. Names are those of ``model.named_modules()``."""
+    """What `replace` did to a model, as text by ``str``. Names are those of ``model.named_modules()``."""
 
     replaced: tuple[str, ...]
     left: tuple[tuple[str, str], ...]  # name, reason
@@ -48,6 +48,7 @@ def replace(
     subclasses: bool | type | tuple[type, ...] = False,
     backend: str = "auto",
     deterministic: bool | None = None,
+    verbose: bool = True,
 ) -> ReplaceReport:
     """Turn every ``torch.nn.MultiheadAttention`` in a model into an `attnfast.MultiheadAttention`.
 
@@ -67,6 +68,7 @@ def replace(
             Those with parameters or modules that torch's class does not have are left.
         backend: the ``backend`` of the swapped modules.
         deterministic: the ``deterministic`` of the swapped modules.
+        verbose: also print the report.
 
     Returns:
         What was swapped, what was left and why. It says so too if there was nothing to replace.
@@ -107,7 +109,10 @@ def replace(
             module.use_nested_tensor = False
             setattr(module, _USED_NESTED, True)
             encoders.append(name)
-    return ReplaceReport(tuple(replaced), tuple(left), tuple(layers), tuple(encoders))
+    report = ReplaceReport(tuple(replaced), tuple(left), tuple(layers), tuple(encoders))
+    if verbose:
+        print(report)
+    return report
 
 
 def restore(model: nn.Module) -> int:

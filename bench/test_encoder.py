@@ -26,7 +26,7 @@ def test_encoder(encoder_case: EncoderCase, race: Race, settings: Settings) -> N
     )
     stock = nn.TransformerEncoder(block, ENCODER_LAYERS).train(mode == "step")
     ours = copy.deepcopy(stock)
-    attnfast.replace(ours, backend=settings.backend)
+    attnfast.replace(ours, backend=settings.backend, verbose=False)
     x = torch.randn(B, T, E)
     mask = padding_mask(B, T) if padding else None
     kept = torch.ones(B, T, 1).bool() if mask is None else ~mask[..., None]  # torch zeroes padding

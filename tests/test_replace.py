@@ -134,6 +134,14 @@ def test_identity_survives() -> None:
     assert seen == [1]
 
 
+def test_the_report_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(encoder())
+    report = replace(model)
+    assert capsys.readouterr().out == f"{report}\n"
+    assert replace(model, verbose=False).replaced == ()
+    assert capsys.readouterr().out == ""
+
+
 def test_the_model_itself() -> None:
     module = nn.MultiheadAttention(E, H)
     assert str(replace(module)).splitlines() == [

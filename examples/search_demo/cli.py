@@ -168,7 +168,7 @@ def _prepare(options: argparse.Namespace) -> Job:
     documents = documents or collect_stdlib(options.modules)
 
     ours = copy.deepcopy(stock)
-    replace(ours)
+    replace(ours, verbose=False)
     models = {TORCH: stock.to(device), ATTNFAST: ours.to(device)}
     texts = [document.text for document in documents] + queries
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]

@@ -61,7 +61,7 @@ def measure(kind: str, path: Path, device: torch.device) -> int | None:
     if kind == ATTNFAST:
         import attnfast
 
-        attnfast.replace(model)
+        attnfast.replace(model, verbose=False)
     batches = [Batch(*fields) for fields in torch.load(path)]
     small = [tensor[:1, :4] for tensor in batches[0].to(device)[1:]]
     with torch.inference_mode():
