@@ -400,8 +400,8 @@ def test_a_missing_model_package_says_how_to_get_it(
 def test_embeddings_that_differ_are_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def wrong(model: encoder.SentenceEncoder) -> None:
-        attnfast.replace(model)
+    def wrong(model: encoder.SentenceEncoder, verbose: bool) -> None:
+        attnfast.replace(model, verbose=verbose)
         model.positions.weight.data[1, 0] += 1.0
 
     monkeypatch.setattr(cli, "replace", wrong)
