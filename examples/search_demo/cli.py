@@ -36,7 +36,7 @@ from search_demo.finetune import Outcome, fine_tune, split_by_module
 from search_demo.look import AttentionWatch, sentence_maps
 from search_demo.measure import ATTNFAST, TORCH, Share, attention_share, embed
 from search_demo.memory import peak_memory
-from search_demo.options import parser
+from search_demo.options import parser, usable_device
 from search_demo.picture import draw_attention, draw_losses
 from search_demo.report import Hit
 
@@ -154,7 +154,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _prepare(options: argparse.Namespace) -> Job:
     """Check what was given, cheap things first, and load what is needed."""
-    device = _device(options.device)
+    device = usable_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     queries = list(options.query) + (read_queries(options.queries) if options.queries else [])
@@ -174,17 +174,6 @@ def _prepare(options: argparse.Namespace) -> Job:
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     batches = list(length_sorted(ids, options.batch_tokens))
     return Job(device, folder, documents, queries, tokenizer, ids, batches, models)
-
-
-def _device(name: str) -> torch.device:
-    """A device that is there."""
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device: {name!r} cannot be used: {reason}") from error
-    return device
 
 
 def _describe(job: Job) -> str:

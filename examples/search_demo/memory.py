@@ -66,24 +66,24 @@ def measure(kind: str, path: Path, device: torch.device) -> int | None:
     small = [tensor[:1, :4] for tensor in batches[0].to(device)[1:]]
     with torch.inference_mode():
         model(*small)  # loads libraries and starts threads
-        before = _restart_peak(device)
+        before = restart_peak(device)
         for batch in batches:
             model(*batch.to(device)[1:])
-        after = _peak(device)
+        after = peak(device)
     return None if before is None or after is None else after - before
 
 
-def _restart_peak(device: torch.device) -> int | None:
+def restart_peak(device: torch.device) -> int | None:
     """Lower the high-water mark to the memory now in use, where that is allowed, and return it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR_REFS.exists():
         with contextlib.suppress(OSError):
             CLEAR_REFS.write_text("5")
-    return _peak(device)
+    return peak(device)
 
 
-def _peak(device: torch.device) -> int | None:
+def peak(device: torch.device) -> int | None:
     """The high-water mark in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -96,8 +96,8 @@ def _peak(device: torch.device) -> int | None:
         import resource
     except ImportError:  # Windows
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024
 
 
 if __name__ == "__main__":

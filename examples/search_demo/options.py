@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from search_demo.encoder import LAYERS, POSITIONS
 from search_demo.errors import UsageError
 
@@ -32,18 +34,33 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists the options)")
 
 
-def _number(low: int, high: int | None = None) -> Any:
+def number(low: int, high: int | None = None) -> Any:
     """An argparse type: a whole number of at least `low`, at most `high`."""
 
-    def number(text: str) -> int:
+    def parsed(text: str) -> int:
         value = int(text)
         if value < low or (high is not None and value > high):
             limits = f"at least {low}" if high is None else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"must be {limits}, got {text}")
         return value
 
-    number.__name__ = "number"
-    return number
+    parsed.__name__ = "number"
+    return parsed
+
+
+def usable_device(name: str) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        UsageError: there is no such device, or it does not work.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device: {name!r} cannot be used: {reason}") from error
+    return device
 
 
 def parser() -> Parser:
@@ -71,22 +88,22 @@ def parser() -> Parser:
         metavar="A,B,...",
         help="only these modules of the standard library",
     )
-    what.add_argument("--top", type=_number(1), default=5, metavar="N", help="hits (default 5)")
+    what.add_argument("--top", type=number(1), default=5, metavar="N", help="hits (default 5)")
     how = parser.add_argument_group("how it runs")
     how.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
     how.add_argument(
-        "--threads", type=_number(1), metavar="N", help="CPU threads (default: torch's own choice)"
+        "--threads", type=number(1), metavar="N", help="CPU threads (default: torch's own choice)"
     )
     how.add_argument(
         "--max-tokens",
-        type=_number(3, POSITIONS),
+        type=number(3, POSITIONS),
         default=256,
         metavar="N",
         help="texts are cut off here (default 256)",
     )
     how.add_argument(
         "--batch-tokens",
-        type=_number(1),
+        type=number(1),
         default=4096,
         metavar="N",
         help="positions of a padded batch (default 4096)",
@@ -94,14 +111,14 @@ def parser() -> Parser:
     tuning = parser.add_argument_group("fine-tuning")
     tuning.add_argument("--no-train", action="store_true", help="leave it out")
     tuning.add_argument(
-        "--steps", type=_number(1), default=50, metavar="N", help="optimiser steps (default 50)"
+        "--steps", type=number(1), default=50, metavar="N", help="optimiser steps (default 50)"
     )
     tuning.add_argument(
-        "--batch-size", type=_number(1), default=24, metavar="N", help="texts a step (default 24)"
+        "--batch-size", type=number(1), default=24, metavar="N", help="texts a step (default 24)"
     )
     tuning.add_argument(
         "--train-tokens",
-        type=_number(3, POSITIONS),
+        type=number(3, POSITIONS),
         default=96,
         metavar="N",
         help="texts are cut off here in fine-tuning (default 96)",
@@ -117,7 +134,7 @@ def parser() -> Parser:
     )
     results.add_argument(
         "--layer",
-        type=_number(1, LAYERS),
+        type=number(1, LAYERS),
         default=2,
         metavar="N",
         help=f"whose heads are drawn, 1 to {LAYERS} (default 2)",
