@@ -194,8 +194,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             kv_cache: what this layer has read before; see `KVCache`. Without gradients only.
 
         Returns:
-            The output, of query's shape (jagged: with query's offsets), and the weights: None
-            without ``need_weights``, else ``(B, T, S)``, per head ``(B, H, T, S)``; unbatched
+            The output, of query's shape (with query's offsets where it is jagged), and the weights,
+            None without ``need_weights``, else ``(B, T, S)``, per head ``(B, H, T, S)``; unbatched
             without the B. S includes the keys that ``add_bias_kv`` and ``add_zero_attn`` append, in
             this order, last.
 

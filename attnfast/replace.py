@@ -18,7 +18,7 @@ _OPTIONAL = {"bias_k", "bias_v"}
 
 
 class ReplaceReport(NamedTuple):
-    """What `replace` did to a model. Names are those of ``model.named_modules()``."""
+    """What `attnfast.replace` did to a model. Names are those of ``model.named_modules()``."""
 
     replaced: tuple[str, ...]
     left: tuple[tuple[str, str], ...]  # name, reason

@@ -38,12 +38,12 @@ class AttentionStats:
 
     @property
     def breadth(self) -> Tensor:
-        """exp(entropy): how many keys the row effectively attends to, from 1 to S."""
+        """How many keys the row effectively attends to, ``exp(entropy)``, from 1 to S."""
         return torch.where(self._has_keys, self.entropy.exp(), 0)
 
     @property
     def focus(self) -> Tensor:
-        """exp(max_logit - lse): the probability of the likeliest key; not differentiable."""
+        """The probability of the likeliest key, ``exp(max_logit - lse)``; not differentiable."""
         gap = self.max_logit.detach() - self.lse.detach()
         return torch.where(self._has_keys, gap.exp(), 0)
 
