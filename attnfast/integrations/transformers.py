@@ -1,0 +1,195 @@
+"""attnfast as an attention implementation of Hugging Face's transformers.
+
+    from attnfast.integrations import transformers
+
+    name = transformers.register()
+    model = AutoModel.from_pretrained(folder, attn_implementation=name)
+    model.set_attn_implementation(name)  # or a model that is there already
+
+Two functions are registered under the name: `attention_forward`, and for the masks transformers'
+own ``sdpa_mask``, which gives bool masks, or none where being causal says it all.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..functional import attention, varlen_attention
+
+IMPLEMENTATION = "attnfast"
+NAME = "attnfast.integrations.transformers"
+
+
+def register() -> str:
+    """Make ``attn_implementation="attnfast"`` known to transformers, in this whole process.
+
+    Models that exist keep what they have. Registering again does nothing.
+
+    Returns:
+        The name for ``attn_implementation=`` and ``model.set_attn_implementation``: "attnfast".
+
+    Raises:
+        ImportError: transformers is not installed, or has no attention and mask interfaces.
+        ValueError: somebody else has registered that name.
+    """
+    library, masks = _library()
+    known = library.AttentionInterface._global_mapping.get(IMPLEMENTATION)
+    if known not in (None, attention_forward):
+        owner = f"{known.__module__}.{known.__qualname__}"
+        raise ValueError(f"{NAME}: the name {IMPLEMENTATION!r} must be free, it is {owner}")
+    library.AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    library.AttentionMaskInterface.register(IMPLEMENTATION, masks.sdpa_mask)
+    return IMPLEMENTATION
+
+
+def unregister() -> None:
+    """Undo `register`. Models that use attnfast must be given another implementation first.
+
+    Nothing happens unless attnfast is registered.
+
+    Raises:
+        ImportError: as `register`.
+    """
+    library, _ = _library()
+    if library.AttentionInterface._global_mapping.get(IMPLEMENTATION) is attention_forward:
+        del library.AttentionInterface._global_mapping[IMPLEMENTATION]
+        library.AttentionMaskInterface._global_mapping.pop(IMPLEMENTATION, None)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What a model's attention layer calls in place of transformers' ``sdpa_attention_forward``.
+
+    Masks are the model's: where there is one, it alone decides, sliding windows included. Without
+    one, more than one query are causal if ``is_causal`` says so, or else the layer's attribute of
+    that name; a causal ``sliding_window`` then holds too.
+
+    Args:
+        module: the layer; read are its ``is_causal``, and ``config.output_attentions``.
+        query: ``(B, H, T, D)``, a transposed view.
+        key: ``(B, H_kv, S, D)``, not repeated for grouped queries.
+        value: ``(B, H_kv, S, D_v)``.
+        attention_mask: bool, True = attend, or float, to be added; broadcastable to
+            ``(B, H, T, S)``.
+        dropout: probability, of the weights.
+        scaling: factor of the scores; default ``D ** -0.5``.
+        is_causal: default ``module.is_causal``, and True if there is no such attribute.
+        position_bias: added to the scaled scores, broadcastable to ``(B, H, T, S)``;
+            differentiable (T5).
+        sliding_window: keys that a query attends, its own included.
+        softcap: see `attnfast.attention` (Gemma 2).
+        s_aux: one logit per head, ``(H,)``, in the denominator alone; differentiable (gpt-oss).
+        **kwargs: of these count ``output_attentions``; ``deterministic``; and without a mask
+            ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k``, by which a
+            batch of one holds many sequences. ``sinks`` and ``head_mask`` are refused.
+
+    Returns:
+        out ``(B, T, H, D_v)``, and with ``output_attentions`` the weights after dropout,
+        ``(B, H, T, S)``, else None.
+
+    Raises:
+        TypeError: as `attnfast.attention`.
+        ValueError: as `attnfast.attention`; an option that is refused; ``cu_seq_lens_q`` together
+            with ``position_bias`` or ``output_attentions``, or with a batch of more than one.
+    """
+    for name in ("sinks", "head_mask"):
+        if kwargs.get(name) is not None:
+            what = "logits per query" if name == "sinks" else "a factor per head"
+            raise ValueError(
+                f"{NAME}: {name} ({what}) must be None, got one:"
+                f" load {_model_of(module)} with attn_implementation='eager'"
+            )
+    T, config = query.shape[2], getattr(module, "config", None)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    causal = bool(T > 1 and attention_mask is None and is_causal)
+    window = None
+    if attention_mask is None and sliding_window is not None and is_causal:
+        window = (sliding_window - 1, None)
+    options: dict[str, Any] = {
+        "causal": causal,
+        "window": window,
+        "align": "top_left" if T > 1 else "bottom_right",
+        "scale": scaling,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "dropout_p": float(dropout),
+        "deterministic": kwargs.get("deterministic") or None,
+    }
+    with_weights = kwargs.get("output_attentions")
+    if with_weights is None:
+        with_weights = getattr(config, "output_attentions", None)
+    if attention_mask is None and kwargs.get("cu_seq_lens_q") is not None:
+        if with_weights or position_bias is not None:
+            what = "output_attentions" if with_weights else "position_bias"
+            raise ValueError(f"{NAME}: {what} must not come with cu_seq_lens_q, got both")
+        return _packed(query, key, value, kwargs, options), None
+
+    mask, bias = attention_mask, position_bias
+    if mask is not None and mask.is_floating_point():
+        bias = mask if bias is None else bias + mask
+        mask = None
+    if query.shape[0] == 1 < key.shape[0]:  # learned queries
+        query = query.expand(key.shape[0], -1, -1, -1)
+    result = attention(
+        query, key, value, mask=mask, bias=bias, return_weights=bool(with_weights), **options
+    )
+    out, weights = result if with_weights else (result, None)
+    return out.transpose(1, 2).contiguous(), weights  # a view: out has query's memory order
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any], options: dict[str, Any]
+) -> Tensor:
+    """(1, H, total, D) of sequences one after another -> (1, total, H, D_v)."""
+    if query.shape[0] != 1:
+        requirement = "a batch of one for cu_seq_lens_q"
+        raise ValueError(f"{NAME}: query must be {requirement}, got {tuple(query.shape)}")
+    ends_q, longest_q = kwargs["cu_seq_lens_q"], kwargs.get("max_length_q")
+    ends_k, longest_k = kwargs.get("cu_seq_lens_k"), kwargs.get("max_length_k")
+    if ends_k is None:
+        ends_k, longest_k = ends_q, longest_q
+    out: Tensor = varlen_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        ends_q,
+        ends_k,
+        int(ends_q.diff().max() if longest_q is None else longest_q),
+        int(ends_k.diff().max() if longest_k is None else longest_k),
+        **options | {"align": "bottom_right"},
+    )
+    return out[None]
+
+
+def _model_of(module: nn.Module) -> str:
+    """The model's type as its configuration says it, for messages."""
+    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    return f"a {model_type!r} model" if model_type else "the model"
+
+
+def _library() -> tuple[Any, Any]:
+    """The transformers package and its module of masks."""
+    try:
+        library = importlib.import_module("transformers")
+        masks = importlib.import_module("transformers.masking_utils")
+        library.AttentionInterface, library.AttentionMaskInterface, masks.sdpa_mask  # noqa: B018
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"{NAME}: transformers 5 must be installed: {error}") from None
+    return library, masks
