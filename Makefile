@@ -15,6 +15,7 @@ RUNTIME := $(call stamp,runtime,requirements/runtime.txt)
 TEST := $(call stamp,test,requirements/test.txt)
 LINT := $(call stamp,lint,requirements/lint.txt)
 WHEEL := $(call stamp,wheel,requirements/wheel.txt)
+DOCS := $(call stamp,docs,requirements/docs.txt)
 DEMO := $(call stamp,demo,requirements/demo.txt)
 EDITABLE := $(call stamp,editable,pyproject.toml)
 
@@ -25,17 +26,20 @@ install = @echo "installing $(1)" && $(PIP) $(2) 2> $(VENV)/pip.log || { \
     "(is there a network? pip's messages are in $(VENV)/pip.log)" >&2; exit 1; }
 done = @rm -f $(VENV)/.$(1)-* && touch $@
 
+BUILD := $(PY) -m build --no-isolation
+PLATFORM := manylinux_2_34_$(shell uname -m)
+
 ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   LD_PRELOAD="$(foreach l,asan ubsan,$$($(firstword $(COMPILERS)) -print-file-name=lib$(l).so))"
 ASAN_TESTS := tests/test_table.py tests/test_layouts.py tests/test_decode.py
 
-.PHONY: help demo test lint bench wheel asan venv build clean
+.PHONY: help demo test lint bench wheel test-abi docs asan venv build clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:  ## list these commands
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-12s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-15s%s\n", $$1, $$2 }'
 
 demo: build $(DEMO)  ## semantic search over Python's standard library, torch's attention and ours side by side
 	$(PY) examples/search $(ARGS)
@@ -53,13 +57,21 @@ bench: build $(TEST)  ## time attnfast beside PyTorch; JSON into RESULTS=bench/r
 	$(PY) -m pytest bench -q --benchmark-quiet --benchmark-json=$(RESULTS) $(ARGS)
 	$(PY) -m bench.report $(RESULTS)
 
-wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, in dist/
-	@rm -rf build/lib* build/bdist* build/wheel dist
-	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w build/wheel .
-	PATH="$(BIN):$$PATH" $(PY) -m auditwheel repair --wheel-dir dist \
-	  --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude libgomp.so.1 build/wheel/*.whl
+wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, and the sources, in dist/
+	@rm -rf build/lib* build/bdist* build/wheel dist *.egg-info
+	$(BUILD) --wheel --outdir build/wheel
+	$(BUILD) --sdist --outdir dist
+	PATH="$(BIN):$$PATH" $(PY) -m auditwheel repair --wheel-dir dist --plat $(PLATFORM) \
+	  $(foreach l,libtorch*.so libc10*.so libgomp.so.1 libcuda.so.1,--exclude '$(l)') build/wheel/*.whl
 	@$(PIP) --no-deps --target build/wheel/installed dist/*.whl
 	cd build/wheel && PYTHONPATH=installed $(CURDIR)/$(PY) -m attnfast --check
+
+test-abi: wheel  ## install the wheel under Python 3.10 and 3.13, torch 2.10 and the newest; ARGS="--help"
+	$(PY) -m tools.abi --write $(ARGS)
+
+docs: $(RUNTIME) $(DOCS)  ## the documentation, in build/docs/; a warning is an error
+	$(PY) -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+	@echo build/docs/index.html
 
 asan: $(TEST)  ## the case table under AddressSanitizer and UndefinedBehaviorSanitizer
 	ATTNFAST_SANITIZE=1 $(PY) setup.py -q build_ext
@@ -90,7 +102,7 @@ $(RUNTIME): | $(PY)
 	$(call install,requirements/runtime.txt,-r requirements/runtime.txt)
 	$(call done,runtime)
 
-$(TEST) $(LINT) $(WHEEL) $(DEMO): $(VENV)/.%: | $(RUNTIME)
+$(TEST) $(LINT) $(WHEEL) $(DOCS) $(DEMO): $(VENV)/.%: | $(RUNTIME)
 	$(call install,requirements/$(firstword $(subst -, ,$*)).txt,--no-deps -r requirements/$(firstword $(subst -, ,$*)).txt)
 	$(call done,$(firstword $(subst -, ,$*)))
 

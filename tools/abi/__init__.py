@@ -1,0 +1,1 @@
+"""Proof that one wheel serves every Python and torch: see ``python -m tools.abi --help``."""
