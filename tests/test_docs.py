@@ -1,17 +1,25 @@
-"""The documentation says what is true: its examples run, its tables and links are current."""
+"""The documentation says what is true: examples run, tables, commands and links are current."""
 
 from __future__ import annotations
 
+import io
 import re
 import runpy
 import subprocess
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import shell
+import stand_ins
+import torch
+from markdown import PAGES, Block, blocks, inline_code, links
+
+import attnfast
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 README = (ROOT / "README.md").read_text()
 SOURCES = [
     path
@@ -20,16 +28,103 @@ SOURCES = [
     if path.suffix in {".py", ".h", ".cpp", ""} and path.is_file() and ".cache" not in path.parts
 ] + [ROOT / "setup.py"]
 PREFIXES = r"(?:ATTNFAST|BENCH)_[A-Z_]+[A-Z]"
+SWITCHES = README.split("## Switches")[1].split("\n## ")[0]
+BLOCKS = {page: blocks(page) for page in PAGES}
+CHECKED = {"python", "sh", "text", "math", "mermaid", "{eval-rst}", "{toctree}"}
 
 
-def test_the_readme_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 2
-    names: dict[str, Any] = {}
-    for i, block in enumerate(blocks, 1):
-        exec(compile(block, f"README.md, python block {i}", "exec"), names)
-    assert "chosen:" in capsys.readouterr().out
-    assert names["bias"].grad.shape == names["bias"].shape
+def page_id(page: Path) -> str:
+    """A page's path as a test's name."""
+    return str(page.relative_to(ROOT))
+
+
+def run_blocks(page: Path) -> tuple[dict[str, Any], str]:
+    """Run a page's Python blocks in order, in one namespace: the names, and what was printed."""
+    module = ModuleType("page")  # torch.compile looks a function's module up
+    names = vars(module)
+    printed = io.StringIO()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        importable = stand_ins.importable(module, *stand_ins.modules())
+        with torch.random.fork_rng(), importable, redirect_stdout(printed):
+            for block in BLOCKS[page]:
+                if block.language == "python" and runs_here(block):
+                    code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+                    exec(code, names)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    return names, printed.getvalue()
+
+
+def runs_here(block: Block) -> bool:
+    """A block with the word "gpu" behind its language needs one; it is compiled in any case."""
+    compile(block.text, str(block), "exec")
+    return "gpu" not in block.attributes or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if any(block.language == "python" for block in BLOCKS[page])],
+    ids=page_id,
+)
+def test_python_blocks_run(page: Path) -> None:
+    names, printed = run_blocks(page)
+    if page.name == "README.md":
+        assert "chosen:" in printed
+        assert names["bias"].grad.shape == names["bias"].shape
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_block_is_of_a_kind_that_is_checked(page: Path) -> None:
+    """Formulas, drawings and directives are checked by `make docs`; text is shown as it is."""
+    for block in BLOCKS[page]:
+        assert block.language in CHECKED, f"{block}: {block.language or 'no language'}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_exist(page: Path) -> None:
+    switches = set(re.findall(PREFIXES, SWITCHES))
+    lines = [
+        line
+        for block in BLOCKS[page]
+        if block.language == "sh"
+        for line in block.text.replace("\\\n", " ").splitlines()
+    ]
+    programs = ("make ", "python -m ", "python tools/", "examples/search ", "pip install ")
+    lines += [code for code in inline_code(page) if code.startswith(programs)]
+    for line in lines:
+        assert shell.problem(line, switches) is None, f"{page_id(page)}: {line}"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("make tset", "make has no target tset"),
+        ("make test ARG=1", "make does not know ARG"),
+        ("python -m attnfast --chekc", "attnfast has no option --chekc"),
+        ("python -m atnfast", "no module atnfast"),
+        ("ATTNFAST_BAKCEND=cpu python -m attnfast", "nothing reads ATTNFAST_BAKCEND"),
+        ("examples/serach", "no examples/serach"),
+        ("examples/search --fast", "examples/search has no option --fast"),
+        ("pip install atnfast", "pip cannot install atnfast"),
+        ("python tools/absent.py", "no tools/absent.py"),
+        ("curl x", "no check for curl: teach shell.py"),
+        ("examples/search --no-train 'a question'  # a comment", None),
+        ("python -m attnfast --check", None),
+    ],
+)
+def test_wrong_commands_are_found(line: str, problem: str | None) -> None:
+    assert shell.problem(line, {"ATTNFAST_BACKEND"}) == problem
+
+
+def test_the_text_of_explain_is_what_it_prints() -> None:
+    """The guide's sample has the lines of the call above it, whatever this machine is."""
+    page = ROOT / "docs" / "guide" / "explain.md"
+    (sample,) = (block.text for block in BLOCKS[page] if block.language == "text")
+    names, _ = run_blocks(page)
+    shown, real = ([line.split()[0] for line in x.splitlines()] for x in (sample, names["text"]))
+    assert sorted(shown) == sorted(real)
+    assert sample.splitlines()[:2] == names["text"].splitlines()[:2]
 
 
 def test_the_support_matrix_is_current() -> None:
@@ -40,23 +135,29 @@ def test_the_support_matrix_is_current() -> None:
 def test_the_switches_are_those_that_are_read() -> None:
     read = re.compile(rf"(?:environ|getenv|_positive)[^\n]*?[\"']({PREFIXES})[\"']")
     used = {name for path in SOURCES for name in read.findall(path.read_text())}
-    table = README.split("## Switches")[1].split("\n## ")[0]
-    assert set(re.findall(PREFIXES, table)) == used
+    assert set(re.findall(PREFIXES, SWITCHES)) == used
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target in links(page):
+        path = target.partition("#")[0]
+        if "://" not in path:
+            assert (page.parent / path).exists(), f"{page_id(page)} links to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_make_commands_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    commands = re.findall(r"(?:`|^    )make ([a-z ]+[a-z])", page.read_text(), re.MULTILINE)
-    for command in commands:
-        assert set(command.split()) <= targets, f"{page.name}: make {command}"
+def test_the_api_pages_hold_every_public_name() -> None:
+    text = "\n".join(path.read_text() for path in sorted(ROOT.glob("docs/api/*.md")))
+    directives = re.findall(r"\.\. auto(?:function|class|module):: (\S+)", text)
+    public = set(attnfast.__all__) - {"__version__"}
+    assert public <= {name.rpartition(".")[2] for name in directives}
+    assert len(directives) == len(set(directives))
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "attnfast").glob("*/*.py")
+        if not path.name.startswith("_")
+    }
+    assert modules <= set(directives)
 
 
 def test_help_lists_every_command() -> None:
@@ -64,7 +165,7 @@ def test_help_lists_every_command() -> None:
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     assert phony is not None
     done = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True)
-    listed = re.findall(r"^make ([a-z]+)\s+\S", done.stdout, re.MULTILINE)
+    listed = re.findall(r"^make ([a-z-]+)\s+\S", done.stdout, re.MULTILINE)
     assert set(listed) == set(phony[1].split())
 
 
@@ -74,3 +175,15 @@ def test_files_named_in_contributing_exist() -> None:
     assert names
     for name in names:
         assert (ROOT / name).exists(), name
+
+
+def test_requirements_agree() -> None:
+    """A package that two files pin has one version, whichever file was installed last."""
+    pins: dict[str, dict[str, str]] = {}
+    for path in sorted((ROOT / "requirements").glob("*.txt")):
+        for line in path.read_text().splitlines():
+            if "==" in line and not line.startswith("#"):
+                pinned, _, marker = (part.strip() for part in line.partition(";"))
+                name, version = pinned.lower().replace("_", "-").split("==")
+                known = pins.setdefault(f"{name};{marker}", {path.name: version})
+                assert set(known.values()) == {version}, f"{name}: {known}, {path.name} {version}"
