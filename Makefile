@@ -64,7 +64,7 @@ wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, and the so
 	PATH="$(BIN):$$PATH" $(PY) -m auditwheel repair --wheel-dir dist --plat $(PLATFORM) \
 	  $(foreach l,libtorch*.so libc10*.so libgomp.so.1 libcuda.so.1,--exclude '$(l)') build/wheel/*.whl
 	@$(PIP) --no-deps --target build/wheel/installed dist/*.whl
-	cd build/wheel && PYTHONPATH=installed $(CURDIR)/$(PY) -m attnfast --check
+	cd build/wheel && PYTHONPATH=installed $(abspath $(PY)) -m attnfast --check
 
 test-abi: wheel  ## install the wheel under Python 3.10 and 3.13, torch 2.10 and the newest; ARGS="--help"
 	$(PY) -m tools.abi --write $(ARGS)
