@@ -6,6 +6,7 @@ torch from 2.10 on.
 
     python setup.py build_ext --inplace     an incremental build into attnfast/
     pip install -e . --no-build-isolation   the same, and the package becomes importable
+    python setup.py build_emulator          build/emulator/_emulator.so: the CUDA kernels on the CPU
 
 Environment: CXX, MAX_JOBS, ATTNFAST_CXXFLAGS (appended), ATTNFAST_SANITIZE=1 (AddressSanitizer and
 UndefinedBehaviorSanitizer; that library stays in build/native-asan, ATTNFAST_NATIVE loads it).
@@ -21,15 +22,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 if sys.hexversion < 0x030A0000:
     sys.exit(f"attnfast needs Python 3.10 or later, this is {platform.python_version()}")
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 SANITIZE = os.environ.get("ATTNFAST_SANITIZE") == "1"
 BUILD = ROOT / "build" / ("native-asan" if SANITIZE else "native")
 
@@ -60,6 +63,9 @@ ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"portable": "
 if SANITIZE and "avx2" in ISAS:
     # AVX-512's shape, 16 lanes and 12 rows, in AVX2 instructions: so that it runs on every machine.
     ISAS = ISAS | {"lanes16": f"{ISAS['avx2']} -DATTNFAST_16_LANES -Wno-psabi"}
+
+
+CUDA_HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # csrc/cuda/*.cu are compiled once for each
 
 
 def compiler() -> str:
@@ -105,63 +111,109 @@ def ninja() -> str:
     return found
 
 
-def ninja_file(cxx: str, torch: Path) -> str:
-    """The text of build.ninja: what is compiled, with which flags, in which order it is linked."""
-    mode = SANITIZED if SANITIZE else OPTIMISED
+class Ninja:
+    """The text of a build.ninja under way: compilations, largest first, then what is linked."""
+
+    def __init__(self, cxx: str, cxxflags: str, ldflags: str) -> None:
+        torch = torch_folder()
+        self.lines = [
+            "ninja_required_version = 1.5",
+            f"cxx = {cxx}",
+            f"cxxflags = {COMMON} {cxxflags} -I{CSRC} {os.environ.get('ATTNFAST_CXXFLAGS', '')}",
+            f"torchflags = {STABLE_ABI} -isystem {torch / 'include'}",
+            f"ldflags = {ldflags} -L{torch / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu"
+            " -Wl,--as-needed",
+            "rule compile",
+            "  command = $cxx -MMD -MF $out.d $cxxflags $extra -c $in -o $out",
+            "  description = compile $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx -shared $cxxflags $in -o $out $ldflags",
+            "  description = link $out",
+        ]
+        self.compilations: list[tuple[int, str]] = []
+
+    def compile(
+        self, source: Path, suffix: str = "", extra: str = "", rule: str = "compile"
+    ) -> str:
+        """Have a source compiled; returns its object's name."""
+        target = f"{source.relative_to(CSRC).with_suffix('')}{suffix}.o"
+        text = f"build {target}: {rule} {source}\n  extra = {extra}"
+        self.compilations.append((source.stat().st_size, text))
+        return target
+
+    def text(self, *links: str) -> str:
+        """The file, which ends with these link statements; the first library is the default."""
+        ordered = [text for _, text in sorted(self.compilations, reverse=True)]  # none ends late
+        default = links[0].split(":")[0].removeprefix("build ")
+        return "\n".join([*self.lines, *ordered, *links, f"default {default}", ""])
+
+
+def native_file() -> str:
+    """How _native.so is built: what is compiled, with which flags, in which order it is linked."""
     lanes16 = "-DATTNFAST_HAS_LANES16" if "lanes16" in ISAS else ""
-    extra = os.environ.get("ATTNFAST_CXXFLAGS", "")
-    undefined = "" if SANITIZE else "-Wl,-z,defs"
-    lines = [
-        "ninja_required_version = 1.5",
-        f"cxx = {cxx}",
-        f"cxxflags = {COMMON} {mode} {lanes16} -I{ROOT / 'csrc'} {extra}",
-        f"torchflags = {STABLE_ABI} -isystem {torch / 'include'}",
-        f"ldflags = {undefined} -L{torch / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu"
-        " -Wl,--as-needed",
-        "rule compile",
-        "  command = $cxx -MMD -MF $out.d $cxxflags $extra -c $in -o $out",
-        "  description = compile $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        "  command = $cxx -shared $cxxflags $in -o $out $ldflags",
-        "  description = link $out",
-    ]
-    objects: list[str] = []
-    compilations: list[tuple[int, str]] = []
-
-    def compile(source: Path, suffix: str, extra: str) -> None:
-        target = f"{source.relative_to(ROOT / 'csrc').with_suffix('')}{suffix}.o"
-        objects.append(target)
-        text = f"build {target}: compile {source}\n  extra = {extra}"
-        compilations.append((source.stat().st_size, text))
-
-    for source in sorted((ROOT / "csrc" / "bindings").glob("*.cpp")):
-        compile(source, "", "$torchflags")
-    cpu = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    for source in cpu:
-        if not source.name.startswith("kernels_"):
-            compile(source, "", "")
+    mode = SANITIZED if SANITIZE else OPTIMISED
+    build = Ninja(compiler(), f"{mode} {lanes16}", "" if SANITIZE else "-Wl,-z,defs")
+    objects = [build.compile(CSRC / "bindings" / "cpu.cpp", extra="$torchflags")]
+    cpu = sorted((CSRC / "cpu").glob("*.cpp"))
+    kernels = [source for source in cpu if source.name.startswith("kernels_")]
+    objects += [build.compile(source) for source in cpu if source not in kernels]
     for isa, flags in ISAS.items():
-        for source in cpu:
-            if source.name.startswith("kernels_"):
-                compile(source, f".{isa}", f"-DATTNFAST_ISA={isa} {flags}")
-    lines.extend(text for _, text in sorted(compilations, reverse=True))  # so that none ends late
-    lines.extend([f"build _native.so: link {' '.join(objects)}", "default _native.so", ""])
-    return "\n".join(lines)
+        extra = f"-DATTNFAST_ISA={isa} {flags}"
+        objects += [build.compile(source, f".{isa}", extra) for source in kernels]
+    return build.text(f"build _native.so: link {' '.join(objects)}")
+
+
+def emulator_file() -> str:
+    """How _emulator.so is built: the CUDA kernels compiled for the CPU, and what runs them."""
+    build = Ninja(compiler(), "-O2 -DATTNFAST_EMULATOR", "-Wl,-z,defs")
+    build.lines[2] += " -pthread"
+    objects = [
+        build.compile(CSRC / "bindings" / name, extra="$torchflags")
+        for name in ("cuda.cpp", "emulator.cpp")
+    ]
+    objects += [build.compile(source) for source in sorted((CSRC / "emulator").glob("*.cpp"))]
+    objects += [build.compile(source) for source in sorted((CSRC / "cuda").glob("*.cpp"))]
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        for head_dim in CUDA_HEAD_DIMS:
+            extra = f"-x c++ -DATTNFAST_HEAD_DIM={head_dim}"
+            objects.append(build.compile(source, f".{head_dim}", extra))
+    return build.text(f"build _emulator.so: link {' '.join(objects)}")
+
+
+def run_ninja(folder: Path, text: str, what: str) -> None:
+    """Bring a folder's libraries up to date."""
+    command = [ninja(), "-C", str(folder)]
+    if os.environ.get("MAX_JOBS"):
+        command.append(f"-j{os.environ['MAX_JOBS']}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(text)
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        sys.exit(f"attnfast: {what} did not compile; the compiler's messages are above")
 
 
 def build_native() -> Path:
     """Bring the library up to date and say where it is."""
-    text = ninja_file(compiler(), torch_folder())
-    command = [ninja(), "-C", str(BUILD)]
-    if os.environ.get("MAX_JOBS"):
-        command.append(f"-j{os.environ['MAX_JOBS']}")
-    BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / "build.ninja").write_text(text)
-    if subprocess.run(command, stdout=sys.stderr).returncode:
-        sys.exit("attnfast: the native library did not compile; the compiler's messages are above")
+    run_ninja(BUILD, native_file(), "the native library")
     return BUILD / "_native.so"
+
+
+class BuildEmulator(Command):
+    """Builds build/emulator/_emulator.so, in which tests run the CUDA kernels on the CPU."""
+
+    description = "build the emulator of the CUDA kernels, for tests"
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None:
+        """There are no options."""
+
+    def finalize_options(self) -> None:
+        """There are no options."""
+
+    def run(self) -> None:
+        """Build."""
+        run_ninja(ROOT / "build" / "emulator", emulator_file(), "the emulator")
 
 
 class BuildNative(build_ext):
@@ -198,7 +250,11 @@ class NativeWheel(bdist_wheel):
 if sys.platform == "linux":
     setup(
         ext_modules=[Extension("attnfast._native", sources=[])],
-        cmdclass={"build_ext": BuildNative, "bdist_wheel": NativeWheel},
+        cmdclass={
+            "build_ext": BuildNative,
+            "build_emulator": BuildEmulator,
+            "bdist_wheel": NativeWheel,
+        },
     )
 else:
     setup()  # elsewhere the package holds no native kernels, and says so when asked for one

@@ -1,0 +1,122 @@
+// torch.ops.attnfast.cuda_*: tensors in, parameter structs with device pointers out, through
+// torch's stable ABI (2.10 and later). Nothing here waits for the device.
+//
+// The schemas are defined in attnfast/ops.py, which also checks shapes and dtypes. Values inside
+// tensors are not read on the host: the kernels clamp what indexes memory.
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "../cuda/kernels.h"
+#include "device.h"
+#include "tensors.h"
+
+namespace {
+
+using namespace attnfast::bindings;
+using attnfast::ForwardParams;
+using attnfast::Problem;
+using attnfast::cuda::DeviceSeed;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Small tensors as the kernels read them, which live as long as the call.
+class Kept {
+ public:
+  explicit Kept(DeviceCall* call) : call_(call) {}
+
+  // A dense copy of that type, unless x is one.
+  template <class Number>
+  const Number* numbers(const Tensor& x, ScalarType type, const char* name) {
+    Tensor dense = x;
+    if (!x.is_contiguous() || x.scalar_type() != type) {
+      dense = x.dim() == 2 ? empty(x, type, {x.size(0), x.size(1)}) : empty(x, type, {x.size(0)});
+      torch::stable::copy_(dense, x);
+    }
+    tensors_.push_back(dense);
+    call_->reads(dense, name);
+    return static_cast<const Number*>(dense.const_data_ptr());
+  }
+
+ private:
+  DeviceCall* call_;
+  std::vector<Tensor> tensors_;
+};
+
+void fill_problem(Problem* p, DeviceSeed* seed, DeviceCall* call, Kept* kept, ATTNFAST_INPUTS) {
+  (void)weights, (void)stats, (void)deterministic;  // the kernels are deterministic always
+  check_rows(q, "q"), check_rows(k, "k"), check_rows(v, "v");
+  p->B = q.size(0), p->H = q.size(1), p->T = q.size(2), p->D = q.size(3);
+  p->H_kv = k.size(1), p->S = k.size(2), p->D_v = v.size(3);
+  p->q = read(q), p->k = read(k), p->v = read(v), p->mask = read(mask), p->bias = read(bias);
+  call->reads(q, "q"), call->reads(k, "k"), call->reads(v, "v");
+  call->reads(mask, "mask"), call->reads(bias, "bias");
+  if (alibi_slopes) {
+    p->alibi_slopes = kept->numbers<float>(*alibi_slopes, ScalarType::Float, "alibi_slopes");
+    p->alibi_stride_b = alibi_slopes->dim() == 2 && alibi_slopes->size(0) > 1 ? p->H : 0;
+  }
+  if (sinks) p->sinks = kept->numbers<float>(*sinks, ScalarType::Float, "sinks");
+  if (cu_seqlens_q) {
+    p->cu_seqlens_q = kept->numbers<int32_t>(*cu_seqlens_q, ScalarType::Int, "cu_seqlens_q");
+    p->cu_seqlens_k = kept->numbers<int32_t>(*cu_seqlens_k, ScalarType::Int, "cu_seqlens_k");
+    p->B = cu_seqlens_q->size(0) - 1;
+    p->T = max_seqlen_q, p->S = max_seqlen_k;
+    p->q.b = p->k.b = p->v.b = 0;
+  }
+  if (align) p->align_per_batch = kept->numbers<int32_t>(*align, ScalarType::Int, "align");
+  p->align_offset = align_offset, p->align_bottom_right = align_bottom_right;
+  p->scale = static_cast<float>(scale), p->causal = causal;
+  p->window_left = window_left, p->window_right = window_right;
+  p->softcap = static_cast<float>(softcap);
+  p->dropout_p = dropout_p;
+  if (dropout_seed) {
+    call->reads(dropout_seed, "dropout_seed");
+    seed->seed = static_cast<const int64_t*>(dropout_seed->const_data_ptr());
+    seed->stride = dropout_seed->stride(0);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_fwd(ATTNFAST_INPUTS) {
+  STD_TORCH_CHECK(weights == 0 && stats < 2,
+                  "attention: the CUDA kernels return neither weights nor received attention");
+  ForwardParams p;
+  DeviceSeed seed;
+  DeviceCall call(q);
+  Kept kept(&call);
+  fill_problem(&p, &seed, &call, &kept, ATTNFAST_INPUT_NAMES);
+  const int64_t B = q.size(0), H = p.H, T = q.size(2);
+  Tensor out = empty_in_order(q, p.D_v);
+  Tensor lse = empty(q, ScalarType::Float, {B, H, T});
+  Tensor statistics = stats ? empty(q, ScalarType::Float, {3, B, H, T}) : nothing(lse);
+  call.writes(out, "out"), call.writes(lse, "lse"), call.writes(statistics, "stats");
+  if (p.cu_seqlens_q) {  // rows past the last sequence
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -kInfinity);
+    if (stats) {
+      torch::stable::zero_(statistics);
+      Tensor max_logit = torch::stable::select(statistics, 0, 0);
+      torch::stable::fill_(max_logit, -kInfinity);
+    }
+  }
+  p.out = write(out);
+  if (p.cu_seqlens_q) p.out.b = 0;
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.lse_stride_b = H * T, p.lse_stride_h = T;
+  if (stats) {
+    p.max_logit = static_cast<float*>(statistics.mutable_data_ptr());
+    p.entropy = p.max_logit + B * H * T;
+    p.reach = p.entropy + B * H * T;
+  }
+  attnfast::cuda::attention_fwd(p, seed, T, k.size(2), call.stream());
+  return {out, lse, statistics, nothing(lse), nothing(q)};
+}
+
+}  // namespace
+
+#ifdef ATTNFAST_EMULATOR
+STABLE_TORCH_LIBRARY_IMPL(attnfast, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(attnfast, CUDA, m) {
+#endif
+  m.impl("cuda_fwd", TORCH_BOX(&cuda_fwd));
+}

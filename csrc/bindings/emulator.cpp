@@ -1,0 +1,57 @@
+// torch.ops.attnfast.emulator_*: what tests ask of the emulator beside running kernels.
+#include <sstream>
+#include <string>
+
+#include "../emulator/launch.h"
+#include "../emulator/selftest.h"
+#include "tensors.h"
+
+namespace {
+
+using attnfast::emulator::Sabotage;
+
+// Has one call of a primitive, or the addresses it is given, go wrong from now on: kind is "none",
+// "omit", "omit in one lane", "shift" or "flip"; place is "op file line".
+void emulator_sabotage(std::string kind, std::string place, int64_t amount) {
+  Sabotage s;
+  const std::string kinds[] = {"none", "omit", "omit in one lane", "shift", "flip"};
+  int which = -1;
+  for (int i = 0; i < 5; ++i) which = kinds[i] == kind ? i : which;
+  STD_TORCH_CHECK(which >= 0, "emulator: there is no sabotage named ", kind);
+  s.kind = static_cast<Sabotage::Kind>(which);
+  std::istringstream words(place);
+  words >> s.op >> s.file >> s.line;
+  s.amount = amount;
+  attnfast::emulator::settings().sabotage = s;
+}
+
+// Counts what primitives cost from now on, or stops.
+void emulator_count(bool on) {
+  attnfast::emulator::settings().counting = on;
+  attnfast::emulator::counted().clear();
+}
+
+// A line "op file line requests cost least" for every place; names without blanks.
+std::string emulator_counts() {
+  std::ostringstream text;
+  for (const auto& [place, count] : attnfast::emulator::counted()) {
+    const auto& [file, line, op] = place;
+    text << op << ' ' << file << ' ' << line << ' ' << count.requests << ' ' << count.cost << ' '
+         << count.least << '\n';
+  }
+  return text.str();
+}
+
+// Runs a small kernel that has a bug of that name, or none: "" names the sound ones.
+void emulator_selftest(std::string kernel, std::string bug) {
+  attnfast::emulator::run_selftest(kernel, bug);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(attnfast, CompositeExplicitAutograd, m) {
+  m.impl("emulator_sabotage", TORCH_BOX(&emulator_sabotage));
+  m.impl("emulator_count", TORCH_BOX(&emulator_count));
+  m.impl("emulator_counts", TORCH_BOX(&emulator_counts));
+  m.impl("emulator_selftest", TORCH_BOX(&emulator_selftest));
+}

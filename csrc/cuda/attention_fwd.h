@@ -1,0 +1,260 @@
+// Attention forward, one warp per 16 or 32 query rows (FlashAttention-2, arXiv:2307.08691,
+// Algorithm 1).
+//   o = softmax(scale * q k^T + bias) v        lse = logsumexp of the scores
+// Grid:   (batch entry, head, block of kM queries); the last queries, with causal the longest,
+// first Memory: q, one tile of k and one of v in shared memory: v arrives during q k^T, the next k
+// during
+//         the softmax and p v; s, p, acc, m, l in registers
+// Limits: D and D_v up to kD; bf16, fp16
+#pragma once
+#include "arguments.h"
+#include "head.h"
+#include "launch.h"
+#include "scores.h"
+#include "tile.h"
+
+namespace attnfast::cuda {
+
+// Plain calls: no option but positions, rows aligned, a positive scale. kM queries, kN keys.
+template <int kD, bool kPlain>
+struct ForwardShape {
+  static constexpr int kWarps = kD > 128 || kPlain ? 4 : 8;
+  static constexpr int kRowTiles = kD <= 128 && kPlain ? 2 : 1;  // of 16 rows, per warp
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kM = kWarps * kRowTiles * 16;
+  static constexpr int kN = (kPlain ? kD < 96 || kD == 192 : kD <= 128) ? 64 : 32;  // no spills
+  static constexpr int kSharedBytes = (kM + 2 * kN) * kD * 2;
+};
+
+// The running softmax of a lane's rows, two for each row tile: row 2 * m + half.
+template <int kRows>
+struct Softmax {
+  float m[kRows];  // largest score so far, in the scores' units; the same in a quad's lanes
+  float l[kRows];  // sum of exp(s - m) over this lane's keys
+};
+
+// Sums for the statistics, over this lane's keys.
+template <int kRows>
+struct Moments {
+  float depth[kRows];     // of exp(s - m) (s - m), in units
+  float distance[kRows];  // of exp(s - m) |s - t'|
+};
+
+template <class Element, int kD, bool kPlain>
+ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
+    attention_fwd_kernel(ATTNFAST_PARAMS ForwardArguments arguments) {
+  using Shape = ForwardShape<kD, kPlain>;
+  constexpr int kM = Shape::kM, kN = Shape::kN, kThreads = Shape::kThreads;
+  constexpr int kRowTiles = Shape::kRowTiles, kRows = 2 * kRowTiles;
+  const ForwardParams& p = arguments.p;
+
+  // Indices
+  const int64_t index = block_index(), query_blocks = arguments.query_blocks;
+  const int64_t bh = index / query_blocks;
+  const int t_block = static_cast<int>(query_blocks - 1 - index % query_blocks) * kM;
+  const Head head(p, arguments.rows_q, arguments.rows_k, bh / p.H, bh % p.H);
+  if (t_block >= head.T) return;
+  const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  const int t0 = t_block + warp * kRowTiles * 16;  // the warp's first query
+  const int t_last = min_of(t_block + kM, head.T) - 1;
+  const int key_begin = head.first_key(t_block) / kN * kN, key_end = head.end_key(t_last);
+  const ScoreOptions options(p, head);
+  const Philox philox(p, arguments.dropout, head.b, head.h);
+
+  // Shared memory
+  const uint32_t q_tile = shared_memory(), k_tile = q_tile + kM * kD * 2;
+  const uint32_t v_tile = k_tile + kN * kD * 2;
+  const uint32_t q_rows = q_tile + warp * kRowTiles * 16 * kD * 2;  // the warp's
+  const int D = static_cast<int>(p.D), D_v = static_cast<int>(p.D_v);
+  const Rows<Element> q{
+      head.rows_of<Element>(p.q, head.h, head.q_begin), p.q.t, 0, head.T, D, arguments.q_aligned};
+  // Keys that no query reaches read as zero, whatever they hold.
+  const int reach_begin = head.first_key(0), reach_end = head.end_key(head.T - 1);
+  const Rows<Element> k{head.rows_of<Element>(p.k, head.h_kv, head.k_begin),
+                        p.k.t,
+                        reach_begin,
+                        reach_end,
+                        D,
+                        arguments.k_aligned};
+  const Rows<Element> v{head.rows_of<Element>(p.v, head.h_kv, head.k_begin),
+                        p.v.t,
+                        reach_begin,
+                        reach_end,
+                        D_v,
+                        arguments.v_aligned};
+
+  float acc[kRowTiles][kD / 8][4] = {};
+  Softmax<kRows> softmax;
+  Moments<kRows> moments;
+  ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
+    softmax.m[r] = -kInfinity, softmax.l[r] = 0.0f;
+    moments.depth[r] = 0.0f, moments.distance[r] = 0.0f;
+  }
+
+  // Keys, tile by tile
+  if (key_begin < key_end) {
+    load_tile<kD, kM, kThreads, !kPlain>(q_tile, q, t_block);
+    load_tile<kD, kN, kThreads, !kPlain>(k_tile, k, key_begin);
+  }
+  commit_copies();
+  for (int s0 = key_begin; s0 < key_end; s0 += kN) {
+    wait_copies<0>();
+    sync_block();  // q and k are here, and no warp reads v any more
+    load_tile<kD, kN, kThreads, !kPlain>(v_tile, v, s0);
+    commit_copies();
+
+    float s[kRowTiles][kN / 8][4] = {};
+    uint32_t live = ~0u;
+    if (t0 < head.T) {
+      add_rows_times_rows<Element, kD>(s, q_rows, k_tile, lane);
+      const bool edge = crosses_edge(head, t0, kRowTiles * 16, s0, kN);
+      if constexpr (kPlain) {
+        if (edge) options.mask_positions(s, head, t0, s0, lane);
+      } else {
+        options.apply(s, head, t0, s0, lane, edge);
+        if (options.drops_keys()) live = live_columns(s);
+      }
+    }
+
+    wait_copies<0>();
+    sync_block();  // v is here, and no warp reads k any more
+    if (s0 + kN < key_end) load_tile<kD, kN, kThreads, !kPlain>(k_tile, k, s0 + kN);
+    commit_copies();
+    if (t0 >= head.T) continue;
+
+    const float factor = kPlain ? options.factor : options.to_log2();  // from the scores' units
+    ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
+      const int i = r / 2, half = r % 2 * 2;
+      float m = softmax.m[r];
+      ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
+        m = fmaxf(m, fmaxf(s[i][n][half], s[i][n][half + 1]));
+      }
+      m = fmaxf(m, shuffle_xor(m, 1));
+      m = fmaxf(m, shuffle_xor(m, 2));
+      const float base = m == -kInfinity ? 0.0f : m;
+      const float past = softmax.m[r] - base;  // of the maximum, in units
+      const float keep = exp2_fast(past * factor);
+      softmax.m[r] = m;
+      if constexpr (!kPlain) {
+        if (p.entropy) {
+          const float moved = past == -kInfinity ? 0.0f : past;
+          moments.depth[r] = keep * (moments.depth[r] + moved * softmax.l[r]);
+          moments.distance[r] *= keep;
+        }
+      }
+      softmax.l[r] *= keep;
+      ATTNFAST_UNROLL for (int n = 0; n < kD / 8; ++n) {
+        acc[i][n][half] *= keep, acc[i][n][half + 1] *= keep;
+      }
+      ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
+        ATTNFAST_UNROLL for (int e = half; e < half + 2; ++e) {
+          float& x = s[i][n][e];
+          if constexpr (kPlain) {
+            x = exp2_fast(fmaf(x, factor, -base * factor));
+          } else {
+            const float depth = x - base;
+            x = exp2_fast(depth * factor);
+            if (p.entropy && depth != -kInfinity) {
+              const int t = query_of(t0, i, e, lane), key = key_of(s0, n, e, lane);
+              moments.depth[r] += x * depth;
+              moments.distance[r] += x * fabsf(static_cast<float>(key - t - head.shift));
+            }
+          }
+          softmax.l[r] += x;
+        }
+      }
+    }
+    if constexpr (!kPlain) {
+      if (philox.threshold) drop_probabilities(s, philox, t0, s0, lane);
+    }
+    add_registers_times_rows<Element, kD, !kPlain>(acc, s, v_tile, live, lane);
+  }
+  if (t0 >= head.T) return;
+
+  // Rows
+  const float to_natural = kPlain ? p.scale : options.to_natural();
+  ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
+    const int i = r / 2, half = r % 2 * 2, t = query_of(t0, i, half, lane);
+    float m = softmax.m[r], l = softmax.l[r];
+    l += shuffle_xor(l, 1);
+    l += shuffle_xor(l, 2);
+    float past = 1.0f;  // what the sink leaves of the sums
+    float depth = 0.0f, distance = 0.0f;
+    if constexpr (!kPlain) {
+      depth = moments.depth[r], distance = moments.distance[r];
+      if (p.entropy) {
+        depth += shuffle_xor(depth, 1), distance += shuffle_xor(distance, 1);
+        depth += shuffle_xor(depth, 2), distance += shuffle_xor(distance, 2);
+      }
+      if (p.sinks) {
+        const float sink = load_global(p.sinks + head.h) * options.unit;
+        const float top = fmaxf(m, sink), base = top == -kInfinity ? 0.0f : top;
+        const float to_log2 = options.to_log2();
+        past = exp2_fast((m - base) * to_log2);
+        const float p_sink = exp2_fast((sink - base) * to_log2);
+        depth = past * depth;
+        if (m != -kInfinity) depth += past * (m - base) * l;
+        if (sink != -kInfinity) depth += p_sink * (sink - base);
+        distance *= past;
+        l = past * l + p_sink;
+        m = top;
+      }
+    }
+    const float keep = p.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - p.dropout_p)) : 0.0f;
+    const float norm = l == 0.0f ? 0.0f : past * keep / l;
+    ATTNFAST_UNROLL for (int n = 0; n < kD / 8; ++n) {
+      const uint32_t pair = pack<Element>(acc[i][n][half] * norm, acc[i][n][half + 1] * norm);
+      const int row = i * 16 + half * 4 + lane / 4;
+      store_shared(q_rows + Swizzle<kD>::offset(row, n) + lane % 4 * 4, pair);
+    }
+    if (lane % 4 == 0 && t < head.T) {
+      const int64_t row = (p.cu_seqlens_q ? 0 : head.b * p.lse_stride_b) + head.h * p.lse_stride_h +
+                          head.q_begin + t;
+      const float lse = l == 0.0f ? -kInfinity : m * to_natural + logf(l);
+      store_global(p.lse + row, lse);
+      if constexpr (!kPlain) {
+        if (p.entropy) {
+          const float entropy = l == 0.0f ? 0.0f : logf(l) - depth / l * to_natural;
+          store_global(p.max_logit + row, softmax.m[r] * to_natural);
+          store_global(p.entropy + row, entropy);
+          store_global(p.reach + row, l == 0.0f ? 0.0f : distance / l);
+        }
+      }
+    }
+  }
+
+  // Output
+  sync_warp();
+  auto* out = const_cast<Element*>(head.rows_of<Element>(p.out, head.h, head.q_begin));
+  constexpr int kChunks = kD / 8;
+  for (int n = lane; n < kRowTiles * 16 * kChunks; n += kWarpSize) {
+    const int row = n / kChunks, chunk = n % kChunks, t = t0 + row;
+    if (t >= head.T || chunk * 8 >= D_v) continue;
+    const auto x = load_shared<Words4>(q_rows + Swizzle<kD>::offset(row, chunk));
+    Element* to = out + t * p.out.t + chunk * 8;
+    if (kPlain || arguments.out_aligned) {
+      store_global(reinterpret_cast<Words4*>(to), x);
+      continue;
+    }
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+    ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
+      if (chunk * 8 + i >= D_v) break;
+      store_global(to + i, Element{static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)});
+    }
+  }
+}
+
+template <class Element, int kD, bool kPlain>
+void launch_attention_fwd(const ForwardArguments& arguments, Stream stream) {
+  using Shape = ForwardShape<kD, kPlain>;
+  ForwardArguments a = arguments;
+  a.query_blocks = (a.p.T + Shape::kM - 1) / Shape::kM;
+  const char* dtype = sizeof(Element) && a.p.q.dtype == DType::kFloat16 ? "fp16" : "bf16";
+  launch<ForwardArguments>(std::string("attention_fwd<") + dtype + ", " + std::to_string(kD) +
+                               (kPlain ? ", plain>" : ", options>"),
+                           attention_fwd_kernel<Element, kD, kPlain>,
+                           a.p.B * a.p.H * a.query_blocks, Shape::kThreads, Shape::kSharedBytes,
+                           stream, a);
+}
+
+}  // namespace attnfast::cuda

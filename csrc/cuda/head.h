@@ -1,0 +1,60 @@
+// One (batch entry or sequence, query head): where its rows lie, and which keys a query may attend
+// to by position.
+#pragma once
+#include "../params.h"
+#include "prims/prims.h"
+
+namespace attnfast::cuda {
+
+ATTNFAST_DEVICE int saturate(int64_t x) {
+  return static_cast<int>(min_of<int64_t>(max_of<int64_t>(x, INT32_MIN), INT32_MAX));
+}
+
+// A sequence's rows, [begin, end), within a tensor of `total` rows, whatever cu_seqlens holds.
+struct Range {
+  int begin, end;
+  ATTNFAST_DEVICE Range(const int32_t* cu_seqlens, int64_t b, int64_t total) {
+    begin = 0, end = static_cast<int>(total);
+    if (!cu_seqlens) return;
+    begin = min_of(max_of(load_global(cu_seqlens + b), 0), end);
+    end = min_of(max_of(load_global(cu_seqlens + b + 1), begin), end);
+  }
+};
+
+struct Head {
+  int64_t b, h, h_kv;
+  int T, S;              // of this sequence
+  int q_begin, k_begin;  // first row of this sequence (varlen), else 0
+  int shift;             // t' = t + shift
+  int low, high;         // query t may attend to key s if low <= s - t <= high
+
+  ATTNFAST_DEVICE Head(const Problem& p, int64_t rows_q, int64_t rows_k, int64_t b_, int64_t h_)
+      : b(b_), h(h_) {
+    const Range q(p.cu_seqlens_q, b, rows_q), k(p.cu_seqlens_k, b, rows_k);
+    h_kv = h / (p.H / p.H_kv);
+    q_begin = q.begin, k_begin = k.begin, T = q.end - q.begin, S = k.end - k.begin;
+    int64_t by = p.align_offset + (p.align_per_batch ? load_global(p.align_per_batch + b) : 0);
+    if (p.align_bottom_right) by += S - T;
+    shift = saturate(by);
+    low = p.window_left < 0 ? INT32_MIN : saturate(by - p.window_left);
+    high = p.window_right < 0 ? INT32_MAX : saturate(by + p.window_right);
+    if (p.causal) high = min_of(high, shift);
+  }
+
+  // Query t may attend to keys first_key(t) <= s < end_key(t), if that is a range at all.
+  ATTNFAST_DEVICE int first_key(int t) const {
+    return low == INT32_MIN ? 0 : saturate(max_of<int64_t>(int64_t{t} + low, 0));
+  }
+  ATTNFAST_DEVICE int end_key(int t) const {
+    return static_cast<int>(high == INT32_MAX ? S : min_of<int64_t>(int64_t{t} + high + 1, S));
+  }
+  ATTNFAST_DEVICE bool in_reach(int t, int s) const { return s - t >= low && s - t <= high; }
+
+  // Where a (B, H, rows, columns) tensor has this head's first row; h_kv for keys and values.
+  template <class Element, class AnyView>
+  ATTNFAST_DEVICE auto* rows_of(const AnyView& x, int64_t head, int first_row) const {
+    return reinterpret_cast<const Element*>(x.data) + b * x.b + head * x.h + first_row * x.t;
+  }
+};
+
+}  // namespace attnfast::cuda

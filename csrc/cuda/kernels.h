@@ -1,0 +1,22 @@
+// The CUDA kernels' entry points. They take the parameter structs of params.h with device pointers,
+// and a stream; they check nothing but what CUDA returns, and wait for nothing.
+#pragma once
+#include "../params.h"
+
+namespace attnfast::cuda {
+
+// A cudaStream_t; for the emulator, its Session.
+using Stream = void*;
+
+// Where the dropout seed lies on the device: two int64, seed and offset.
+struct DeviceSeed {
+  const int64_t* seed = nullptr;
+  int64_t stride = 1;
+};
+
+// out, lse and, where wanted, max_logit, entropy and reach. D and D_v up to 256; the tensors have
+// rows_q and rows_k rows, with varlen of all sequences together.
+void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
+                   int64_t rows_k, Stream stream);
+
+}  // namespace attnfast::cuda

@@ -1,0 +1,206 @@
+// The primitives on the GPU. sm_75 has neither copies past the registers nor bf16 products: there
+// copy_async is a load and a store, and one m16n8k16 product two of m16n8k8.
+#pragma once
+#include <cuda_runtime.h>
+
+#define ATTNFAST_KERNEL __global__ void
+#define ATTNFAST_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define ATTNFAST_PARAMS const __grid_constant__
+#define ATTNFAST_DEVICE __device__ __forceinline__
+#define ATTNFAST_UNROLL _Pragma("unroll")
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define ATTNFAST_TURING 1
+#else
+#define ATTNFAST_TURING 0
+#endif
+
+namespace attnfast::cuda {
+
+ATTNFAST_DEVICE int thread_index() { return threadIdx.x; }
+ATTNFAST_DEVICE int64_t block_index() { return blockIdx.x; }
+
+// A barrier of all threads of the block.
+ATTNFAST_DEVICE void sync_block() { __syncthreads(); }
+// Orders the memory accesses of the warp's lanes.
+ATTNFAST_DEVICE void sync_warp() { __syncwarp(); }
+
+template <class T>
+ATTNFAST_DEVICE T shuffle_xor(T x, int lanes) {
+  return __shfl_xor_sync(0xFFFFFFFFu, x, lanes);
+}
+ATTNFAST_DEVICE bool any_lane(bool x) { return __any_sync(0xFFFFFFFFu, x); }
+
+ATTNFAST_DEVICE uint32_t shared_memory() {
+  extern __shared__ __align__(1024) char dynamic_shared[];
+  return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared));
+}
+
+template <class T>
+ATTNFAST_DEVICE T load_shared(uint32_t address) {
+  T x;
+  if constexpr (sizeof(T) == 16) {
+    auto* w = reinterpret_cast<uint32_t*>(&x);
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(address)
+                 : "memory");
+  } else if constexpr (sizeof(T) == 8) {
+    auto* w = reinterpret_cast<uint32_t*>(&x);
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(w[0]), "=r"(w[1])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    static_assert(sizeof(T) == 4);
+    asm volatile("ld.shared.b32 %0, [%1];"
+                 : "=r"(*reinterpret_cast<uint32_t*>(&x))
+                 : "r"(address)
+                 : "memory");
+  }
+  return x;
+}
+
+template <class T>
+ATTNFAST_DEVICE void store_shared(uint32_t address, T x) {
+  const auto* w = reinterpret_cast<const uint32_t*>(&x);
+  if constexpr (sizeof(T) == 16) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(w[0]), "r"(w[1]),
+                 "r"(w[2]), "r"(w[3])
+                 : "memory");
+  } else if constexpr (sizeof(T) == 8) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(w[0]), "r"(w[1])
+                 : "memory");
+  } else {
+    static_assert(sizeof(T) == 4);
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(w[0]) : "memory");
+  }
+}
+
+template <class T>
+ATTNFAST_DEVICE T load_global(const T* p) {
+  return *p;
+}
+template <class T>
+ATTNFAST_DEVICE void store_global(T* p, T x) {
+  *p = x;
+}
+
+// 16 bytes to shared memory, `valid` of them from global memory and the rest zero. They are there
+// after commit_copies and wait_copies, for other threads after a barrier too.
+ATTNFAST_DEVICE void copy_async(uint32_t to, const void* from, int valid) {
+#if ATTNFAST_TURING
+  Words4 x{0, 0, 0, 0};
+  if (valid == 16) {
+    x = *static_cast<const Words4*>(from);
+  } else {
+    auto* out = reinterpret_cast<uint16_t*>(&x);
+    for (int i = 0; i < valid / 2; ++i) out[i] = static_cast<const uint16_t*>(from)[i];
+  }
+  store_shared(to, x);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid)
+               : "memory");
+#endif
+}
+// Makes the copies since the last commit one group.
+ATTNFAST_DEVICE void commit_copies() {
+#if !ATTNFAST_TURING
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits for all of this thread's groups but the newest kNewest.
+template <int kNewest>
+ATTNFAST_DEVICE void wait_copies() {
+#if !ATTNFAST_TURING
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+#endif
+}
+
+// Four 8 x 8 matrices of 2-byte elements, whose rows begin at the addresses of lanes 8i to 8i + 7:
+// r[i] holds elements (lane / 4, lane % 4 * 2 + {0, 1}) of matrix i.
+ATTNFAST_DEVICE void load_matrix(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+// The same of the transposed matrices.
+ATTNFAST_DEVICE void load_matrix_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// d[16 x 8] += a[16 x 16] b[16 x 8], products of Element summed in float (PTX ISA, mma.m16n8k16).
+template <class Element>
+ATTNFAST_DEVICE void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
+#if ATTNFAST_TURING
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6},"
+      " {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b0));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6},"
+      " {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[2]), "r"(a[3]), "r"(b1));
+#else
+  if constexpr (__is_same(Element, Float16)) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#endif
+}
+
+// 2^x, subnormal results flushed to zero, to about 2 ulp.
+ATTNFAST_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two floats rounded to nearest as one word, `low` in its lower half.
+template <class Element>
+ATTNFAST_DEVICE uint32_t pack(float low, float high) {
+  uint32_t x;
+  if constexpr (__is_same(Element, Float16)) {
+    asm("{ .reg .b16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h}; }"
+        : "=r"(x)
+        : "f"(low), "f"(high));
+  } else {
+#if ATTNFAST_TURING
+    x = 0;
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+#endif
+  }
+  return x;
+}
+
+template <class Element>
+ATTNFAST_DEVICE float to_float(Element x) {
+  if constexpr (__is_same(Element, Float16)) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+  } else {
+    return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
+  }
+}
+
+ATTNFAST_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+}  // namespace attnfast::cuda

@@ -1,0 +1,147 @@
+// Tiles of rows in shared memory, and their products on tensor cores.
+//
+// A tile holds rows of kD 2-byte elements in chunks of 8, which is what ldmatrix reads and cp.async
+// writes. Chunk c of row r lies at place c ^ (r & 7) of its row (kD a multiple of 64), or at
+// c ^ (r / 2 & 3) (kD an odd multiple of 32, whose rows begin in two places of the banks only), so
+// that eight rows of one chunk fall into different banks. docs/cuda.md draws it.
+//
+// Fragments are those of mma.m16n8k16. Lane l holds of a 16 x 8 sum the rows l / 4 and l / 4 + 8,
+// of each the columns l % 4 * 2 and the next: [0], [1] of the first row and [2], [3] of the second.
+#pragma once
+#include "prims/prims.h"
+
+namespace attnfast::cuda {
+
+template <int kD>
+struct Swizzle {
+  static_assert(kD % 32 == 0);
+  static constexpr int kMask = kD % 64 ? 3 : 7;
+  static ATTNFAST_DEVICE int of_row(int row) { return kD % 64 ? row >> 1 & 3 : row & 7; }
+  // In bytes from the tile's beginning.
+  static ATTNFAST_DEVICE uint32_t offset(int row, int chunk) {
+    return row * kD * 2 + ((chunk & ~kMask) | ((chunk ^ of_row(row)) & kMask)) * 16;
+  }
+};
+
+// One lane's share of an ldmatrix address: its row, and its chunk of a pair of chunks. The rest of
+// the address is a constant for unrolled loops.
+template <int kD>
+struct LaneAddress {
+  uint32_t row, chunk;
+
+  // Four matrices as the A operand of 16 rows; with .trans, as the B operands of 16 rows' products.
+  static ATTNFAST_DEVICE LaneAddress down_then_across(int lane) { return at(lane % 16, lane / 16); }
+  // Four matrices as the B operands of products with 16 rows transposed.
+  static ATTNFAST_DEVICE LaneAddress across_then_down(int lane) {
+    return at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  }
+  // Of chunks `even` and even + 1, at a tile's row that is a multiple of 8.
+  ATTNFAST_DEVICE uint32_t operator()(uint32_t tile, int even) const {
+    constexpr int kMask = Swizzle<kD>::kMask;
+    return tile + row + (even & ~kMask) * 16 + (chunk ^ (even & kMask) * 16);
+  }
+
+ private:
+  static ATTNFAST_DEVICE LaneAddress at(int row, int odd) {
+    return {static_cast<uint32_t>(row * kD * 2),
+            static_cast<uint32_t>((odd ^ Swizzle<kD>::of_row(row)) * 16)};
+  }
+};
+
+// Rows in global memory of which [begin, end) exist; all others read as zero.
+template <class Element>
+struct Rows {
+  const Element* data;
+  int64_t stride;  // of a row, in elements
+  int begin, end;
+  int columns;   // of a row; the tile's other columns are zero
+  bool aligned;  // every row begins at a multiple of 16 bytes
+};
+
+// Eight elements of a row that begins anywhere.
+template <class Element>
+ATTNFAST_DEVICE Words4 gather_chunk(const Element* row, int column, int columns) {
+  uint32_t half[8];
+  ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
+    half[i] = column + i < columns ? load_global(row + column + i).bits : 0;
+  }
+  return {half[0] | half[1] << 16, half[2] | half[3] << 16, half[4] | half[5] << 16,
+          half[6] | half[7] << 16};
+}
+
+// Starts to fill a tile of kRows rows with those from `first` on.
+template <int kD, int kRows, int kThreads, bool kMayBeUnaligned, class Element>
+ATTNFAST_DEVICE void load_tile(uint32_t tile, const Rows<Element>& rows, int first) {
+  constexpr int kChunks = kD / 8;
+  ATTNFAST_UNROLL for (int i = 0; i < kRows * kChunks; i += kThreads) {
+    const int n = i + thread_index(), r = n / kChunks, chunk = n % kChunks;
+    if (kRows * kChunks % kThreads && n >= kRows * kChunks) break;
+    const bool exists = first + r >= rows.begin && first + r < rows.end;
+    const Element* row = rows.data + (exists ? (first + r) * rows.stride : 0);
+    const int left = exists ? rows.columns - chunk * 8 : 0;
+    const uint32_t to = tile + Swizzle<kD>::offset(r, chunk);
+    if (kMayBeUnaligned && !rows.aligned) {
+      store_shared(to, gather_chunk(row, chunk * 8, exists ? rows.columns : 0));
+    } else {
+      copy_async(to, row + (left > 0 ? chunk * 8 : 0), min_of(max_of(left, 0), 8) * 2);
+    }
+  }
+}
+
+// Of 16 keys' rows, as a B operand holds them, only those that are attended: the others are zero,
+// whatever they hold. Bits 0 and 1 of `live` are the lane's first two rows, 2 and 3 its others.
+ATTNFAST_DEVICE void drop_dead_rows(uint32_t (&b)[4], uint32_t live) {
+  const uint32_t low = (live & 1 ? 0xFFFFu : 0) | (live & 2 ? 0xFFFF0000u : 0);
+  const uint32_t high = (live & 4 ? 0xFFFFu : 0) | (live & 8 ? 0xFFFF0000u : 0);
+  b[0] &= low, b[1] &= high, b[2] &= low, b[3] &= high;
+}
+
+// sum[16 * kM x 8 * kN] += a b^T, both from shared memory: a's 16 * kM rows from `a` on, b's 8 *
+// kN.
+template <class Element, int kD, int kM, int kN>
+ATTNFAST_DEVICE void add_rows_times_rows(float (&sum)[kM][kN][4], uint32_t a, uint32_t b,
+                                         int lane) {
+  const auto of_a = LaneAddress<kD>::down_then_across(lane);
+  const auto of_b = LaneAddress<kD>::across_then_down(lane);
+  ATTNFAST_UNROLL for (int k = 0; k < kD / 16; ++k) {
+    uint32_t left[kM][4];
+    ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) load_matrix(left[m], of_a(a, 2 * k) + m * 32 * kD);
+    ATTNFAST_UNROLL for (int n = 0; n < kN; n += 2) {
+      uint32_t right[4];
+      load_matrix(right, of_b(b, 2 * k) + n * 16 * kD);
+      ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
+        multiply_accumulate<Element>(sum[m][n], left[m], right[0], right[1]);
+        multiply_accumulate<Element>(sum[m][n + 1], left[m], right[2], right[3]);
+      }
+    }
+  }
+}
+
+// sum[16 * kM x kD] += a b: a is a sum of 8 * kN columns in registers, rounded to Element; b has as
+// many rows in shared memory. kDropDead: rows of b without their bit in `live` count as zero.
+template <class Element, int kD, bool kDropDead, int kM, int kN>
+ATTNFAST_DEVICE void add_registers_times_rows(float (&sum)[kM][kD / 8][4],
+                                              const float (&a)[kM][kN][4], uint32_t b,
+                                              uint32_t live, int lane) {
+  const auto of_b = LaneAddress<kD>::down_then_across(lane);
+  ATTNFAST_UNROLL for (int k = 0; k < kN / 2; ++k) {
+    uint32_t left[kM][4];
+    ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
+      ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
+        const float (&x)[4] = a[m][2 * k + i / 2];
+        left[m][i] = pack<Element>(x[i % 2 * 2], x[i % 2 * 2 + 1]);
+      }
+    }
+    ATTNFAST_UNROLL for (int n = 0; n < kD / 8; n += 2) {
+      uint32_t right[4];
+      load_matrix_transposed(right, of_b(b, n) + k * 32 * kD);
+      if (kDropDead) drop_dead_rows(right, live >> 4 * k);
+      ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
+        multiply_accumulate<Element>(sum[m][n], left[m], right[0], right[1]);
+        multiply_accumulate<Element>(sum[m][n + 1], left[m], right[2], right[3]);
+      }
+    }
+  }
+}
+
+}  // namespace attnfast::cuda

@@ -1,0 +1,40 @@
+// Launching a kernel on the emulator: several blocks at a time, one per host thread.
+#pragma once
+#include <stdexcept>
+#include <string>
+
+#include "block.h"
+
+namespace attnfast::emulator {
+
+// What stands for a stream: the memory of the call, and what has been asked of the emulator.
+struct Session {
+  Memory memory;
+  int host_threads = 1;
+};
+
+// Set from outside between launches.
+struct Settings {
+  Sabotage sabotage;
+  bool counting = false;
+};
+Settings& settings();
+
+// The counts of all launches since counting began.
+Counts& counted();
+
+// Runs all blocks, in order of their index as far as host threads are free.
+//   Raises std::runtime_error with the first fault.
+void run_blocks(Launch launch, const Session& session);
+
+template <class Kernel, class Params>
+void launch(const std::string& name, Kernel kernel, int64_t blocks, int threads, int shared_bytes,
+            const Session& session, const Params& params) {
+  Launch launch;
+  launch.kernel = name, launch.threads = threads, launch.shared_bytes = shared_bytes;
+  launch.blocks = blocks;
+  launch.body = [kernel, &params] { kernel(params); };
+  run_blocks(std::move(launch), session);
+}
+
+}  // namespace attnfast::emulator
