@@ -144,6 +144,7 @@ FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 }
 
 CPU = define("cpu")
+CUDA = define("cuda")
 _LIBRARY.define("cpu_isa() -> str")
 _LIBRARY.define("cpu_isas() -> str")
 
@@ -164,6 +165,32 @@ def load() -> str | None:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return f"native library not loaded: {error}"
+    return None
+
+
+def load_emulator() -> str | None:
+    """Load the CUDA kernels' emulator, which tests ask for: None, or the reason why there is none.
+
+    ``ATTNFAST_EMULATOR`` is "1" for the library that ``make emulator`` builds, or the path of one.
+    """
+    asked = os.environ.get("ATTNFAST_EMULATOR", "0")
+    if asked == "0":
+        return "not part of this build"
+    built = Path(__file__).parent.parent / "build" / "emulator" / "_emulator.so"
+    path = built if asked == "1" else Path(asked)
+    if not path.exists():
+        return f"emulator not built: no {path}; build it with `make emulator`"
+    for schema in (
+        "emulator_sabotage(str kind, str place, int amount) -> ()",
+        "emulator_count(bool on) -> ()",
+        "emulator_counts() -> str",
+        "emulator_selftest(str kernel, str bug) -> ()",
+    ):
+        _LIBRARY.define(schema)
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"emulator not loaded: {error}"
     return None
 
 
