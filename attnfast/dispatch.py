@@ -78,6 +78,23 @@ def _cpu_workspace(problem: Problem) -> tuple[int, int]:
     return 4 * threads * tiles, 4 * (threads * (2 * tiles + head) + row_sums)
 
 
+def _cuda_unsupported(problem: Problem) -> str | None:
+    """The first reason that holds; whether the kernels are there at all comes last."""
+    options, widest = problem.options, max(problem.D, problem.D_v)
+    reasons = (
+        (
+            problem.dtype not in HALF,
+            f"takes bfloat16 and float16, got {dtype_name(problem.dtype)}",
+        ),
+        (widest > CUDA_MAX_HEAD_DIM, f"takes D and D_v up to {CUDA_MAX_HEAD_DIM}, got {widest}"),
+        (problem.kind == "decode", "does not decode"),
+        (problem.requires_grad, "computes no gradients"),
+        (options.weights > 0, "does not return weights"),
+        (options.stats == 2, "does not sum the attention that keys receive"),
+    )
+    return next((reason for holds, reason in reasons if holds), EMULATOR_MISSING)
+
+
 def _reference_workspace(problem: Problem) -> tuple[int, int]:
     """All scores, in fp32 or better: four times in forward, and as often again in backward."""
     sequences = 1 if problem.kind == "varlen" else problem.B  # varlen: at most all rows in one
@@ -86,7 +103,9 @@ def _reference_workspace(problem: Problem) -> tuple[int, int]:
     return 4 * scores * size, 8 * scores * size
 
 
+CUDA_MAX_HEAD_DIM = 256
 NATIVE_MISSING = ops.load()
+EMULATOR_MISSING = ops.load_emulator()
 
 CPU = Backend(
     "cpu",
@@ -94,6 +113,13 @@ CPU = Backend(
     ops.CPU,
     _cpu_workspace,
     lambda: f"{ops.cpu_isa()}, threads: {torch.get_num_threads()}",
+)
+CUDA = Backend(
+    "cuda",
+    _cuda_unsupported,
+    ops.CUDA,
+    lambda problem: (0, 0),
+    lambda: "emulated",
 )
 REFERENCE = Backend(
     "reference",
@@ -103,8 +129,12 @@ REFERENCE = Backend(
     lambda: "plain PyTorch",
 )
 
+# The emulator of the CUDA kernels comes after the reference, which accepts everything: it serves
+# CPU tensors only where it is named.
+EMULATED = () if os.environ.get("ATTNFAST_EMULATOR", "0") == "0" else (CUDA,)
+
 BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "cpu": (CPU, REFERENCE),
+    "cpu": (CPU, REFERENCE, *EMULATED),
 }
 OTHER_DEVICES = (REFERENCE,)
 OPS = {row.name: row.ops for table in BACKENDS.values() for row in table if row.ops is not None}
