@@ -1,0 +1,1 @@
+"""A translation Transformer trained on programs' catalogues, with torch's attention and ours."""

@@ -1,0 +1,316 @@
+"""The command: what it does, in order."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from search_demo.errors import UsageError
+from search_demo.files import output_folder, written_whole
+from search_demo.measure import ATTNFAST, TORCH, now
+from search_demo.options import usable_device
+from search_demo.report import console, heading, plain
+from tokenizers import Tokenizer
+
+import attnfast
+from translation import checkpoint, metrics, report
+from translation.catalogues import cached_pairs
+from translation.compare import LAST, Comparison, compare_dropout, compare_exact
+from translation.decode import translate
+from translation.look import cross_attention
+from translation.options import parser, settings_of
+from translation.pairs import read_pairs, split_pairs
+from translation.picture import draw_cross_attention, draw_habits, draw_losses
+from translation.report import Decoded
+from translation.settings import Settings
+from translation.tokens import Data, encode, pieces, prepare
+from translation.train import Trainer
+
+CHECKPOINT = "checkpoint.pt"
+SHOWN = 8  # translations
+LONGEST_SENTENCE = 20  # tokens that still make a readable map
+
+
+class Job(NamedTuple):
+    """What the options ask for, loaded."""
+
+    options: argparse.Namespace
+    settings: Settings
+    device: torch.device
+    folder: Path  # for results
+    data: Data
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    try:
+        options = parser().parse_args(arguments)
+        return say(options) if options.command == "say" else run(options)
+    except UsageError as error:
+        print(f"translate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ntranslate: interrupted", file=sys.stderr)
+        return 130
+
+
+def run(options: argparse.Namespace) -> int:
+    """Everything but `say`, in the order in which it is printed.
+
+    Raises:
+        UsageError: bad input.
+    """
+    started = time.perf_counter()
+    settings = settings_of(options)
+    device = usable_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    folder = output_folder(options.out)
+    resumed = None
+    path = _checkpoint(options, folder)
+    if options.resume:
+        resumed = checkpoint.read(path, device)
+    job = Job(options, settings, device, folder, _data(options, settings))
+    if resumed is not None:
+        checkpoint.check(resumed, path, settings, job.data)
+    out = console()
+    described = _describe(job)
+    plain(out, described)
+    results: dict[str, Any] = {"described": described, "settings": settings.as_dict()}
+
+    compared: dict[str, Comparison] = {}
+    if options.command != "train" and resumed is None:
+        compared = _compare(out, job)
+        results["comparison"] = {
+            name: {**c._asdict(), "outcomes": {k: o._asdict() for k, o in c.outcomes.items()}}
+            for name, c in compared.items()
+        }
+        if options.command == "all":
+            resumed = checkpoint.read(job.folder / CHECKPOINT, device)
+    if options.command != "compare":
+        trainer = _trainer(job, resumed)
+        heading(out, f"Training, {options.steps} steps")
+        if not _train(job, trainer):
+            print(
+                f"\ntranslate: interrupted after step {trainer.steps}, saved"
+                f" {job.folder / CHECKPOINT}: --resume goes on",
+                file=sys.stderr,
+            )
+            return 130
+        results |= _measure(out, job, trainer)
+        losses = {ATTNFAST: trainer.losses}
+        if compared:
+            losses = {TORCH: compared["dropout"].outcomes[TORCH].losses, **losses}
+        draw_losses(job.folder / "losses.png", losses)
+        plain(out, str(job.folder / "losses.png"))
+    with written_whole(job.folder / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1))
+    heading(out, f"done in {time.perf_counter() - started:.0f} s")
+    failed = [name for name, comparison in compared.items() if not comparison.agree]
+    for name in failed:
+        c = compared[name]
+        told = f"{name}: torch and attnfast are apart by {c.difference:.1e} > {c.tolerance:g}"
+        print(f"translate: {told}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def say(options: argparse.Namespace) -> int:
+    """Translate the texts given with a checkpoint's model.
+
+    Raises:
+        UsageError: no text, or no such checkpoint.
+    """
+    settings_of(options)
+    device = usable_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    state = checkpoint.read(_checkpoint(options, options.out), device)
+    model = Settings(**state["settings"]).build(state["vocabulary"]).to(device)
+    model.load_state_dict(state["model"])
+    attnfast.replace(model, verbose=False)
+    tokenizer = Tokenizer.from_str(state["tokenizer"])
+    texts = [text for text in options.text if text.strip()]
+    for ids in translate(model, encode(tokenizer, texts), options.beam):
+        print(tokenizer.decode(ids))
+    return 0
+
+
+def _checkpoint(options: argparse.Namespace, folder: Path) -> Path:
+    """The file that --resume names, or the one in --out."""
+    return options.resume if isinstance(options.resume, Path) else folder / CHECKPOINT
+
+
+def _data(options: argparse.Namespace, settings: Settings) -> Data:
+    """The pairs as tokens, some of them held out."""
+    if options.pairs is not None:
+        pairs = read_pairs(options.pairs)
+    else:
+        pairs = cached_pairs(options.lang, options.cache)
+    return prepare(split_pairs(pairs, settings.seed), options.vocabulary, options.max_tokens)
+
+
+def _describe(job: Job) -> str:
+    """What runs on what."""
+    data, settings = job.data, job.settings
+    model = settings.build(data.tokenizer.get_vocab_size())
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = sum(len(e.source) + len(e.target) for e in data.train)
+    pairs = job.options.pairs or f"en-{job.options.lang}"
+    return (
+        f"attnfast {attnfast.__version__}, torch {torch.__version__},"
+        f" Python {platform.python_version()}, {job.device}, {torch.get_num_threads()} threads,"
+        f" {settings.precision}\n"
+        f"{pairs}: {len(data.train):,} pairs to learn from, {tokens:,} tokens;"
+        f" {len(data.held_out)} held out\n"
+        f"{settings.layers} + {settings.layers} layers of {settings.heads} heads, width"
+        f" {settings.width}, {data.tokenizer.get_vocab_size():,} tokens, {parameters:,} parameters"
+    )
+
+
+def _compare(out: Console, job: Job) -> dict[str, Comparison]:
+    """Train twice without and twice with dropout, and print what came of it."""
+    options = job.options
+    steps = options.exact_steps
+    heading(out, f"The same training twice, without dropout, {steps} steps")
+    exact = compare_exact(job.data, job.settings, steps, job.device)
+    report.comparison(out, exact, "the losses of every step")
+    steps = min(options.compare_steps, options.steps)
+    heading(out, f"The same training twice, dropout {job.settings.dropout:g}, {steps} steps")
+    ours: dict[str, Any] = {}
+    if options.command == "all":  # whose training goes on afterwards
+        ours["checkpoint"] = str(job.folder / CHECKPOINT)
+        ours["watch_every"] = options.watch_every
+    if options.logdir is not None:
+        ours |= {"logdir": str(options.logdir), "watch_every": options.watch_every}
+    dropout = compare_dropout(job.data, job.settings, steps, job.device, **ours)
+    told = f"the final losses, of the last {LAST} steps and held out"
+    report.comparison(out, dropout, told)
+    plain(out, "memory: what training adds to the process with its model and data at its highest")
+    return {"exact": exact, "dropout": dropout}
+
+
+def _trainer(job: Job, resumed: dict[str, Any] | None) -> Trainer:
+    """A model with our attention, at its start or where the checkpoint left it."""
+    model = job.settings.build(job.data.tokenizer.get_vocab_size()).to(job.device)
+    attnfast.replace(model, verbose=False)
+    torch.manual_seed(job.settings.seed)
+    options = job.options
+    trainer = Trainer(model, job.data, job.settings, options.watch_every, options.logdir)
+    if resumed is not None:
+        checkpoint.restore(resumed, trainer)
+    return trainer
+
+
+def _train(job: Job, trainer: Trainer) -> bool:
+    """Train to the end; False if interrupted."""
+    path = job.folder / CHECKPOINT
+    return trainer.train(
+        job.options.steps,
+        save=lambda: checkpoint.save(trainer, path),
+        save_every=job.options.save_every,
+    )
+
+
+def _measure(out: Console, job: Job, trainer: Trainer) -> dict[str, Any]:
+    """Losses, attention, scores and translations of the trained model, printed and for a file."""
+    data, model = job.data, trainer.model
+    held_out = trainer.held_out_loss()
+    first, last = (sum(x) / len(x) for x in (trainer.losses[:LAST], trainer.losses[-LAST:]))
+    seconds = sum(trainer.seconds)
+    plain(
+        out,
+        f"loss: first {LAST} steps {first:.3f}, last {LAST} {last:.3f}, held out {held_out:.3f};"
+        f" {seconds:.0f} s, {sum(trainer.tokens) / seconds:,.0f} tokens/s",
+    )
+    report.habits(out, trainer.looks)
+    draw_habits(job.folder / "habits.png", trainer.looks)
+    plain(out, str(job.folder / "habits.png"))
+
+    heading(out, f"Translating {len(data.held_out)} held-out texts")
+    tokens = metrics.token_scores(model, data, job.settings.batch_tokens)
+    report.token_scores(out, tokens)
+    decoded, uncached = _decode(job, trainer)
+    out.print()
+    report.text_scores(out, decoded)
+    told = f"{uncached.seconds:.1f} s, {uncached.same} of {len(data.texts)} translations the same"
+    plain(out, f"greedy without the key-value cache: {told}")
+    out.print()
+    rows = range(min(SHOWN, len(data.texts)))
+    texts = {name: found.texts for name, found in decoded.items()}
+    report.translations(out, data.texts, texts, rows)
+
+    heading(out, "Where the translation looks")
+    plain(out, str(_draw_sentence(job, trainer)))
+    return {
+        "losses": trainer.losses,
+        "held_out": held_out,
+        "seconds": trainer.seconds,
+        "looks": [_listed(look._asdict()) for look in trainer.looks],
+        "tokens": tokens._asdict(),
+        "decoded": {
+            name: {"scores": d.scores._asdict(), "seconds": d.seconds, "texts": d.texts}
+            for name, d in decoded.items()
+        },
+        "uncached": uncached._asdict(),
+    }
+
+
+class Uncached(NamedTuple):
+    """Greedy decoding by the whole decoder at every token, against the key-value cache."""
+
+    seconds: float
+    same: int  # translations
+
+
+def _decode(job: Job, trainer: Trainer) -> tuple[dict[str, Decoded], Uncached]:
+    """The held-out texts translated greedily and by beam search; and greedily without a cache."""
+    data, model, beam = job.data, trainer.model, job.options.beam
+    sources = [example.source for example in data.held_out]
+    references = [pair.target for pair in data.texts]
+    ways = {"greedy": 1, f"beam of {beam}": beam}
+    decoded = {}
+    for name, width in ways.items():
+        started = now(job.device)
+        ids = translate(model, sources, width, label=name)
+        seconds = now(job.device) - started
+        texts = data.tokenizer.decode_batch(ids)
+        scores = metrics.text_scores(texts, references, job.options.lang)
+        decoded[name] = Decoded(texts, scores, seconds)
+    started = now(job.device)
+    ids = translate(model, sources, 1, cached=False, label="greedy without cache")
+    seconds = now(job.device) - started
+    same = map(str.__eq__, data.tokenizer.decode_batch(ids), decoded["greedy"].texts)
+    return decoded, Uncached(seconds, sum(same))
+
+
+def _draw_sentence(job: Job, trainer: Trainer) -> Path:
+    """Save the last layer's maps of one sentence and its own translation; returns the path."""
+    data, model = job.data, trainer.model
+    if job.options.sentence:
+        source = encode(data.tokenizer, [job.options.sentence])[0]
+    else:
+        wanted = min(LONGEST_SENTENCE, 12)
+        source = min((e.source for e in data.held_out), key=lambda ids: abs(len(ids) - wanted))
+    source = source[:LONGEST_SENTENCE]
+    target = translate(model, [source], job.options.beam)[0][:LONGEST_SENTENCE]
+    maps, told = cross_attention(model, source, target)
+    path = job.folder / "cross_attention.png"
+    layer = len(maps) - 1
+    names = pieces(data.tokenizer, source), pieces(data.tokenizer, told)
+    draw_cross_attention(path, maps[layer], *names, layer)
+    return path
+
+
+def _listed(value: Any) -> Any:
+    """Tensors as lists, for JSON."""
+    if isinstance(value, dict):
+        return {name: _listed(part) for name, part in value.items()}
+    return value.tolist() if isinstance(value, torch.Tensor) else value
