@@ -6,13 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest.mock import MagicMock
 
 import accuracy
 import pytest
 import torch
 import torch.nn.functional as F
 from dense import Cotangents, Problem
+from kernel_calls import kernel_calls
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -42,13 +42,6 @@ def _nothing_stays() -> Iterator[None]:
     yield
     assert nn.attention.current_flash_attention_impl() is None
     assert torch.backends.mha.get_fastpath_enabled()
-
-
-def calls(function: Callable[[], Any]) -> int:
-    """How often our forward kernel runs in a call."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        function()
-    return sum(event.name == "attnfast::cpu_fwd" for event in profile.events())
 
 
 def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -112,15 +105,15 @@ def test_our_kernel_runs_and_gives_torchs_results(sizes: Any, options: Any) -> N
         return with_gradients(F.scaled_dot_product_attention, tensors, **options)
 
     expected = run()
-    assert calls(run) == 0
+    assert kernel_calls(run) == 0
     sdpa.activate()
     try:
-        assert calls(run) == 1
+        assert kernel_calls(run) == 1
         found = run()
         if options.get("dropout_p") != 0.4:
             torch.testing.assert_close(found, expected)
         with torch.inference_mode():
-            assert calls(lambda: F.scaled_dot_product_attention(*tensors, **options)) == 1
+            assert kernel_calls(lambda: F.scaled_dot_product_attention(*tensors, **options)) == 1
         with torch.no_grad():
             torch.manual_seed(1)
             assert torch.equal(F.scaled_dot_product_attention(*tensors, **options), found[0])
@@ -147,9 +140,9 @@ def test_autocast_is_torchs(active: None) -> None:
 def test_sdpa_kernel_chooses(active: None) -> None:
     tensors = leaves(*[(2, 4, 8, 16)] * 3)
     with sdpa_kernel(SDPBackend.MATH):
-        assert calls(lambda: F.scaled_dot_product_attention(*tensors)) == 0
+        assert kernel_calls(lambda: F.scaled_dot_product_attention(*tensors)) == 0
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        assert calls(lambda: F.scaled_dot_product_attention(*tensors)) == 1
+        assert kernel_calls(lambda: F.scaled_dot_product_attention(*tensors)) == 1
 
 
 REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -186,7 +179,7 @@ def test_a_mask_and_is_causal_both_hold_as_in_torch() -> None:
     expected = run()
     sdpa.activate()
     try:
-        assert calls(run) == 1
+        assert kernel_calls(run) == 1
         torch.testing.assert_close(run(), expected)
     finally:
         sdpa.restore()
@@ -285,13 +278,12 @@ def test_compiled_graphs_are_the_same_and_follow_activation() -> None:
     try:
         during = compiled()
         for function in (before, during):
-            found: list[Tensor] = []
-            assert calls(lambda f=function, r=found: r.extend(with_gradients(f, tensors))) == 1
-            torch.testing.assert_close(found, expected)
+            assert kernel_calls(lambda f=function: with_gradients(f, tensors)) == 1
+            torch.testing.assert_close(with_gradients(function, tensors), expected)
     finally:
         sdpa.restore()
     assert graphs[:2] == graphs[2:4]
-    assert calls(lambda: with_gradients(during, tensors)) == 0
+    assert kernel_calls(lambda: with_gradients(during, tensors)) == 0
     assert all(map(torch.equal, with_gradients(during, tensors), expected))
 
 
@@ -350,11 +342,11 @@ def test_restore_restores_and_both_are_idempotent() -> None:
         sdpa.activate()
         assert nn.attention.current_flash_attention_impl() == "attnfast"
         assert not torch.backends.mha.get_fastpath_enabled()
-        assert calls(run) == 1
+        assert kernel_calls(run) == 1
         sdpa.restore()
         assert nn.attention.current_flash_attention_impl() is None
         assert torch.backends.mha.get_fastpath_enabled()
-        assert calls(run) == 0
+        assert kernel_calls(run) == 0
         assert all(map(torch.equal, run(), expected))
         sdpa.restore()
 
@@ -363,7 +355,7 @@ def test_torchs_own_switch_undoes_it_too() -> None:
     q = torch.randn(2, 4, 8, 16)
     sdpa.activate()
     nn.attention.restore_flash_attention_impl()
-    assert calls(lambda: F.scaled_dot_product_attention(q, q, q)) == 0
+    assert kernel_calls(lambda: F.scaled_dot_product_attention(q, q, q)) == 0
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -411,92 +403,3 @@ def test_a_missing_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
     message = "there are no kernels to activate: native library not built: no _native.so"
     with pytest.raises(RuntimeError, match=message):
         sdpa.activate()
-
-
-# --- models that call it
-
-
-def transformer(dropout: float) -> nn.Transformer:
-    torch.manual_seed(0)
-    return nn.Transformer(16, 4, 2, 2, 32, dropout=dropout, batch_first=True)
-
-
-def translate(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """A padded source and a causal target, and which of the target's positions count."""
-    rng = torch.Generator().manual_seed(1)
-    source, target = (torch.randn(3, n, 16, generator=rng) for n in (7, 5))
-    padding = torch.arange(7) >= torch.tensor([7, 4, 2])[:, None]
-    out = model(
-        source,
-        target,
-        tgt_mask=nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.bool),
-        src_key_padding_mask=padding,
-        memory_key_padding_mask=padding,
-        tgt_is_causal=True,
-    )
-    return out, padding
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_torchs_transformer_uses_it() -> None:
-    """Six attentions: two encoder layers, and two decoder layers that attend to both sides."""
-    stock, ours = transformer(0.0), transformer(0.0)
-    for model, turn in ((stock, sdpa.restore), (ours, sdpa.activate)):
-        turn()
-        expected_calls = 0 if model is stock else 6
-        try:
-            assert (
-                calls(lambda m=model: translate(m)[0].square().sum().backward()) == expected_calls
-            )
-            with torch.no_grad():
-                assert calls(lambda m=model: translate(m.eval())) == expected_calls
-                model.answer = translate(model)[0]
-        finally:
-            sdpa.restore()
-    torch.testing.assert_close(ours.answer, stock.answer)
-    for p, q in zip(ours.parameters(), stock.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.usefixtures("active")
-def test_torchs_transformer_drops_in_the_kernel() -> None:
-    model = transformer(0.1)
-    assert calls(lambda: translate(model)) == 6
-
-
-@pytest.fixture(scope="module")
-def vision_transformer() -> Any:
-    """The class of timm, imported without torchvision, which timm only needs for image files."""
-    parts = ("ops", "ops.misc", "transforms", "transforms.functional", "datasets")
-    parts += ("models", "models.feature_extraction")
-    names = ["torchvision", *(f"torchvision.{part}" for part in parts)]
-    with pytest.MonkeyPatch.context() as patch:
-        for name in names:
-            patch.setitem(sys.modules, name, MagicMock(name=name))
-        sys.modules["torchvision.ops.misc"].FrozenBatchNorm2d = nn.BatchNorm2d
-        from timm.models.vision_transformer import VisionTransformer
-    return VisionTransformer
-
-
-def test_timms_vit_uses_it(vision_transformer: Any) -> None:
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
-    torch.manual_seed(0)
-    model = vision_transformer(**options, num_classes=5)
-    images = torch.randn(3, 3, 32, 32)
-
-    def run() -> list[Tensor]:
-        out = model(images)
-        return [out.detach(), *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
-
-    expected = run()
-    assert calls(run) == 0
-    sdpa.activate()
-    try:
-        assert calls(run) == options["depth"]
-        torch.testing.assert_close(run(), expected)
-        dropping = vision_transformer(**options, num_classes=5, attn_drop_rate=0.1)
-        assert calls(lambda: dropping(images)) == options["depth"]
-        with torch.inference_mode():
-            assert calls(lambda: model.eval()(images)) == options["depth"]
-    finally:
-        sdpa.restore()

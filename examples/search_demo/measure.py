@@ -21,7 +21,7 @@ FORWARD, ATTENTION = "search::forward", "search::attention"
 TORCH_FAST_PATH = "aten::_native_multi_head_attention"
 PROJECTIONS = frozenset({"aten::linear", "aten::addmm", "aten::mm", "mkldnn::_linear_pointwise"})
 
-Models = Mapping[str, SentenceEncoder]
+Models = Mapping[str, nn.Module]  # of (tokens, padding), as SentenceEncoder
 
 
 def embed(
@@ -29,6 +29,7 @@ def embed(
     batches: Sequence[Batch],
     device: torch.device,
     after_batch: Callable[[Batch], None] = lambda batch: None,
+    title: str = "embedding twice",
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Embed the same batches with each model, taking turns batch by batch.
 
@@ -40,6 +41,7 @@ def embed(
         batches: together they number the texts from 0 on.
         device: where the batches are sent, outside the clock.
         after_batch: called with each batch once all models have done it, outside the clock.
+        title: what the progress bar says.
 
     Returns:
         Embeddings (texts, 384) on the CPU and seconds, each by the model's name.
@@ -50,7 +52,7 @@ def embed(
     with torch.inference_mode():
         for model in models.values():
             model(*batches[0].to(device)[1:])
-        with tqdm(total=texts, desc="embedding twice", unit=" texts", mininterval=0.5) as bar:
+        with tqdm(total=texts, desc=title, unit=" texts", mininterval=0.5) as bar:
             for turn, batch in enumerate(batches):
                 tokens, padding = batch.to(device)[1:]
                 for name in list(models)[:: 1 if turn % 2 == 0 else -1]:

@@ -1,0 +1,210 @@
+"""`attnfast.integrations.transformers.attention_forward`: what a layer may pass, and what not."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import attnfast
+from attnfast.integrations import transformers as integration
+
+
+class Layer(nn.Module):
+    """What an attention layer shows the function."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__()
+        for key, value in attributes.items():
+            setattr(self, key, value)
+
+
+def heads(T: int = 6, S: int = 6, H_kv: int = 4, B: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(2)
+    return tuple(torch.randn(B, L, H, 8).transpose(1, 2) for L, H in ((T, 4), (S, H_kv), (S, H_kv)))
+
+
+CAUSES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "the layer says so": (6, {"is_causal": True}, {}, {"causal": True}),
+    "the layer says no": (6, {"is_causal": False}, {}, {}),
+    "no layer's attribute": (6, {}, {}, {"causal": True}),
+    "the argument wins": (6, {"is_causal": True}, {"is_causal": False}, {}),
+    "the argument wins too": (6, {"is_causal": False}, {"is_causal": True}, {"causal": True}),
+    "a single query sees all": (1, {"is_causal": True}, {}, {}),
+    "a prefilled static cache": (4, {"is_causal": True}, {}, {"causal": True}),
+    "a window": (6, {}, {"sliding_window": 2}, {"causal": True, "window": (1, None)}),
+    "a single query's window": (
+        1,
+        {},
+        {"sliding_window": 2},
+        {"window": (1, None), "align": "bottom_right"},
+    ),
+    "no window where not causal": (6, {"is_causal": False}, {"sliding_window": 2}, {}),
+}
+
+
+@pytest.mark.parametrize(("T", "attributes", "given", "expected"), CAUSES.values(), ids=CAUSES)
+def test_what_holds_without_a_mask(
+    T: int, attributes: dict[str, Any], given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    q, k, v = heads(T)
+    out, weights = integration.attention_forward(Layer(**attributes), q, k, v, None, **given)
+    assert weights is None
+    assert out.is_contiguous()
+    assert torch.equal(out.transpose(1, 2), attnfast.attention(q, k, v, **expected))
+
+
+def test_a_mask_alone_decides() -> None:
+    q, k, v = heads()
+    mask = torch.rand(2, 1, 6, 6) < 0.6
+    added = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    for given in (mask, added):
+        out, _ = integration.attention_forward(
+            Layer(is_causal=True), q, k, v, given, is_causal=True, sliding_window=2
+        )
+        expected = attnfast.attention(q, k, v, mask=mask)
+        rows = mask.any(-1)[:, 0]  # elsewhere a float mask attends everywhere
+        torch.testing.assert_close(out[rows], expected.transpose(1, 2)[rows])
+
+
+@pytest.mark.parametrize("masked", ["bool", "float", "none"])
+def test_a_position_bias_adds_to_every_mask(masked: str) -> None:
+    q, k, v = heads()
+    bias = torch.randn(1, 4, 6, 6, requires_grad=True)
+    mask = torch.rand(2, 1, 6, 6) < 0.8
+    added = torch.randn(2, 1, 6, 6)
+    given = {"bool": mask, "float": added, "none": None}[masked]
+    layer = Layer(is_causal=masked == "none")
+    out, _ = integration.attention_forward(layer, q, k, v, given, position_bias=bias, scaling=1.0)
+    whole = {"bool": bias, "float": bias + added, "none": bias}[masked]
+    expected = attnfast.attention(
+        q,
+        k,
+        v,
+        bias=whole,
+        mask=mask if masked == "bool" else None,
+        causal=masked == "none",
+        scale=1.0,
+    )
+    assert torch.equal(out.transpose(1, 2), expected)
+    grads = [torch.autograd.grad(x.square().sum(), bias)[0] for x in (out, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_every_other_option_is_passed_on() -> None:
+    q, k, v = heads(H_kv=2)
+    sinks = torch.randn(4)
+    torch.manual_seed(3)
+    out, weights = integration.attention_forward(
+        Layer(),
+        q,
+        k,
+        v,
+        None,
+        dropout=0.5,
+        scaling=0.3,
+        softcap=2.0,
+        s_aux=sinks,
+        output_attentions=True,
+        use_cache=True,
+    )
+    torch.manual_seed(3)
+    options = {"dropout_p": 0.5, "scale": 0.3, "softcap": 2.0, "sinks": sinks, "causal": True}
+    expected = attnfast.attention(q, k, v, return_weights=True, **options)
+    assert torch.equal(out.transpose(1, 2), expected[0])
+    assert torch.equal(weights, expected[1])
+    assert (weights == 0).float().mean() > 0.6  # half of the causal ones are dropped
+
+
+def test_weights_where_the_configuration_asks_for_them() -> None:
+    config = transformers.BertConfig(attn_implementation="eager", output_attentions=True)
+    _, weights = integration.attention_forward(Layer(config=config), *heads(), None)
+    assert weights.shape == (2, 4, 6, 6)
+
+
+def test_learned_queries_are_broadcast() -> None:
+    q, k, v = heads()
+    out, _ = integration.attention_forward(Layer(is_causal=False), q[:1], k, v, None)
+    expected = attnfast.attention(q[:1].expand(2, -1, -1, -1), k, v)
+    assert torch.equal(out.transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_it_compiles_whole_with_gradients(masked: bool) -> None:
+    torch.compiler.reset()
+    q, k, v = (x.requires_grad_() for x in heads(H_kv=2))
+    bias = torch.randn(1, 4, 6, 6, requires_grad=True)
+    mask = torch.rand(2, 1, 6, 6) < 0.8 if masked else None
+    layer, results = Layer(), []
+    for function in (
+        integration.attention_forward,
+        torch.compile(integration.attention_forward, backend="aot_eager", fullgraph=True),
+    ):
+        out, weights = function(
+            layer, q, k, v, mask, position_bias=bias, sliding_window=4, output_attentions=True
+        )
+        gradients = torch.autograd.grad(out.square().sum(), (q, k, v, bias))
+        results.append([out, weights, *gradients])
+    torch.testing.assert_close(*results)
+
+
+# --- many sequences in one row
+
+
+def test_packed_rows_are_sequences_apart() -> None:
+    ends = torch.tensor([0, 4, 7, 9], dtype=torch.int32)
+    q, k, v = heads(9, 9, 2, B=1)
+    options: dict[str, Any] = {"sliding_window": 3, "softcap": 5.0, "scaling": 0.3}
+    out, _ = integration.attention_forward(
+        Layer(), q, k, v, None, **options, cu_seq_lens_q=ends, max_length_q=4
+    )
+    apart = [
+        integration.attention_forward(
+            Layer(), q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], None, **options
+        )[0]
+        for a, b in itertools.pairwise(ends.tolist())
+    ]
+    torch.testing.assert_close(out, torch.cat(apart, 1))
+
+
+# --- what is refused
+
+
+REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
+    "sinks of each query": (
+        2,
+        {"sinks": torch.zeros(2, 4, 6, 1)},
+        "sinks .* must be None, got one",
+    ),
+    "head mask": (2, {"head_mask": torch.ones(4)}, "head_mask .* must be None, got one"),
+    "a bias of packed rows": (
+        1,
+        {"position_bias": torch.zeros(1, 4, 6, 6), "cu_seq_lens_q": torch.tensor([0, 6])},
+        "position_bias must not come with cu_seq_lens_q, got both",
+    ),
+    "weights of packed rows": (
+        1,
+        {"output_attentions": True, "cu_seq_lens_q": torch.tensor([0, 6])},
+        "output_attentions must not come with cu_seq_lens_q, got both",
+    ),
+    "packed rows in a batch": (
+        2,
+        {"cu_seq_lens_q": torch.tensor([0, 6])},
+        r"query must be a batch of one for cu_seq_lens_q, got \(2, 4, 6, 8\)",
+    ),
+    "softcap of zero": (2, {"softcap": 0.0}, "attention: softcap must be"),
+}
+
+
+@pytest.mark.parametrize(("B", "given", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_done_is_refused(B: int, given: dict[str, Any], message: str) -> None:
+    layer = Layer(config=transformers.BertConfig())
+    with pytest.raises(ValueError, match=message) as caught:
+        integration.attention_forward(layer, *heads(B=B), None, **given)
+    assert "\n" not in str(caught.value)
+    if "sinks" in given:
+        assert "load a 'bert' model with attn_implementation='eager'" in str(caught.value)
