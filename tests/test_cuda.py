@@ -1,0 +1,161 @@
+"""The CUDA kernels on the emulator: the case table, schedules, layouts, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, EVERYTHING, Case, bf16, fp16, outputs, problem
+from emulation import EMULATED, NOT_EMULATED, SEEDS, check_case, schedule
+from torch import Tensor
+
+import attnfast
+from attnfast import dispatch, ops
+from attnfast.functional import attention_problem
+from attnfast.options import Inputs, Options
+
+if not EMULATED:
+    pytest.skip(NOT_EMULATED, allow_module_level=True)
+
+EVERY = int(os.environ.get("ATTNFAST_EMULATOR_SAMPLE", "1"))  # of the table, one case in so many
+PLAIN = Case("plain", B=1, T=150, S=200, D=64, dtype=bf16, causal=True, grads=())
+OPTIONS = replace(
+    EVERYTHING, name="options", dtype=fp16, stats=1, weights="none", grads=(), H=2, H_kv=1, T=90
+)
+
+
+def forward(case: Case) -> Case:
+    """The case without what the kernels do not compute."""
+    return replace(case, grads=(), weights="none", stats=min(case.stats, 1))
+
+
+def accepted(case: Case) -> bool:
+    """Whether the kernels take a case, by their dtypes and head dims."""
+    return case.dtype in (bf16, fp16) and max(case.D, case.D_v) <= dispatch.CUDA_MAX_HEAD_DIM
+
+
+TABLE = list(dict.fromkeys(forward(case) for case in CASES if accepted(case)))
+
+
+@pytest.mark.parametrize("case", TABLE[::EVERY], ids=str)
+def test_table(case: Case) -> None:
+    check_case(case)
+
+
+def results(case: Case, inputs: Inputs | None = None) -> list[Tensor]:
+    given = problem(case)
+    with torch.no_grad():
+        named = outputs(inputs or given.inputs, given.options, "cuda")
+    return [x for x in named if x is not None]
+
+
+@pytest.mark.parametrize("case", [PLAIN, OPTIONS], ids=str)
+def test_no_schedule_changes_a_bit(case: Case) -> None:
+    first, *others = (results_on(case, seed, threads=1 + seed % 2) for seed in SEEDS)
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
+
+
+def results_on(case: Case, seed: int, threads: int) -> list[Tensor]:
+    with schedule(seed, threads):
+        return results(case)
+
+
+@pytest.mark.parametrize("case", [PLAIN, OPTIONS], ids=str)
+def test_layouts(case: Case) -> None:
+    """Views of any strides, rows at odd addresses too, give the bits of dense tensors."""
+    given = problem(case).inputs
+    expected = results(case)
+
+    def transposed(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def at_odd_addresses(x: Tensor) -> Tensor:
+        wide = x.new_full((*x.shape[:3], x.shape[3] + 3), torch.nan)
+        wide[..., 1:-2] = x
+        return wide[..., 1:-2]
+
+    for view in (transposed, at_odd_addresses):
+        views = given._replace(q=view(given.q), k=view(given.k), v=view(given.v))
+        got = results(case, views)
+        if view is transposed or case is OPTIONS:
+            assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
+        else:  # another kernel, which rounds the scores elsewhere
+            torch.testing.assert_close(got[0], expected[0], rtol=2e-2, atol=2e-2)
+        assert got[0].stride() == ops.empty_in_order(views.q, given.v.shape[3]).stride()
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16])
+def test_every_number_passes(dtype: torch.dtype) -> None:
+    """One query and one key: the output is the value, whatever its bits, except NaN's."""
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    v = bits.view(dtype).view(1, 512, 1, 128)
+    zeros = torch.zeros_like(v)
+    out = attnfast.attention(zeros, zeros, v, backend="cuda")
+    assert torch.equal(out.isnan(), v.isnan())
+    same = out.view(torch.int16) == v.view(torch.int16)
+    assert (same | v.isnan() | (v == 0)).all()  # the sum 0 + -0 is 0
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("options", ["mask", "bias", "causal", "window", "lengths"])
+def test_poison_that_nobody_attends(options: str, poison: float) -> None:
+    case = Case(B=1, H=2, H_kv=1, T=70, S=150, D=40, dtype=bf16, grads=())
+    inputs = problem(case).inputs
+    k, v = inputs.k.clone(), inputs.v.clone()
+    k[:, :, 110:], v[:, :, 110:] = 0, 0
+    allowed = (torch.arange(150) < 110).view(1, 1, 1, 150)
+    arguments: dict[str, Any] = {
+        "mask": {"mask": allowed},
+        "bias": {"bias": torch.zeros(1, 1, 1, 150).masked_fill(~allowed, -torch.inf)},
+        "causal": {"causal": True, "align": 40},
+        "window": {"window": (None, 0), "align": 40},
+        "lengths": {},
+    }[options]
+
+    def out() -> Tensor:
+        if options != "lengths":
+            return attnfast.attention(inputs.q, k, v, backend="cuda", **arguments)
+        cu_q, cu_k = torch.tensor([0, 70]), torch.tensor([0, 110])
+        q, k_, v_ = (x[0].transpose(0, 1) for x in (inputs.q, k, v))
+        return attnfast.varlen_attention(q, k_, v_, cu_q, cu_k, 70, 110, backend="cuda")
+
+    clean = out()
+    k[:, :, 110:], v[:, :, 110:] = poison, poison
+    assert clean.isfinite().all()
+    assert torch.equal(out(), clean)
+
+
+def test_cu_seqlens_never_lead_out_of_a_tensor() -> None:
+    """The kernels do not trust what they cannot check without waiting for the device."""
+    q = torch.randn(20, 2, 32).to(bf16)
+    for ends in ([0, 25, 1 << 30], [-7, 3, 90], [0, 15, 4], [20, 20, 20]):
+        cu = torch.tensor(ends, dtype=torch.int32)
+        attnfast.varlen_attention(q, q, q, cu, cu, 20, 20, backend="cuda")
+
+
+def test_opcheck() -> None:
+    inputs, options, _ = problem(replace(OPTIONS, T=9, S=20))
+    torch.library.opcheck(ops.CUDA.fwd, (*inputs, *options))
+
+
+REFUSED = {
+    "takes bfloat16 and float16, got float32": {"dtype": torch.float32},
+    "takes D and D_v up to 256, got 320": {"D_v": 320},
+    "does not decode": {"kind": "decode"},
+    "computes no gradients": {"requires_grad": True},
+    "does not return weights": {"options": Options(scale=1.0, weights=1)},
+    "does not sum the attention that keys receive": {"options": Options(scale=1.0, stats=2)},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refusals(reason: str) -> None:
+    inputs, options, _ = problem(PLAIN)
+    plain = attention_problem(inputs, options)
+    assert dispatch.refusal("cuda", plain) is None
+    assert dispatch.refusal("cuda", plain._replace(**REFUSED[reason])) == reason
+    assert dispatch.select(plain).name == "cpu"  # the emulator serves only where it is named

@@ -1,0 +1,171 @@
+"""Bugs planted in small kernels and in the real ones: the emulator has to notice every one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import EVERYTHING, Case, bf16, fp16
+from emulation import (
+    EMULATED,
+    NOT_EMULATED,
+    SEEDS,
+    Place,
+    caught,
+    check_case,
+    places,
+    sabotage,
+    schedule,
+)
+
+if not EMULATED:
+    pytest.skip(NOT_EMULATED, allow_module_level=True)
+
+# Of each small kernel of csrc/emulator/selftest.cpp, the bugs it can have and what is said of them.
+SMALL = {
+    "exchange": {
+        "no barrier after writes": r"never written|without a barrier after another warp's write",
+        "no barrier after reads": r"a race: .* without a barrier",
+    },
+    "exchange in warp": {
+        "no sync_warp after writes": r"never written|without sync_warp after another lane's write",
+        "no sync_warp after reads": r"a race: .* without sync_warp",
+    },
+    "ring": {
+        "no wait": "asynchronous copy into it is under way",
+        "wait for too few": "asynchronous copy into it is under way",
+        "no barrier when full": r"never written|without a barrier|under way",
+        "no barrier when empty": r"without a barrier|under way",
+        "no commit": "asynchronous copy into it is under way",
+        "never waited": "asynchronous copy into it is under way",
+    },
+    "matrices": {
+        "wrong swizzle": "a wrong result of matrices",
+        "no sync_warp": r"never written|without sync_warp",
+    },
+    "collectives": {
+        "read past the end": "a read outside every tensor: [0-9]+ bytes past",
+        "read before the beginning": "a read outside every tensor: 4 bytes before in",
+        "write past the end": "a write outside .*: 24 bytes past the end of out",
+        "write to an input": "a write outside every tensor that may be written: in is read-only",
+        "misaligned": "a misaligned read of 8 bytes",
+        "shared out of bounds": "outside the block's memory",
+        "shared never written": "read, but never written",
+        "copy past the end": "copy_async at .*: a read outside every tensor",
+        "half a warp": "divergence: other lanes of the warp are in shuffle_xor",
+        "different collectives": "divergence: other lanes of the warp are in",
+        "one lane leaves": "left the kernel|have left the kernel",
+        "barrier in one warp": "deadlock: warp 0: sync_block at selftest.cpp:[0-9]+; warp 1: has",
+        "different barriers": "divergence: other warps are in sync_block",
+    },
+}
+BUGS = [(kernel, bug) for kernel, bugs in SMALL.items() for bug in bugs]
+
+
+@pytest.mark.parametrize("kernel", SMALL)
+def test_sound_kernels_pass(kernel: str) -> None:
+    for seed in range(20):
+        with schedule(seed):
+            torch.ops.attnfast.emulator_selftest(kernel, "")
+
+
+@pytest.mark.parametrize(("kernel", "bug"), BUGS)
+def test_bugs_of_small_kernels(kernel: str, bug: str) -> None:
+    for seed in SEEDS:
+        with schedule(seed), pytest.raises(RuntimeError, match=SMALL[kernel][bug]):
+            torch.ops.attnfast.emulator_selftest(kernel, bug)
+
+
+def test_unknown_kernels_and_sabotage() -> None:
+    with pytest.raises(ValueError, match="there is no kernel named nothing"):
+        torch.ops.attnfast.emulator_selftest("nothing", "")
+    with pytest.raises(RuntimeError, match="there is no sabotage named burn"):
+        torch.ops.attnfast.emulator_sabotage("burn", "", 0)
+
+
+# Between them they reach every line of the forward's kernels.
+REAL = {
+    "plain": Case("plain", B=1, H=1, H_kv=1, T=150, S=200, D=64, dtype=bf16, causal=True, grads=()),
+    "options": replace(
+        EVERYTHING, dtype=fp16, stats=1, weights="none", grads=(), H=2, H_kv=1, T=140, S=130
+    ),
+    "odd rows": Case("odd", B=1, H=1, H_kv=1, T=70, S=70, D=37, dtype=bf16, grads=()),
+}
+
+# What to do to each primitive. Addresses move by whole chunks, so that they stay aligned.
+SHARED = [("shift", 64), ("flip", 16), ("shift", 1 << 20)]
+WRONGS: dict[str, list[tuple[str, int]]] = {
+    "sync_block": [("omit", 0), ("omit in one lane", 0)],
+    "sync_warp": [("omit", 0), ("omit in one lane", 0)],
+    "wait_copies": [("omit", 0)],
+    "commit_copies": [("omit", 0)],
+    "shuffle_xor": [("omit", 0), ("omit in one lane", 0)],
+    "multiply_accumulate": [("omit", 0), ("omit in one lane", 0)],
+    "load_matrix": [*SHARED, ("omit in one lane", 0)],
+    "load_matrix_transposed": [*SHARED, ("omit in one lane", 0)],
+    "load_shared": SHARED,
+    "store_shared": SHARED,
+    "copy_async": SHARED,
+    "copy_async:shared": [],  # counted apart, the same call
+    "load_global": [("shift", 1 << 22)],
+    "store_global": [("shift", 1 << 22)],
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_bugs_of_the_real_kernels(name: str) -> None:
+    """Every primitive in its turn left out, left out in one lane, or given a wrong address."""
+    case = REAL[name]
+    missed = []
+    for place in places(case):
+        if name == "odd rows" and place.op in ("wait_copies", "commit_copies"):
+            continue  # rows at odd addresses are not copied asynchronously
+        for kind, amount in WRONGS[place.op]:
+            with sabotage(kind, place, amount):
+                if caught(case) is None:
+                    missed.append(f"{kind} {amount} {place}")
+    assert not missed
+    check_case(case)
+
+
+def test_deadlocks_name_each_warp() -> None:
+    case = REAL["plain"]
+    barrier = next(place for place in places(case) if place.op == "sync_block")
+    with sabotage("omit in one lane", barrier):
+        message = caught(case)
+    assert message is not None
+    assert f"sync_block at {barrier.file}:{barrier.line}" in message
+
+
+# The best is one wavefront for every 128 bytes and one sector for every 32.
+WITHOUT_CONFLICTS = ("load_matrix", "load_matrix_transposed", "copy_async:shared", "store_shared")
+
+
+@pytest.mark.parametrize("D", [32, 64, 96, 128, 192, 256])
+def test_tiles_have_no_bank_conflicts(D: int) -> None:
+    case = Case(B=1, H=1, H_kv=1, T=130, S=130, D=D, dtype=bf16, grads=())
+    costs = places(case)
+    assert {place.op for place in costs} >= {*WITHOUT_CONFLICTS, "load_shared", "copy_async"}
+    for place in costs:
+        if place.op in (*WITHOUT_CONFLICTS, "load_shared"):
+            assert place.cost == place.least, f"bank conflicts: {place}"
+    copied, stored = (
+        [place for place in costs if place.op == op and place.file in ("tile.h", "attention_fwd.h")]
+        for op in ("copy_async", "store_global")
+    )
+    assert all(place.cost == place.least for place in copied), copied
+    assert sum(place.cost for place in stored) <= 1.1 * sum(place.least for place in stored)
+
+
+def test_conflicts_are_counted() -> None:
+    """A wrong swizzle that still finds its rows would cost wavefronts: seen where lanes collide."""
+    torch.ops.attnfast.emulator_count(True)
+    with pytest.raises(RuntimeError, match="wrong result"):
+        torch.ops.attnfast.emulator_selftest("matrices", "wrong swizzle")
+    lines = torch.ops.attnfast.emulator_counts().splitlines()
+    torch.ops.attnfast.emulator_count(False)
+    words = [line.split() for line in lines]
+    costs = [Place(op, file, *map(int, numbers)) for op, file, *numbers in words]
+    loads = [place for place in costs if place.op == "load_matrix"]
+    assert loads[0].cost == 8 * loads[0].least  # eight rows of 128 bytes, the same chunk of each
