@@ -34,7 +34,7 @@ ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   LD_PRELOAD="$(foreach l,asan ubsan,$$($(firstword $(COMPILERS)) -print-file-name=lib$(l).so))"
 ASAN_TESTS := tests/test_table.py tests/test_layouts.py tests/test_decode.py
 
-.PHONY: help demo test lint bench wheel test-abi docs asan venv build clean
+.PHONY: help demo test test-cuda lint bench wheel test-abi docs asan venv build emulator clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -44,14 +44,18 @@ help:  ## list these commands
 demo: build $(DEMO)  ## semantic search over Python's standard library, torch's attention and ours side by side
 	$(PY) examples/search $(ARGS)
 
-test: build $(TEST) $(DEMO)  ## run the tests; ARGS="-k varlen" passes arguments to pytest
+test: build emulator $(TEST) $(DEMO)  ## run the tests; ARGS="-k varlen" passes arguments to pytest
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-cuda: emulator $(TEST)  ## every test of the CUDA kernels, on the CPU
+	OMP_NUM_THREADS=1 ATTNFAST_EMULATOR=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal \
+	  tests/test_cuda.py tests/test_cuda_bugs.py $(ARGS)
 
 lint: $(LINT)  ## ruff, mypy and clang-format, nothing rewritten
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 bench: build $(TEST)  ## time attnfast beside PyTorch; JSON into RESULTS=bench/results/latest.json
 	$(PY) -m pytest bench -q --benchmark-quiet --benchmark-json=$(RESULTS) $(ARGS)
@@ -82,6 +86,9 @@ venv: $(RUNTIME) $(TEST) $(LINT)  ## .venv with what building, testing and linti
 
 build: $(EDITABLE)  ## bring the native library up to date
 	@$(PY) setup.py -q build_ext --inplace
+
+emulator: $(RUNTIME)  ## bring the emulator of the CUDA kernels up to date
+	@$(PY) setup.py -q build_emulator
 
 clean:  ## remove everything built; .venv stays
 	rm -rf build dist *.egg-info attnfast/_native.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
