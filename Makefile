@@ -7,13 +7,14 @@ PY := $(BIN)/python
 PYTHONS := $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.10)
 COMPILERS := $(if $(filter default,$(origin CXX)),g++ clang++ c++,$(firstword $(CXX)))
 WORKERS ?= 2
-RESULTS ?= bench/results/latest.json
+RESULTS ?= device
 
 # A file in .venv whose name holds the checksum of the requirements it stands for.
 stamp = $(VENV)/.$(1)-$(firstword $(shell cksum < $(2)))
 RUNTIME := $(call stamp,runtime,requirements/runtime.txt)
 TEST := $(call stamp,test,requirements/test.txt)
 LINT := $(call stamp,lint,requirements/lint.txt)
+BENCH := $(call stamp,bench,requirements/bench.txt)
 WHEEL := $(call stamp,wheel,requirements/wheel.txt)
 DOCS := $(call stamp,docs,requirements/docs.txt)
 DEMO := $(call stamp,demo,requirements/demo.txt)
@@ -44,7 +45,7 @@ help:  ## list these commands
 demo: build $(DEMO)  ## semantic search over Python's standard library, torch's attention and ours side by side
 	$(PY) examples/search $(ARGS)
 
-test: build emulator $(TEST) $(DEMO)  ## run the tests; ARGS="-k varlen" passes arguments to pytest
+test: build emulator $(TEST) $(DEMO) $(BENCH)  ## run the tests; ARGS="-k varlen" passes arguments to pytest
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-cuda: emulator $(TEST)  ## every test of the CUDA kernels, on the CPU
@@ -57,9 +58,9 @@ lint: $(LINT)  ## ruff, mypy and clang-format, nothing rewritten
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-bench: build $(TEST)  ## time attnfast beside PyTorch; JSON into RESULTS=bench/results/latest.json
-	$(PY) -m pytest bench -q --benchmark-quiet --benchmark-json=$(RESULTS) $(ARGS)
-	$(PY) -m bench.report $(RESULTS)
+bench: build $(TEST) $(BENCH)  ## time attnfast beside all others (quick suites; BENCH_SIZE=full), write results, report and plots
+	$(PY) -m pytest bench -q --benchmark-quiet --results=$(RESULTS) $(ARGS)
+	$(if $(ARGS),,$(PY) -m bench report)
 
 wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, and the sources, in dist/
 	@rm -rf build/lib* build/bdist* build/wheel dist *.egg-info

@@ -1,14 +1,19 @@
-"""Benchmarks: attnfast against what PyTorch offers for the same result, on this machine.
+"""Benchmarks: attnfast against every other way to the same result, on this machine.
 
-    pytest bench --benchmark-json=FILE.json     time every row (`make bench`); -k selects rows
-    python -m bench.report FILE.json            the tables, the geometric means, where we lose
+    python -m bench run                     the quick suites, or one question: --shape 2,16,1024,64
+    python -m bench compare A.json B.json   two runs, row by row
+    python -m bench report                  docs/performance.md, the plots and the README's table
+    python -m bench evidence                which kernel was proven and timed where
+    pytest bench -k decode                  the same rows for users of pytest-benchmark
+    python3 bench/gpu.py --out DIR          all of it on a machine with a GPU
 
-`shapes.py` is the grid, `timing.py` how a row is measured, `environment.py` what is on record about
-the machine and the code, `report.py` how results are read.
+`grid.py` holds the rows, `suites.py` who competes in them, `timing.py` and `clock.py` how one is
+measured, `ceilings.py` what the machine can do at best, `results.py` the files that come out.
+Nothing here is imported by the package, and what `gpu.py` needs imports only torch and numpy.
 """
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = 1  # of the rows and of "attnfast" in the JSON; a reader refuses what it does not know
+RESULTS = ROOT / "bench" / "results"
 OURS = "attnfast"  # our name among the contestants of a row

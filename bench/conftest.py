@@ -1,8 +1,8 @@
-"""Set-up of a benchmark run: settings, threads, and what goes into the JSON beside the times."""
+"""Set-up of a pytest-benchmark run: settings, rows, and what the JSON holds beside the times."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,24 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from . import OURS, SCHEMA, environment, timing
-from .shapes import Case, attention_cases, encoder_cases, layer_cases
+from . import RESULTS, environment, results, suites
+from .grid import SUITES, Case
 
 SETTINGS = pytest.StashKey[environment.Settings]()
-LOAD = pytest.StashKey[float | None]()
+FACTS = pytest.StashKey[dict[str, Any]]()
+ROWS = pytest.StashKey[list[results.Row]]()
+PARTIAL = pytest.StashKey[bool]()
+Measure = Callable[[Case], None]  # the fixture of that name
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the rows are written beside pytest-benchmark's own file."""
+    parser.addoption(
+        "--results",
+        metavar="FILE",
+        help="also write this project's file of results; 'device': the device's in bench/results,"
+        " or bench/results/latest.json if only some rows are run",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,72 +36,70 @@ def pytest_configure(config: pytest.Config) -> None:
         settings = environment.settings()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
-    reason = environment.unavailable(settings.backend)
+    reason = environment.unavailable(settings.backend, settings.device)
     if reason is not None:
         raise pytest.UsageError(f"bench: nothing to measure: {reason}")
     config.stash[SETTINGS] = settings
-    config.stash[LOAD] = environment.load()
+    config.stash[FACTS] = environment.facts("timing", settings)
+    config.stash[ROWS] = []
     if config.option.benchmark_json:
         Path(config.option.benchmark_json).parent.mkdir(parents=True, exist_ok=True)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Cases of the suite that was asked for."""
-    suite = metafunc.config.stash[SETTINGS].suite
-    for argument, cases in (
-        ("attention_case", attention_cases),
-        ("layer_case", layer_cases),
-        ("encoder_case", encoder_cases),
-    ):
-        if argument in metafunc.fixturenames:
-            metafunc.parametrize(argument, cases(suite), ids=str)
+    """The rows of the size that was asked for, suite by suite."""
+    size = metafunc.config.stash[SETTINGS].size
+    cases = [case for suite in SUITES for case in suites.cases(suite, size)]
+    metafunc.parametrize("case", cases, ids=lambda case: f"{case.suite}-{case}")
 
 
 @pytest.fixture(scope="session")
-def settings(pytestconfig: pytest.Config) -> environment.Settings:
-    """The settings of this run."""
-    return pytestconfig.stash[SETTINGS]
-
-
-@pytest.fixture(autouse=True)
-def threads_and_seed(settings: environment.Settings) -> Iterator[None]:
-    """The number of threads asked for, and the same random inputs for the same row."""
+def session(pytestconfig: pytest.Config) -> Iterator[suites.Session]:
+    """What all rows share, the machine's ceilings measured first."""
     before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(0)
-    yield
+    found = suites.session(pytestconfig.stash[SETTINGS])
+    pytestconfig.stash[FACTS]["ceilings"] = found.ceilings
+    yield found
     torch.set_num_threads(before)
 
 
 @pytest.fixture
-def race(
-    benchmark: BenchmarkFixture, settings: environment.Settings, request: pytest.FixtureRequest
-) -> timing.Race:
+def measure(
+    benchmark: BenchmarkFixture, session: suites.Session, request: pytest.FixtureRequest
+) -> Measure:
     """Times one row, puts it into the JSON, and prints its line."""
     reporter = request.config.pluginmanager.getplugin("terminalreporter")
     capture = request.config.pluginmanager.getplugin("capturemanager")
 
-    def run(case: Case, contestants: dict[str, timing.Call]) -> None:
-        row = case.describe()
-        measured = timing.race(
-            benchmark,
-            contestants,
-            flop=row["flop"],
-            budget_s=settings.budget_s,
-            most_rounds=settings.most_rounds,
-        )
-        benchmark.extra_info.update(row, **measured)
-        ours = measured["contestants"][OURS]
-        theirs = measured["contestants"][measured["rival"]]
+    def run(case: Case) -> None:
+        benchmark.group = case.suite
+        race = suites.race(case, session)
+        benchmark.pedantic(race.our_turn, setup=race.rivals_turn, rounds=race.rounds)
+        row = suites.finished(race, session)
+        benchmark.extra_info.update(row)
+        request.config.stash[ROWS].append(row)
         with capture.global_and_fixture_disabled():
             reporter.ensure_newline()
-            reporter.write_line(
-                f"{case}: {ours['median_s'] * 1e3:.3f} ms, {measured['rival']}"
-                f" {theirs['median_s'] * 1e3:.3f} ms: {measured['ratio']:.2f}x,"
-                f" rounds {ours['rounds']}"
-            )
+            reporter.write_line(suites.line(row))
 
     return run
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Remember that this run is no whole one."""
+    items[0].config.stash[PARTIAL] = True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the file of results that was asked for."""
+    config = session.config
+    if not config.option.results or not config.stash[ROWS]:
+        return
+    path = Path(config.option.results)
+    if config.option.results == "device":
+        whole = RESULTS / config.stash[FACTS]["device"] / "timing.json"
+        path = RESULTS / "latest.json" if config.stash.get(PARTIAL, False) else whole
+    results.save(path, config.stash[FACTS], config.stash[ROWS])
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
@@ -108,14 +119,7 @@ def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """Add what was measured, and leave out the single times: quartiles are in every row."""
-    settings = config.stash[SETTINGS]
-    output_json["attnfast"] = {
-        "schema": SCHEMA,
-        "device": "cpu",
-        "settings": settings._asdict(),
-        "load": config.stash[LOAD],
-        **environment.code(settings.backend),
-    }
+    output_json["attnfast"] = {"schema": results.SCHEMA, **config.stash[FACTS]}
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)
         benchmark.pop("params", None)

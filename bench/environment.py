@@ -2,57 +2,81 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import attnfast
+from attnfast import dispatch
 
 from . import ROOT
+from .grid import SIZES
 
 MEASURED = ("attnfast", "bench/*.py", "csrc", "kernels", "setup.py")  # what the dirty flag watches
+SOURCES = {  # what a backend's kernels are built from
+    "cpu": ("csrc/params.h", "csrc/cpu", "csrc/bindings/cpu.cpp"),
+    "triton": ("kernels",),
+    "cuda": ("csrc/params.h", "csrc/cuda", "csrc/bindings/cuda.cpp"),
+    "reference": ("attnfast/reference.py",),
+}
+BUDGET_S = {"smoke": 0.0, "quick": 0.5, "full": 2.0}  # for the rounds of one row
+MOST_ROUNDS = {"smoke": 1, "quick": 200, "full": 500}
 
 
 class Settings(NamedTuple):
-    """What the environment variables ask for."""
+    """What a run was asked for."""
 
-    suite: str  # "full", or "quick": small shapes and one round, to see that everything works
+    size: str  # one of grid.SIZES
     backend: str  # the backend of ours that is measured
+    device: str  # "cpu" or "cuda"
     threads: int
     budget_s: float  # time for the rounds of one row
     most_rounds: int
 
 
-def settings(environ: Mapping[str, str] = os.environ) -> Settings:
+def settings(environ: Mapping[str, str] = os.environ, **given: Any) -> Settings:
     """The settings of this run.
 
     Args:
-        environ: Where to look up ``BENCH_QUICK`` (1: quick), ``BENCH_BACKEND`` (default cpu),
-            ``BENCH_THREADS`` (default 2), ``BENCH_BUDGET`` (seconds a row, default 2).
+        environ: Where to look up ``BENCH_SIZE`` (default quick), ``BENCH_BACKEND`` (default cpu),
+            ``BENCH_DEVICE`` (default cpu), ``BENCH_THREADS`` (default 2), ``BENCH_BUDGET`` (seconds
+            a row; the default depends on the size).
+        given: Settings by name that win over the variables; None is not given.
 
     Raises:
         ValueError: A value makes no sense; one line that names it.
     """
-    quick = environ.get("BENCH_QUICK", "0")
-    if quick not in ("0", "1"):
-        raise ValueError(f"bench: BENCH_QUICK must be 0 or 1, got {quick!r}")
-    return Settings(
-        suite="quick" if quick == "1" else "full",
+    given = {name: value for name, value in given.items() if value is not None}
+    size = given.get("size") or environ.get("BENCH_SIZE") or "quick"
+    if size not in SIZES:
+        raise ValueError(f"bench: BENCH_SIZE must be one of {', '.join(SIZES)}, got {size!r}")
+    device = given.get("device") or environ.get("BENCH_DEVICE") or "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"bench: BENCH_DEVICE must be cpu or cuda, got {device!r}")
+    found = Settings(
+        size=size,
         backend=environ.get("BENCH_BACKEND") or "cpu",
+        device=device,
         threads=int(_positive(environ, "BENCH_THREADS", 2, int)),
-        budget_s=_positive(environ, "BENCH_BUDGET", 2.0, float),
-        most_rounds=1 if quick == "1" else 500,
+        budget_s=_positive(environ, "BENCH_BUDGET", BUDGET_S[size], float),
+        most_rounds=MOST_ROUNDS[size],
     )
+    return found._replace(**given)
 
 
 def _positive(environ: Mapping[str, str], name: str, default: float, kind: type) -> float:
-    text = environ.get(name) or str(default)
+    text = environ.get(name)
+    if not text:
+        return default
     try:
         value = float(kind(text))
     except ValueError:
@@ -62,9 +86,11 @@ def _positive(environ: Mapping[str, str], name: str, default: float, kind: type)
     return value
 
 
-def unavailable(backend: str) -> str | None:
+def unavailable(backend: str, device: str = "cpu") -> str | None:
     """Why a backend cannot be measured here, in one line, or None."""
-    x = torch.zeros(1, 1, 1, 8)
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no GPU that this torch can use"
+    x = torch.zeros(1, 1, 1, 8, device=device)
     try:
         attnfast.attention(x, x, x, backend=backend)
     except (RuntimeError, ValueError) as error:
@@ -72,14 +98,46 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-def machine() -> dict[str, Any]:
+def backends(device: str) -> list[str]:
+    """Our backends for a device that can be measured here; the reference is none of them."""
+    rows = dispatch.rows(torch.device(device))
+    names = [row.name for row in rows if row is not dispatch.REFERENCE]
+    return [name for name in names if unavailable(name, device) is None]
+
+
+def architecture(backend: str, device: str = "cpu") -> str:
+    """What a backend's code was compiled for: an instruction set, or ``sm_90``."""
+    if device == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability())
+    if backend == "cpu":
+        return str(torch.ops.attnfast.cpu_isa())
+    return "none"
+
+
+def device_name(device: str = "cpu") -> str:
+    """The directory of a device's results, from its name: ``intel-xeon-processor-6-167``."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    name = re.sub(r"\((R|TM|r|tm)\)|\bfamily\b|\bmodel\b|\bCPU\b", "", name)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
     """The machine, as far as times depend on it; nothing that tells whose it is."""
-    return {
+    facts: dict[str, Any] = {
         "cpu": _cpu_name(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
         "system": platform.system(),
     }
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        facts["gpu"] = {
+            "name": gpu.name,
+            "memory_bytes": gpu.total_memory,
+            "multiprocessors": gpu.multi_processor_count,
+            "capability": f"{gpu.major}.{gpu.minor}",
+        }
+    return facts
 
 
 def load() -> float | None:
@@ -87,18 +145,38 @@ def load() -> float | None:
     return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
-def code(backend: str) -> dict[str, Any]:
-    """What was measured: versions, instruction sets, and a digest of the kernels' sources."""
+def facts(kind: str, settings: Settings) -> dict[str, Any]:
+    """The head of a file of results, beside its schema: where and from what they came."""
     return {
-        "versions": {
-            "attnfast": attnfast.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "kernel": torch.ops.attnfast.cpu_isa() if backend == "cpu" else backend,
+        "kind": kind,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(settings.device),
+        "machine": machine(settings.device),
+        "settings": settings._asdict(),
+        "load": load(),
+        "versions": versions(settings.device),
+        "kernel": architecture(settings.backend, settings.device),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "sources": _sources_digest(),
+        "sources": sources(settings.backend),
+        "commit": commit(),
     }
+
+
+def versions(device: str = "cpu") -> dict[str, str]:
+    """Versions of what takes part."""
+    found = {
+        "attnfast": attnfast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    for package in ("onnxruntime", "triton", "flash_attn", "xformers", "flashinfer"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if device == "cuda":
+        found["cuda"] = torch.version.cuda or "none"
+    return found
 
 
 def commit() -> dict[str, Any]:
@@ -117,14 +195,22 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _sources_digest() -> str:
-    """The first 16 hex digits of the SHA-256 of csrc: names and contents, in the order of names."""
+def sources(backend: str, root: Path = ROOT) -> str:
+    """16 hex digits that change with the backend's kernels: SHA-256 of their names and contents."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.is_file():
-            digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
-            digest.update(path.read_bytes())
+    for path in sorted(_files(root, SOURCES[backend])):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _files(root: Path, names: tuple[str, ...]) -> set[Path]:
+    found = set()
+    for name in names:
+        path = root / name
+        inside = path.rglob("*") if path.is_dir() else [path]
+        found |= {x for x in inside if x.is_file() and "__pycache__" not in x.parts}
+    return found
 
 
 def _cpu_name() -> str:

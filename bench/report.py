@@ -1,210 +1,66 @@
-"""What a run of the benchmarks says: tables, geometric means, and where we lose.
+"""What the files of results say: docs/performance.md with its plots, and the README's table.
 
-    python -m bench.report FILE.json            print it
-    python -m bench.report FILE.json --write    also put it into docs/performance.md and the README
-
-FILE.json comes from ``pytest bench --benchmark-json=FILE.json``. Exit code 2, with one line, for a
-file that cannot be read or that another version of the benchmarks wrote.
+`report` takes the newest timing of each device under ``bench/results``, or one file. Everything it
+writes comes out of those files.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from . import OURS, ROOT, SCHEMA
+from . import OURS, ROOT, plots, results
+from .results import Row, Run
+from .summary import (
+    DTYPE_NAMES,
+    case_name,
+    compared,
+    detail_table,
+    geometric_mean,
+    groups,
+    lost,
+    summary_table,
+    table,
+)
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+NOTE = "<!-- Written by `python -m bench report`; not by hand. -->"
 
-Row = dict[str, Any]
+METHOD = """\
+## How it is measured
 
+`make bench` repeats this on your machine, `python -m bench run --shape 2,16,1024,64 --causal` for a
+shape of your own. Each row runs ours and its rivals in one process on the same inputs. Their
+results are compared first, and a row whose results differ fails. Then they take turns, one call
+each per round, for as many rounds as fit the row's time; the times shown are medians, ± half the
+interquartile range. The ratio is the fastest rival's median over ours; its quartiles are over the
+rounds. "others" are the remaining rivals' times over ours. A rival more than four times slower than
+the fastest runs in one round; * marks one whose call is so long that its first stands for its time.
 
-class Run(NamedTuple):
-    """One file of results."""
+Rivals: `F.scaled_dot_product_attention` with each of its kernels, FlexAttention compiled (in the
+quick suites for causal core shapes and options), ONNX Runtime's Attention operator, flash_attn,
+xformers and flashinfer where they can be had, and plain PyTorch ("eager"); for layers
+`nn.MultiheadAttention` and `nn.TransformerEncoder` with their fast paths, and a layer written by
+hand around `F.scaled_dot_product_attention`. Who did not compete in a row, and why, is in the row's
+`absent`.
 
-    path: Path
-    facts: dict[str, Any]  # machine, commit, date, settings, versions, instruction sets
-    rows: list[Row]
+FLOP: 4 D for each pair of a query and a key it may attend, 2.5 times that backward. A causal row
+counts half, "window" its own pairs. A layer adds 8 B T E E for its projections, 3 times in
+training, and a layer of an encoder 16 B T E E more for its feed-forward part. "weights" are
+averaged over heads, "padding" hides a quarter of the keys; "encoder" rows are two layers, stock and
+after `attnfast.replace`, a step is forward, backward and AdamW.
 
-
-class Group(NamedTuple):
-    """Rows that one geometric mean is taken over."""
-
-    title: str
-    contains: Callable[[Row], bool]
-
-
-def _attention(dtype: str, *works: str) -> Callable[[Row], bool]:
-    return lambda row: (
-        row["suite"] == "attention"
-        and row["case"]["dtype"] == dtype
-        and row["case"]["work"] in works
-    )
-
-
-def _layers(suite: str, mode: str, dtype: str) -> Callable[[Row], bool]:
-    return lambda row: (
-        row["suite"] == suite and row["case"]["mode"] == mode and row["case"]["dtype"] == dtype
-    )
-
-
-BOTH = ("forward", "forward+backward")
-GROUPS = (
-    Group("attention, fp32, forward", _attention("float32", "forward")),
-    Group("attention, fp32, forward + backward", _attention("float32", "forward+backward")),
-    Group("attention, fp32, both", _attention("float32", *BOTH)),
-    Group("attention, bf16, forward", _attention("bfloat16", "forward")),
-    Group("attention, bf16, forward + backward", _attention("bfloat16", "forward+backward")),
-    Group("attention, bf16, both", _attention("bfloat16", *BOTH)),
-    Group("MultiheadAttention, fp32, eval", _layers("module", "eval", "float32")),
-    Group("MultiheadAttention, fp32, train", _layers("module", "train", "float32")),
-    Group("MultiheadAttention, bf16, eval", _layers("module", "eval", "bfloat16")),
-    Group("MultiheadAttention, bf16, train", _layers("module", "train", "bfloat16")),
-    Group("encoder, fp32, inference", _layers("encoder", "inference", "float32")),
-    Group("encoder, fp32, training step", _layers("encoder", "step", "float32")),
-    Group("encoder, bf16, inference", _layers("encoder", "inference", "bfloat16")),
-    Group("encoder, bf16, training step", _layers("encoder", "step", "bfloat16")),
-)
-DETAILED = tuple(group for group in GROUPS if not group.title.endswith("both"))
+The limit of a row is a roofline of the ceilings below, measured in the same run: its FLOP at the
+machine's best rate, or its bytes (every input and output once) at the rate of copying as many.
+Memory is what a call adds at most to the inputs: resident memory on a CPU, torch's allocator on
+a GPU. Scratch memory of ours up to 8 MB per thread stays between calls.
+"""
 
 
-def load(path: Path) -> Run:
-    """Read a file of results.
-
-    Raises:
-        ValueError: It cannot be read, holds no results, or is of another schema; one line.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"bench: cannot read {path}: {error}") from None
-    ours = content.get("attnfast") if isinstance(content, dict) else None
-    if not isinstance(ours, dict) or "schema" not in ours:
-        raise ValueError(f"bench: {path} is not a result of this project's benchmarks")
-    if ours["schema"] != SCHEMA:
-        raise ValueError(f"bench: {path} has schema {ours['schema']}, this code reads {SCHEMA}")
-    rows = [row["extra_info"] for row in content["benchmarks"] if "ratio" in row["extra_info"]]
-    if not rows:
-        raise ValueError(f"bench: {path} holds no finished row")
-    facts = {key: content[f"{key}_info"] for key in ("machine", "commit")}
-    return Run(path, {**ours, **facts, "date": content["datetime"][:10]}, rows)
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """The exponential of the mean of the logarithms."""
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))
-
-
-def case_name(row: Row) -> str:
-    """A row's case in a few words, without dtype and pass."""
-    case = row["case"]
-    if row["suite"] != "attention":
-        options = [name for name in ("weights", "padding") if case.get(name)]
-        name = f"{case['layer']} {case['B']}, {case['T']}, {case['E']}, {case['H']}"
-        return ", ".join([name, *options])
-    length = case["T"] if case["T"] == case["S"] else f"{case['T']}:{case['S']}"
-    sizes = f"{case['B']}, {case['H']}, {length}, {case['D']}"
-    return sizes + (", causal" if case["causal"] else "")
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: list[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        aligned = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(header), line(rule), *map(line, rows)])
-
-
-def milliseconds(contestant: dict[str, float]) -> str:
-    """A contestant's median with half of its interquartile range, in per cent of the median."""
-    ms = contestant["median_s"] * 1e3
-    digits = max(0, min(3, 2 - math.floor(math.log10(ms))))
-    if contestant["rounds"] == 1:
-        return f"{ms:.{digits}f}"
-    spread = (contestant["q3_s"] - contestant["q1_s"]) / contestant["median_s"] / 2
-    return f"{ms:.{digits}f} ±{spread:.0%}"
-
-
-def rate(contestant: dict[str, float]) -> str:
-    """A contestant's GFLOP/s."""
-    gflops = contestant["gflops"]
-    return f"{gflops:.0f}" if gflops >= 10 else f"{gflops:.1f}"
-
-
-def summary_table(run: Run) -> str:
-    """One line for each group: geometric mean and extremes of the ratios."""
-    lines = []
-    for group in GROUPS:
-        rows = [row for row in run.rows if group.contains(row)]
-        if not rows:
-            continue
-        slowest = min(rows, key=lambda row: float(row["ratio"]))
-        lines.append(
-            [
-                group.title,
-                str(len(rows)),
-                f"**{geometric_mean(row['ratio'] for row in rows):.2f}x**",
-                f"{slowest['ratio']:.2f}x ({case_name(slowest)})",
-                f"{max(row['ratio'] for row in rows):.2f}x",
-            ]
-        )
-    return table(["times as fast as torch", "rows", "geometric mean", "least", "most"], lines)
-
-
-def detail_table(rows: list[Row]) -> str:
-    """Every row of a group with both medians, spread, rates, ratio and rounds."""
-    lines = []
-    for row in rows:
-        ours, rival = row["contestants"][OURS], row["contestants"][row["rival"]]
-        low, high = row["ratio_quartiles"]
-        rounds = str(ours["rounds"]) + ("*" if row["once"] else "")
-        lines.append(
-            [
-                case_name(row),
-                milliseconds(ours),
-                milliseconds(rival),
-                rate(ours),
-                rate(rival),
-                f"{row['ratio']:.2f}x",
-                f"{low:.2f} to {high:.2f}" if ours["rounds"] > 1 else "",
-                rounds,
-            ]
-        )
-    sizes = "B, H, L, D" if rows[0]["suite"] == "attention" else "layer B, T, E, H"
-    header = [sizes, "ours, ms", "torch, ms", "GFLOP/s", "torch's", "ratio", "quartiles", "rounds"]
-    return table(header, lines)
-
-
-def losses(run: Run) -> str:
-    """Which rows are slower than the rival, and which cannot be told from it."""
-    lost = sorted((row for row in run.rows if row["ratio"] < 1), key=lambda row: row["ratio"])
-    if not lost:
-        text = f"No row is slower than torch ({len(run.rows)} rows)."
-    else:
-        text = f"Slower than torch in {len(lost)} of {len(run.rows)} rows:\n\n"
-        text += "\n".join(f"- {_in_full(row)}: {row['ratio']:.2f}x" for row in lost)
-    level = [row for row in run.rows if row["ratio"] >= 1 and row["ratio_quartiles"][0] < 1]
-    if level:
-        text += "\n\nNot slower, but a quarter of the rounds or more were:\n\n"
-        text += "\n".join(f"- {_in_full(row)}: {row['ratio']:.2f}x" for row in level)
-    return text
-
-
-def _in_full(row: Row) -> str:
-    case = row["case"]
-    how = case["work"] if row["suite"] == "attention" else case["mode"]
-    return f"{row['suite']}, {case['dtype']}, {how}: {case_name(row)}"
+def device_title(run: Run) -> str:
+    """The device's name for headings."""
+    machine = run.facts["machine"]
+    name = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
+    return f"{name}, {run.facts['kernel']}"
 
 
 def provenance(run: Run) -> str:
@@ -214,136 +70,158 @@ def provenance(run: Run) -> str:
     commit = (facts["commit"]["id"] or "unknown")[:12]
     dirty = " with uncommitted changes" if facts["commit"]["dirty"] else ""
     load = "" if facts["load"] is None else f"; load before the run {facts['load']}"
-    quick = (
-        ""
-        if settings["suite"] == "full"
-        else f" The {settings['suite']} suite: not for publication."
-    )
+    others = [f"{name} {version}" for name, version in versions.items() if name != "attnfast"]
+    smoke = " Smoke rows: not for publication." if settings["size"] == "smoke" else ""
     return (
-        f"{machine['cpu']}, {machine['architecture']}, {machine['system']};"
-        f" {settings['threads']} threads of {machine['cores']} cores{load}; our kernels:"
-        f" {facts['kernel']}, torch's: {facts['torch_isa']}. attnfast {versions['attnfast']}"
-        f" at commit {commit}{dirty} (kernel sources {facts['sources']}),"
-        f" torch {versions['torch']}, Python {versions['python']}, {facts['date']}.{quick}"
+        f"{device_title(run)}; {machine['architecture']}, {machine['system']};"
+        f" {settings['threads']} threads of {machine['cores']} cores{load}; torch's kernels:"
+        f" {facts['torch_isa']}. attnfast {versions['attnfast']} at commit {commit}{dirty} (kernel"
+        f" sources {facts['sources']}), {', '.join(others)}; {facts['date'][:10]};"
+        f" {settings['size']} suites.{smoke}"
     )
 
 
-def report(run: Run) -> str:
-    """The whole report, without a title, as Markdown that also reads well in a terminal."""
-    sections = [provenance(run), summary_table(run), losses(run)]
-    for group in DETAILED:
-        rows = [row for row in run.rows if group.contains(row)]
-        if rows:
-            sections += [f"## {group.title}", detail_table(rows)]
-    if any(row["once"] for row in run.rows):
-        sections.append("\\* torch's call is so long that its first run stands for its time.")
-    return "\n\n".join(sections)
+def ceilings_table(run: Run) -> str:
+    """What the machine did at best."""
+    found = run.facts.get("ceilings")
+    if not found:
+        return "Ceilings were not measured in this run."
+    lines = [
+        [f"{kind}, {DTYPE_NAMES[dtype]}", f"{rate / 1e9:.0f} GFLOP/s"]
+        for kind, name in (("matrix product", "gemm"), ("multiply-adds on registers", "fma"))
+        for dtype, rate in found[name].items()
+    ]
+    lines += [
+        [f"copy touching {touched / 1e6:.3g} MB", f"{rate / 1e9:.1f} GB/s"]
+        for touched, rate in found["copy"]
+    ]
+    lines.append(["shortest call", f"{found['launch'] * 1e6:.2g} us"])
+    lines += [[name, f"not measured: {reason}"] for name, reason in found["missing"].items()]
+    return table(["ceiling", "measured"], lines)
 
 
-METHOD = """\
-## How it is measured
-
-`make bench` repeats this on your machine. Each row runs ours and torch's in one process on the same
-inputs. Their results are compared once, and a row whose results differ fails. Then they take turns,
-one call each per round, for as many rounds as fit the row's time; the times shown are medians,
-± half the interquartile range. The ratio is torch's median over ours; its quartiles are over the
-rounds. "torch" is `F.scaled_dot_product_attention` with the kernel it picks itself, and
-`nn.MultiheadAttention`, in eval with its fast path. Causal rows pass `is_causal=True`.
-
-GFLOP/s: 4 B H L L D operations forward, half of that if causal, 3.5 times with the backward pass. A
-layer adds 8 B T E E for its projections, 3 times in training, and a layer of an encoder 16 B T E E
-more for its feed-forward part. All without dropout; "weights" are averaged over heads, "padding" is
-a `key_padding_mask` that hides a quarter of the keys.
-
-"encoder" is an `nn.TransformerEncoder` of two layers, stock and after `attnfast.replace`. A step is
-forward, backward and AdamW, in bf16 under autocast. In inference torch takes its fast path, which
-skips padding by nested tensors; bf16 there means bf16 parameters.
-"""
+def losses(run: Run) -> str:
+    """Which rows are slower than a rival."""
+    rows, total = lost(run.rows), len(compared(run.rows))
+    if not rows:
+        return f"No row is slower than its fastest rival ({total} rows)."
+    lines = [f"- {_in_full(row)}: {row['ratio']:.2f}x, {row['rival']}" for row in rows]
+    return "\n".join([f"Slower than the fastest rival in {len(rows)} of {total} rows:", "", *lines])
 
 
-def page(run: Run) -> str:
+def _in_full(row: Row) -> str:
+    case = row["case"]
+    how = case.get("mode") or case.get("work") or ""
+    return ", ".join(
+        x for x in (row["suite"], DTYPE_NAMES[case["dtype"]], how, case_name(row)) if x
+    )
+
+
+def device_section(run: Run, pictures: list[str]) -> str:
+    """All that one run says, as Markdown."""
+    parts = [f"## {device_title(run)}", provenance(run), summary_table(run), losses(run)]
+    parts += [f"![{Path(name).stem}](performance/{name})" for name in pictures]
+    parts += ["### Ceilings", ceilings_table(run)]
+    for title, rows in groups(run).items():
+        parts += [f"### {title[0].upper()}{title[1:]}", detail_table(rows)]
+    return "\n\n".join(parts)
+
+
+def page(runs: list[Run], pictures: dict[Path, list[str]]) -> str:
     """The text of docs/performance.md."""
-    note = "<!-- Written by `python -m bench.report FILE.json --write`; not by hand. -->"
-    return f"{note}\n\n# Speed\n\n{report(run)}\n\n{METHOD}"
+    sections = [device_section(run, pictures.get(run.path, [])) for run in runs]
+    return "\n\n".join([NOTE, "# Speed", METHOD.strip(), *sections]) + "\n"
 
 
-def readme_block(run: Run) -> str:
-    """The README's table: ratios by shape, then their geometric means."""
-    columns = [group for group in DETAILED if group.title.startswith("attention")]
-    ratios: dict[tuple[str, str], float] = {}
-    for group in columns:
-        for row in filter(group.contains, run.rows):
-            ratios[case_name(row), group.title] = row["ratio"]
-    shapes = list(dict.fromkeys(name for name, _ in ratios if not name.endswith(", causal")))
-    lines = []
-    for shape in shapes:
-        cells = [
-            " / ".join(
-                f"{ratios[name, group.title]:.1f}" if (name, group.title) in ratios else "-"
-                for name in (shape, f"{shape}, causal")
-            )
-            for group in columns
-        ]
-        lines.append([shape, *cells])
-    header = ["B, H, L, D", *(group.title.removeprefix("attention, ") for group in columns)]
-    return "\n\n".join(
-        [
-            BEGIN,
-            "Times as fast as `F.scaled_dot_product_attention`, full / causal:",
-            table(header, lines),
-            summary_table(run),
-            losses(run),
-            f"{provenance(run)} Every row: [docs/performance.md](docs/performance.md).",
-            END,
-        ]
-    )
+def readme_block(runs: list[Run]) -> str:
+    """The README's tables: the newest run by shape, then the means of all devices."""
+    newest = runs[0]
+    columns = [
+        (f"{DTYPE_NAMES[dtype]}, {work.replace('+', ' + ')}", dtype, work)
+        for dtype in ("float32", "bfloat16")
+        for work in ("forward", "forward+backward")
+    ]
+    ratios = {
+        (case_name(row), row["case"]["dtype"], row["suite"]): row["ratio"]
+        for row in compared(newest.rows)
+        if row["suite"] in ("forward", "forward+backward")
+    }
+    shapes = list(dict.fromkeys(name.removesuffix(", causal") for name, _, _ in ratios))
+
+    def cell(shape: str, dtype: str, work: str) -> str:
+        found = [ratios.get((name, dtype, work)) for name in (shape, f"{shape}, causal")]
+        return " / ".join("-" if x is None else f"{x:.1f}" if x >= 1 else f"{x:.2f}" for x in found)
+
+    lines = [[shape, *(cell(shape, *column[1:]) for column in columns)] for shape in shapes]
+    parts = [
+        BEGIN,
+        f"Times as fast as the fastest rival, full / causal, on {device_title(newest)}:",
+        table(["B, H, L, D", *(title for title, _, _ in columns)], lines),
+        "Geometric means of whole suites, and in how many rows a rival is faster:",
+        means_table(runs),
+        f"{provenance(newest)} Every row, with rivals, spread, memory and ceilings:"
+        " [docs/performance.md](docs/performance.md).",
+        END,
+    ]
+    return "\n\n".join(parts)
 
 
-def write(run: Run, root: Path) -> list[Path]:
-    """Put the report into docs/performance.md and the README's block.
+def means_table(runs: list[Run]) -> str:
+    """Suites down, devices across."""
+    cells: dict[str, list[str]] = {}
+    for i, run in enumerate(runs):
+        for title, rows in groups(run).items():
+            if ours := compared(rows):
+                line = cells.setdefault(title, ["-"] * len(runs))
+                mean = geometric_mean(row["ratio"] for row in ours)
+                line[i] = f"{mean:.2f}x ({len(lost(ours))} of {len(ours)})"
+    header = ["times as fast (slower in)", *(device_title(run) for run in runs)]
+    return table(header, [[title, *line] for title, line in cells.items()])
+
+
+def write(runs: list[Run], root: Path) -> list[Path]:
+    """Put the report into docs/performance.md with its plots, and into the README's block.
 
     Raises:
-        ValueError: The run is not of the full suite, or the README has no block to fill; one line.
+        ValueError: A run is of smoke rows, or the README has no block to fill; one line.
     """
-    if run.facts["settings"]["suite"] != "full":
-        raise ValueError(
-            f"bench: {run.path} is not of the full suite, so it is not written to docs"
-        )
+    for run in runs:
+        if run.facts["settings"]["size"] == "smoke":
+            raise ValueError(f"bench: {run.path} has smoke rows, so it is not written to docs")
     readme, performance = root / "README.md", root / "docs" / "performance.md"
     text = readme.read_text() if readme.exists() else ""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"bench: {readme} has no line {BEGIN} followed by {END}")
-    readme.write_text(before + readme_block(run) + after)
+    pictures = {run.path: plots.draw(run, root / "docs" / "performance") for run in runs}
     performance.parent.mkdir(exist_ok=True)
-    performance.write_text(page(run))
-    return [performance, readme]
+    performance.write_text(page(runs, pictures))
+    readme.write_text(before + readme_block(runs) + after)
+    drawn = [root / "docs" / "performance" / name for names in pictures.values() for name in names]
+    return [performance, readme, *drawn]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("file", type=Path, help="from pytest bench --benchmark-json=FILE")
-    parser.add_argument(
-        "--write", action="store_true", help="also fill docs/performance.md and the README's block"
-    )
-    parser.add_argument(
-        "--root", type=Path, default=ROOT, help="of the repository that --write fills"
-    )
-    options = parser.parse_args(arguments)
-    try:
-        run = load(options.file)
-        print(report(run))
-        if options.write:
-            print("\nwrote", *write(run, options.root))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+def newest(folder: Path) -> list[Run]:
+    """The newest timing of each device that holds rows of ours, the newest device first.
+
+    Raises:
+        ValueError: There is none, or a file cannot be read; one line.
+    """
+    chosen: dict[str, Run] = {}
+    for run in results.found("timing", folder):
+        if any(OURS in row["contestants"] for row in run.rows):
+            chosen.setdefault(run.facts["device"], run)
+    if not chosen:
+        raise ValueError(f"bench: no timing in {folder}; run `make bench` first")
+    return list(chosen.values())
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def report(files: list[Path], root: Path = ROOT) -> list[Path]:
+    """Write the report of these files, or of the newest of each device.
+
+    Raises:
+        ValueError: As `newest` and `write` say.
+    """
+    runs = [results.load(path, "timing") for path in files]
+    return write(runs or newest(root / "bench" / "results"), root)

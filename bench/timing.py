@@ -6,110 +6,186 @@ whatever else happens on the machine happens to all of them. Medians are compare
 
 from __future__ import annotations
 
+import gc
 import statistics
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
 
 from . import OURS
-from .shapes import Case
-
-Call = Callable[[], dict[str, Tensor]]  # the results by name
-Race = Callable[[Case, dict[str, Call]], None]  # the fixture of that name
+from .clock import Call, Clock, Results
+from .grid import DTYPES, Case, describe
 
 FEWEST_ROUNDS = 3
-LONG_S = 5.0  # a rival's call that takes longer runs once, and that run is its time
+LONG_S = 5.0  # a rival's call that takes longer is not repeated: its first is its time
+SLOW = 4.0  # a rival this many times slower than the fastest one runs in one round only
 
 # The largest |ours - rival| / |rival| of a result, in Euclidean norms. How exact ours is, the tests
 # say with their accuracy rule; this keeps a kernel that computes something else out of the tables.
-AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-def race(
-    benchmark: BenchmarkFixture,
-    contestants: dict[str, Call],
-    *,
-    flop: float,
-    budget_s: float,
-    most_rounds: int,
-) -> dict[str, Any]:
-    """Time the contestants in turn; ours goes into pytest-benchmark's own statistics as well.
+def nothing() -> None:
+    """Where nothing has to be done."""
 
-    Args:
-        benchmark: The fixture of the running test.
-        contestants: ``OURS`` and at least one rival.
-        flop: Floating-point operations of one call, for the rates.
-        budget_s: Seconds that the rounds may take. At least ``FEWEST_ROUNDS`` are run all the same,
-            unless a rival is slower than ``LONG_S``: then one round, its first call.
-        most_rounds: Rounds for calls that take next to no time.
 
-    Returns:
-        The measured part of a row of results, as ``bench.report`` reads it: per contestant times
-        in seconds, rounds and GFLOP/s; ``rival``, the fastest of the others; ``ratio``, its median
-        over ours; ``ratio_quartiles`` over the rounds; ``once``, whose first call stands.
+class Entries(NamedTuple):
+    """Who competes in a row.
+
+    Attributes:
+        calls: ``OURS`` and its rivals by name; one call for each copy of the inputs.
+        absent: Those who do not, and why.
+        ready: Called between the comparison of results and the timing.
+        compiled: Names whose first call compiles, and is no measure of anything.
+    """
+
+    calls: dict[str, list[Call]]
+    absent: dict[str, str]
+    ready: Callable[[], None] = nothing
+    compiled: tuple[str, ...] = ()
+
+
+class Limits(NamedTuple):
+    """How long a row may take."""
+
+    budget_s: float  # for the rounds; at least FEWEST_ROUNDS are run all the same
+    most_rounds: int
+
+
+class Race:
+    """One row: compares, warms up, plans the rounds; then each side takes its turn `rounds` times.
 
     Raises:
         AssertionError: A rival's results are not ours.
     """
-    rivals = [name for name in contestants if name != OURS]
-    first: dict[str, float] = {}
-    results: dict[str, dict[str, Tensor]] = {}
-    for name, call in contestants.items():
-        first[name], results[name] = timed(call)
-    differences = {name: disagreement(results[OURS], results[name], name) for name in rivals}
-    results.clear()
 
-    once = [name for name in rivals if first[name] > LONG_S]
-    round_s = sum(first.values())
-    if most_rounds > 1 and round_s < budget_s:
-        round_s = sum(timed(call)[0] for call in contestants.values())
-    rounds = min(most_rounds, max(FEWEST_ROUNDS, int(budget_s / round_s)))
-    samples = {name: [first[name]] if name in once else [] for name in contestants}
+    def __init__(
+        self, case: Case, entries: Entries, clock: Clock, limits: Limits, limit_s: float | None
+    ) -> None:
+        self.case, self.absent, self.clock, self.limit_s = (
+            case,
+            dict(entries.absent),
+            clock,
+            limit_s,
+        )
+        gc.collect()  # the last row's tensors are no part of this one's memory
+        first, self.peaks = {}, dict[str, int | None]()
+        results: dict[str, Results] = {}
+        for name, calls in entries.calls.items():
+            try:
+                if name in entries.compiled:
+                    calls[0]()
+                reading, self.peaks[name] = clock.peak(calls[0])
+            except Exception as error:  # a rival may refuse a row in any way
+                if name == OURS:
+                    raise
+                self.absent[name] = f"failed: {str(error).strip().splitlines()[0][:100]}"
+                continue
+            first[name], results[name] = reading.seconds, reading.results
+        self.rivals = [name for name in first if name != OURS]
+        truth = results[OURS if OURS in results else self.rivals[0]]
+        self.differences = {
+            name: disagreement(truth, results[name], name, case.dtype) for name in self.rivals
+        }
+        results.clear()
+        entries.ready()
+        self.once = [name for name in self.rivals if first[name] > LONG_S]
+        self.calls = {
+            name: [clock.prepared(call) for call in entries.calls[name]]
+            for name in first
+            if name not in self.once
+        }
+        second = {name: self._second(name, limits) for name in self.calls}
+        self.samples = {name: [first[name]] if name in self.once else [] for name in first}
+        self.host: dict[str, list[float]] = {name: [] for name in first}
+        fastest = min((second[name] for name in second if name != OURS), default=0.0)
+        self.guests = [n for n in second if n != OURS and fastest and second[n] > SLOW * fastest]
+        regular = sum(s for name, s in second.items() if name not in self.guests)
+        planned = max(FEWEST_ROUNDS, int(limits.budget_s / regular))
+        self.rounds = min(limits.most_rounds, planned)
+        self.turn = 0
 
-    def rivals_turn() -> None:
-        for name in rivals:
-            if name not in once:
-                samples[name].append(timed(contestants[name])[0])
+    def _second(self, name: str, limits: Limits) -> float:
+        """Seconds of a second, warm call, which also shows how much memory it needs."""
+        if limits.most_rounds == 1:
+            return LONG_S
+        reading, peak = self.clock.peak(self.calls[name][-1])
+        if name != OURS or peak is None:  # ours keeps small scratch memory: its larger peak counts
+            self.peaks[name] = peak
+        else:
+            self.peaks[name] = max(peak, self.peaks[name] or 0)
+        return reading.seconds
 
-    def our_turn() -> None:
-        samples[OURS].append(timed(contestants[OURS])[0])
+    def rivals_turn(self) -> None:
+        """One call of every rival that takes part in this round."""
+        for name in self.rivals:
+            if name in self.calls and (self.turn == 0 or name not in self.guests):
+                self._sample(name)
 
-    benchmark.pedantic(our_turn, setup=rivals_turn, rounds=1 if once else rounds)
-    summaries = {name: summary(seconds, flop) for name, seconds in samples.items()}
-    rival = min(rivals, key=lambda name: float(summaries[name]["median_s"]))
-    ratios = [theirs / ours for theirs, ours in zip(samples[rival], samples[OURS], strict=True)]
-    return {
-        "contestants": summaries,
-        "rival": rival,
-        "ratio": summaries[rival]["median_s"] / summaries[OURS]["median_s"],
-        "ratio_quartiles": quartiles(ratios)[::2],
-        "once": once,
-        "differences": differences,
-    }
+    def our_turn(self) -> None:
+        """Our call of this round, its last."""
+        if OURS in self.calls:
+            self._sample(OURS)
+        self.turn += 1
 
+    def _sample(self, name: str) -> None:
+        calls = self.calls[name]
+        reading = self.clock.read(calls[self.turn % len(calls)])
+        self.samples[name].append(reading.seconds)
+        self.host[name].append(reading.host_s)
 
-def timed(call: Call) -> tuple[float, dict[str, Tensor]]:
-    """Seconds that one call took, and its results."""
-    start = time.perf_counter()
-    results = call()
-    return time.perf_counter() - start, results
+    def row(self) -> dict[str, Any]:
+        """The row of results.
 
+        Returns:
+            The case; per contestant times in seconds, rounds, GFLOP/s, peak memory in bytes beside
+            the inputs, and the share of the limit; ``rival``, the fastest of the others; ``ratio``,
+            its median over ours; ``ratio_quartiles`` over the rounds; ``once``, whose only call
+            stands; ``absent``, who does not compete, and why.
+        """
+        contestants = {name: self._summary(name) for name in self.samples}
+        found: dict[str, Any] = {
+            **describe(self.case),
+            "clock": self.clock.name,
+            "limit_s": self.limit_s,
+            "contestants": contestants,
+            "once": self.once,
+            "absent": self.absent,
+            "differences": self.differences,
+            "rival": None,
+            "ratio": None,
+            "ratio_quartiles": None,
+        }
+        if self.rivals:
+            rival = min(self.rivals, key=lambda name: float(contestants[name]["median_s"]))
+            found["rival"] = rival
+            if OURS in contestants:
+                found["ratio"], found["ratio_quartiles"] = self._ratio(rival)
+        return found
 
-def summary(seconds: list[float], flop: float) -> dict[str, float]:
-    """Median, quartiles and minimum of the times, their number, and the rate at the median."""
-    low, median, high = quartiles(seconds)
-    return {
-        "rounds": len(seconds),
-        "median_s": median,
-        "q1_s": low,
-        "q3_s": high,
-        "min_s": min(seconds),
-        "gflops": flop / median / 1e9,
-    }
+    def _ratio(self, rival: str) -> tuple[float, list[float]]:
+        """A rival's median over ours, and the outer quartiles of the ratios of single rounds."""
+        ours, theirs = self.samples[OURS], self.samples[rival]
+        ratio = statistics.median(theirs) / statistics.median(ours)
+        if len(theirs) < len(ours):
+            return ratio, [ratio] * 2
+        return ratio, quartiles([b / a for a, b in zip(ours, theirs, strict=True)])[::2]
+
+    def _summary(self, name: str) -> dict[str, Any]:
+        seconds = self.samples[name]
+        low, median, high = quartiles(seconds)
+        return {
+            "rounds": len(seconds),
+            "median_s": median,
+            "q1_s": low,
+            "q3_s": high,
+            "min_s": min(seconds),
+            "host_s": statistics.median(self.host[name]) if self.host[name] else None,
+            "gflops": self.case.flop / median / 1e9,
+            "peak_bytes": self.peaks[name],
+            "share": None if self.limit_s is None else self.limit_s / median,
+        }
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -119,15 +195,13 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def disagreement(
-    ours: dict[str, Tensor], theirs: dict[str, Tensor], rival: str
-) -> dict[str, float]:
-    """|ours - theirs| / |theirs| of every result, by name.
+def disagreement(ours: Results, theirs: Results, rival: str, dtype: str) -> dict[str, float]:
+    """|ours - theirs| / |theirs| of every result by name; ``dtype`` is the row's.
 
     Raises:
-        AssertionError: One of them is beyond ``AGREEMENT``, or NaN; or names or shapes differ.
+        AssertionError: One of them is beyond ``AGREEMENT``, or NaN; or shapes differ, or names.
     """
-    assert ours.keys() == theirs.keys(), f"bench: results {list(ours)} against {list(theirs)}"
+    assert ours.keys() == theirs.keys(), f"bench: results {list(ours)}, {rival} has {list(theirs)}"
     differences = {}
     for name, x in theirs.items():
         assert ours[name].shape == x.shape, (
@@ -135,7 +209,7 @@ def disagreement(
         )
         error = torch.linalg.vector_norm(ours[name].float() - x.float())
         difference = float(error / torch.linalg.vector_norm(x.float()).clamp_min(1e-30))
-        limit = AGREEMENT[x.dtype]
+        limit = max(AGREEMENT[x.dtype], AGREEMENT[DTYPES[dtype]])
         assert difference <= limit, (
             f"bench: {name} differs from {rival} by {difference:.2g} of its norm, limit {limit:g}"
         )

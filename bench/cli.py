@@ -1,0 +1,180 @@
+"""The commands of ``python -m bench``. A wrong argument or file: one line, and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from . import ROOT, compare, environment, report, results, show, suites
+from .grid import DTYPES, OPTIONS, SIZES, SUITES, WORKS, AttentionCase
+
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {x: x for x in DTYPES}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and leave with exit code 2."""
+        self.exit(2, f"bench: {message}\n")
+
+
+class Command(NamedTuple):
+    """One command: `arguments` declares what it takes, `run` returns the exit code."""
+
+    name: str
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if len(sizes) not in (4, 5) or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"must be B,H,L,D or B,H,T,S,D, got {text!r}")
+    return sizes if len(sizes) == 5 else (*sizes[:3], *sizes[2:])
+
+
+def _dtype(text: str) -> str:
+    if text not in DTYPE_NAMES:
+        raise argparse.ArgumentTypeError(f"must be fp32, bf16 or fp16, got {text!r}")
+    return DTYPE_NAMES[text]
+
+
+def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be positive, got {text!r}")
+        return value
+
+    return parse
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    one = parser.add_argument_group("one question")
+    one.add_argument("--shape", type=_shape, metavar="B,H,L,D", help="or B,H,T,S,D")
+    one.add_argument("--causal", action="store_true")
+    one.add_argument("--dtype", type=_dtype, default="float32", help="fp32 (default), bf16, fp16")
+    one.add_argument("--work", choices=WORKS, help="default: forward, then forward+backward")
+    one.add_argument("--option", choices=OPTIONS, default="", help="of attention()")
+    many = parser.add_argument_group("suites, where no shape is given")
+    many.add_argument("--suite", choices=list(SUITES), action="append", help="default: all")
+    many.add_argument("--size", choices=SIZES, help="default: quick")
+    parser.add_argument("--backend", help="ours; default: cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=_positive(int))
+    parser.add_argument("--budget", type=_positive(float), dest="budget_s", help="seconds a row")
+    parser.add_argument("--out", type=Path, help="also write a file of results")
+
+
+def _run(options: argparse.Namespace) -> int:
+    given = {
+        name: getattr(options, name)
+        for name in ("size", "backend", "device", "threads", "budget_s")
+    }
+    if options.shape is not None:
+        if options.suite or options.size:
+            raise ValueError("bench: --shape is a row of its own: leave out --suite and --size")
+        given["size"] = "full"
+    settings = environment.settings(**given)
+    reason = environment.unavailable(settings.backend, settings.device)
+    if reason is not None:
+        raise ValueError(f"bench: nothing to measure: {reason}")
+    if options.shape is None:
+        chosen = [
+            case for suite in options.suite or SUITES for case in suites.cases(suite, settings.size)
+        ]
+    else:
+        works = [options.work] if options.work else ["forward", "forward+backward"]
+        causal = options.causal or options.option == "window"
+        chosen = [
+            AttentionCase(*options.shape, options.dtype, causal, work, options.option)
+            for work in works
+        ]
+    facts = environment.facts("timing", settings)
+    session = suites.session(settings)
+    facts["ceilings"] = session.ceilings
+    rows = []
+    for case in chosen:
+        row = suites.measured(case, session)
+        rows.append(row)
+        if options.shape is None:
+            print(suites.line(row), flush=True)
+        else:
+            show.row(row)
+    if options.out is not None:
+        results.save(options.out, facts, rows)
+    if options.shape is None:
+        show.summary(results.Run(Path("this run"), facts, rows))
+    return 0
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("before", type=Path, metavar="A.json")
+    parser.add_argument("after", type=Path, metavar="B.json")
+    parser.add_argument(
+        "--threshold",
+        type=_positive(float),
+        default=compare.THRESHOLD,
+        help="how much slower is a regression; default: %(default)s, which is 10%%",
+    )
+
+
+def _compare(options: argparse.Namespace) -> int:
+    before, after = (results.load(path, "timing") for path in (options.before, options.after))
+    changes = compare.compare(before, after, options.threshold)
+    show.changes(changes, before, after)
+    return 1 if any(change.regression for change in changes) else 0
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="default: the newest of each device in bench/results"
+    )
+    parser.add_argument("--root", type=Path, default=ROOT, help="of the repository to write to")
+
+
+def _report(options: argparse.Namespace) -> int:
+    for path in report.report(options.files, options.root):
+        print(f"wrote {path}")
+    return 0
+
+
+COMMANDS = (
+    Command("run", "time suites, or one shape", _run_arguments, _run),
+    Command("compare", "two runs, row by row; exit code 1: slower", _compare_arguments, _compare),
+    Command("report", "write docs, plots and the README's table", _report_arguments, _report),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit code: 2, after one line, for arguments or files that make no sense.
+    """
+    parser = Parser(prog="python -m bench", description="Benchmarks of attnfast.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        added = commands.add_parser(command.name, help=command.help, description=command.help)
+        command.arguments(added)
+        added.set_defaults(run=command.run)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except AssertionError as error:  # results differ: nothing to time
+        print(error, file=sys.stderr)
+        return 1

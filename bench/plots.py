@@ -1,0 +1,154 @@
+"""Plots of a run, SVG and PNG: throughput, share of the limit and memory over length; latency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import OURS
+from .results import Row, Run
+from .summary import DTYPE_NAMES, case_name, compared
+
+STYLES = {  # one colour per contestant, whatever the plot
+    OURS: "#c1272d",
+    "torch.sdpa flash": "#0000a7",
+    "torch.sdpa": "#0000a7",
+    "torch.sdpa cudnn": "#008176",
+    "torch.sdpa efficient": "#7f5fa8",
+    "torch.sdpa math": "#8a8a8a",
+    "FlexAttention": "#eecc16",
+    "ONNX Runtime": "#1b9e4b",
+    "flash_attn": "#005f8a",
+    "eager": "#b3b3b3",
+}
+PASSES = ("forward", "backward", "forward+backward")
+SMALL_S = 1e-3  # rows of the latency plot take less
+MOST_BARS = 24
+FORMATS = ("svg", "png")
+
+Value = Callable[[dict[str, Any]], float | None]  # of a contestant of a row
+
+
+def draw(run: Run, folder: Path) -> list[str]:
+    """Draw a run's plots.
+
+    Args:
+        run: Timed rows.
+        folder: Where ``<device>-<plot>.svg`` and ``.png`` are written.
+
+    Returns:
+        The names of the SVG files, in the order in which they are shown.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "attnfast", "svg.fonttype": "none", "font.size": 8, "axes.grid": True}
+    )
+    drawn = []
+    for name, label, value in (
+        ("throughput", "TFLOP/s", lambda x: x["gflops"] / 1e3),
+        ("share", "share of the limit", lambda x: x.get("share")),
+        ("memory", "memory beside the inputs, MB", _megabytes),
+    ):
+        drawn += _over_length(run, folder, name, label, value)
+    return drawn + _latency(run, folder)
+
+
+def _megabytes(contestant: dict[str, Any]) -> float | None:
+    peak = contestant.get("peak_bytes")
+    return peak / 1e6 if peak else None
+
+
+def _over_length(run: Run, folder: Path, name: str, label: str, value: Value) -> list[str]:
+    """One panel per pass and dtype; causal self-attention, a line per contestant and D."""
+    from matplotlib import pyplot
+
+    panels = [
+        (f"{work}, {DTYPE_NAMES[dtype]}", lines)
+        for work in PASSES
+        for dtype in DTYPE_NAMES
+        if (lines := _lines(run.rows, work, dtype, value))
+    ]
+    if not panels:
+        return []
+    height = -(-len(panels) // 2)
+    figure, axes = pyplot.subplots(height, 2, figsize=(9, 2.8 * height), squeeze=False)
+    for axis, (title, lines) in zip(axes.flat, panels, strict=False):
+        for (contestant, D), points in sorted(lines.items(), key=lambda x: (x[0][0] != OURS, x[0])):
+            xs, ys = zip(*sorted(points), strict=True)
+            axis.plot(
+                xs,
+                ys,
+                marker="o" if D == 64 else "s",
+                markersize=3,
+                linestyle="-" if D == 64 else "--",
+                linewidth=1.8 if contestant == OURS else 1,
+                color=STYLES.get(contestant),
+                label=f"{contestant}, D {D}",
+            )
+        axis.set(title=f"{title}, causal", xlabel="length", ylabel=label, xscale="log")
+        if name == "memory":
+            axis.set_yscale("log")
+        axis.legend(fontsize=5, ncols=2)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
+    return _save(figure, run, folder, name)
+
+
+def _lines(
+    rows: list[Row], work: str, dtype: str, value: Value
+) -> dict[tuple[str, int], list[tuple[int, float]]]:
+    """Points (length, value) by contestant and D; of several rows of a length, the largest."""
+    best: dict[tuple[str, int], dict[int, tuple[int, float]]] = {}
+    for row in rows:
+        case = row["case"]
+        wanted = row["suite"] == work and case["dtype"] == dtype and case["causal"]
+        if not wanted or case["T"] != case["S"] or case["D"] not in (64, 128):
+            continue
+        heads = case["B"] * case["H"]
+        for name, contestant in row["contestants"].items():
+            y = value(contestant)
+            line = best.setdefault((name, case["D"]), {})
+            if y and heads >= line.get(case["T"], (0, 0.0))[0]:
+                line[case["T"]] = (heads, y)
+    return {
+        key: [(length, y) for length, (_, y) in line.items()] for key, line in best.items() if line
+    }
+
+
+def _latency(run: Run, folder: Path) -> list[str]:
+    """The shortest rows: ours beside the fastest rival."""
+    from matplotlib import pyplot
+
+    rows = [r for r in compared(run.rows) if r["contestants"][OURS]["median_s"] < SMALL_S]
+    rows = sorted(rows, key=lambda row: float(row["contestants"][OURS]["median_s"]))[:MOST_BARS]
+    if not rows:
+        return []
+    figure, axis = pyplot.subplots(figsize=(9, 0.6 + 0.24 * len(rows)))
+    names = [f"{r['suite']}, {DTYPE_NAMES[r['case']['dtype']]}: {case_name(r)}" for r in rows]
+    for shift, label, color in ((-0.2, OURS, STYLES[OURS]), (0.2, "fastest rival", "#0000a7")):
+        times = [
+            row["contestants"][OURS if label == OURS else row["rival"]]["median_s"] * 1e6
+            for row in rows
+        ]
+        axis.barh([i + shift for i in range(len(rows))], times, 0.38, color=color, label=label)
+    axis.set_yticks(range(len(rows)), names, fontsize=6)
+    axis.invert_yaxis()
+    axis.set(xlabel="us per call", title="latency at small sizes")
+    axis.legend(fontsize=6)
+    return _save(figure, run, folder, "latency")
+
+
+def _save(figure: Any, run: Run, folder: Path, name: str) -> list[str]:
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{run.facts['device']}-{name}"
+    figure.tight_layout()
+    for kind in FORMATS:
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(folder / f"{stem}.{kind}", dpi=110, metadata=metadata)
+    pyplot.close(figure)
+    return [f"{stem}.svg"]

@@ -1,0 +1,90 @@
+"""Files of results: one schema, written and read here alone.
+
+A file is a JSON object. Its head says where the results come from (``environment.facts``: kind,
+date, device, machine, settings, versions, commit with its dirty flag, digest of the kernels'
+sources). ``kind`` says what ``rows`` hold:
+
+    timing      rows of `timing.Race.row`, and ``ceilings``
+    evidence    rows of `evidence.Record`
+    scaling     points of `scaling.measure`, and ``ceilings``
+
+They lie in ``bench/results/<device>/``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import RESULTS
+
+SCHEMA = 2  # a reader refuses what it does not know
+KINDS = ("timing", "evidence", "scaling")
+
+Row = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """One file of results."""
+
+    path: Path
+    facts: dict[str, Any]
+    rows: list[Row]
+
+
+def save(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
+    """Write a file of results, all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    content = {"schema": SCHEMA, **facts, "rows": rows}
+    part.write_text(json.dumps(rounded(content), indent=1, allow_nan=False) + "\n")
+    part.replace(path)
+
+
+def rounded(x: Any) -> Any:
+    """Numbers with six digits, which is more than any clock gives."""
+    if isinstance(x, float):
+        return float(f"{x:.6g}")
+    if isinstance(x, dict):
+        return {key: rounded(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [rounded(value) for value in x]
+    return x
+
+
+def load(path: Path, kind: str | None = None) -> Run:
+    """Read a file of results, or one of pytest-benchmark that this project's suites wrote.
+
+    Raises:
+        ValueError: It cannot be read, holds no rows, is of another schema or of another kind; one
+            line.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"bench: cannot read {path}: {error}") from None
+    if isinstance(content, dict) and isinstance(content.get("attnfast"), dict):
+        found = [x.get("extra_info", {}) for x in content.get("benchmarks", [])]
+        content = {**content["attnfast"], "rows": [row for row in found if "ratio" in row]}
+    if not isinstance(content, dict) or "schema" not in content:
+        raise ValueError(f"bench: {path} is not a result of this project's benchmarks")
+    if content["schema"] != SCHEMA:
+        raise ValueError(f"bench: {path} has schema {content['schema']}, this code reads {SCHEMA}")
+    if kind is not None and content.get("kind") != kind:
+        raise ValueError(f"bench: {path} holds {content.get('kind')} results, {kind} are needed")
+    rows = content.pop("rows", None)
+    if not rows:
+        raise ValueError(f"bench: {path} holds no finished row")
+    return Run(path, content, rows)
+
+
+def found(kind: str, root: Path = RESULTS) -> list[Run]:
+    """All results of a kind under a directory, the newest first.
+
+    Raises:
+        ValueError: One of the files cannot be read; one line.
+    """
+    runs = [load(path) for path in sorted(root.rglob("*.json"))]
+    chosen = [run for run in runs if run.facts["kind"] == kind]
+    return sorted(chosen, key=lambda run: str(run.facts["date"]), reverse=True)

@@ -1,0 +1,240 @@
+"""Who competes in the attention rows: us, PyTorch's ways, and packages where they are installed.
+
+A contestant is a name, ``missing()``, the reason why it cannot be had on this machine, and
+``unable(problem)``, the reason why it does not compute this row; None where it can.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import attnfast
+
+from . import OURS, flex, onnx_runtime
+from .clock import Results
+from .grid import DROPOUT_P, WINDOW, AttentionCase
+from .problem import Problem, eager, pass_of, problem
+from .timing import Entries
+
+EAGER_LIMIT = 1 << 31  # bytes of scores beyond which nobody would compute them whole
+
+
+class Contestant(NamedTuple):
+    """One way to compute a row."""
+
+    name: str
+    missing: Callable[[torch.device], str | None]
+    unable: Callable[[Problem], str | None]
+    forward: Callable[[Problem], Results]
+
+
+def here(device: torch.device) -> None:
+    """Always to be had."""
+
+
+def ours(backend: str) -> Contestant:
+    """Attnfast by one of its backends."""
+
+    def forward(p: Problem) -> Results:
+        option = p.case.option
+        wanted: dict[str, Any] = {
+            "weights": {"return_weights": True},
+            "mean weights": {"return_weights": "mean"},
+            "statistics": {"return_stats": True},
+        }.get(option, {})
+        result = attnfast.attention(
+            p.q,
+            p.k,
+            p.v,
+            mask=p.mask,
+            bias=p.bias,
+            causal=p.case.causal,
+            window=(WINDOW, None) if option == "window" else None,
+            softcap=p.softcap,
+            alibi_slopes=p.slopes,
+            sinks=p.sinks,
+            dropout_p=p.dropout_p,
+            backend=backend,
+            **wanted,
+        )
+        if not wanted:
+            return {"out": result}
+        out, extra = result
+        if option == "statistics":
+            return {"out": out, "entropy": extra.entropy}
+        return {"out": out, "weights": extra}
+
+    return Contestant(OURS, here, lambda p: None, forward)
+
+
+def sdpa(p: Problem) -> Results:
+    """`F.scaled_dot_product_attention`, causal and window as the cheapest form it takes."""
+    case = p.case
+    mask: Tensor | None = p.dense_bias()
+    causal = case.causal and case.option != "window" and p.mask is None and mask is None
+    if mask is None and not causal:
+        mask = p.dense_mask()
+    out = F.scaled_dot_product_attention(
+        p.q,
+        p.k,
+        p.v,
+        attn_mask=mask,
+        dropout_p=p.dropout_p,
+        is_causal=causal,
+        enable_gqa=case.H_kv != case.H,
+    )
+    return {"out": out}
+
+
+def sdpa_unable(p: Problem) -> str | None:
+    """What `F.scaled_dot_product_attention` has no argument for."""
+    lacking = ("softcap", "sinks", "weights", "mean weights", "statistics")
+    return f"has no {p.case.option}" if p.case.option in lacking else None
+
+
+def forced(backend: SDPBackend) -> Contestant:
+    """`F.scaled_dot_product_attention` by one of its kernels."""
+
+    def forward(p: Problem) -> Results:
+        with sdpa_kernel(backend):
+            return sdpa(p)
+
+    def unable(p: Problem) -> str | None:
+        if backend == SDPBackend.MATH and scores_bytes(p) > EAGER_LIMIT:
+            return "would hold all scores"
+        if p.case.option == "dropout" and not _drops(p):
+            return "has no dropout"
+        return sdpa_unable(p)
+
+    def _drops(p: Problem) -> bool:
+        small = problem(p.case._replace(B=1, H=1, work="forward"), p.q.device)
+        small.dropout_p = DROPOUT_P
+        try:
+            forward(small)
+        except RuntimeError:
+            return False
+        return True
+
+    def missing(device: torch.device) -> str | None:
+        gpu_only = (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+        return "needs a GPU" if backend in gpu_only and device.type == "cpu" else None
+
+    name = backend.name.lower().removesuffix("_attention")
+    return Contestant(f"torch.sdpa {name}", missing, unable, forward)
+
+
+def scores_bytes(p: Problem) -> int:
+    """The size of one (B, H, T, S) tensor."""
+    case = p.case
+    return case.B * case.H * case.T * case.S * p.q.element_size()
+
+
+def eager_unable(p: Problem) -> str | None:
+    """Nobody would."""
+    return "would hold all scores" if scores_bytes(p) > EAGER_LIMIT else None
+
+
+def package(name: str, call: str, device_type: str = "cuda") -> Contestant:
+    """A package's function on (B, T, H, D) tensors, where it is installed and has a device."""
+
+    def missing(device: torch.device) -> str | None:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a package may fail to load in any way
+            return f"not installed ({type(error).__name__})"
+        return None if device.type == device_type else f"needs {device_type}"
+
+    def unable(p: Problem) -> str | None:
+        if p.case.option not in ("", "gqa"):
+            return f"{p.case.option} is not compared"
+        if p.q.dtype == torch.float32:
+            return "takes bf16 and fp16"
+        return None
+
+    def forward(p: Problem) -> Results:
+        q, k, v = (x.transpose(1, 2) for x in (p.q, p.k, p.v))
+        return {"out": PACKAGES[call](q, k, v, p.case.causal).transpose(1, 2)}
+
+    return Contestant(name, missing, unable, forward)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    out: Tensor = flash_attn_func(q, k, v, causal=causal)
+    return out
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    from xformers import ops
+
+    bias = ops.LowerTriangularMask() if causal else None
+    if k.shape[2] != q.shape[2]:
+        groups = q.shape[2] // k.shape[2]
+        k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
+    out: Tensor = ops.memory_efficient_attention(q, k, v, attn_bias=bias)
+    return out
+
+
+def _flashinfer(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    from flashinfer import single_prefill_with_kv_cache as prefill
+
+    return torch.stack([prefill(a, b, c, causal=causal) for a, b, c in zip(q, k, v, strict=True)])
+
+
+PACKAGES = {"flash_attn": _flash_attn, "xformers": _xformers, "flashinfer": _flashinfer}
+
+
+def contestants(backend: str) -> tuple[Contestant, ...]:
+    """Everybody, us first. An eager baseline is last."""
+    return (
+        ours(backend),
+        forced(SDPBackend.FLASH_ATTENTION),
+        forced(SDPBackend.CUDNN_ATTENTION),
+        forced(SDPBackend.EFFICIENT_ATTENTION),
+        forced(SDPBackend.MATH),
+        Contestant(flex.NAME, flex.missing, flex.unable, flex.forward),
+        Contestant("ONNX Runtime", onnx_runtime.missing, onnx_runtime.unable, onnx_runtime.forward),
+        *(package(name, name) for name in PACKAGES),
+        Contestant("eager", here, eager_unable, eager),
+    )
+
+
+def entries(
+    case: AttentionCase, backend: str | None, device: torch.device, copies: int, *, full: bool
+) -> Entries:
+    """Who competes in a row of the attention suites.
+
+    Args:
+        case: The row.
+        backend: Ours; None where there is none, and rivals compete among themselves.
+        device: Of the tensors.
+        copies: Of the inputs.
+        full: FlexAttention is compiled for every row, which takes seconds, and not for some only.
+    """
+    problems = [problem(case, device) for _ in range(copies)]
+    calls, absent = {}, {}
+    for one in contestants(backend or "auto"):
+        if one.name == OURS and backend is None:
+            continue
+        reason = one.missing(device) or one.unable(problems[0])
+        if reason is None and one.name == flex.NAME and not (full or flex.chosen(case)):
+            reason = "compiled for some rows of the quick suites only"
+        if reason is None:
+            calls[one.name] = [pass_of(p, one.forward) for p in problems]
+        else:
+            absent[one.name] = reason
+
+    def ready() -> None:
+        if case.option == "dropout":
+            for p in problems:
+                p.dropout_p = DROPOUT_P
+
+    return Entries(calls, absent, ready, compiled=(flex.NAME,))

@@ -1,0 +1,272 @@
+"""The command line of the benchmarks: report, comparison of runs, one shape, and bad input."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKED = "# Title\n\n<!-- bench:begin -->\nold\n<!-- bench:end -->\n\nThe rest.\n"
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The modules of the benchmarks, which are not installed."""
+    monkeypatch.syspath_prepend(ROOT)
+    names = ("cli", "grid", "report", "results", "summary")
+    return SimpleNamespace(**{name: importlib.import_module(f"bench.{name}") for name in names})
+
+
+def measured(ours_s, rival_s, once=(), spread=0.01):
+    """The measured part of a row with these medians."""
+
+    def contestant(seconds):
+        times = {"median_s": seconds, "min_s": seconds, "host_s": seconds}
+        times |= {"q1_s": seconds * (1 - spread), "q3_s": seconds * (1 + spread)}
+        rounds = 1 if once else 7
+        return {
+            "rounds": rounds,
+            "gflops": 1e-9 / seconds,
+            "peak_bytes": 2000,
+            "share": 0.3,
+            **times,
+        }
+
+    return {
+        "clock": "host",
+        "limit_s": 0.3 * ours_s,
+        "contestants": {"attnfast": contestant(ours_s), "torch.sdpa flash": contestant(rival_s)},
+        "rival": "torch.sdpa flash",
+        "ratio": rival_s / ours_s,
+        "ratio_quartiles": [rival_s / ours_s] * 2,
+        "once": list(once),
+        "absent": {"flash_attn": "not installed"},
+        "differences": {},
+        "backend": "cpu",
+        "kernel": "avx2",
+    }
+
+
+@pytest.fixture
+def write_run(bench, tmp_path):
+    """Writes a file of results: every row of the quick suites, its ratio given by `ratio(row)`."""
+
+    def write(
+        ratio=lambda row: 3.0, name="bench/results/a-cpu/timing.json", ours_s=1e-3, **changes
+    ):
+        cases = [case for make in bench.grid.SUITES.values() for case in make("quick")]
+        described = [bench.grid.describe(case) for case in cases]
+        rows = [{**row, **measured(ours_s, ratio(row) * ours_s)} for row in described]
+        facts = {
+            "kind": "timing",
+            "date": "2026-01-02T03:04:05+00:00",
+            "device": "a-cpu",
+            "machine": {"cpu": "A CPU", "architecture": "x86", "cores": 2, "system": "Linux"},
+            "load": 0.25,
+            "settings": {"size": "quick", "backend": "cpu", "device": "cpu", "threads": 2},
+            "versions": {"attnfast": "1.2.3", "torch": "2.13.0", "python": "3.11"},
+            "kernel": "avx2",
+            "torch_isa": "AVX2",
+            "sources": "0123456789abcdef",
+            "commit": {"id": "f" * 40, "dirty": True},
+            "ceilings": {
+                "gemm": {"float32": 1e11},
+                "fma": {},
+                "copy": [[1000, 1e10]],
+                "launch": 1e-6,
+                "missing": {"fma": "no C++ compiler"},
+            },
+            **changes,
+        }
+        path = tmp_path / name
+        bench.results.save(path, facts, rows)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def command(bench, capsys):
+    """Runs `python -m bench` in this process: exit code, standard output, standard error."""
+
+    def run(*arguments):
+        try:
+            code = bench.cli.main([str(argument) for argument in arguments])
+        except SystemExit as stopped:
+            code = stopped.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def refused(command, *arguments):
+    """The one line that a command with wrong arguments or files ends with."""
+    code, out, err = command(*arguments)
+    lines = (out + err).splitlines()
+    assert (code, len(lines)) == (2, 1), (code, out, err)
+    return lines[0]
+
+
+def test_report_fills_the_docs(write_run, command, tmp_path):
+    def ratio(row):
+        case = row["case"]
+        if row["suite"] == "module":
+            return 0.5 if case["layer"] == "small" and case["weights"] else 1.5
+        return 8.0 if case.get("causal") else 2.0
+
+    (tmp_path / "README.md").write_text(MARKED)
+    write_run(ratio)
+    texts = []
+    for _ in range(2):
+        code, _, err = command("report", "--root", tmp_path)
+        assert code == 0, err
+        texts.append(
+            [(tmp_path / name).read_text() for name in ("README.md", "docs/performance.md")]
+        )
+    assert texts[0] == texts[1], "written twice, the same"
+    readme, page = texts[0]
+    assert readme.startswith("# Title\n\n<!-- bench:begin -->\n")
+    assert readme.endswith("<!-- bench:end -->\n\nThe rest.\n")
+    assert "old" not in readme
+    assert re.search(r"\| 1, 16, 4096, 128 +(\| +2.0 / 8.0 ){4}\|", readme)
+    assert re.search(r"attention, forward, fp32 +\| +\d+ \| +\*\*4.00x\*\* \| +2.00x", page)
+    assert re.search(r"Slower than the fastest rival in 4 of \d+ rows:", page)
+    assert "- module, fp32, train, small 4, 32, 128, 4, weights, padding: 0.50x" in page
+    assert re.search(r"MultiheadAttention, fp32, train +\| +1.34x \(2 of 20\)", readme)
+    for text in (readme, page):
+        assert "ffffffffffff with uncommitted changes" in text
+        assert "load before the run 0.25" in text
+    assert "not measured: no C++ compiler" in page
+    folder = tmp_path / "docs" / "performance"
+    for plot in ("throughput", "share", "memory"):
+        assert (folder / f"a-cpu-{plot}.png").stat().st_size > 10_000
+        assert f"(performance/a-cpu-{plot}.svg)" in page
+        assert "torch.sdpa flash, D 64" in (folder / f"a-cpu-{plot}.svg").read_text()
+    assert not (folder / "a-cpu-latency.svg").exists(), "no row is short"
+
+
+def test_report_shows_each_device_newest_run_first(bench, write_run, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.report.plots, "draw", lambda run, folder: [])
+    (tmp_path / "README.md").write_text(MARKED)
+    write_run(lambda row: 2.0)
+    write_run(lambda row: 9.0, "bench/results/a-cpu/old.json", date="2025-01-01T00:00:00+00:00")
+    other = {"cpu": "B CPU", "architecture": "x86", "cores": 2, "system": "Linux"}
+    later = "2026-05-01T00:00:00+00:00"
+    write_run(lambda row: 4.0, "bench/results/b/timing.json", date=later, device="b", machine=other)
+    assert command("report", "--root", tmp_path)[0] == 0
+    readme = (tmp_path / "README.md").read_text()
+    assert "on B CPU, avx2:" in readme
+    assert re.search(r"decoding, fp32 +\| +4.00x \(0 of 10\) \| +2.00x \(0 of 10\) \|", readme)
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    assert page.index("## B CPU, avx2") < page.index("## A CPU, avx2")
+
+
+def test_report_marks_rows_that_ran_once(bench):
+    row = bench.grid.describe(bench.grid.SUITES["forward"]("quick")[0])
+    once = {**row, **measured(1.0, 30.0, once=["torch.sdpa flash"])}
+    text = bench.summary.detail_table([once])
+    assert "  30000* |" in text
+    assert "±" not in text
+
+
+def test_report_refuses(write_run, command, tmp_path):
+    empty = refused(command, "report", "--root", tmp_path)
+    assert "no timing in" in empty
+    write_run()
+    assert "has no line <!-- bench:begin -->" in refused(command, "report", "--root", tmp_path)
+    (tmp_path / "README.md").write_text(MARKED)
+    settings = {"size": "smoke", "backend": "cpu", "device": "cpu", "threads": 2}
+    path = write_run(settings=settings)
+    assert "has smoke rows" in refused(command, "report", "--root", tmp_path, path)
+    assert (tmp_path / "README.md").read_text() == MARKED
+    assert not (tmp_path / "docs").exists()
+
+
+def test_files_that_cannot_be_read(write_run, command, tmp_path):
+    good, bad = write_run(), tmp_path / "bad.json"
+    assert "cannot read" in refused(command, "compare", good, bad)
+    for text, message in (
+        ("{", "cannot read"),
+        ("[]", "not a result of this project's benchmarks"),
+        ('{"benchmarks": []}', "not a result of this project's benchmarks"),
+        ('{"attnfast": {"schema": 1}, "benchmarks": []}', "has schema 1, this code reads 2"),
+        ('{"schema": 99}', "has schema 99, this code reads 2"),
+        ('{"schema": 2, "kind": "evidence", "rows": [1]}', "evidence results, timing are needed"),
+        ('{"schema": 2, "kind": "timing", "rows": []}', "holds no finished row"),
+    ):
+        bad.write_text(text)
+        assert message in refused(command, "compare", good, bad)
+        assert message in refused(command, "report", bad)
+
+
+def test_two_runs_of_the_same_speed_are_no_regression(write_run, command):
+    before, after = write_run(), write_run(name="after.json", ours_s=1.08e-3)
+    code, out, _ = command("compare", before, after)
+    assert code == 0
+    assert "forward: 1.080 of the time before" in out
+    assert "0 of " in out
+
+
+def test_a_slower_kernel_is_a_regression(write_run, command):
+    before = write_run(lambda row: 3.0)
+    after = write_run(lambda row: 2.0, name="after.json", ours_s=1.5e-3)  # rivals as before
+    code, out, _ = command("compare", before, after)
+    assert code == 1
+    assert "slower" in out
+    assert command("compare", before, after, "--threshold", "0.6")[0] == 0
+    assert command("compare", after, before)[0] == 0
+
+
+def test_a_slower_machine_is_no_regression(write_run, command):
+    before = write_run(lambda row: 3.0)
+    after = write_run(lambda row: 3.0, name="after.json", ours_s=1.5e-3)  # rivals slower as well
+    code, out, _ = command("compare", before, after)
+    assert code == 0
+    assert "1.500 of the time before" in out
+
+
+def test_one_shape(bench, command, tmp_path):
+    out = tmp_path / "row.json"
+    code, printed, err = command(
+        "run", "--shape", "1,2,20,16", "--dtype", "fp16", "--option", "sinks", "--work", "forward",
+        "--threads", "1", "--budget", "0.01", "--out", out,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "1, 2, 20, 16, sinks, float16, forward" in printed
+    assert re.search(r"attnfast +│ +[\d.]+ ±\d+%", printed)
+    assert "torch.sdpa flash: has no sinks" in printed
+    run = bench.results.load(out, "timing")
+    assert run.rows[0]["contestants"].keys() == {"attnfast", "eager"}
+    assert command("compare", out, out)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "--shape", "1,2,3"), "must be B,H,L,D or B,H,T,S,D, got '1,2,3'"),
+        (("run", "--shape", "1,2,0,4"), "must be B,H,L,D or B,H,T,S,D, got '1,2,0,4'"),
+        (("run", "--shape", "1,2,3,4", "--size", "full"), "--shape is a row of its own"),
+        (("run", "--dtype", "int8"), "must be fp32, bf16 or fp16, got 'int8'"),
+        (("run", "--threads", "-1"), "must be positive, got '-1'"),
+        (("run", "--suite", "all"), "invalid choice: 'all'"),
+        (("run", "--backend", "tpu", "--shape", "1,2,3,4"), "measure: attention: backend"),
+        (("compare", "a.json"), "B.json"),
+        ((), "COMMAND"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_one_line(command, arguments, message):
+    assert message in refused(command, *arguments)
+
+
+def test_without_a_gpu(command):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert "no GPU that this torch can use" in refused(command, "run", "--device", "cuda")
