@@ -150,8 +150,10 @@ def _is_of(name: PurePosixPath, lang: str) -> bool:
 def _entry_pairs(entry: polib.POEntry | polib.MOEntry) -> Iterator[Pair]:
     forms = [(entry.msgid, entry.msgstr)]
     if entry.msgid_plural:
-        plural = entry.msgstr_plural
-        forms = [(entry.msgid_plural, plural[max(plural)])]
+        told = [entry.msgstr_plural[number] for number in sorted(entry.msgstr_plural)]
+        forms = [(entry.msgid_plural, told[-1])]
+        if len(told) > 1:
+            forms.append((entry.msgid, told[0]))
     for source, target in forms:
         pair = Pair(_plain(source), _plain(target))
         if _is_text(pair):

@@ -127,9 +127,7 @@ class FullDecoder:
         self.tokens = self.tokens[rows]
 
 
-def search(
-    decoder: Decoder, starts: Tensor, width: int, limit: int
-) -> tuple[list[list[int]], Tensor]:
+def search(decoder: Decoder, limits: Tensor, width: int) -> tuple[list[list[int]], Tensor]:
     """The best translation of every row that a beam of `width` finds; a width of 1 is greedy.
 
     Hypotheses are ranked by log probability over length to the power of 0.6, END counted
@@ -137,45 +135,42 @@ def search(
 
     Args:
         decoder: that has read nothing yet.
-        starts: int64 [B], what each row reads first.
+        limits: int64 [B], the tokens after which each row's hypotheses are cut off.
         width: K.
-        limit: tokens after which unfinished hypotheses are cut off.
 
     Returns:
         B lists of ids without START and END, and their ranks, fp32 [B].
     """
-    B, device = len(starts), starts.device
-    logits = decoder.read(starts)
-    V = logits.shape[-1]
+    B, device = len(limits), limits.device
+    logits = decoder.read(torch.full((B,), START, device=device)).repeat_interleave(width, 0)
     decoder.spread(width)
-    first = logits.float().log_softmax(-1)  # [B, V]
-    first[:, [PAD, START]] = -torch.inf
-    totals, chosen = first.topk(width, -1)  # [B, K]
-    tokens = chosen[..., None]  # [B, K, L]
-    lengths = torch.ones_like(totals)
-    done = chosen == END
+    V = logits.shape[-1]
+    first_row = torch.arange(B, device=device)[:, None] * width  # [B, 1]
+    totals = torch.full((B, width), -torch.inf, device=device)
+    totals[:, 0] = 0.0  # all hypotheses of a row begin as one
     ranks = totals
-    base = torch.arange(B, device=device)[:, None] * width  # [B, 1]: the first row of each beam
-    for _ in range(limit - 1):
-        if bool(done.all()):
-            break
-        logits = decoder.read(tokens[..., -1].flatten())
+    lengths = torch.zeros_like(totals)
+    done = torch.zeros_like(totals, dtype=torch.bool)
+    tokens = torch.empty(B, width, 0, dtype=torch.int64, device=device)
+    stay = torch.full((V,), -torch.inf, device=device)
+    stay[PAD] = 0.0  # a finished hypothesis goes on with padding, for nothing
+    while True:
         step = logits.float().log_softmax(-1).view(B, width, V)
         step[..., [PAD, START]] = -torch.inf
-        stay = torch.full_like(step[0, 0], -torch.inf)
-        stay[PAD] = 0.0  # a finished hypothesis goes on with padding, for nothing
-        step = torch.where(done[..., None], stay, step)
-        grown = totals[..., None] + step  # [B, K, V]
-        longer = (lengths + ~done)[..., None]
-        ranks, flat = (grown / longer**LENGTH_PENALTY).flatten(1).topk(width, -1)  # [B, K]
-        beam, token = flat // V, flat % V
+        grown = totals[..., None] + torch.where(done[..., None], stay, step)  # [B, K, V]
+        longer = lengths + ~done
+        ranks, flat = (grown / longer[..., None] ** LENGTH_PENALTY).flatten(1).topk(width, -1)
+        beam, token = flat // V, flat % V  # [B, K]
         totals = grown.flatten(1).gather(1, flat)
-        lengths = longer[..., 0].gather(1, beam)
-        done = done.gather(1, beam) | (token == END)
-        tokens = torch.cat(
-            [tokens.gather(1, beam[..., None].expand_as(tokens)), token[..., None]], -1
-        )
-        decoder.keep((base + beam).flatten())
+        lengths = longer.gather(1, beam)
+        past = tokens.gather(1, beam[..., None].expand_as(tokens))
+        tokens = torch.cat([past, token[..., None]], -1)
+        ended = (token == END) | (lengths >= limits[:, None]) | (totals == -torch.inf)
+        done = done.gather(1, beam) | ended
+        if bool(done.all()):
+            break
+        decoder.keep((first_row + beam).flatten())
+        logits = decoder.read(token.flatten())
     best = [[index for index in row if index not in (PAD, END)] for row in tokens[:, 0].tolist()]
     return best, ranks[:, 0]
 
@@ -210,8 +205,8 @@ def translate(
         for indices in buckets(lengths, range(len(sources)), batch_tokens):
             source = pad([sources[i] for i in indices]).to(device)
             decoder = (CachedDecoder if cached else FullDecoder)(model, source)
-            starts = torch.full((len(indices),), START, device=device)
-            best, _ = search(decoder, starts, width, limit(source.shape[1]))
+            limits = torch.tensor([limit(len(sources[i])) for i in indices], device=device)
+            best, _ = search(decoder, limits, width)
             for index, ids in zip(indices, best, strict=True):
                 found[index] = ids
             bar.update(len(indices))

@@ -48,7 +48,7 @@ def draw_cross_attention(
         layer: which layer it is, from 0.
     """
     panels = np.concatenate([maps.numpy(), maps.numpy().mean(0, keepdims=True)])
-    columns = min(COLUMNS, len(panels))
+    columns = COLUMNS if len(panels) > 6 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     height = 0.9 + 0.24 * len(targets)
     width = 1.2 + 0.26 * len(sources)
@@ -106,7 +106,8 @@ def _draw_kind(figure: SubFigure, kind: str, layers: int, looks: Sequence[Look])
     """Two rows, breadth and focus; a column per layer; a line per head."""
     panels = figure.subplots(2, layers, sharex=True, sharey="row", squeeze=False)
     steps = [look.step for look in looks]
-    for row, measure in enumerate(("breadth", "focus")):
+    broadest = max(look.breadth[kind].max().item() for look in looks)
+    for row, (measure, top) in enumerate({"breadth": 1.05 * broadest, "focus": 1.0}.items()):
         for layer in range(layers):
             axes = panels[row, layer]
             heads = np.stack([getattr(look, measure)[kind][layer].numpy() for look in looks])
@@ -114,7 +115,7 @@ def _draw_kind(figure: SubFigure, kind: str, layers: int, looks: Sequence[Look])
                 style = STYLES[head // len(LINES) % len(STYLES)]
                 colour = LINES[head % len(LINES)]
                 axes.plot(steps, heads[:, head], style, color=colour, label=f"head {head + 1}")
-            axes.set_ylim(bottom=0, top=1 if measure == "focus" else None)
+            axes.set_ylim(0, top)
             _tidy(axes)
             if row == 0:
                 axes.set_title(f"layer {layer + 1}", fontsize=10)
@@ -123,7 +124,7 @@ def _draw_kind(figure: SubFigure, kind: str, layers: int, looks: Sequence[Look])
         panels[row, 0].set_ylabel(
             "breadth: tokens looked at" if row == 0 else "focus: the largest weight"
         )
-    panels[0, -1].legend(frameon=False, fontsize=8, ncols=2)
+    panels[0, 0].legend(frameon=False, fontsize=8, ncols=4, loc="lower left")
     first, last = (
         [float(getattr(look, m)[kind].mean()) for m in ("breadth", "focus")]
         for look in (looks[0], looks[-1])
