@@ -75,6 +75,11 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive(int))
     parser.add_argument("--budget", type=_positive(float), dest="budget_s", help="seconds a row")
     parser.add_argument("--out", type=Path, help="also write a file of results")
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="keep the rows that are in --out, if all else is the same",
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -102,6 +107,7 @@ def _run(options: argparse.Namespace) -> int:
             for work in works
         ]
     facts = environment.facts("timing", settings)
+    kept = _kept(options, facts)
     session = suites.session(settings)
     facts["ceilings"] = session.ceilings
     rows = []
@@ -112,11 +118,26 @@ def _run(options: argparse.Namespace) -> int:
             print(suites.line(row), flush=True)
         else:
             show.row(row)
-    if options.out is not None:
-        results.save(options.out, facts, rows)
+        if options.out is not None:
+            results.save(options.out, facts, results.joined(kept, rows))
     if options.shape is None:
         show.summary(results.Run(Path("this run"), facts, rows))
     return 0
+
+
+def _kept(options: argparse.Namespace, facts: dict[str, Any]) -> list[results.Row]:
+    """The rows that new ones are added to."""
+    if not options.add:
+        return []
+    if options.out is None:
+        raise ValueError("bench: --add needs --out")
+    if not options.out.exists():
+        return []
+    before = results.load(options.out, "timing")
+    for name in ("device", "kernel", "versions", "sources"):
+        if before.facts[name] != facts[name]:
+            raise ValueError(f"bench: {options.out} is of another {name}, so no rows are added")
+    return before.rows
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:

@@ -152,7 +152,9 @@ def test_report_fills_the_docs(write_run, command, tmp_path):
     assert not (folder / "a-cpu-latency.svg").exists(), "no row is short"
 
 
-def test_report_shows_each_device_newest_run_first(bench, write_run, command, tmp_path, monkeypatch):
+def test_report_shows_each_device_newest_run_first(
+    bench, write_run, command, tmp_path, monkeypatch
+):
     monkeypatch.setattr(bench.report.plots, "draw", lambda run, folder: [])
     (tmp_path / "README.md").write_text(MARKED)
     write_run(lambda row: 2.0)
@@ -245,6 +247,16 @@ def test_one_shape(bench, command, tmp_path):
     run = bench.results.load(out, "timing")
     assert run.rows[0]["contestants"].keys() == {"attnfast", "eager"}
     assert command("compare", out, out)[0] == 0
+    more = ("run", "--shape", "1,2,9,16", "--work", "backward", "--budget", "0.01", "--add")
+    assert command(*more, "--option", "sinks", "--out", out)[0] == 0
+    assert [row["case"]["T"] for row in bench.results.load(out).rows] == [20, 9]
+    assert "--add needs --out" in refused(command, *more)
+
+
+def test_rows_of_another_kernel_are_not_added(write_run, command):
+    path = write_run()
+    message = refused(command, "run", "--shape", "1,1,8,8", "--out", path, "--add")
+    assert "is of another device, so no rows are added" in message
 
 
 @pytest.mark.parametrize(
