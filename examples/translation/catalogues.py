@@ -47,6 +47,7 @@ LOCALES = {
 FORMAT = 1  # of the cached files: another number makes them be gathered anew
 LONGEST = 200  # characters
 MNEMONIC = re.compile(r"\(&\w\)|\(_\w\)|(?<!\w)[&_](?=\w)")  # "&Open", "_Open", "打开(&O)"
+PLACEHOLDER = re.compile(r"%\(\w+\)\w|%\w|\{[^}]*\}")  # "%(name)s", "%d", "{name}"
 UNWANTED = re.compile(r"<|https?:|\\n")  # markup and addresses
 
 
@@ -169,6 +170,6 @@ def _is_text(pair: Pair) -> bool:
     """Whether both sides are words, differ, and are short enough and no markup."""
     return (
         pair.source != pair.target
-        and all(any(map(str.isalpha, text)) for text in pair)
+        and all(any(map(str.isalpha, PLACEHOLDER.sub("", text))) for text in pair)
         and all(len(text) <= LONGEST and not UNWANTED.search(text) for text in pair)
     )

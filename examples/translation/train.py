@@ -106,7 +106,8 @@ class Trainer:
         batches = iter(training_batches(self.data.train, size, seed, self.steps))
         writer = None
         if self.logdir is not None:
-            writer = SummaryWriter(str(self.logdir), purge_step=self.steps)
+            after = self.steps + 1 if self.steps else 0  # what an interrupted run logged beyond
+            writer = SummaryWriter(str(self.logdir), purge_step=after)
         bar = tqdm(total=steps, initial=self.steps, desc=label, unit=" steps", mininterval=0.5)
         try:
             with bar, Interrupt() as interrupt:
