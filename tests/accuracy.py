@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from dense import Problem, dense
 from torch import Tensor
@@ -35,21 +37,17 @@ def check(actual: Results, problem: Problem) -> None:
     Raises:
         AssertionError: one line for each result that fails, with errors and bounds.
     """
-    inputs = problem.inputs
-    truth = reference_results(in_double(problem), torch.float64)
-    eager = reference_results(problem, inputs.q.dtype)
-    eager32 = reference_results(problem, torch.float32)
-    sums = dense(problem)
-    assert set(actual) == set(truth), f"results {sorted(actual)}, expected {sorted(truth)}"
-    faults = []
-    for name, result in actual.items():
-        baselines = [eager32[name]] if name in FP32_RESULTS else [eager[name], eager32[name]]
-        want = torch.promote_types(inputs.q.dtype, torch.float32)
-        dtype = want if name in FP32_RESULTS else _dtype(name, inputs)
-        fault = _fault(result, truth[name], dtype, baselines, sums[name].unit)
-        if fault:
-            faults.append(f"{name}: {fault}")
+    verdicts = _verdicts(actual, problem)
+    faults = [f"{name}: {verdict.fault}" for name, verdict in verdicts.items() if verdict.fault]
     assert not faults, "\n".join(["beyond the accuracy rule", *faults])
+
+
+def margins(actual: Results, problem: Problem) -> dict[str, float]:
+    """By result, the error as a share of what `check` allows, of maximum and mean the larger.
+
+    Infinite where shape, dtype, NaN or Inf are wrong; 0 where there is nothing to compare.
+    """
+    return {name: verdict.margin for name, verdict in _verdicts(actual, problem).items()}
 
 
 def check_formulas(actual: Results, problem: Problem) -> None:
@@ -57,7 +55,7 @@ def check_formulas(actual: Results, problem: Problem) -> None:
     faults = []
     for name, (value, unit) in dense(problem).items():
         if name in actual:
-            fault = _fault(actual[name], value, actual[name].dtype, [], unit)
+            fault = _judge(actual[name], value, actual[name].dtype, [], unit).fault
             faults += [f"{name}: {fault}"] if fault else []
     assert not faults, "\n".join(["beyond the formulas' rounding errors", *faults])
 
@@ -109,16 +107,39 @@ def differentiate(outputs: Outputs, leaves: dict[str, Tensor], problem: Problem)
     return results
 
 
-def _fault(
+class _Verdict(NamedTuple):
+    """What is wrong with a result, or None; and its error as a share of the bound."""
+
+    fault: str | None
+    margin: float
+
+
+def _verdicts(actual: Results, problem: Problem) -> dict[str, _Verdict]:
+    inputs = problem.inputs
+    truth = reference_results(in_double(problem), torch.float64)
+    eager = reference_results(problem, inputs.q.dtype)
+    eager32 = reference_results(problem, torch.float32)
+    sums = dense(problem)
+    assert set(actual) == set(truth), f"results {sorted(actual)}, expected {sorted(truth)}"
+    verdicts = {}
+    for name, result in actual.items():
+        baselines = [eager32[name]] if name in FP32_RESULTS else [eager[name], eager32[name]]
+        want = torch.promote_types(inputs.q.dtype, torch.float32)
+        dtype = want if name in FP32_RESULTS else _dtype(name, inputs)
+        verdicts[name] = _judge(result, truth[name], dtype, baselines, sums[name].unit)
+    return verdicts
+
+
+def _judge(
     result: Tensor,
     truth: Tensor,
     dtype: torch.dtype,
     baselines: list[Tensor],
     unit: Tensor,
-) -> str | None:
-    """What is wrong with a result, or None."""
+) -> _Verdict:
     if result.shape != truth.shape or result.dtype != dtype:
-        return f"{result.dtype} {tuple(result.shape)}, expected {dtype} {tuple(truth.shape)}"
+        got = f"{result.dtype} {tuple(result.shape)}"
+        return _Verdict(f"{got}, expected {dtype} {tuple(truth.shape)}", torch.inf)
     rounded = truth.to(dtype)
     special = ~rounded.isfinite()
     same = torch.where(
@@ -126,12 +147,13 @@ def _fault(
     )
     if not same.all():
         where = tuple((~same).nonzero()[0].tolist())
-        return (
+        fault = (
             f"{(~same).sum()} NaN or Inf out of place, first at {where}: {result[where]}, "
             f"expected {rounded[where]}"
         )
+        return _Verdict(fault, torch.inf)
     if special.all():
-        return None
+        return _Verdict(None, 0.0)
     error = _error(result, truth, special)
     info = torch.finfo(dtype)
     unit = torch.maximum(unit, info.eps * truth.abs())[~special] + info.eps * info.smallest_normal
@@ -141,12 +163,14 @@ def _fault(
         if eager.max() <= truth[~special].abs().max() / 4:
             bound_max, bound_mean = bound_max + 2 * eager.max(), bound_mean + 2 * eager.mean()
             break
+    margin = max(float(error.max() / bound_max), float(error.mean() / bound_mean))
     if error.max() <= bound_max and error.mean() <= bound_mean:
-        return None
-    return (
+        return _Verdict(None, margin)
+    fault = (
         f"max error {error.max():.3g}, bound {bound_max:.3g}; "
         f"mean error {error.mean():.3g}, bound {bound_mean:.3g}"
     )
+    return _Verdict(fault, margin)
 
 
 def _error(result: Tensor, truth: Tensor, special: Tensor) -> Tensor:

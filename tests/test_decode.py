@@ -3,184 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
 
 import pytest
 import torch
 from accuracy import check
 from cases import DTYPES, bf16, fp32
+from decode_cases import CASES, PAGE, WAYS, Call, Case, decode, decode_paged, judge, make
 from dense import Cotangents, Problem
 from torch import Tensor
 
 import attnfast
 from attnfast.options import Inputs, Options
 
-PAGE = 16
-
-
-@dataclass(frozen=True)
-class Case:
-    """A call of `decode_attention`: lengths are those of the cache's entries, S its capacity."""
-
-    name: str
-    lengths: tuple[int, ...] = (129, 300, 64)
-    H: int = 4
-    H_kv: int = 2
-    T: int = 1
-    S: int = 320
-    D: int = 64
-    D_v: int = 64
-    dtype: torch.dtype = fp32
-    scale: float | None = None
-    window: tuple[int | None, int | None] | None = None
-    softcap: float | None = None
-    alibi: str = ""
-    sinks: bool = False
-    bias: str | None = None
-
-    def __str__(self) -> str:
-        lengths = "+".join(map(str, self.lengths))
-        dtype = str(self.dtype).removeprefix("torch.")
-        return (
-            f"{self.name}-S{lengths}-T{self.T}-H{self.H}:{self.H_kv}-D{self.D}:{self.D_v}-{dtype}"
-        )
-
-
-CASES = (
-    Case("plain"),
-    Case("mha", H_kv=4),
-    Case("mqa", H=8, H_kv=1),
-    Case("gqa_wide", H=24, H_kv=2, D=128, D_v=128),
-    Case("few_queries", T=5),
-    Case("many_queries", T=40, lengths=(129, 300, 41)),
-    Case("more_queries_than_keys", T=7, lengths=(0, 3, 7, 300)),
-    Case("empty", lengths=(0, 0, 5)),
-    Case("short", lengths=(1, 2, 15, 16, 17), S=32),
-    Case("long", lengths=(4097, 1, 2000), S=4112),
-    Case("long_row", lengths=(9000,), S=9008, H=2, H_kv=1),
-    Case("tiny", D=1, D_v=1),
-    Case("odd", D=40, D_v=72),
-    Case("wide", D=192, D_v=512),
-    Case("narrow", D=512, D_v=8),
-    Case("scale", scale=0.3),
-    Case("softcap", softcap=2.0),
-    Case("window", window=(40, None)),
-    Case("window_outside", window=(0, 0), T=3),
-    Case("window_long", window=(100, 0), lengths=(4000, 50, 101), S=4000, T=2),
-    Case("alibi", alibi="h", T=2),
-    Case("alibi_batch", alibi="bh"),
-    Case("sinks", sinks=True, lengths=(0, 100, 320)),
-    Case("bias", bias="bhts", T=3),
-    Case("bias_keys", bias="bs"),
-    Case("bias_heads", bias="h"),
-    Case("everything", H=6, T=3, D=40, D_v=24, scale=0.2, window=(150, None), softcap=4.0,
-         alibi="bh", sinks=True, bias="hts"),
-)  # fmt: skip
-
-
-class Call(NamedTuple):
-    """Tensors of `decode_attention` with a contiguous cache, and its keyword arguments."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lengths: Tensor
-    options: dict[str, Any]
-
-
-def make(case: Case, beyond: float = torch.nan) -> Call:
-    """The case's tensors; cache slots past the lengths hold ``beyond``."""
-    rng = torch.Generator().manual_seed(len(str(case)))
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=rng).to(case.dtype)
-
-    B, H, H_kv, T, S = len(case.lengths), case.H, case.H_kv, case.T, case.S
-    lengths = torch.tensor(case.lengths).int()
-    unused = (torch.arange(S) >= lengths.view(B, 1)).view(B, 1, S, 1)
-    q = normal(B, H, T, case.D)
-    k = normal(B, H_kv, S, case.D).masked_fill(unused, beyond)
-    v = normal(B, H_kv, S, case.D_v).masked_fill(unused, beyond)
-    options: dict[str, Any] = {
-        "scale": case.scale,
-        "window": case.window,
-        "softcap": case.softcap,
-        "return_lse": True,
-        "backend": "cpu",
-    }
-    if case.alibi:
-        shape = (B, H) if "b" in case.alibi else (H,)
-        options["alibi_slopes"] = torch.rand(shape, generator=rng)
-    if case.sinks:
-        options["sinks"] = normal(H)
-    if case.bias is not None:
-        sizes = zip("bhts", (B, H, T, S), strict=True)
-        bias = normal(*(n if d in case.bias else 1 for d, n in sizes))
-        bias[..., ::7] = -torch.inf if bias.shape[-1] > 1 else 0.5
-        options["bias"] = bias
-    return Call(q, k, v, lengths, options)
-
-
-def judge(results: tuple[Tensor, Tensor], call: Call) -> None:
-    """By the accuracy rule: decoding is causal attention with align = length - T."""
-    options = call.options
-    left, right = options["window"] or (None, None)
-    slopes = options.get("alibi_slopes")
-    inputs = Inputs(
-        call.q,
-        call.k,
-        call.v,
-        bias=options.get("bias"),
-        alibi_slopes=slopes[None] if slopes is not None and slopes.dim() == 1 else slopes,
-        sinks=options.get("sinks"),
-        align=call.lengths - call.q.shape[2],
-    )
-    scale = call.q.shape[3] ** -0.5 if options["scale"] is None else options["scale"]
-    given = Options(
-        scale,
-        causal=True,
-        window_left=-1 if left is None else left,
-        window_right=-1 if right is None else right,
-        softcap=options["softcap"] or 0.0,
-    )
-    out, lse = results
-    check({"out": out, "lse": lse}, Problem(inputs, given, Cotangents()))
-
-
-def decode(call: Call, **changes: Any) -> tuple[Tensor, Tensor]:
-    return attnfast.decode_attention(
-        call.q, call.k, call.v, call.lengths, **(call.options | changes)
-    )
-
-
-def decode_paged(call: Call, page: int = PAGE, **changes: Any) -> tuple[Tensor, Tensor]:
-    """The same with the cache cut into pages that lie in any order among unused ones."""
-    B, H_kv, S, _ = call.k.shape
-    n = S // page
-    assert n * page == S
-    rng = torch.Generator().manual_seed(1)
-    places = torch.randperm(B * n + 3, generator=rng)[: B * n]  # three pages stay unused
-
-    def pages(x: Tensor) -> Tensor:
-        scattered = x.new_full((B * n + 3, page, H_kv, x.shape[3]), torch.nan)
-        scattered[places] = x.transpose(1, 2).reshape(B * n, page, H_kv, x.shape[3])
-        return scattered
-
-    table = places.int().view(B, n).clone()
-    used = (call.lengths.view(B, 1) + page - 1) // page
-    table[torch.arange(n) >= used] = -7  # never read
-    return attnfast.decode_attention(
-        call.q,
-        pages(call.k),
-        pages(call.v),
-        call.lengths,
-        page_table=table,
-        **(call.options | changes),
-    )
-
-
-WAYS = {"contiguous": decode, "paged": decode_paged}
 EVERY = pytest.mark.parametrize("way", WAYS)
 
 
