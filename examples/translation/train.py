@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,9 @@ class Trainer:
         if self.logdir is not None:
             after = self.steps + 1 if self.steps else 0  # what an interrupted run logged beyond
             writer = SummaryWriter(str(self.logdir), purge_step=after)
-        bar = tqdm(total=steps, initial=self.steps, desc=label, unit=" steps", mininterval=0.5)
+        bar = partial(tqdm, desc=label, unit=" steps", mininterval=0.5)
         try:
-            with bar, Interrupt() as interrupt:
+            with Interrupt() as interrupt, bar(total=steps, initial=self.steps) as progress:
                 if not self.looks:
                     self._look(writer)
                 while self.steps < steps and not interrupt.asked:
@@ -118,8 +119,8 @@ class Trainer:
                     self._log(writer)
                     if self.watch_every and self.steps % self.watch_every == 0:
                         self._look(writer)
-                    bar.update()
-                    bar.set_postfix(loss=f"{self.losses[-1]:.3f}", refresh=False)
+                    progress.update()
+                    progress.set_postfix(loss=f"{self.losses[-1]:.3f}", refresh=False)
                     if save_every and self.steps % save_every == 0 and self.steps < steps:
                         save()
                 save()
