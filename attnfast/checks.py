@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import requirements as require
 from .options import Inputs, Options
+from .reference import autocast_available
 from .requirements import fail
 
 NAMES = ("q", "k", "v", "mask", "bias")
@@ -232,7 +233,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch._C._is_any_autocast_enabled():
         return tensors
     device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -21,6 +21,11 @@ from torch import Tensor
 from .options import Inputs, Options, Outputs
 
 NEG_INF = float("-inf")
+AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla")
+    if torch.amp.autocast_mode.is_autocast_available(device)
+)
 
 
 def reference_attention(
@@ -320,8 +325,15 @@ def _padded(part: Outputs, longest: tuple[int, int]) -> Tensor:
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """Autocast would compute the matrix products in its own dtype."""
-    available = torch.amp.autocast_mode.is_autocast_available(device)
+    available = autocast_available(device)
     return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
+def autocast_available(device: str) -> bool:
+    """Torch's answer, found before for what is compiled: torch 2.10 cannot trace the question."""
+    if torch.compiler.is_compiling():
+        return device in AUTOCAST_DEVICES
+    return torch.amp.autocast_mode.is_autocast_available(device)
 
 
 def _ordered_like(x: Tensor, q: Tensor) -> Tensor:

@@ -171,6 +171,25 @@ def test_autocast() -> None:
     assert_same(compiled(f), f, leaves(2, 10, 12)[:3])
 
 
+def test_nothing_is_traced_that_torch_2_10_cannot_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It breaks the graph where torch is asked whether a device has autocast."""
+
+    def untraceable(device: str) -> bool:
+        torch._dynamo.graph_break()
+        return device == "cpu"
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    monkeypatch.setattr(torch.amp.autocast_mode, "is_autocast_available", untraceable)
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            fused = attnfast.attention(q, k, v, backend="cpu")
+        return fused, attnfast.attention(q, k, v, backend="reference")
+
+    q, k, v = (x.detach() for x in leaves(2, 10, 12)[:3])
+    torch.compile(f, fullgraph=True, backend="eager")(q, k, v)
+
+
 def test_dropout_of_forward_and_backward_agree() -> None:
     """Attention is linear in v, so <dv, v> = <grad, out>, if both drop the same entries."""
     for function in (torch.compile(dropped, fullgraph=True), compiled(dropped), dropped):

@@ -57,6 +57,21 @@ def compiles_in_one_graph() -> None:
             torch.testing.assert_close(mine, theirs)
 
 
+def compiles_under_autocast() -> None:
+    """In one graph: a fused backend in bf16, and the reference in fp64."""
+
+    def both(q: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            half = attnfast.attention(q, q, q, backend="cpu")
+        return half, attnfast.attention(*[q.double()] * 3)
+
+    q = torch.randn(2, 2, 10, 16)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for mine, theirs in zip(compiled(q), both(q), strict=True):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs)
+
+
 def exports() -> None:
     """torch.export of the layer, and the exported program's result."""
     layer = attnfast.MultiheadAttention(16, 2, batch_first=True, backend="cpu").eval()
@@ -85,7 +100,13 @@ def decodes_and_packs() -> None:
     torch.testing.assert_close(newest, attnfast.attention(*cache))
 
 
-CHECKS = (replaced_encoder_is_the_same, compiles_in_one_graph, exports, decodes_and_packs)
+CHECKS = (
+    replaced_encoder_is_the_same,
+    compiles_in_one_graph,
+    compiles_under_autocast,
+    exports,
+    decodes_and_packs,
+)
 
 if __name__ == "__main__":
     for check in CHECKS:
