@@ -18,6 +18,7 @@ PROGRAM_SOURCES = {  # where a program's options are defined
     "bench.report": "bench",
     "tools.abi": "tools/abi",
     "examples/search": "examples/search_demo",
+    "examples/translate": "examples/translation",
 }
 
 
