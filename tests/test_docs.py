@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import runpy
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from markdown import PAGES, Block, blocks, inline_code, links
 
 import attnfast
+from tools.abi import table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -130,6 +132,12 @@ def test_the_text_of_explain_is_what_it_prints() -> None:
 def test_the_support_matrix_is_current() -> None:
     tool = runpy.run_path(str(ROOT / "tools" / "support_matrix.py"))
     assert tool["filled"](README) == README, "run: .venv/bin/python tools/support_matrix.py --write"
+
+
+def test_the_table_of_environments_is_that_of_the_last_result() -> None:
+    page = (ROOT / table.PAGE).read_text()
+    result = json.loads((ROOT / table.RESULT).read_text())
+    assert table.filled(page, result) == page, "run: make test-abi"
 
 
 def test_the_switches_are_those_that_are_read() -> None:
