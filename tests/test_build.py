@@ -18,6 +18,7 @@ from attnfast import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "attnfast" / "_native.so"
+SOURCES = {".py", ".h", ".hpp", ".inc", ".cpp", ".cu", ".cuh", ".md", ".txt", ".json", ".png"}
 OBJECTS = ROOT / "build" / "native" / "cpu"
 
 
@@ -159,14 +160,12 @@ def test_the_wheel(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as content:
         names = set(content.namelist())
         assert content.read("attnfast/_native.so") == LIBRARY.read_bytes()
-    package = {f"attnfast/{path.name}" for path in (ROOT / "attnfast").glob("*.py")}
-    expected = package | {
-        "attnfast/_native.so",
-        "attnfast/py.typed",
-        "attnfast/kernels/__init__.py",
-    }
+    package = {str(path.relative_to(ROOT)) for path in (ROOT / "attnfast").rglob("*.py")}
+    package |= {f"attnfast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    expected = package | {"attnfast/_native.so", "attnfast/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert wheel.stat().st_size < 100e6, "the registry's limit for one file"
 
 
 def test_the_source_distribution_can_be_built_from(tmp_path: Path) -> None:
@@ -178,6 +177,13 @@ def test_the_source_distribution_can_be_built_from(tmp_path: Path) -> None:
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as content:
         names = {name.partition("/")[2] for name in content.getnames()}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[hc]*")}
-    assert sources
-    assert sources | {"setup.py", "pyproject.toml", "kernels/__init__.py"} <= names
+    folders = ("attnfast", "bench", "csrc", "docs", "examples", "kernels", "tests", "tools")
+    whole = {
+        str(path.relative_to(ROOT))
+        for folder in (*folders, "requirements")
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in SOURCES and not {"out", ".cache", "__pycache__"} & {*path.parts}
+    }
+    assert {"csrc/params.h", "kernels/__init__.py", "tests/cases.py"} <= whole <= names
+    files = {"LICENSE", "Makefile", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "setup.py"}
+    assert files | {"pyproject.toml", "attnfast/py.typed"} <= names
