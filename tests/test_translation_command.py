@@ -13,13 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from translation_pairs import EXAMPLES, NEEDED, TINY, command, environment, write_tsv
 
 if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
     pytest.skip(f"{missing[0]} is not installed (`make demo` does it)", allow_module_level=True)
 sys.path.insert(0, str(EXAMPLES))
 
-from translation import catalogues, cli, compare
+from translation import catalogues, checkpoint, cli, compare, pairs, tokens
+from translation.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -266,28 +268,40 @@ def test_after_ctrl_c_the_run_goes_on_as_if_it_had_not_been(trained: Path, tmp_p
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
-def test_ctrl_c_in_a_process_that_compares_is_told_to_its_parent(trained: Path) -> None:
-    from translation import pairs, tokens
-    from translation.settings import Settings
-
+@pytest.mark.parametrize("saves", [True, False])
+def test_ctrl_c_while_comparing_reaches_both_processes(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: bool
+) -> None:
+    """A terminal sends it to parent and child; the child saves before the parent ends."""
     split = pairs.split_pairs(pairs.read_pairs(trained / "pairs.tsv"), 0)
-    data = tokens.prepare(split, 320, 64)
+    tokens.save_data(tokens.prepare(split, 320, 64), tmp_path / "data.pt")
     code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from translation import train, compare; from pathlib import Path;"
-        "step = train.Trainer._step;"
-        "train.Trainer._step = lambda s, b: (signal.raise_signal(signal.SIGINT), step(s, b));"
-        "sys.exit(0 if compare.work(Path(sys.argv[1])) else compare.INTERRUPTED)"
+        "import os, signal, sys\n"
+        "from translation import train, worker\n"
+        "step = train.Trainer._step\n"
+        "def interrupted(trainer, batch):\n"
+        "    step(trainer, batch)\n"
+        "    if trainer.steps == 3:\n"
+        "        os.kill(os.getppid(), signal.SIGINT), signal.raise_signal(signal.SIGINT)\n"
+        "train.Trainer._step = interrupted; sys.exit(worker.main())"
     )
     real = subprocess.run
 
     def run(arguments: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        assert arguments[1:3] == ["-m", "translation.compare"]
+        assert arguments[1:3] == ["-m", "translation.worker"]
         return real([arguments[0], "-c", code, arguments[3]], **options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare.subprocess, "run", run)
-        with pytest.raises(KeyboardInterrupt):
-            compare.compare_exact(
-                data, Settings(width=16, heads=2, layers=1), 5, cli.torch.device("cpu")
-            )
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    settings = Settings(width=16, heads=2, layers=1, feedforward=32)
+    path = tmp_path / "checkpoint.pt"
+    job = {"name": "attnfast", "settings": settings.as_dict(), "steps": 9, "device": "cpu"}
+    job |= {"threads": 1, "label": "attnfast"} | ({"checkpoint": str(path)} if saves else {})
+    with pytest.raises(KeyboardInterrupt) as caught:
+        compare._in_process(job, tmp_path)
+    if saves:
+        told = f"interrupted after step 3, saved {path}: --resume goes on"
+        assert caught.value.args == (told,)
+        assert len(checkpoint.read(path, torch.device("cpu"))["losses"]) == 3
+    else:
+        assert caught.value.args == ()
+        assert not path.exists()

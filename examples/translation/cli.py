@@ -25,6 +25,7 @@ from translation import checkpoint, metrics, report
 from translation.catalogues import cached_pairs
 from translation.compare import LAST, Comparison, compare_dropout, compare_exact
 from translation.decode import translate
+from translation.interrupt import Interrupted
 from translation.look import cross_attention
 from translation.options import parser, settings_of
 from translation.pairs import read_pairs, split_pairs
@@ -57,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"translate: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ntranslate: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\ntranslate: {error.args[0] if error.args else 'interrupted'}", file=sys.stderr)
         return 130
 
 
@@ -98,13 +99,7 @@ def run(options: argparse.Namespace) -> int:
     if options.command != "compare":
         trainer = _trainer(job, resumed)
         heading(out, f"Training, {options.steps} steps")
-        if not _train(job, trainer):
-            print(
-                f"\ntranslate: interrupted after step {trainer.steps}, saved"
-                f" {job.folder / CHECKPOINT}: --resume goes on",
-                file=sys.stderr,
-            )
-            return 130
+        _train(job, trainer)
         results |= _measure(out, job, trainer)
         losses = {ATTNFAST: trainer.losses}
         if compared:
@@ -209,14 +204,19 @@ def _trainer(job: Job, resumed: dict[str, Any] | None) -> Trainer:
     return trainer
 
 
-def _train(job: Job, trainer: Trainer) -> bool:
-    """Train to the end; False if interrupted."""
-    path = job.folder / CHECKPOINT
-    return trainer.train(
-        job.options.steps,
+def _train(job: Job, trainer: Trainer) -> None:
+    """Train to the end.
+
+    Raises:
+        Interrupted: by Ctrl-C; the checkpoint is saved.
+    """
+    path, options = job.folder / CHECKPOINT, job.options
+    if not trainer.train(
+        options.steps,
         save=lambda: checkpoint.save(trainer, path),
-        save_every=job.options.save_every,
-    )
+        save_every=options.save_every,
+    ):
+        raise Interrupted(trainer.steps, path)
 
 
 def _measure(out: Console, job: Job, trainer: Trainer) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The same training twice, with torch's attention and with attnfast's, each in its own process.
 
 Within one process the two would share an allocator, its high-water mark and a generator. So each is
-trained by a fresh `python -m translation.compare JOB`, one after the other.
+trained by a fresh `python -m translation.worker FOLDER`, one after the other.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from search_demo.memory import peak, restart_peak
 
 import attnfast
 from translation import checkpoint
+from translation.interrupt import Interrupt, Interrupted
 from translation.settings import Settings
 from translation.tokens import Data, load_data, save_data
 from translation.train import Trainer
+from translation.worker import INTERRUPTED
 
 EXACT, CLOSE = 1e-3, 0.05  # relative
 UNTIMED = 3  # first steps, in which memory is first touched
 LAST = 20  # steps whose mean loss is the final one
-INTERRUPTED = 130
 
 
 class Outcome(NamedTuple):
@@ -124,14 +125,17 @@ def _both(
 def _in_process(job: dict[str, Any], folder: Path) -> Outcome:
     """Run one job; its progress bar appears here, its outcome comes back in a file."""
     (folder / "job.json").write_text(json.dumps(job))
-    result = folder / "outcome.json"
+    result, stopped = folder / "outcome.json", folder / "stopped"
     result.unlink(missing_ok=True)
     paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
-    run = subprocess.run(
-        [sys.executable, "-m", "translation.compare", str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-    )
-    if run.returncode == INTERRUPTED:
+    with Interrupt() as interrupt:  # the process is told too, and given the time to save
+        run = subprocess.run(
+            [sys.executable, "-m", "translation.worker", str(folder)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+    if run.returncode == INTERRUPTED or interrupt.asked:
+        if "checkpoint" in job and stopped.exists():
+            raise Interrupted(int(stopped.read_text()), Path(job["checkpoint"]))
         raise KeyboardInterrupt
     if run.returncode or not result.exists():
         raise UsageError(
@@ -162,6 +166,7 @@ def work(folder: Path) -> bool:
     )
     after = peak(device)
     if not whole:
+        (folder / "stopped").write_text(str(trainer.steps))
         return False
     timed = slice(min(UNTIMED, trainer.steps - 1), None)
     seconds, tokens = trainer.seconds[timed], trainer.tokens[timed]
@@ -174,10 +179,3 @@ def work(folder: Path) -> bool:
     )
     (folder / "outcome.json").write_text(json.dumps(outcome._asdict()))
     return True
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(0 if work(Path(sys.argv[1])) else INTERRUPTED)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended the training, after this step, and what it takes to go on was saved."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        super().__init__(f"interrupted after step {step}, saved {path}: --resume goes on")
 
 
 class Interrupt:
