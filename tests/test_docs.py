@@ -47,7 +47,9 @@ def run_blocks(page: Path) -> tuple[dict[str, Any], str]:
     printed = io.StringIO()
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
-        importable = stand_ins.importable(module, *stand_ins.modules())
+        text = "".join(block.text for block in BLOCKS[page] if block.language == "python")
+        rivals = [made for made in stand_ins.modules() if made.__name__.partition(".")[0] in text]
+        importable = stand_ins.importable(module, *rivals)  # transformers looks for them too
         with torch.random.fork_rng(), importable, redirect_stdout(printed):
             for block in BLOCKS[page]:
                 if block.language == "python" and runs_here(block):
@@ -126,7 +128,11 @@ def test_the_text_of_explain_is_what_it_prints() -> None:
     names, _ = run_blocks(page)
     shown, real = ([line.split()[0] for line in x.splitlines()] for x in (sample, names["text"]))
     assert sorted(shown) == sorted(real)
-    assert sample.splitlines()[:2] == names["text"].splitlines()[:2]
+    same = ("attention:", "options:", "chosen:", "saved for backward:")
+    shown, real = (
+        [x for x in y.splitlines() if x.startswith(same)] for y in (sample, names["text"])
+    )
+    assert shown == real
 
 
 def test_the_support_matrix_is_current() -> None:
