@@ -1,4 +1,4 @@
-"""attnfast as an attention implementation of Hugging Face's transformers.
+"""attnfast as an attention implementation of Hugging Face's transformers::
 
     from attnfast.integrations import transformers
 
@@ -8,6 +8,9 @@
 
 Two functions are registered under the name: `attention_forward`, and for the masks transformers'
 own ``sdpa_mask``, which gives bool masks, or none where being causal says it all.
+
+Results are those of eager attention, but for queries that attend nothing, such as padding: they
+give zeros, where eager attends everything evenly.
 """
 
 from __future__ import annotations
