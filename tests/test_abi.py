@@ -20,7 +20,7 @@ from tools.abi.environments import Environment, Failure
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "attnfast" / "_native.so"
 SYSTEM = {"c", "m", "gcc_s", "stdc++", "gomp", "pthread", "dl", "rt", "torch", "torch_cpu"}
-NEWEST_VERSIONS = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13)}
+NEWEST_VERSIONS = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13)}
 WEAK = {"aoti_torch_get_current_cuda_stream", "__gmon_start__", "__cxa_finalize"}
 
 
