@@ -19,10 +19,10 @@ class Settings:
 
     width: int = 128
     heads: int = 4
-    layers: int = 3  # of the encoder, and of the decoder
+    layers: int = 2  # of the encoder, and of the decoder
     feedforward: int = 512
     dropout: float = 0.1
-    rate: float = 2e-3  # the highest learning rate, at the end of the warm-up
+    rate: float = 4e-3  # the highest learning rate, at the end of the warm-up
     warm_up: int = 100  # steps
     weight_decay: float = 0.01
     batch_tokens: int = 2048  # padded positions of a batch, source and target together
