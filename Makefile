@@ -8,6 +8,8 @@ PYTHONS := $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.10)
 COMPILERS := $(if $(filter default,$(origin CXX)),g++ clang++ c++,$(firstword $(CXX)))
 WORKERS ?= 2
 RESULTS ?= device
+OUT ?= build/gpu
+MINUTES ?= 30
 
 # A file in .venv whose name holds the checksum of the requirements it stands for.
 stamp = $(VENV)/.$(1)-$(firstword $(shell cksum < $(2)))
@@ -65,6 +67,9 @@ lint: $(LINT)  ## ruff, mypy and clang-format, nothing rewritten
 bench: build $(TEST) $(BENCH)  ## time attnfast beside all others (quick suites; BENCH_SIZE=full), write results, report and plots
 	$(PY) -m pytest bench -q --benchmark-quiet --results=$(RESULTS) $(ARGS)
 	$(if $(ARGS),,$(PY) -m bench report)
+
+gpu:  ## on a machine with a GPU: prove and time everything; OUT=build/gpu MINUTES=30, DRY=1 tries it on the CPU
+	$(or $(wildcard $(PY)),python3) bench/gpu.py --out $(OUT) --minutes $(MINUTES) $(if $(filter-out 0,$(DRY)),--dry)
 
 wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, and the sources, in dist/
 	@rm -rf build/lib* build/bdist* build/wheel dist *.egg-info

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from . import ROOT, compare, environment, report, results, show, suites
+from . import RESULTS, ROOT, compare, environment, evidence, report, results, show, suites
 from .grid import DTYPES, OPTIONS, SIZES, SUITES, WORKS, AttentionCase
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {x: x for x in DTYPES}
@@ -76,9 +77,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=_positive(float), dest="budget_s", help="seconds a row")
     parser.add_argument("--out", type=Path, help="also write a file of results")
     parser.add_argument(
-        "--add",
-        action="store_true",
-        help="keep the rows that are in --out, if all else is the same",
+        "--resume", action="store_true", help="rows that --out holds already are not timed again"
     )
 
 
@@ -110,33 +109,40 @@ def _run(options: argparse.Namespace) -> int:
     kept = _kept(options, facts)
     session = suites.session(settings)
     facts["ceilings"] = session.ceilings
-    rows = []
+    rows, failed = list(kept), 0
     for case in chosen:
-        row = suites.measured(case, session)
+        if any((row["suite"], row["id"]) == (case.suite, str(case)) for row in kept):
+            continue
+        try:
+            row = suites.measured(case, session)
+        except AssertionError as error:  # results differ: nothing to time
+            print(f"{case}: {error}", file=sys.stderr)
+            failed += 1
+            continue
         rows.append(row)
         if options.shape is None:
             print(suites.line(row), flush=True)
         else:
             show.row(row)
         if options.out is not None:
-            results.save(options.out, facts, results.joined(kept, rows))
+            results.save(options.out, facts, rows)
     if options.shape is None:
         show.summary(results.Run(Path("this run"), facts, rows))
-    return 0
+    return 1 if failed else 0
 
 
 def _kept(options: argparse.Namespace, facts: dict[str, Any]) -> list[results.Row]:
-    """The rows that new ones are added to."""
-    if not options.add:
+    """The rows of a run that is resumed."""
+    if not options.resume:
         return []
     if options.out is None:
-        raise ValueError("bench: --add needs --out")
+        raise ValueError("bench: --resume needs --out")
     if not options.out.exists():
         return []
     before = results.load(options.out, "timing")
     for name in ("device", "kernel", "versions", "sources"):
         if before.facts[name] != facts[name]:
-            raise ValueError(f"bench: {options.out} is of another {name}, so no rows are added")
+            raise ValueError(f"bench: {options.out} is of another {name}: nothing to resume")
     return before.rows
 
 
@@ -171,10 +177,56 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _evidence_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run", action="store_true", help="first run the tests' case tables, and write their file"
+    )
+    parser.add_argument("--backend", default="cpu", help="of --run; default: %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --run")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--markdown", action="store_true", help="for a document")
+    parser.add_argument("--dry", action="store_true", help="few cases, written nowhere")
+
+
+def _evidence(options: argparse.Namespace) -> int:
+    failed = 0
+    if options.run:
+        reason = environment.unavailable(options.backend, options.device)
+        if reason is not None or options.backend not in environment.SOURCES:
+            raise ValueError(f"bench: nothing to run: {reason or options.backend}")
+        failed = _prove(options)
+    found = evidence.lines(options.results)
+    if not found:
+        raise ValueError(f"bench: no evidence in {options.results}; --run makes some")
+    print(evidence.markdown(found)) if options.markdown else show.evidence(found)
+    return 1 if failed else 0
+
+
+def _prove(options: argparse.Namespace) -> int:
+    """Run the case tables on a backend; the number of failures."""
+    settings = environment.settings(backend=options.backend, device=options.device)
+    facts = environment.facts("evidence", settings)
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = evidence.run(
+            options.backend, options.device, dry=options.dry, log=Path(folder) / "log.txt"
+        )
+    how = evidence.stage(options.backend, options.device)
+    if not options.dry:
+        path = evidence.path(facts, options.backend, how, options.results)
+        results.save(path, facts, evidence.record(options.backend, options.device, outcomes))
+        print(f"wrote {path}")
+    failed = [outcome for outcome in outcomes if outcome.failure]
+    for outcome in failed:
+        print(f"{options.backend} {outcome.item['id']}: {outcome.failure}", file=sys.stderr)
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} cases right")
+    return len(failed)
+
+
 COMMANDS = (
     Command("run", "time suites, or one shape", _run_arguments, _run),
     Command("compare", "two runs, row by row; exit code 1: slower", _compare_arguments, _compare),
     Command("report", "write docs, plots and the README's table", _report_arguments, _report),
+    Command("evidence", "which kernel was proven and timed where", _evidence_arguments, _evidence),
 )
 
 
@@ -189,13 +241,10 @@ def main(arguments: list[str] | None = None) -> int:
     for command in COMMANDS:
         added = commands.add_parser(command.name, help=command.help, description=command.help)
         command.arguments(added)
-        added.set_defaults(run=command.run)
+        added.set_defaults(execute=command.run)
     options = parser.parse_args(arguments)
     try:
-        return int(options.run(options))
+        return int(options.execute(options))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    except AssertionError as error:  # results differ: nothing to time
-        print(error, file=sys.stderr)
-        return 1

@@ -28,8 +28,8 @@ SOURCES = {  # what a backend's kernels are built from
     "cuda": ("csrc/params.h", "csrc/cuda", "csrc/bindings/cuda.cpp"),
     "reference": ("attnfast/reference.py",),
 }
-BUDGET_S = {"smoke": 0.0, "quick": 0.5, "full": 2.0}  # for the rounds of one row
-MOST_ROUNDS = {"smoke": 1, "quick": 200, "full": 500}
+BUDGET_S = {"smoke": 0.0, "quick": 0.5, "full": 2.0, "gpu": 0.5}  # for the rounds of one row
+MOST_ROUNDS = {"smoke": 1, "quick": 200, "full": 500, "gpu": 100}
 
 
 class Settings(NamedTuple):

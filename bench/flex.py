@@ -17,7 +17,7 @@ SMALL = 48  # keys
 
 
 def chosen(case: AttentionCase) -> bool:
-    """Whether it is compiled for a row outside of the full suites: options, causal core shapes."""
+    """Whether quick suites wait for it to be compiled for a row: options, causal core shapes."""
     if case.S <= SMALL:  # smoke
         return case.dtype == "float32" and (case.causal or case.option == "window")
     return bool(case.option) or (case.causal and case[:5] in CORE)

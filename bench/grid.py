@@ -1,8 +1,8 @@
 """The grid: which problems are timed, and how much work each of them is.
 
-Every row belongs to a suite, and every suite has three sizes: "quick", under three minutes on two
-cores, which `make bench` runs; "full", which also holds the long contexts; and "smoke", tiny rows
-that show that everything works.
+Every row belongs to a suite, and every suite has four sizes: "quick", under three minutes on two
+cores, which `make bench` runs; "full", which also holds the long contexts; "smoke", tiny rows that
+show that everything works; and "gpu", "full" with the shapes that papers compare GPU kernels at.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEASURED_DTYPES = ("float32", "bfloat16")
-SIZES = ("smoke", "quick", "full")
+SIZES = ("smoke", "quick", "full", "gpu")
 WORKS = ("forward", "backward", "forward+backward")
 DROPOUT_P = 0.1
 PAGE = 64  # slots of a page, in the decode suite
@@ -47,6 +47,12 @@ LONG: tuple[Shape, ...] = (
     (1, 8, 8192, 8192, 128),
     (1, 2, 32768, 32768, 128),
     (1, 1, 131072, 131072, 64),
+)
+# 16k tokens of width 2048, as in the FlashAttention-2 and -3 papers (arXiv:2307.08691, 2407.08608)
+PAPERS: tuple[Shape, ...] = tuple(
+    (16384 // length, 2048 // D, length, length, D)
+    for length in (4096, 16384, 1024, 512)
+    for D in (128, 64)
 )
 SMOKE: tuple[Shape, ...] = ((1, 2, 32, 32, 64), (2, 3, 33, 40, 40))
 
@@ -325,45 +331,56 @@ def padding_mask(B: int, T: int, device: torch.device | str = "cpu") -> torch.Te
     return torch.arange(T, device=device) >= lengths[:, None]
 
 
+def _of(table: dict[str, Any], size: str) -> Any:
+    """A table's entry for a size; "gpu" is "full" where it has none of its own."""
+    return table.get(size, table["full"])
+
+
 def attention_cases(work: str, size: str) -> list[AttentionCase]:
     """One of the suites "forward", "backward" and "forward+backward"."""
     if size == "smoke":
         shapes: tuple[Shape, ...] = SMOKE
     else:
-        models = MODELS if work == "forward" or size == "full" else MODELS[:2]
-        shapes = CORE + models + (LONG if size == "full" else ())
+        models = MODELS if work == "forward" or size != "quick" else MODELS[:2]
+        shapes = CORE + models
+        if size in ("full", "gpu"):
+            shapes += LONG
+        if size == "gpu":
+            shapes = PAPERS + shapes
     if work == "backward" and size == "quick":
         shapes = CORE[:4]
     cases = [
         AttentionCase(*shape, dtype, causal, work)
         for dtype, shape, causal in itertools.product(MEASURED_DTYPES, shapes, (False, True))
     ]
+    if size == "quick":  # long rows: causal only
+        cases = [case for case in cases if case.causal or case.S < 4096]
     extreme = 131072  # keys: causal and bf16 only, or it takes minutes a call
     return [c for c in cases if extreme > c.S or (c.causal and c.dtype == "bfloat16")]
 
 
 def option_cases(size: str) -> list[AttentionCase]:
     """Every option, forward and backward; fp32, "full" also bf16."""
-    dtypes = MEASURED_DTYPES if size == "full" else MEASURED_DTYPES[:1]
+    dtypes = MEASURED_DTYPES[:1] if size in ("smoke", "quick") else MEASURED_DTYPES
     works = ("forward", "forward+backward")
     return [
         AttentionCase(*shape, dtype, option == "window", work, option)
         for dtype, shape, option, work in itertools.product(
-            dtypes, OPTION_SHAPES[size], OPTIONS, works
+            dtypes, _of(OPTION_SHAPES, size), OPTIONS, works
         )
     ]
 
 
 def decode_cases(size: str) -> list[DecodeCase]:
     """Contiguous and paged caches."""
-    grid = itertools.product(MEASURED_DTYPES, DECODE[size], (False, True))
+    grid = itertools.product(MEASURED_DTYPES, _of(DECODE, size), (False, True))
     return [DecodeCase(*shape, dtype, paged) for dtype, shape, paged in grid]
 
 
 def varlen_cases(size: str) -> list[VarlenCase]:
     """Packed sequences."""
     grid = itertools.product(
-        MEASURED_DTYPES, VARLEN[size], (False, True), ("forward", "forward+backward")
+        MEASURED_DTYPES, _of(VARLEN, size), (False, True), ("forward", "forward+backward")
     )
     return [VarlenCase(*shape, dtype, causal, work) for dtype, shape, causal, work in grid]
 
@@ -371,7 +388,7 @@ def varlen_cases(size: str) -> list[VarlenCase]:
 def layer_cases(size: str) -> list[LayerCase]:
     """The module suite; weights in fp32 only."""
     grid = itertools.product(
-        MEASURED_DTYPES, LAYERS[size], ("eval", "train"), (False, True), (False, True)
+        MEASURED_DTYPES, _of(LAYERS, size), ("eval", "train"), (False, True), (False, True)
     )
     return [
         LayerCase(*layer, dtype, mode, weights, padding)
@@ -382,7 +399,9 @@ def layer_cases(size: str) -> list[LayerCase]:
 
 def encoder_cases(size: str) -> list[EncoderCase]:
     """The encoder suite."""
-    grid = itertools.product(MEASURED_DTYPES, LAYERS[size], ("inference", "step"), (False, True))
+    grid = itertools.product(
+        MEASURED_DTYPES, _of(LAYERS, size), ("inference", "step"), (False, True)
+    )
     return [EncoderCase(*layer, dtype, mode, padding) for dtype, layer, mode, padding in grid]
 
 

@@ -42,12 +42,6 @@ def save(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
     part.replace(path)
 
 
-def joined(before: list[Row], after: list[Row]) -> list[Row]:
-    """The rows of two runs; where both have one, the second's."""
-    rows = {(row["suite"], row["id"]): row for row in [*before, *after]}
-    return list(rows.values())
-
-
 def rounded(x: Any) -> Any:
     """Numbers with six digits, which is more than any clock gives."""
     if isinstance(x, float):

@@ -24,6 +24,7 @@ from .problem import Problem, eager, pass_of, problem
 from .timing import Entries
 
 EAGER_LIMIT = 1 << 31  # bytes of scores beyond which nobody would compute them whole
+QUICK_LIMIT = 1 << 28  # and beyond which the quick suites do not wait for it
 
 
 class Contestant(NamedTuple):
@@ -126,8 +127,14 @@ def forced(backend: SDPBackend) -> Contestant:
         gpu_only = (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
         return "needs a GPU" if backend in gpu_only and device.type == "cpu" else None
 
-    name = backend.name.lower().removesuffix("_attention")
-    return Contestant(f"torch.sdpa {name}", missing, unable, forward)
+    return Contestant(_name(backend), missing, unable, forward)
+
+
+def _name(backend: SDPBackend) -> str:
+    return f"torch.sdpa {backend.name.lower().removesuffix('_attention')}"
+
+
+MATH = _name(SDPBackend.MATH)
 
 
 def scores_bytes(p: Problem) -> int:
@@ -207,6 +214,15 @@ def contestants(backend: str) -> tuple[Contestant, ...]:
     )
 
 
+def _too_long(name: str, p: Problem) -> str | None:
+    """Why the quick suites do without a contestant."""
+    if name == flex.NAME and not flex.chosen(p.case):
+        return "compiled for some rows of the quick suites only"
+    if name in (MATH, "eager") and scores_bytes(p) > QUICK_LIMIT:
+        return "holds all scores: in the full suites only"
+    return None
+
+
 def entries(
     case: AttentionCase, backend: str | None, device: torch.device, copies: int, *, full: bool
 ) -> Entries:
@@ -217,7 +233,7 @@ def entries(
         backend: Ours; None where there is none, and rivals compete among themselves.
         device: Of the tensors.
         copies: Of the inputs.
-        full: FlexAttention is compiled for every row, which takes seconds, and not for some only.
+        full: Nobody is left out because he takes long.
     """
     problems = [problem(case, device) for _ in range(copies)]
     calls, absent = {}, {}
@@ -225,8 +241,8 @@ def entries(
         if one.name == OURS and backend is None:
             continue
         reason = one.missing(device) or one.unable(problems[0])
-        if reason is None and one.name == flex.NAME and not (full or flex.chosen(case)):
-            reason = "compiled for some rows of the quick suites only"
+        if reason is None and not full:
+            reason = _too_long(one.name, problems[0])
         if reason is None:
             calls[one.name] = [pass_of(p, one.forward) for p in problems]
         else:

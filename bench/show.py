@@ -7,6 +7,7 @@ from rich.table import Table
 
 from . import OURS
 from .compare import Change, means
+from .evidence import Line
 from .results import Row, Run
 from .summary import (
     case_name,
@@ -111,3 +112,15 @@ def changes(found: list[Change], before: Run, after: Run) -> None:
         out.print(f"These are two devices: {', '.join(sorted(devices))}.", highlight=False)
     slower = sum(change.regression for change in found)
     out.print(f"{slower} of {len(found)} rows are slower.", highlight=False)
+
+
+def evidence(found: list[Line]) -> None:
+    """Every kernel and what is known of it."""
+    made = Table(title="evidence", title_justify="left", show_lines=True)
+    for name in ("kernel", "proven", "compiled", "run on hardware", "timed"):
+        made.add_column(name, overflow="fold")
+    for line in found:
+        kernel = line.kernel
+        name = f"{kernel.backend} {kernel.kind}, {kernel.dtype}, {kernel.architecture}"
+        made.add_row(name, *line[1:])
+    console().print(made)

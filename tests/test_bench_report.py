@@ -247,16 +247,19 @@ def test_one_shape(bench, command, tmp_path):
     run = bench.results.load(out, "timing")
     assert run.rows[0]["contestants"].keys() == {"attnfast", "eager"}
     assert command("compare", out, out)[0] == 0
-    more = ("run", "--shape", "1,2,9,16", "--work", "backward", "--budget", "0.01", "--add")
+    more = ("run", "--shape", "1,2,9,16", "--work", "backward", "--budget", "0.01", "--resume")
     assert command(*more, "--option", "sinks", "--out", out)[0] == 0
     assert [row["case"]["T"] for row in bench.results.load(out).rows] == [20, 9]
-    assert "--add needs --out" in refused(command, *more)
+    before = out.read_bytes()
+    assert command(*more, "--option", "sinks", "--out", out)[0] == 0
+    assert out.read_bytes() == before, "nothing was left to time"
+    assert "--resume needs --out" in refused(command, *more)
 
 
-def test_rows_of_another_kernel_are_not_added(write_run, command):
+def test_a_run_of_another_device_is_not_resumed(write_run, command):
     path = write_run()
-    message = refused(command, "run", "--shape", "1,1,8,8", "--out", path, "--add")
-    assert "is of another device, so no rows are added" in message
+    message = refused(command, "run", "--shape", "1,1,8,8", "--out", path, "--resume")
+    assert "is of another device: nothing to resume" in message
 
 
 @pytest.mark.parametrize(

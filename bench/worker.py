@@ -1,0 +1,41 @@
+"""The process that does guarded work: cases of the tests, ceilings, rows of the grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import ceilings, guard, proof, suites
+from .clock import clock
+from .environment import Settings
+
+
+def work(item: guard.Item) -> Any:
+    """Do one item, as ``item["task"]`` says."""
+    if item["task"] == "case":
+        judged = proof.run(item["backend"], item["device"], item["table"], item["index"])
+        return judged.margins
+    settings = Settings(**item["settings"])
+    device = torch.device(settings.device)
+    if item["task"] == "ceilings":
+        return ceilings.measure(device, settings.threads, dry=settings.size == "smoke")
+    session = suites.Session(settings, device, clock(device), item["ceilings"], item["backend"])
+    case = suites.cases(item["suite"], settings.size)[item["index"]]
+    return suites.measured(case, session)
+
+
+def poisoned(error: Exception) -> bool:
+    """Whether the device's context is lost: every later call would fail as well."""
+    return "CUDA error" in str(error) or "Triton Error" in str(error)
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    guard.serve(work, poisoned)
+
+
+def command(script: Path, python: str) -> list[str]:
+    """How ``gpu.py`` or another script that calls `main` for ``--worker`` is started."""
+    return [python, str(script), "--worker"]

@@ -1,0 +1,338 @@
+"""The way to a GPU, as far as it goes without one: guarded work, evidence, clocks, a dry run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+ABSENT = ("pytest", "rich", "matplotlib", "pytest_benchmark")  # on a machine with a GPU
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The modules of the benchmarks, which are not installed."""
+    monkeypatch.syspath_prepend(ROOT)
+    names = ("clock", "environment", "evidence", "guard", "proof", "results", "visit")
+    return SimpleNamespace(**{name: importlib.import_module(f"bench.{name}") for name in names})
+
+
+WORKER = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from bench import guard
+
+def work(item):
+    if item["do"] == "crash":
+        os.abort()
+    if item["do"] == "exit":
+        os._exit(7)
+    if item["do"] == "hang":
+        time.sleep(60)
+    if item["do"] == "raise":
+        raise ValueError("wrong\\nin two lines")
+    if item["do"] == "poison":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    print("what libraries print is no answer")
+    return [item["do"], os.getpid()]
+
+guard.serve(work, lambda error: "CUDA error" in str(error))
+"""
+
+
+@pytest.fixture
+def guarded(bench, tmp_path):
+    """Outcomes of items that do what their names say."""
+
+    def run(*names, **limits):
+        script = tmp_path / "worker.py"
+        script.write_text(WORKER)
+        limits = {"start_s": 30, "item_s": 2, "deaths": 9, **limits}
+        items = [{"do": name} for name in names]
+        log = tmp_path / "log.txt"
+        command = [sys.executable, str(script)]
+        return list(bench.guard.run(command, items, bench.guard.Limits(**limits), log))
+
+    return run
+
+
+def test_a_failure_costs_only_its_item(guarded, tmp_path):
+    names = ("ok", "ok", "crash", "ok", "exit", "raise", "ok", "hang", "ok")
+    outcomes = guarded(*names)
+    assert [x.item["do"] for x in outcomes] == list(names)
+    assert [x.failure for x in outcomes] == [
+        None, None, "crash: SIGABRT", None, "crash: exit code 7", "ValueError: wrong; in two lines",
+        None, "hang: no answer in 2 s", None,
+    ]  # fmt: skip
+    processes = [x.result[1] for x in outcomes if x.failure is None]
+    assert processes[0] == processes[1], "one process for as long as nothing happens"
+    assert len(set(processes)) == 4
+    assert "what libraries print" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_hanging_process_is_killed(guarded):
+    [outcome] = guarded("hang", item_s=0.2)
+    assert outcome.failure == "hang: no answer in 0.2 s"
+    assert outcome.seconds < 20
+    children = subprocess.run(
+        ["ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True
+    )
+    assert "ps -o" in children.stdout
+    assert "worker.py" not in children.stdout
+
+
+def test_a_lost_device_gets_a_new_process(guarded):
+    first, poisoned, after = guarded("ok", "poison", "ok")
+    assert poisoned.failure.startswith("RuntimeError: CUDA error")
+    assert first.result[1] != after.result[1]
+
+
+def test_giving_up(guarded):
+    outcomes = guarded("crash", "crash", "ok", "ok", deaths=2)
+    assert outcomes[2].failure == outcomes[3].failure == "left undone after 2 crashes or hangs"
+    [late] = guarded("ok", until=time.monotonic() - 1)
+    assert late.failure == "no time left"
+
+
+class FakeCuda:
+    """A GPU whose clock is advanced by what is sent to it; records the order of everything."""
+
+    def __init__(self, host_s=0.0):
+        self.now, self.log, self.host_s = 0.0, [], host_s
+
+    def get_device_properties(self, index):
+        return SimpleNamespace(L2_cache_size=1 << 20, clock_rate=1e6)
+
+    def _sleep(self, cycles):
+        self.log.append(("sleep", cycles / 1e9))
+        self.now += cycles / 1e9
+
+    def Event(self, enable_timing):
+        gpu = self
+
+        class Event:
+            def record(self):
+                gpu.log.append(("event", gpu.now))
+                self.at = gpu.now
+
+            def synchronize(self):
+                gpu.log.append(("synchronize", gpu.now))
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) * 1e3
+
+        return Event()
+
+    def call(self, seconds):
+        def run():
+            time.sleep(self.host_s)
+            self.log.append(("call", seconds))
+            self.now += seconds
+            return {"out": torch.ones(1)}
+
+        return run
+
+
+def test_a_gpu_is_timed_by_events_after_a_flush(bench):
+    gpu = FakeCuda(host_s=0.003)
+    flush = torch.ones(4)
+    clock = bench.clock.EventClock(gpu, flush)
+    reading = clock.read(gpu.call(0.25))
+    assert reading.seconds == pytest.approx(0.25)
+    assert 0.003 <= reading.host_s < 0.1
+    assert flush.sum() == 0
+    names = [name for name, _ in gpu.log]
+    assert names == ["sleep", "event", "call", "event", "synchronize"]
+    clock.read(gpu.call(0.25))
+    leads = [seconds for name, seconds in gpu.log if name == "sleep"]
+    assert leads[1] >= 1.4 * 0.003, "the GPU is busy while the host issues the call"
+
+
+def test_a_call_that_cannot_be_captured_is_timed_as_it_is(bench):
+    class Uncapturable(FakeCuda):
+        def Stream(self):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        def synchronize(self):
+            self.log.append(("synchronize", self.now))
+
+    gpu = Uncapturable()
+    call = gpu.call(0.1)
+    assert bench.clock.EventClock(gpu, torch.ones(1)).prepared(call) is call
+
+
+def test_memory_on_a_gpu_is_what_the_allocator_added(bench):
+    gpu = FakeCuda()
+    gpu.synchronize = gpu.reset_peak_memory_stats = lambda: None
+    gpu.memory_allocated, gpu.max_memory_allocated = lambda: 1000, lambda: 5000
+    clock = bench.clock.EventClock(gpu, torch.ones(1))
+    assert clock.peak(gpu.call(0.1))[1] == 4000
+
+
+def test_cases_come_smallest_first_and_are_named_as_tests(bench):
+    plan = bench.evidence.plan("cpu", "cpu")
+    sizes = [item["size"] for item in plan]
+    assert sizes == sorted(sizes)
+    assert len(plan) == bench.proof.count("attention") + bench.proof.count("decode")
+    for table in bench.proof.TABLES:
+        item = next(item for item in plan if item["table"] == table)
+        name = bench.proof.test_id("cpu", table, item["index"])
+        collected = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "--collect-only", name],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert collected.stdout.splitlines()[0] == name, collected.stdout + collected.stderr
+
+
+def test_a_case_is_judged_by_the_accuracy_rule(bench, monkeypatch):
+    judged = bench.proof.run("cpu", "cpu", "attention", 0)
+    assert judged.margins.keys() == {"forward", "backward"}
+    assert all(0 <= margin <= 1 for margin, _ in judged.margins.values())
+    cases = bench.proof._module("cases")
+    right = cases.run
+    monkeypatch.setattr(
+        cases, "run", lambda *given: {name: x + 0.01 for name, x in right(*given).items()}
+    )
+    with pytest.raises(AssertionError, match="beyond the accuracy rule"):
+        bench.proof.run("cpu", "cpu", "attention", 0)
+
+
+@pytest.fixture
+def evidence_file(bench, tmp_path):
+    """Writes evidence of the outcomes of some cases; returns their rows."""
+
+    def write(failures=(), how="cpu", **changes):
+        items = bench.evidence.plan("cpu", "cpu", dry=True)
+        outcomes = [
+            bench.guard.Outcome(
+                item,
+                None if i in failures else {"forward": [0.1 * i, "out"], "backward": [0.2, "dq"]},
+                "crash: SIGSEGV" if i in failures else None,
+                0.1,
+            )
+            for i, item in enumerate(items)
+            if item["table"] == "attention" and item["dtype"] == "float32"
+        ]
+        rows = bench.evidence.record("cpu", how, outcomes)
+        settings = bench.environment.settings({}, size="quick")
+        facts = {**bench.environment.facts("evidence", settings), **changes}
+        bench.results.save(tmp_path / "device" / "evidence-cpu.json", facts, rows)
+        return rows
+
+    return write
+
+
+def test_evidence_counts_cases_and_keeps_the_worst(bench, evidence_file, tmp_path):
+    forward, backward = evidence_file(failures=(0,))
+    assert forward["kind"] == "forward"
+    assert backward["kind"] == "backward"
+    assert forward["architecture"] == torch.ops.attnfast.cpu_isa()
+    assert forward["failed"][0]["reason"] == "crash: SIGSEGV"
+    assert forward["failed"][0]["test"].startswith("tests/test_table.py::test_cpu[")
+    assert forward["worst"]["result"] == "out"
+    assert forward["worst"]["margin"] > 0.1
+    lines = bench.evidence.lines(tmp_path)
+    by_name = {(line.kernel.backend, line.kernel.kind): line for line in lines}
+    text = by_name["cpu", "forward"].hardware
+    total = len(forward["passed"]) + 1
+    assert f"{total - 1} of {total} cases of tests/test_table.py::test_cpu" in text
+    assert "stale" not in text
+    assert by_name["cpu", "forward"].proven == by_name["cpu", "forward"].timed == "-"
+    assert by_name["triton", "forward"].hardware == "-", "no evidence is shown as none"
+
+
+def test_evidence_of_other_sources_is_stale(bench, evidence_file, tmp_path):
+    evidence_file(sources="0" * 16)
+    assert "(stale)" in bench.evidence.lines(tmp_path)[0].hardware
+
+
+def test_sources_of_a_backend(bench, tmp_path):
+    for name in ("csrc/params.h", "csrc/cpu/a.cpp", "csrc/bindings/cpu.cpp", "kernels/forward.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    before = {x: bench.environment.sources(x, tmp_path) for x in ("cpu", "triton")}
+    (tmp_path / "csrc/cpu/a.cpp").write_text("y")
+    after = {x: bench.environment.sources(x, tmp_path) for x in ("cpu", "triton")}
+    assert before["cpu"] != after["cpu"]
+    assert before["triton"] == after["triton"]
+
+
+def test_evidence_of_a_compiler(bench, tmp_path):
+    kernel = bench.evidence.Kernel("triton", "forward", "bfloat16", "sm_90")
+    row = bench.evidence.compiled(kernel, registers=240, spills=0, shared_bytes=180_000)
+    settings = bench.environment.settings({}, size="quick")
+    facts = bench.environment.facts("evidence", settings._replace(backend="triton"))
+    bench.results.save(tmp_path / "compiled" / "evidence-triton.json", facts, [row])
+    line = next(x for x in bench.evidence.lines(tmp_path) if x.kernel == kernel)
+    assert line.compiled.startswith("240 registers, 0 B spilled, 180000 B shared, ")
+
+
+def test_the_last_table_has_at_most_60_lines(bench):
+    head = [f"line {i}" for i in range(100)]
+    failures = [f"failure {i}" for i in range(50)]
+    for few in (0, 5, 50):
+        lines = bench.visit.table(head, failures[:few])
+        assert len(lines) <= 60
+        assert f"failures: {few}" in lines if few else "no failures" in lines
+    assert "... and 30 more failures in log.txt" in bench.visit.table(head, failures)
+    assert bench.visit.table(["a"], []) == ["a", "no failures"]
+
+
+def gpu(*arguments, **variables):
+    """`bench/gpu.py` as a user runs it, where only torch, Triton and numpy are installed."""
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))"
+    program = (
+        f"{blocked}; import runpy; sys.argv = {['gpu.py', *map(str, arguments)]!r};"
+        f"runpy.run_path({str(ROOT / 'bench' / 'gpu.py')!r}, run_name='__main__')"
+    )
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd="/", env=environ, capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
+
+
+def test_dry_run(bench, tmp_path):
+    done = gpu("--out", tmp_path, "--minutes", "4", "--dry")
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = (tmp_path / "summary.txt").read_text()
+    assert len(summary.splitlines()) <= 60
+    assert done.stdout.endswith(summary)
+    assert "no failures" in summary
+    assert "cpu backward fp32: " in summary
+    assert "ceilings: matrix product" in summary
+    timing = bench.results.load(tmp_path / "timing.json", "timing")
+    suites = {"forward", "backward", "options", "decode", "varlen", "module", "encoder"}
+    assert suites <= {row["suite"] for row in timing.rows}
+    proven = bench.results.load(tmp_path / "evidence-cpu.json", "evidence")
+    assert {"forward", "backward", "decode"} <= {row["kind"] for row in proven.rows}
+    assert all(not row["failed"] for row in proven.rows)
+    json.loads((tmp_path / "timing.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--minutes", "5"), "--out DIR is needed"),
+        (("--out", "x", "--minutes", "-1"), "must be a positive number, got '-1'"),
+        (("--out", "x"), "no GPU that this torch can use"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, message):
+    if torch.cuda.is_available() and "GPU" in message:
+        pytest.skip("there is one")
+    done = gpu(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("gpu: ")
+    assert message in done.stderr
