@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from . import RESULTS, ROOT, compare, environment, evidence, report, results, show, suites
+from . import RESULTS, ROOT, compare, environment, evidence, report, results, scaling, show, suites
 from .grid import DTYPES, OPTIONS, SIZES, SUITES, WORKS, AttentionCase
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {x: x for x in DTYPES}
@@ -222,11 +222,34 @@ def _prove(options: argparse.Namespace) -> int:
     return len(failed)
 
 
+def _scaling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--from", type=Path, dest="source", help="a study to write the page from")
+    parser.add_argument("--backend", help="default: cpu")
+    parser.add_argument("--threads", type=_positive(int), help="default: 2")
+    parser.add_argument("--root", type=Path, default=ROOT, help="of the repository to write to")
+
+
+def _scaling(options: argparse.Namespace) -> int:
+    path = options.source
+    if path is None:
+        settings = environment.settings(backend=options.backend, threads=options.threads)
+        reason = environment.unavailable(settings.backend)
+        if reason is not None:
+            raise ValueError(f"bench: nothing to measure: {reason}")
+        facts = environment.facts("scaling", settings)
+        path = options.root / "bench" / "results" / facts["device"] / "scaling.json"
+        results.save(path, facts, scaling.measure(settings))
+    for written in scaling.write(results.load(path, "scaling"), options.root):
+        print(f"wrote {written}")
+    return 0
+
+
 COMMANDS = (
     Command("run", "time suites, or one shape", _run_arguments, _run),
     Command("compare", "two runs, row by row; exit code 1: slower", _compare_arguments, _compare),
     Command("report", "write docs, plots and the README's table", _report_arguments, _report),
     Command("evidence", "which kernel was proven and timed where", _evidence_arguments, _evidence),
+    Command("scaling", "measure how time grows, and write docs", _scaling_arguments, _scaling),
 )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import OURS
+from .model import Fitted
 from .results import Row, Run
 from .summary import DTYPE_NAMES, case_name, compared
 
@@ -22,6 +23,7 @@ STYLES = {  # one colour per contestant, whatever the plot
     "flash_attn": "#005f8a",
     "eager": "#b3b3b3",
 }
+KERNEL_COLORS = ("#c1272d", "#0000a7", "#eecc16", "#008176")  # of the scaling study
 PASSES = ("forward", "backward", "forward+backward")
 SMALL_S = 1e-3  # rows of the latency plot take less
 MOST_BARS = 24
@@ -139,6 +141,40 @@ def _latency(run: Run, folder: Path) -> list[str]:
     axis.set(xlabel="us per call", title="latency at small sizes")
     axis.legend(fontsize=6)
     return _save(figure, run, folder, "latency")
+
+
+def scaling(run: Run, kernels: list[Fitted], folder: Path) -> list[str]:
+    """Time over every size that grows: points are measured, lines are the model.
+
+    Returns:
+        The name of the SVG file; the PNG lies beside it.
+    """
+    from matplotlib import pyplot
+
+    titles = list(dict.fromkeys(row["series"] for row in run.rows))
+    most = max(row["threads"] for row in run.rows)
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.4), squeeze=False)
+    for axis, title in zip(axes.flat, titles, strict=False):
+        for kernel, color in zip(
+            kernels, ("#c1272d", "#0000a7", "#eecc16", "#008176"), strict=True
+        ):
+            points = [
+                (row, predicted)
+                for row, predicted in zip(kernel.rows, kernel.predicted, strict=True)
+                if row["series"] == title and row["threads"] == most
+            ]
+            name = next(x for x in ("T", "B", "D") if len({row[x] for row, _ in points}) > 1)
+            xs = [row[name] * (row["H"] if name == "B" else 1) for row, _ in points]
+            label = f"{DTYPE_NAMES[kernel.dtype]}, {kernel.work}"
+            axis.plot(
+                xs, [row["seconds"] * 1e3 for row, _ in points], "o", color=color, markersize=3
+            )
+            axis.plot(
+                xs, [guess * 1e3 for _, guess in points], color=color, label=label, linewidth=1
+            )
+        axis.set(title=title, xscale="log", yscale="log", ylabel="ms: points measured, lines model")
+    axes[0, 0].legend(fontsize=6)
+    return _save(figure, run, folder, "scaling")
 
 
 def _save(figure: Any, run: Run, folder: Path, name: str) -> list[str]:
