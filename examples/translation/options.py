@@ -125,7 +125,7 @@ def _add_training(parser: Parser) -> None:
         "--precision", choices=PRECISIONS, default="fp32", help="bf16 is autocast (default fp32)"
     )
     group.add_argument(
-        "--steps", type=number(1), default=1000, metavar="N", help="of the training (default 1000)"
+        "--steps", type=number(1), default=800, metavar="N", help="of the training (default 800)"
     )
 
 
