@@ -39,12 +39,16 @@ def compare(before: Run, after: Run, threshold: float = THRESHOLD) -> list[Chang
     Raises:
         ValueError: They have no row of ours in common; one line.
     """
-    old = {(row["suite"], row["id"]): row for row in before.rows if OURS in row["contestants"]}
-    both = [(old.get((row["suite"], row["id"])), row) for row in after.rows]
+    old = {_key(row): row for row in before.rows if OURS in row["contestants"]}
+    both = [(old.get(_key(row)), row) for row in after.rows]
     changes = [_change(a, b, threshold) for a, b in both if a and OURS in b["contestants"]]
     if not changes:
         raise ValueError(f"bench: {before.path} and {after.path} have no row in common")
     return changes
+
+
+def _key(row: Row) -> tuple[str, str, str | None]:
+    return row["suite"], row["id"], row["backend"]
 
 
 def _change(a: Row, b: Row, threshold: float) -> Change:

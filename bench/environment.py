@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 
 import attnfast
-from attnfast import dispatch
 
 from . import ROOT
 from .grid import SIZES
@@ -96,13 +95,6 @@ def unavailable(backend: str, device: str = "cpu") -> str | None:
     except (RuntimeError, ValueError) as error:
         return " ".join(str(error).split())
     return None
-
-
-def backends(device: str) -> list[str]:
-    """Our backends for a device that can be measured here; the reference is none of them."""
-    rows = dispatch.rows(torch.device(device))
-    names = [row.name for row in rows if row is not dispatch.REFERENCE]
-    return [name for name in names if unavailable(name, device) is None]
 
 
 def architecture(backend: str, device: str = "cpu") -> str:

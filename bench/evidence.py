@@ -8,13 +8,14 @@ said. Nothing is typed by hand, and what is older than the kernels' sources is c
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnfast import dispatch
 
-from . import RESULTS, ROOT, environment, guard, proof, results
+from . import RESULTS, ROOT, environment, guard, proof, results, summary
 from .summary import DTYPE_NAMES
 
 STAGES = ("interpreter", "emulator", "compiled", "hardware")
@@ -112,9 +113,12 @@ def run(
     families: dict[tuple[str, str], list[guard.Item]] = {}
     for item in plan(backend, device, dry=dry):
         families.setdefault((item["table"], item["dtype"]), []).append(item)
-    return [
-        outcome for items in families.values() for outcome in guard.run(command, items, limits, log)
-    ]
+    outcomes: list[guard.Outcome] = []
+    for i, items in enumerate(families.values()):  # each has its part of the time that is left
+        now = time.monotonic()
+        part = limits._replace(until=now + (until - now) / (len(families) - i))
+        outcomes += guard.run(command, items, part, log)
+    return outcomes
 
 
 class Line(NamedTuple):
@@ -214,8 +218,6 @@ def _stale(backend: str, run_: results.Run, tree: Path) -> str:
 
 def markdown(found: list[Line]) -> str:
     """The lines as a table."""
-    from .summary import table
-
     rows = [
         [
             f"{line.kernel.backend}, {line.kernel.architecture}, {line.kernel.kind},"
@@ -224,4 +226,5 @@ def markdown(found: list[Line]) -> str:
         ]
         for line in found
     ]
-    return table(["kernel", "proven", "compiled", "run on hardware", "timed"], rows)
+    header = ["kernel", "proven", "compiled", "run on hardware", "timed"]
+    return summary.table(header, rows, text=True)

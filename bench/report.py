@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import OURS, ROOT, plots, results
+from . import OURS, ROOT, evidence, plots, results
 from .results import Row, Run
 from .summary import (
     DTYPE_NAMES,
@@ -133,6 +133,23 @@ def page(runs: list[Run], pictures: dict[Path, list[str]]) -> str:
     return "\n\n".join([NOTE, "# Speed", METHOD.strip(), *sections]) + "\n"
 
 
+EVIDENCE = """\
+Which kernel was proven, run and timed where, at which commit. "proven" is Triton's interpreter or
+the emulator of the CUDA kernels, "compiled" what the compiler said, "run on hardware" the case
+tables of the tests there: how many passed, and the largest error as a share of what the accuracy
+rule allows. *Stale* is what is older than the sources of its backend. A "+" after a commit: with
+uncommitted changes.
+
+`python -m bench evidence --run --backend NAME` runs the tables on this machine and adds its line.
+"""
+
+
+def evidence_page(root: Path) -> str:
+    """The text of docs/evidence.md."""
+    found = evidence.lines(root / "bench" / "results", root)
+    return "\n\n".join([NOTE, "# Evidence", EVIDENCE.strip(), evidence.markdown(found)]) + "\n"
+
+
 def readme_block(runs: list[Run]) -> str:
     """The README's tables: the newest run by shape, then the means of all devices."""
     newest = runs[0]
@@ -197,9 +214,11 @@ def write(runs: list[Run], root: Path) -> list[Path]:
     pictures = {run.path: plots.draw(run, root / "docs" / "performance") for run in runs}
     performance.parent.mkdir(exist_ok=True)
     performance.write_text(page(runs, pictures))
+    proven = root / "docs" / "evidence.md"
+    proven.write_text(evidence_page(root))
     readme.write_text(before + readme_block(runs) + after)
     drawn = [root / "docs" / "performance" / name for names in pictures.values() for name in names]
-    return [performance, readme, *drawn]
+    return [performance, proven, readme, *drawn]
 
 
 def newest(folder: Path) -> list[Run]:

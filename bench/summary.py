@@ -32,12 +32,14 @@ def geometric_mean(values: Iterable[float]) -> float:
 def groups(run: Run) -> dict[str, list[Row]]:
     """The rows that one geometric mean is taken over, by title: suite, dtype and kind of work."""
     found: dict[str, list[Row]] = {}
+    several = len({row["backend"] for row in run.rows}) > 1
     for suite in SUITES:
         for row in run.rows:
             if row["suite"] == suite:
                 case = row["case"]
                 kind = case.get("mode") or (case["work"] if suite in ("options", "varlen") else "")
                 parts = [TITLES[suite], DTYPE_NAMES[case["dtype"]], *([kind] if kind else [])]
+                parts += [row["backend"] or "rivals"] if several else []
                 found.setdefault(", ".join(parts), []).append(row)
     return found
 
@@ -61,16 +63,18 @@ def case_name(row: Row) -> str:
     return f"{case['B']}, {case['H']}, {length}, {case['D']}{end}{option}"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns: the first to the left, the others to the right."""
+def table(header: list[str], rows: list[list[str]], *, text: bool = False) -> str:
+    """A Markdown table: the first column to the left, the others to the right unless ``text``."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: list[str]) -> str:
         first, *others = zip(cells, widths, strict=True)
-        aligned = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        place = str.ljust if text else str.rjust
+        aligned = [first[0].ljust(first[1]), *(place(cell, width) for cell, width in others)]
         return f"| {' | '.join(aligned)} |"
 
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    end = "-" if text else ":"
+    rule = ["-" * widths[0], *("-" * (width - 1) + end for width in widths[1:])]
     return "\n".join([line(header), line(rule), *map(line, rows)])
 
 

@@ -83,6 +83,7 @@ class Race:
                 self.absent[name] = f"failed: {str(error).strip().splitlines()[0][:100]}"
                 continue
             first[name], results[name] = reading.seconds, reading.results
+        self.host_s: dict[str, float] = {}
         self.rivals = [name for name in first if name != OURS]
         truth = results[OURS if OURS in results else self.rivals[0]]
         self.differences = {
@@ -91,14 +92,11 @@ class Race:
         results.clear()
         entries.ready()
         self.once = [name for name in self.rivals if first[name] > LONG_S]
-        self.calls = {
-            name: [clock.prepared(call) for call in entries.calls[name]]
-            for name in first
-            if name not in self.once
-        }
-        second = {name: self._second(name, limits) for name in self.calls}
+        racing = [name for name in first if name not in self.once]
+        second = {name: self._second(name, entries.calls[name][-1], limits) for name in racing}
+        self.calls = {name: [clock.prepared(x) for x in entries.calls[name]] for name in racing}
+        self.replayed = {name: self.calls[name][0] is not entries.calls[name][0] for name in racing}
         self.samples = {name: [first[name]] if name in self.once else [] for name in first}
-        self.host: dict[str, list[float]] = {name: [] for name in first}
         fastest = min((second[name] for name in second if name != OURS), default=0.0)
         self.guests = [n for n in second if n != OURS and fastest and second[n] > SLOW * fastest]
         regular = sum(s for name, s in second.items() if name not in self.guests)
@@ -106,11 +104,12 @@ class Race:
         self.rounds = min(limits.most_rounds, planned)
         self.turn = 0
 
-    def _second(self, name: str, limits: Limits) -> float:
-        """Seconds of a second, warm call, which also shows how much memory it needs."""
+    def _second(self, name: str, call: Call, limits: Limits) -> float:
+        """Seconds of a second, warm call, which also shows memory and the host's share."""
         if limits.most_rounds == 1:
             return LONG_S
-        reading, peak = self.clock.peak(self.calls[name][-1])
+        reading, peak = self.clock.peak(call)
+        self.host_s[name] = reading.host_s
         if name != OURS or peak is None:  # ours keeps small scratch memory: its larger peak counts
             self.peaks[name] = peak
         else:
@@ -133,16 +132,16 @@ class Race:
         calls = self.calls[name]
         reading = self.clock.read(calls[self.turn % len(calls)])
         self.samples[name].append(reading.seconds)
-        self.host[name].append(reading.host_s)
 
     def row(self) -> dict[str, Any]:
         """The row of results.
 
         Returns:
             The case; per contestant times in seconds, rounds, GFLOP/s, peak memory in bytes beside
-            the inputs, and the share of the limit; ``rival``, the fastest of the others; ``ratio``,
-            its median over ours; ``ratio_quartiles`` over the rounds; ``once``, whose only call
-            stands; ``absent``, who does not compete, and why.
+            the inputs, the share of the limit, ``host_s``, which the host needed to issue a warm
+            call, and whether it was ``replayed`` from a graph; ``rival``, the fastest of the
+            others; ``ratio``, its median over ours; ``ratio_quartiles`` over the rounds; ``once``,
+            whose only call stands; ``absent``, who does not compete, and why.
         """
         contestants = {name: self._summary(name) for name in self.samples}
         found: dict[str, Any] = {
@@ -181,7 +180,8 @@ class Race:
             "q1_s": low,
             "q3_s": high,
             "min_s": min(seconds),
-            "host_s": statistics.median(self.host[name]) if self.host[name] else None,
+            "host_s": self.host_s.get(name),
+            "replayed": self.replayed.get(name, False),
             "gflops": self.case.flop / median / 1e9,
             "peak_bytes": self.peaks[name],
             "share": None if self.limit_s is None else self.limit_s / median,

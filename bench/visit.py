@@ -9,6 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from attnfast import dispatch
+
 from . import OURS, ROOT, environment, evidence, guard, results, suites, worker
 from .summary import DTYPE_NAMES, case_name
 
@@ -34,10 +38,25 @@ class Visit:
         self.device = "cpu" if dry else "cuda"
         size = "smoke" if dry else "gpu"
         self.settings = environment.settings({}, size=size, device=self.device, threads=1)
-        self.backends = environment.backends(self.device)
         self.command = worker.command(SCRIPT, sys.executable)
+        self.refusals = self._refusals()
+        self.backends = [name for name, reason in self.refusals.items() if reason is None]
         self.failures: list[str] = []
         self.lines: list[str] = []
+
+    def _refusals(self) -> dict[str, str | None]:
+        """By backend, why it does not run here, or None: seen by a first call, guarded as well."""
+        limits = guard.Limits(start_s=120, item_s=120, deaths=9)
+        names = [row.name for row in dispatch.rows(torch.device(self.device))]
+        items = [
+            {"task": "available", "backend": name, "device": self.device}
+            for name in names
+            if name != "reference"
+        ]
+        return {
+            outcome.item["backend"]: outcome.failure or outcome.result
+            for outcome in guard.run(self.command, items, limits, self.log)
+        }
 
     def say(self, line: str) -> None:
         """Print a line of progress."""
@@ -83,10 +102,9 @@ def _environment(visit: Visit) -> None:
         f"commit {(commit['id'] or 'unknown')[:12]}{' with changes' if commit['dirty'] else ''};"
         f" our backends here: {', '.join(visit.backends) or 'none'}"
     )
-    for backend in ("cpu", "triton", "cuda"):
-        if backend not in visit.backends:
-            reason = environment.unavailable(backend, visit.device)
-            visit.lines.append(f"  {backend}: {reason or 'serves other devices'}"[:200])
+    for backend, reason in visit.refusals.items():
+        if reason is not None:
+            visit.lines.append(f"  {backend}: {reason}"[:200])
     for line in visit.lines:
         visit.say(line)
 

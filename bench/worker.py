@@ -1,4 +1,4 @@
-"""The process that does guarded work: cases of the tests, ceilings, rows of the grid."""
+"""The process that does guarded work: first calls, cases of the tests, ceilings, rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import ceilings, guard, proof, suites
+from . import ceilings, environment, guard, proof, suites
 from .clock import clock
 from .environment import Settings
 
@@ -17,6 +17,8 @@ def work(item: guard.Item) -> Any:
     if item["task"] == "case":
         judged = proof.run(item["backend"], item["device"], item["table"], item["index"])
         return judged.margins
+    if item["task"] == "available":
+        return environment.unavailable(item["backend"], item["device"])
     settings = Settings(**item["settings"])
     device = torch.device(settings.device)
     if item["task"] == "ceilings":

@@ -114,7 +114,7 @@ def refused(command, *arguments):
     return lines[0]
 
 
-def test_report_fills_the_docs(write_run, command, tmp_path):
+def test_report_fills_the_docs(bench, write_run, command, tmp_path):
     def ratio(row):
         case = row["case"]
         if row["suite"] == "module":
@@ -135,8 +135,12 @@ def test_report_fills_the_docs(write_run, command, tmp_path):
     assert readme.startswith("# Title\n\n<!-- bench:begin -->\n")
     assert readme.endswith("<!-- bench:end -->\n\nThe rest.\n")
     assert "old" not in readme
-    assert re.search(r"\| 1, 16, 4096, 128 +(\| +2.0 / 8.0 ){4}\|", readme)
-    assert re.search(r"attention, forward, fp32 +\| +\d+ \| +\*\*4.00x\*\* \| +2.00x", page)
+    assert re.search(r"\| 1, 16, 4096, 128 +(\| +- / 8.0 ){4}\|", readme)
+    assert re.search(r"\| 8, 12, 512, 64 +(\| +2.0 / 8.0 ){4}\|", readme)
+    causal = [case.causal for case in bench.grid.SUITES["forward"]("quick")]
+    mean = 2 * 4 ** (sum(causal) / len(causal))
+    line = rf"attention, forward, fp32 +\| +\d+ \| +\*\*{mean:.2f}x\*\* \| +2.00x"
+    assert re.search(line, page)
     assert re.search(r"Slower than the fastest rival in 4 of \d+ rows:", page)
     assert "- module, fp32, train, small 4, 32, 128, 4, weights, padding: 0.50x" in page
     assert re.search(r"MultiheadAttention, fp32, train +\| +1.34x \(2 of 20\)", readme)
@@ -144,6 +148,10 @@ def test_report_fills_the_docs(write_run, command, tmp_path):
         assert "ffffffffffff with uncommitted changes" in text
         assert "load before the run 0.25" in text
     assert "not measured: no C++ compiler" in page
+    proven = (tmp_path / "docs" / "evidence.md").read_text()
+    assert re.search(
+        r"\| cpu, avx2, decode, bf16 +\| - +\| - +\| - +\| a-cpu: 10 rows, fff", proven
+    )
     folder = tmp_path / "docs" / "performance"
     for plot in ("throughput", "share", "memory"):
         assert (folder / f"a-cpu-{plot}.png").stat().st_size > 10_000
