@@ -65,7 +65,7 @@ if SANITIZE and "avx2" in ISAS:
     ISAS = ISAS | {"lanes16": f"{ISAS['avx2']} -DATTNFAST_16_LANES -Wno-psabi"}
 
 
-CUDA_HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # csrc/cuda/*.cu are compiled once for each
+CUDA_HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # csrc/cuda/attention_*.cu are compiled for each
 
 
 def compiler() -> str:
@@ -165,6 +165,20 @@ def native_file() -> str:
     return build.text(f"build _native.so: link {' '.join(objects)}")
 
 
+def cuda_sources() -> list[tuple[Path, str, str]]:
+    """The CUDA sources, each with the suffix and the flags of every time it is compiled."""
+    compilations = []
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        if source.name.startswith("attention_"):
+            compilations += [
+                (source, f".{head_dim}", f"-DATTNFAST_HEAD_DIM={head_dim}")
+                for head_dim in CUDA_HEAD_DIMS
+            ]
+        else:
+            compilations.append((source, "", ""))
+    return compilations
+
+
 def emulator_file() -> str:
     """How _emulator.so is built: the CUDA kernels compiled for the CPU, and what runs them."""
     build = Ninja(compiler(), "-O2 -DATTNFAST_EMULATOR", "-Wl,-z,defs")
@@ -175,10 +189,8 @@ def emulator_file() -> str:
     ]
     objects += [build.compile(source) for source in sorted((CSRC / "emulator").glob("*.cpp"))]
     objects += [build.compile(source) for source in sorted((CSRC / "cuda").glob("*.cpp"))]
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
-        for head_dim in CUDA_HEAD_DIMS:
-            extra = f"-x c++ -DATTNFAST_HEAD_DIM={head_dim}"
-            objects.append(build.compile(source, f".{head_dim}", extra))
+    for source, suffix, extra in cuda_sources():
+        objects.append(build.compile(source, suffix, f"-x c++ {extra}"))
     return build.text(f"build _emulator.so: link {' '.join(objects)}")
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import EVERYTHING, Case, bf16, fp16
+from cases import EVERYTHING, Case, bf16, fp16, fp32
 from emulation import (
     EMULATED,
     NOT_EMULATED,
@@ -84,13 +84,38 @@ def test_unknown_kernels_and_sabotage() -> None:
         torch.ops.attnfast.emulator_sabotage("burn", "", 0)
 
 
-# Between them they reach every line of the forward's kernels.
+# Between them they reach every line of the kernels.
+OPTIONS = replace(
+    EVERYTHING,
+    dtype=fp16,
+    stats=1,
+    weights="none",
+    grads=("out", "lse", "entropy"),
+    H=2,
+    H_kv=1,
+    T=140,
+    S=130,
+)
 REAL = {
-    "plain": Case("plain", B=1, H=1, H_kv=1, T=150, S=200, D=64, dtype=bf16, causal=True, grads=()),
-    "options": replace(
-        EVERYTHING, dtype=fp16, stats=1, weights="none", grads=(), H=2, H_kv=1, T=140, S=130
+    "plain": Case("plain", B=1, H_kv=1, T=150, S=200, D=64, dtype=bf16, causal=True),
+    "options": OPTIONS,
+    "odd rows": Case("odd", B=1, H=1, H_kv=1, T=70, S=70, D=37, dtype=bf16),
+    "one stage": Case("one_stage", B=1, H_kv=1, T=70, S=70, D=256, dtype=bf16),
+    "bias per query": Case("bias_t", B=1, H=1, H_kv=1, T=70, S=70, bias="t", dtype=bf16),
+    "bias per key": Case("bias_s", B=1, H=1, H_kv=1, T=70, S=70, bias="s", dtype=bf16),
+    "one bias": Case(
+        "bias",
+        B=1,
+        H=1,
+        H_kv=1,
+        T=70,
+        D_v=8,
+        S=70,
+        bias="",
+        bias_dtype=fp32,
+        grads=("out", "lse"),
+        dtype=fp16,
     ),
-    "odd rows": Case("odd", B=1, H=1, H_kv=1, T=70, S=70, D=37, dtype=bf16, grads=()),
 }
 
 # What to do to each primitive. Addresses move by whole chunks, so that they stay aligned.
@@ -112,6 +137,16 @@ WRONGS: dict[str, list[tuple[str, int]]] = {
     "store_global": [("shift", 1 << 22)],
 }
 
+HARMLESS = {  # what makes no wrong result there
+    # Rows at odd addresses are not copied asynchronously.
+    ("odd rows", "omit", "wait_copies"),
+    ("odd rows", "omit", "commit_copies"),
+    # Exchanges columns that are added up; "bias per key" keeps them apart.
+    ("one bias", "flip", "store_shared"),
+    ("one bias", "flip", "load_shared"),
+    ("one bias", "shift", "load_shared"),
+}
+
 
 @pytest.mark.parametrize("name", REAL)
 def test_bugs_of_the_real_kernels(name: str) -> None:
@@ -119,9 +154,9 @@ def test_bugs_of_the_real_kernels(name: str) -> None:
     case = REAL[name]
     missed = []
     for place in places(case):
-        if name == "odd rows" and place.op in ("wait_copies", "commit_copies"):
-            continue  # rows at odd addresses are not copied asynchronously
         for kind, amount in WRONGS[place.op]:
+            if (name, kind, place.op) in HARMLESS:
+                continue
             with sabotage(kind, place, amount):
                 if caught(case) is None:
                     missed.append(f"{kind} {amount} {place}")

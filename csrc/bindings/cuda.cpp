@@ -14,6 +14,7 @@
 namespace {
 
 using namespace attnfast::bindings;
+using attnfast::BackwardParams;
 using attnfast::ForwardParams;
 using attnfast::Problem;
 using attnfast::cuda::DeviceSeed;
@@ -111,6 +112,81 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_fwd(ATTNFAST_INPUTS) {
   return {out, lse, statistics, nothing(lse), nothing(q)};
 }
 
+// fp32 rows laid out like lse, dense.
+const float* rows_of(const OptionalTensor& x, DeviceCall* call, std::vector<Tensor>* kept,
+                     const char* name) {
+  if (!x) return nullptr;
+  Tensor dense = *x;
+  if (!x->is_contiguous() || x->scalar_type() != ScalarType::Float) {
+    dense = empty(*x, ScalarType::Float, {x->size(0), x->size(1), x->size(2)});
+    torch::stable::copy_(dense, *x);
+  }
+  kept->push_back(dense);
+  call->reads(dense, name);
+  return static_cast<const float*>(dense.const_data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_bwd(
+    const Tensor& grad_out, OptionalTensor grad_lse, OptionalTensor grad_entropy,
+    OptionalTensor grad_weights, const Tensor& out, const Tensor& lse, OptionalTensor entropy,
+    bool need_dbias, bool need_dsinks, ATTNFAST_INPUTS) {
+  STD_TORCH_CHECK(!grad_weights, "attention: the CUDA kernels take no gradient of the weights");
+  BackwardParams p;
+  DeviceSeed seed;
+  DeviceCall call(q);
+  Kept kept(&call);
+  std::vector<Tensor> rows;
+  fill_problem(&p, &seed, &call, &kept, ATTNFAST_INPUT_NAMES);
+  const int64_t H = p.H, T = q.size(2);
+  Tensor d_o = grad_out;
+  if (d_o.size(3) > 1 && d_o.stride(3) != 1) {  // expanded or transposed: rows are needed
+    d_o = empty_in_order(grad_out, grad_out.size(3));
+    torch::stable::copy_(d_o, grad_out);
+  }
+  Tensor dq = empty_in_order(q, q.size(3)), dk = empty_in_order(k, k.size(3)),
+         dv = empty_in_order(v, v.size(3));
+  call.reads(out, "out"), call.reads(d_o, "grad_out");
+  call.writes(dq, "dq"), call.writes(dk, "dk"), call.writes(dv, "dv");
+  p.out = read(out), p.grad_out = read(d_o);
+  p.dq = write(dq), p.dk = write(dk), p.dv = write(dv);
+  if (p.cu_seqlens_q) {
+    p.out.b = p.grad_out.b = p.dq.b = p.dk.b = p.dv.b = 0;
+    torch::stable::zero_(dq), torch::stable::zero_(dk), torch::stable::zero_(dv);
+  }
+  p.lse_stride_b = H * T, p.lse_stride_h = T;
+  p.lse = rows_of(lse, &call, &rows, "lse");
+  p.grad_lse = rows_of(grad_lse, &call, &rows, "grad_lse");
+  p.entropy = rows_of(entropy, &call, &rows, "entropy");
+  p.grad_entropy = rows_of(grad_entropy, &call, &rows, "grad_entropy");
+  Tensor dbias = nothing(q), dsinks = nothing(q);
+  int64_t bias_sizes[4] = {1, 1, 1, 1};
+  if (need_dbias) {
+    for (int64_t d = 0; d < 4; ++d) bias_sizes[d] = bias->size(d);
+    dbias = empty(*bias, bias->scalar_type(),
+                  {bias->size(0), bias->size(1), bias->size(2), bias->size(3)});
+    call.writes(dbias, "dbias");
+    p.dbias = write(dbias);
+  }
+  Tensor sink_sums = nothing(lse);
+  if (need_dsinks) {
+    sink_sums = empty(lse, ScalarType::Float, {H});
+    call.writes(sink_sums, "dsinks");
+    p.dsinks = static_cast<float*>(sink_sums.mutable_data_ptr());
+  }
+  Tensor scratch = empty(lse, ScalarType::Float, {attnfast::cuda::backward_scratch(p)});
+  call.writes(scratch, "scratch");
+  attnfast::cuda::attention_bwd(p, seed, T, k.size(2), bias_sizes,
+                                static_cast<float*>(scratch.mutable_data_ptr()), call.stream());
+  if (need_dsinks) {
+    dsinks = sink_sums;
+    if (sinks->scalar_type() != ScalarType::Float) {
+      dsinks = empty(*sinks, sinks->scalar_type(), {H});
+      torch::stable::copy_(dsinks, sink_sums);
+    }
+  }
+  return {dq, dk, dv, dbias, dsinks};
+}
+
 }  // namespace
 
 #ifdef ATTNFAST_EMULATOR
@@ -119,4 +195,5 @@ STABLE_TORCH_LIBRARY_IMPL(attnfast, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(attnfast, CUDA, m) {
 #endif
   m.impl("cuda_fwd", TORCH_BOX(&cuda_fwd));
+  m.impl("cuda_bwd", TORCH_BOX(&cuda_bwd));
 }

@@ -13,22 +13,47 @@ struct ForwardArguments {
   bool q_aligned = false, k_aligned = false, v_aligned = false, out_aligned = false;
 };
 
-// Launches the kernel of the head dims up to kHeadDim. Plain calls have no option but positions,
+// The bias's own sizes: 1 where it broadcasts.
+struct BiasSizes {
+  int64_t B = 1, H = 1, T = 1, S = 1;
+};
+
+struct BackwardArguments {
+  BackwardParams p;
+  DeviceSeed dropout;
+  int64_t rows_q, rows_k;
+  BiasSizes bias;
+  float* terms;        // [3][B * H][padded]: what rows.cu makes of each query
+  int64_t padded;      // T, rounded up
+  int64_t blocks = 0;  // of the longest sequence's keys, or queries
+  bool q_aligned = false, k_aligned = false, v_aligned = false;
+  bool out_aligned = false, grad_out_aligned = false;
+  bool dq_aligned = false, dk_aligned = false, dv_aligned = false;
+};
+
+// Launches the kernels of the head dims up to kHeadDim. Plain calls have no option but positions,
 // rows that are aligned, and a positive scale.
 template <int kHeadDim>
 void run_attention_fwd(const ForwardArguments& a, bool plain, Stream stream);
+template <int kHeadDim>
+void run_attention_bwd(const BackwardArguments& a, bool plain, Stream stream);
 
-template <>
-void run_attention_fwd<32>(const ForwardArguments&, bool, Stream);
-template <>
-void run_attention_fwd<64>(const ForwardArguments&, bool, Stream);
-template <>
-void run_attention_fwd<96>(const ForwardArguments&, bool, Stream);
-template <>
-void run_attention_fwd<128>(const ForwardArguments&, bool, Stream);
-template <>
-void run_attention_fwd<192>(const ForwardArguments&, bool, Stream);
-template <>
-void run_attention_fwd<256>(const ForwardArguments&, bool, Stream);
+int64_t padded_rows(int64_t T);
+void run_attention_bwd_rows(const BackwardArguments& a, Stream stream);
+void run_attention_bwd_sinks(const BackwardArguments& a, Stream stream);
+
+// Which head dims there are, each defined in a compilation of its own.
+#define ATTNFAST_DECLARE(kHeadDim)                                         \
+  template <>                                                              \
+  void run_attention_fwd<kHeadDim>(const ForwardArguments&, bool, Stream); \
+  template <>                                                              \
+  void run_attention_bwd<kHeadDim>(const BackwardArguments&, bool, Stream);
+ATTNFAST_DECLARE(32)
+ATTNFAST_DECLARE(64)
+ATTNFAST_DECLARE(96)
+ATTNFAST_DECLARE(128)
+ATTNFAST_DECLARE(192)
+ATTNFAST_DECLARE(256)
+#undef ATTNFAST_DECLARE
 
 }  // namespace attnfast::cuda

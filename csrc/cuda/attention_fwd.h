@@ -65,23 +65,10 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   const uint32_t q_tile = shared_memory(), k_tile = q_tile + kM * kD * 2;
   const uint32_t v_tile = k_tile + kN * kD * 2;
   const uint32_t q_rows = q_tile + warp * kRowTiles * 16 * kD * 2;  // the warp's
-  const int D = static_cast<int>(p.D), D_v = static_cast<int>(p.D_v);
-  const Rows<Element> q{
-      head.rows_of<Element>(p.q, head.h, head.q_begin), p.q.t, 0, head.T, D, arguments.q_aligned};
-  // Keys that no query reaches read as zero, whatever they hold.
-  const int reach_begin = head.first_key(0), reach_end = head.end_key(head.T - 1);
-  const Rows<Element> k{head.rows_of<Element>(p.k, head.h_kv, head.k_begin),
-                        p.k.t,
-                        reach_begin,
-                        reach_end,
-                        D,
-                        arguments.k_aligned};
-  const Rows<Element> v{head.rows_of<Element>(p.v, head.h_kv, head.k_begin),
-                        p.v.t,
-                        reach_begin,
-                        reach_end,
-                        D_v,
-                        arguments.v_aligned};
+  const int D_v = static_cast<int>(p.D_v);
+  const auto q = head.queries_of<Element>(p.q, p.D, arguments.q_aligned);
+  const auto k = head.keys_of<Element>(p.k, p.D, arguments.k_aligned);
+  const auto v = head.keys_of<Element>(p.v, p.D_v, arguments.v_aligned);
 
   float acc[kRowTiles][kD / 8][4] = {};
   Softmax<kRows> softmax;
@@ -109,9 +96,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
       add_rows_times_rows<Element, kD>(s, q_rows, k_tile, lane);
       const bool edge = crosses_edge(head, t0, kRowTiles * 16, s0, kN);
       if constexpr (kPlain) {
-        if (edge) options.mask_positions(s, head, t0, s0, lane);
+        if (edge) options.mask_positions<false>(s, head, t0, s0, lane);
       } else {
-        options.apply(s, head, t0, s0, lane, edge);
+        options.apply<false>(s, head, t0, s0, lane, edge);
         if (options.drops_keys()) live = live_columns(s);
       }
     }
@@ -155,9 +142,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
             const float depth = x - base;
             x = exp2_fast(depth * factor);
             if (p.entropy && depth != -kInfinity) {
-              const int t = query_of(t0, i, e, lane), key = key_of(s0, n, e, lane);
+              const Position at = position_of<false>(t0, s0, i, n, e, lane);
               moments.depth[r] += x * depth;
-              moments.distance[r] += x * fabsf(static_cast<float>(key - t - head.shift));
+              moments.distance[r] += x * fabsf(static_cast<float>(at.key - at.t - head.shift));
             }
           }
           softmax.l[r] += x;
@@ -165,7 +152,15 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
       }
     }
     if constexpr (!kPlain) {
-      if (philox.threshold) drop_probabilities(s, philox, t0, s0, lane);
+      if (philox.threshold) {
+        uint32_t kept[kRowTiles];
+        kept_by_dropout<false, kRowTiles, kN / 8>(kept, philox, t0, s0, lane);
+        ATTNFAST_UNROLL for (int i = 0; i < kRowTiles; ++i) {
+          ATTNFAST_UNROLL for (int x = 0; x < kN / 2; ++x) {
+            if (!(kept[i] >> x & 1)) s[i][x / 4][x % 4] = 0.0f;
+          }
+        }
+      }
     }
     add_registers_times_rows<Element, kD, !kPlain>(acc, s, v_tile, live, lane);
   }
@@ -173,8 +168,10 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
 
   // Rows
   const float to_natural = kPlain ? p.scale : options.to_natural();
+  const float keep = dropout_factor(p);
+  float norm[kRows];
   ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
-    const int i = r / 2, half = r % 2 * 2, t = query_of(t0, i, half, lane);
+    const int t = t0 + r * 8 + lane / 4;
     float m = softmax.m[r], l = softmax.l[r];
     l += shuffle_xor(l, 1);
     l += shuffle_xor(l, 2);
@@ -200,16 +197,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
         m = top;
       }
     }
-    const float keep = p.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - p.dropout_p)) : 0.0f;
-    const float norm = l == 0.0f ? 0.0f : past * keep / l;
-    ATTNFAST_UNROLL for (int n = 0; n < kD / 8; ++n) {
-      const uint32_t pair = pack<Element>(acc[i][n][half] * norm, acc[i][n][half + 1] * norm);
-      const int row = i * 16 + half * 4 + lane / 4;
-      store_shared(q_rows + Swizzle<kD>::offset(row, n) + lane % 4 * 4, pair);
-    }
+    norm[r] = l == 0.0f ? 0.0f : past * keep / l;
     if (lane % 4 == 0 && t < head.T) {
-      const int64_t row = (p.cu_seqlens_q ? 0 : head.b * p.lse_stride_b) + head.h * p.lse_stride_h +
-                          head.q_begin + t;
+      const int64_t row = head.row_number(p, t);
       const float lse = l == 0.0f ? -kInfinity : m * to_natural + logf(l);
       store_global(p.lse + row, lse);
       if constexpr (!kPlain) {
@@ -224,24 +214,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   }
 
   // Output
-  sync_warp();
-  auto* out = const_cast<Element*>(head.rows_of<Element>(p.out, head.h, head.q_begin));
-  constexpr int kChunks = kD / 8;
-  for (int n = lane; n < kRowTiles * 16 * kChunks; n += kWarpSize) {
-    const int row = n / kChunks, chunk = n % kChunks, t = t0 + row;
-    if (t >= head.T || chunk * 8 >= D_v) continue;
-    const auto x = load_shared<Words4>(q_rows + Swizzle<kD>::offset(row, chunk));
-    Element* to = out + t * p.out.t + chunk * 8;
-    if (kPlain || arguments.out_aligned) {
-      store_global(reinterpret_cast<Words4*>(to), x);
-      continue;
-    }
-    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-    ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
-      if (chunk * 8 + i >= D_v) break;
-      store_global(to + i, Element{static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)});
-    }
-  }
+  auto* out = head.rows_to<Element>(p.out, head.h, head.q_begin);
+  store_rows<kD, !kPlain>(acc, norm, q_rows, out + t0 * p.out.t, p.out.t, head.T - t0, D_v,
+                          arguments.out_aligned, lane);
 }
 
 template <class Element, int kD, bool kPlain>
@@ -249,12 +224,9 @@ void launch_attention_fwd(const ForwardArguments& arguments, Stream stream) {
   using Shape = ForwardShape<kD, kPlain>;
   ForwardArguments a = arguments;
   a.query_blocks = (a.p.T + Shape::kM - 1) / Shape::kM;
-  const char* dtype = sizeof(Element) && a.p.q.dtype == DType::kFloat16 ? "fp16" : "bf16";
-  launch<ForwardArguments>(std::string("attention_fwd<") + dtype + ", " + std::to_string(kD) +
-                               (kPlain ? ", plain>" : ", options>"),
-                           attention_fwd_kernel<Element, kD, kPlain>,
-                           a.p.B * a.p.H * a.query_blocks, Shape::kThreads, Shape::kSharedBytes,
-                           stream, a);
+  launch<ForwardArguments>(
+      kernel_name<Element, kD, kPlain>("attention_fwd"), attention_fwd_kernel<Element, kD, kPlain>,
+      a.p.B * a.p.H * a.query_blocks, Shape::kThreads, Shape::kSharedBytes, stream, a);
 }
 
 }  // namespace attnfast::cuda

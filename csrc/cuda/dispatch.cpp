@@ -1,5 +1,7 @@
 // From a call's sizes and options to the kernel that was built for them.
 #include <stdexcept>
+#include <string>
+#include <type_traits>
 
 #include "arguments.h"
 #include "kernels.h"
@@ -17,6 +19,26 @@ bool aligned(const AnyView& x, int64_t columns) {
   return aligned(x.data, x.b, x.h, x.t, columns);
 }
 
+// Whether no option but positions is at work.
+bool plain(const Problem& p) {
+  return !p.mask.data && !p.bias.data && !p.alibi_slopes && !p.sinks && !(p.softcap > 0.0f) &&
+         !(p.dropout_p > 0.0) && p.scale > 0.0f;
+}
+
+// Calls run(std::integral_constant) with the smallest head dim that there is for D and D_v.
+template <class Run>
+void with_head_dim(const Problem& p, Run run) {
+  const int64_t widest = p.D > p.D_v ? p.D : p.D_v;
+  if (widest <= 32) return run(std::integral_constant<int, 32>());
+  if (widest <= 64) return run(std::integral_constant<int, 64>());
+  if (widest <= 96) return run(std::integral_constant<int, 96>());
+  if (widest <= 128) return run(std::integral_constant<int, 128>());
+  if (widest <= 192) return run(std::integral_constant<int, 192>());
+  if (widest <= 256) return run(std::integral_constant<int, 256>());
+  throw std::runtime_error("attention: the CUDA kernels take head dims up to 256, got " +
+                           std::to_string(widest));
+}
+
 }  // namespace
 
 void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
@@ -24,18 +46,28 @@ void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t ro
   ForwardArguments a{p, dropout, rows_q, rows_k};
   a.q_aligned = aligned(p.q, p.D), a.k_aligned = aligned(p.k, p.D);
   a.v_aligned = aligned(p.v, p.D_v), a.out_aligned = aligned(p.out, p.D_v);
-  const bool plain = a.q_aligned && a.k_aligned && a.v_aligned && a.out_aligned && !p.mask.data &&
-                     !p.bias.data && !p.alibi_slopes && !p.sinks && !(p.softcap > 0.0f) &&
-                     !(p.dropout_p > 0.0) && !p.entropy && p.scale > 0.0f;
-  const int64_t widest = p.D > p.D_v ? p.D : p.D_v;
-  if (widest <= 32) return run_attention_fwd<32>(a, plain, stream);
-  if (widest <= 64) return run_attention_fwd<64>(a, plain, stream);
-  if (widest <= 96) return run_attention_fwd<96>(a, plain, stream);
-  if (widest <= 128) return run_attention_fwd<128>(a, plain, stream);
-  if (widest <= 192) return run_attention_fwd<192>(a, plain, stream);
-  if (widest <= 256) return run_attention_fwd<256>(a, plain, stream);
-  throw std::runtime_error("attention: the CUDA kernels take head dims up to 256, got " +
-                           std::to_string(widest));
+  const bool simple =
+      plain(p) && !p.entropy && a.q_aligned && a.k_aligned && a.v_aligned && a.out_aligned;
+  with_head_dim(p, [&](auto head_dim) { run_attention_fwd<head_dim()>(a, simple, stream); });
+}
+
+int64_t backward_scratch(const BackwardParams& p) { return 3 * p.B * p.H * padded_rows(p.T); }
+
+void attention_bwd(const BackwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
+                   int64_t rows_k, const int64_t (&bias_sizes)[4], float* scratch, Stream stream) {
+  BackwardArguments a{p, dropout, rows_q, rows_k, {}, scratch, padded_rows(p.T)};
+  a.bias = {bias_sizes[0], bias_sizes[1], bias_sizes[2], bias_sizes[3]};
+  a.q_aligned = aligned(p.q, p.D), a.k_aligned = aligned(p.k, p.D);
+  a.v_aligned = aligned(p.v, p.D_v), a.out_aligned = aligned(p.out, p.D_v);
+  a.grad_out_aligned = aligned(p.grad_out, p.D_v);
+  a.dq_aligned = aligned(p.dq, p.D), a.dk_aligned = aligned(p.dk, p.D);
+  a.dv_aligned = aligned(p.dv, p.D_v);
+  const bool simple = plain(p) && !p.grad_entropy && a.q_aligned && a.k_aligned && a.v_aligned &&
+                      a.out_aligned && a.grad_out_aligned && a.dq_aligned && a.dk_aligned &&
+                      a.dv_aligned;
+  run_attention_bwd_rows(a, stream);
+  with_head_dim(p, [&](auto head_dim) { run_attention_bwd<head_dim()>(a, simple, stream); });
+  if (p.dsinks) run_attention_bwd_sinks(a, stream);
 }
 
 }  // namespace attnfast::cuda

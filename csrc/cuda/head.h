@@ -3,6 +3,7 @@
 #pragma once
 #include "../params.h"
 #include "prims/prims.h"
+#include "tile.h"
 
 namespace attnfast::cuda {
 
@@ -22,16 +23,16 @@ struct Range {
 };
 
 struct Head {
-  int64_t b, h, h_kv;
+  int b, h, h_kv;
   int T, S;              // of this sequence
   int q_begin, k_begin;  // first row of this sequence (varlen), else 0
   int shift;             // t' = t + shift
   int low, high;         // query t may attend to key s if low <= s - t <= high
 
   ATTNFAST_DEVICE Head(const Problem& p, int64_t rows_q, int64_t rows_k, int64_t b_, int64_t h_)
-      : b(b_), h(h_) {
+      : b(static_cast<int>(b_)), h(static_cast<int>(h_)) {
     const Range q(p.cu_seqlens_q, b, rows_q), k(p.cu_seqlens_k, b, rows_k);
-    h_kv = h / (p.H / p.H_kv);
+    h_kv = static_cast<int>(h_ / (p.H / p.H_kv));
     q_begin = q.begin, k_begin = k.begin, T = q.end - q.begin, S = k.end - k.begin;
     int64_t by = p.align_offset + (p.align_per_batch ? load_global(p.align_per_batch + b) : 0);
     if (p.align_bottom_right) by += S - T;
@@ -46,14 +47,42 @@ struct Head {
     return low == INT32_MIN ? 0 : saturate(max_of<int64_t>(int64_t{t} + low, 0));
   }
   ATTNFAST_DEVICE int end_key(int t) const {
-    return static_cast<int>(high == INT32_MAX ? S : min_of<int64_t>(int64_t{t} + high + 1, S));
+    return saturate(high == INT32_MAX ? S : min_of<int64_t>(int64_t{t} + high + 1, S));
+  }
+  // Key s may be attended to by queries first_query(s) <= t < end_query(s), likewise.
+  ATTNFAST_DEVICE int first_query(int s) const {
+    return high == INT32_MAX ? 0 : saturate(max_of<int64_t>(int64_t{s} - high, 0));
+  }
+  ATTNFAST_DEVICE int end_query(int s) const {
+    return saturate(low == INT32_MIN ? T : min_of<int64_t>(int64_t{s} - low + 1, T));
   }
   ATTNFAST_DEVICE bool in_reach(int t, int s) const { return s - t >= low && s - t <= high; }
 
-  // Where a (B, H, rows, columns) tensor has this head's first row; h_kv for keys and values.
-  template <class Element, class AnyView>
-  ATTNFAST_DEVICE auto* rows_of(const AnyView& x, int64_t head, int first_row) const {
-    return reinterpret_cast<const Element*>(x.data) + b * x.b + head * x.h + first_row * x.t;
+  // What no query reaches, and what reaches no key, reads as zero, whatever it holds.
+  template <class Element>
+  ATTNFAST_DEVICE Rows<Element> keys_of(const View& x, int64_t columns, bool aligned) const {
+    return {rows_of<Element>(x, h_kv, k_begin), x.t,    first_key(0), end_key(T - 1),
+            static_cast<int>(columns),          aligned};
+  }
+  template <class Element>
+  ATTNFAST_DEVICE Rows<Element> queries_of(const View& x, int64_t columns, bool aligned) const {
+    return {rows_of<Element>(x, h, q_begin), x.t,    first_query(0), end_query(S - 1),
+            static_cast<int>(columns),       aligned};
+  }
+
+  // Where a (B, H, rows, columns) tensor has a head's first row.
+  template <class Element>
+  ATTNFAST_DEVICE const Element* rows_of(const View& x, int64_t head, int first_row) const {
+    return static_cast<const Element*>(x.data) + b * x.b + head * x.h + first_row * x.t;
+  }
+  template <class Element>
+  ATTNFAST_DEVICE Element* rows_to(const MutableView& x, int64_t head, int first_row) const {
+    return static_cast<Element*>(x.data) + b * x.b + head * x.h + first_row * x.t;
+  }
+  // Where lse and its like have query t.
+  template <class Params>
+  ATTNFAST_DEVICE int64_t row_number(const Params& p, int t) const {
+    return (p.cu_seqlens_q ? 0 : b * p.lse_stride_b) + h * p.lse_stride_h + q_begin + t;
   }
 };
 

@@ -19,4 +19,10 @@ struct DeviceSeed {
 void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
                    int64_t rows_k, Stream stream);
 
+// dq, dk, dv and, where wanted, dbias of these sizes (1 where it broadcasts) and dsinks. `scratch`
+// holds backward_scratch(p) floats.
+void attention_bwd(const BackwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
+                   int64_t rows_k, const int64_t (&bias_sizes)[4], float* scratch, Stream stream);
+int64_t backward_scratch(const BackwardParams& p);
+
 }  // namespace attnfast::cuda

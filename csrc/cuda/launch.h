@@ -3,6 +3,7 @@
 #pragma once
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "kernels.h"
 #include "prims/prims.h"
@@ -15,6 +16,13 @@ namespace attnfast::cuda {
 
 template <class Params>
 using Kernel = void (*)(Params);
+
+// "attention_fwd<bf16, 64, plain>"
+template <class Element, int kD, bool kPlain>
+std::string kernel_name(const char* name) {
+  const char* dtype = std::is_same_v<Element, Float16> ? "<fp16, " : "<bf16, ";
+  return std::string(name) + dtype + std::to_string(kD) + (kPlain ? ", plain>" : ", options>");
+}
 
 #ifdef ATTNFAST_EMULATOR
 

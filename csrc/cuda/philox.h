@@ -5,9 +5,14 @@
 
 namespace attnfast::cuda {
 
+// What probabilities that stay are multiplied with.
+ATTNFAST_DEVICE float dropout_factor(const Problem& p) {
+  return p.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - p.dropout_p)) : 0.0f;
+}
+
 struct Philox {
   uint32_t key0, key1, stream, offset;
-  uint32_t threshold;  // lanes below it are dropped
+  uint32_t threshold;  // lanes below it are dropped; 0: none
 
   ATTNFAST_DEVICE Philox(const Problem& p, const DeviceSeed& seed, int64_t b, int64_t h)
       : key0(0), key1(0), stream(static_cast<uint32_t>(b * p.H + h)), offset(0), threshold(0) {
@@ -43,6 +48,28 @@ ATTNFAST_DEVICE void transpose_in_quads(uint32_t (&words)[4], int lane) {
       } else {
         words[i | bit] = received;
       }
+    }
+  }
+}
+
+// Of the eight lanes that share columns, lane / 4 = 0 .. 7, each has the words of one query: out[i]
+// becomes word mine / 2 of lane i's.
+ATTNFAST_DEVICE void share_down_columns(const uint32_t (&words)[4], uint32_t (&out)[8], int mine) {
+  const bool bit2 = mine & 4, bit1 = mine & 2, bit0 = mine & 1;
+  uint32_t two[2][2];  // [bit 2 of the lane][bit 0 of the word]
+  ATTNFAST_UNROLL for (int w = 0; w < 2; ++w) {
+    const uint32_t own = bit2 ? words[2 + w] : words[w];
+    const uint32_t other = shuffle_xor(bit2 ? words[w] : words[2 + w], 16);
+    two[0][w] = bit2 ? other : own, two[1][w] = bit2 ? own : other;
+  }
+  ATTNFAST_UNROLL for (int i = 0; i < 2; ++i) {
+    const uint32_t own = bit1 ? two[i][1] : two[i][0];
+    const uint32_t other = shuffle_xor(bit1 ? two[i][0] : two[i][1], 8);
+    const uint32_t four[2] = {bit1 ? other : own, bit1 ? own : other};
+    ATTNFAST_UNROLL for (int j = 0; j < 2; ++j) {
+      const uint32_t last = shuffle_xor(four[j], 4);
+      out[i * 4 + j * 2] = bit0 ? last : four[j];
+      out[i * 4 + j * 2 + 1] = bit0 ? four[j] : last;
     }
   }
 }

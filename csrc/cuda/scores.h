@@ -1,9 +1,9 @@
 // Tiles of scores in registers, and every option applied to them: the one place where positions,
 // masks, bias, ALiBi, softcap and dropout live.
 //
-// A tile is [kM][kN][4], 16 * kM queries by 8 * kN keys per warp (tile.h says which lane holds
-// what). Scores are in units of log2; with a bias in natural units, since log2 e times a huge
-// negative bias would overflow.
+// A warp's tile is [kM][kN][4]: 16 * kM queries by 8 * kN keys, or kTransposed, 16 * kM keys by 8 *
+// kN queries (tile.h says which lane holds what). Scores are in units of log2; with a bias in
+// natural units, since log2 e times a huge negative bias would overflow.
 #pragma once
 #include "head.h"
 #include "philox.h"
@@ -12,12 +12,16 @@
 
 namespace attnfast::cuda {
 
-// Query and key of element e of block (m, n) of a warp's tile that begins at (t0, s0).
-ATTNFAST_DEVICE int query_of(int t0, int m, int e, int lane) {
-  return t0 + m * 16 + e / 2 * 8 + lane / 4;
-}
-ATTNFAST_DEVICE int key_of(int s0, int n, int e, int lane) {
-  return s0 + n * 8 + lane % 4 * 2 + e % 2;
+// Which query and which key an element belongs to.
+struct Position {
+  int t, key;
+};
+
+// Of element e of block (m, n) of a warp's tile that begins at (t0, s0).
+template <bool kTransposed>
+ATTNFAST_DEVICE Position position_of(int t0, int s0, int m, int n, int e, int lane) {
+  const int row = m * 16 + e / 2 * 8 + lane / 4, column = n * 8 + lane % 4 * 2 + e % 2;
+  return kTransposed ? Position{t0 + column, s0 + row} : Position{t0 + row, s0 + column};
 }
 
 // An element of a mask or a bias; of a mask, 0 where true and -inf where false.
@@ -62,54 +66,63 @@ struct ScoreOptions {
   ATTNFAST_DEVICE bool drops_keys() const { return mask.data || bias.data; }
 
   // Products q k^T to scores, -inf where a query may not attend. `edge`: some of the tile's keys
-  // are out of reach of some of its queries.
-  template <int kM, int kN>
+  // are out of reach of some of its queries. `capped`, unless null, takes d capped / d uncapped,
+  // which is 1 without a softcap.
+  template <bool kTransposed, int kM, int kN>
   ATTNFAST_DEVICE void apply(float (&s)[kM][kN][4], const Head& head, int t0, int s0, int lane,
-                             bool edge) const {
+                             bool edge, float (*capped)[kN][4] = nullptr) const {
     const auto each = [&](auto f) {
       ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
         ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
           ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
-            s[m][n][e] = f(s[m][n][e], query_of(t0, m, e, lane), key_of(s0, n, e, lane));
+            s[m][n][e] = f(s[m][n][e], position_of<kTransposed>(t0, s0, m, n, e, lane),
+                           capped ? &capped[m][n][e] : nullptr);
           }
         }
       }
     };
-    each([&](float x, int, int) { return x * factor; });
+    each([&](float x, Position, float* slope_of_cap) {
+      if (slope_of_cap) *slope_of_cap = 1.0f;
+      return x * factor;
+    });
     if (softcap > 0.0f) {
-      each([&](float x, int, int) { return softcap * tanhf(x); });
+      each([&](float x, Position, float* slope_of_cap) {
+        const float u = tanhf(x);
+        if (slope_of_cap) *slope_of_cap = 1.0f - u * u;
+        return softcap * u;
+      });
     }
     if (slope != 0.0f) {
-      each([&](float x, int t, int key) {
-        return x - slope * fabsf(static_cast<float>(key - t - head.shift));
+      each([&](float x, Position at, float*) {
+        return x - slope * fabsf(static_cast<float>(at.key - at.t - head.shift));
       });
     }
     if (bias.data) {
-      each([&](float x, int t, int key) {
-        if (t >= head.T || key >= head.S) return -kInfinity;
-        const float addend = load_addend(bias, bias_at + t * bias.t + key * bias.d);
+      each([&](float x, Position at, float*) {
+        if (at.t >= head.T || at.key >= head.S) return -kInfinity;
+        const float addend = load_addend(bias, bias_at + at.t * bias.t + at.key * bias.d);
         return addend == -kInfinity ? addend : x + addend;
       });
     }
     if (mask.data) {
-      each([&](float x, int t, int key) {
-        if (t >= head.T || key >= head.S) return -kInfinity;
-        const float addend = load_addend(mask, mask_at + t * mask.t + key * mask.d);
+      each([&](float x, Position at, float*) {
+        if (at.t >= head.T || at.key >= head.S) return -kInfinity;
+        const float addend = load_addend(mask, mask_at + at.t * mask.t + at.key * mask.d);
         return addend == -kInfinity ? addend : x;
       });
     }
-    if (edge) mask_positions(s, head, t0, s0, lane);
+    if (edge) mask_positions<kTransposed>(s, head, t0, s0, lane);
   }
 
   // -inf where positions do not allow a query its key.
-  template <int kM, int kN>
+  template <bool kTransposed, int kM, int kN>
   static ATTNFAST_DEVICE void mask_positions(float (&s)[kM][kN][4], const Head& head, int t0,
                                              int s0, int lane) {
     ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
       ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
         ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
-          const int t = query_of(t0, m, e, lane), key = key_of(s0, n, e, lane);
-          if (key >= head.S || !head.in_reach(t, key)) s[m][n][e] = -kInfinity;
+          const Position at = position_of<kTransposed>(t0, s0, m, n, e, lane);
+          if (at.key >= head.S || !head.in_reach(at.t, at.key)) s[m][n][e] = -kInfinity;
         }
       }
     }
@@ -125,8 +138,8 @@ ATTNFAST_DEVICE bool crosses_edge(const Head& head, int t0, int queries, int s0,
          !head.in_reach(t0, s0 + keys - 1);
 }
 
-// Bits of the lane's columns, as drop_dead_rows takes them: set where some query of the warp's tile
-// attends to the key.
+// Bits of the lane's columns, as drop_dead_rows takes them: set where some row of the warp's tile
+// has a score, that is where a key is attended to; kTransposed, where a query attends.
 template <int kM, int kN>
 ATTNFAST_DEVICE uint32_t live_columns(const float (&s)[kM][kN][4]) {
   static_assert(kN <= 16);
@@ -144,23 +157,39 @@ ATTNFAST_DEVICE uint32_t live_columns(const float (&s)[kM][kN][4]) {
   return live;
 }
 
-// Zeroes the probabilities that dropout drops. Lanes of a quad share rows and hold different
-// columns: each draws for one of four groups of eight keys, and they exchange the words.
-template <int kM, int kN>
-ATTNFAST_DEVICE void drop_probabilities(float (&p)[kM][kN][4], const Philox& philox, int t0, int s0,
-                                        int lane) {
-  static_assert(kN % 4 == 0);
+// Bits 4 n + e of kept[m]: whether dropout keeps an element's probability. One draw serves eight
+// keys of a query, so lanes draw for each other: the four that share rows, each for one of four
+// groups of eight keys; transposed, the eight that share columns, each for one of eight queries.
+template <bool kTransposed, int kM, int kN>
+ATTNFAST_DEVICE void kept_by_dropout(uint32_t (&kept)[kM], const Philox& philox, int t0, int s0,
+                                     int lane) {
+  static_assert(kN <= 8);
   ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
+    kept[m] = 0;
     ATTNFAST_UNROLL for (int half = 0; half < 2; ++half) {
-      const int t = query_of(t0, m, half * 2, lane);
       ATTNFAST_UNROLL for (int n = 0; n < kN; n += 4) {
         uint32_t words[4];
-        philox.draw(static_cast<uint32_t>(s0 / 8 + n + lane % 4), static_cast<uint32_t>(t), words);
-        transpose_in_quads(words, lane);  // word lane % 4 of groups n .. n + 3
-        ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
-          float (&pair)[4] = p[m][n + i];
-          if ((words[i] & 0xFFFF) < philox.threshold) pair[half * 2] = 0.0f;
-          if (words[i] >> 16 < philox.threshold) pair[half * 2 + 1] = 0.0f;
+        if constexpr (kTransposed) {
+          const int group = s0 / 8 + m * 2 + half, mine = lane / 4;
+          const int t = t0 + (n + mine / 2) * 8 + lane % 4 * 2 + mine % 2;
+          philox.draw(static_cast<uint32_t>(group), static_cast<uint32_t>(t), words);
+          uint32_t queries[8];
+          share_down_columns(words, queries, mine);  // word mine / 2 of all eight
+          ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
+            const uint32_t drawn = mine % 2 ? queries[i] >> 16 : queries[i] & 0xFFFF;
+            if (n + i / 2 >= kN) break;
+            if (drawn >= philox.threshold) kept[m] |= 1u << ((n + i / 2) * 4 + half * 2 + i % 2);
+          }
+        } else {
+          const int group = s0 / 8 + n + lane % 4, t = t0 + m * 16 + half * 8 + lane / 4;
+          philox.draw(static_cast<uint32_t>(group), static_cast<uint32_t>(t), words);
+          transpose_in_quads(words, lane);  // word lane % 4 of groups n .. n + 3
+          ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
+            if (n + i >= kN) break;
+            const int bit = (n + i) * 4 + half * 2;
+            if ((words[i] & 0xFFFF) >= philox.threshold) kept[m] |= 1u << bit;
+            if (words[i] >> 16 >= philox.threshold) kept[m] |= 2u << bit;
+          }
         }
       }
     }

@@ -72,19 +72,22 @@ ATTNFAST_DEVICE Words4 gather_chunk(const Element* row, int column, int columns)
 // Starts to fill a tile of kRows rows with those from `first` on.
 template <int kD, int kRows, int kThreads, bool kMayBeUnaligned, class Element>
 ATTNFAST_DEVICE void load_tile(uint32_t tile, const Rows<Element>& rows, int first) {
-  constexpr int kChunks = kD / 8;
-  ATTNFAST_UNROLL for (int i = 0; i < kRows * kChunks; i += kThreads) {
-    const int n = i + thread_index(), r = n / kChunks, chunk = n % kChunks;
-    if (kRows * kChunks % kThreads && n >= kRows * kChunks) break;
-    const bool exists = first + r >= rows.begin && first + r < rows.end;
-    const Element* row = rows.data + (exists ? (first + r) * rows.stride : 0);
-    const int left = exists ? rows.columns - chunk * 8 : 0;
-    const uint32_t to = tile + Swizzle<kD>::offset(r, chunk);
-    if (kMayBeUnaligned && !rows.aligned) {
-      store_shared(to, gather_chunk(row, chunk * 8, exists ? rows.columns : 0));
-    } else {
-      copy_async(to, row + (left > 0 ? chunk * 8 : 0), min_of(max_of(left, 0), 8) * 2);
+  constexpr int kChunks = kD / 8, kAll = kRows * kChunks;
+  const auto exists = [&](int r) { return first + r >= rows.begin && first + r < rows.end; };
+  if (kMayBeUnaligned && !rows.aligned) {
+    ATTNFAST_NO_UNROLL for (int n = thread_index(); n < kAll; n += kThreads) {
+      const int r = n / kChunks, chunk = n % kChunks, columns = exists(r) ? rows.columns : 0;
+      const Element* row = rows.data + (exists(r) ? (first + r) * rows.stride : 0);
+      store_shared(tile + Swizzle<kD>::offset(r, chunk), gather_chunk(row, chunk * 8, columns));
     }
+    return;
+  }
+  ATTNFAST_UNROLL for (int i = 0; i < kAll; i += kThreads) {
+    const int n = i + thread_index(), r = n / kChunks, chunk = n % kChunks;
+    if (kAll % kThreads && n >= kAll) break;
+    const int left = exists(r) ? max_of(rows.columns - chunk * 8, 0) : 0;
+    const Element* from = rows.data + (left ? (first + r) * rows.stride + chunk * 8 : 0);
+    copy_async(tile + Swizzle<kD>::offset(r, chunk), from, min_of(left, 8) * 2);
   }
 }
 
@@ -140,6 +143,39 @@ ATTNFAST_DEVICE void add_registers_times_rows(float (&sum)[kM][kD / 8][4],
         multiply_accumulate<Element>(sum[m][n], left[m], right[0], right[1]);
         multiply_accumulate<Element>(sum[m][n + 1], left[m], right[2], right[3]);
       }
+    }
+  }
+}
+
+// Writes a warp's 16 * kM rows of sums, each times its factor ([2 * m + half]), rounded to Element,
+// by way of `own`, rows of a tile that no other warp touches: `rows` of them exist, of `columns`.
+template <int kD, bool kMayBeUnaligned, class Element, int kM>
+ATTNFAST_DEVICE void store_rows(const float (&sum)[kM][kD / 8][4], const float (&factor)[2 * kM],
+                                uint32_t own, Element* out, int64_t stride, int rows, int columns,
+                                bool aligned, int lane) {
+  ATTNFAST_UNROLL for (int r = 0; r < 2 * kM; ++r) {
+    const uint32_t row = r * 8 + lane / 4;
+    ATTNFAST_UNROLL for (int n = 0; n < kD / 8; ++n) {
+      const float (&x)[4] = sum[r / 2][n];
+      store_shared(own + Swizzle<kD>::offset(row, n) + lane % 4 * 4,
+                   pack<Element>(x[r % 2 * 2] * factor[r], x[r % 2 * 2 + 1] * factor[r]));
+    }
+  }
+  sync_warp();
+  constexpr int kChunks = kD / 8;
+  for (int n = lane; n < kM * 16 * kChunks; n += kWarpSize) {
+    const int row = n / kChunks, chunk = n % kChunks;
+    if (row >= rows || chunk * 8 >= columns) continue;
+    const auto x = load_shared<Words4>(own + Swizzle<kD>::offset(row, chunk));
+    Element* to = out + row * stride + chunk * 8;
+    if (!kMayBeUnaligned || aligned) {
+      store_global(reinterpret_cast<Words4*>(to), x);
+      continue;
+    }
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+    ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
+      if (chunk * 8 + i >= columns) break;
+      store_global(to + i, Element{static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)});
     }
   }
 }

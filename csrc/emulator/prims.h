@@ -11,6 +11,7 @@
 #define ATTNFAST_PARAMS const
 #define ATTNFAST_DEVICE inline
 #define ATTNFAST_UNROLL
+#define ATTNFAST_NO_UNROLL
 
 namespace attnfast::cuda {
 

@@ -27,6 +27,9 @@ struct Float16 {
 struct alignas(8) Words2 {
   uint32_t x, y;
 };
+struct alignas(8) Floats2 {
+  float x, y;
+};
 struct alignas(16) Words4 {
   uint32_t x, y, z, w;
 };

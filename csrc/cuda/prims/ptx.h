@@ -8,6 +8,7 @@
 #define ATTNFAST_PARAMS const __grid_constant__
 #define ATTNFAST_DEVICE __device__ __forceinline__
 #define ATTNFAST_UNROLL _Pragma("unroll")
+#define ATTNFAST_NO_UNROLL _Pragma("unroll 1")
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #define ATTNFAST_TURING 1

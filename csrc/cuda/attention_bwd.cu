@@ -1,0 +1,29 @@
+// The backward kernels of one head dim, ATTNFAST_HEAD_DIM.
+#include "attention_bwd_bias.h"
+#include "attention_bwd_keys.h"
+#include "attention_bwd_queries.h"
+
+namespace attnfast::cuda {
+namespace {
+
+template <class Element, bool kPlain>
+void run(const BackwardArguments& a, Stream stream) {
+  launch_attention_bwd_keys<Element, ATTNFAST_HEAD_DIM, kPlain>(a, stream);
+  launch_attention_bwd_queries<Element, ATTNFAST_HEAD_DIM, kPlain>(a, stream);
+  if constexpr (!kPlain) {
+    if (a.p.dbias.data) launch_attention_bwd_bias<Element, ATTNFAST_HEAD_DIM>(a, stream);
+  }
+}
+
+}  // namespace
+
+template <>
+void run_attention_bwd<ATTNFAST_HEAD_DIM>(const BackwardArguments& a, bool plain, Stream stream) {
+  const bool half = a.p.q.dtype == DType::kFloat16;
+  if (half && plain) return run<Float16, true>(a, stream);
+  if (half) return run<Float16, false>(a, stream);
+  if (plain) return run<BFloat16, true>(a, stream);
+  return run<BFloat16, false>(a, stream);
+}
+
+}  // namespace attnfast::cuda

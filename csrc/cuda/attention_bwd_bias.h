@@ -1,0 +1,168 @@
+// The gradient of a bias, ds summed over the dimensions that the bias broadcasts, in a fixed order.
+// Each block owns a tile of the bias, and goes through all that share it.
+//   dbias = sum of p (Z dP + row - dH s)
+// Grid:   (bias's batch entry, bias's head, block of kM queries or 1, block of kN keys or 1)
+// Memory: tiles of q, do, k and v in shared memory; s, dP and the sum in registers
+// Limits: D and D_v up to kD; bf16, fp16
+#pragma once
+#include "attention_bwd_queries.h"
+
+namespace attnfast::cuda {
+
+template <int kD>
+struct BiasShape {
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
+  static constexpr int kM = kWarps * 16, kN = 32;
+  static constexpr int kSharedBytes = 2 * (kM + kN) * kD * 2;
+};
+
+ATTNFAST_DEVICE void store_number(const MutableView& x, int64_t at, float value) {
+  switch (x.dtype) {
+    case DType::kFloat32:
+      return store_global(static_cast<float*>(x.data) + at, value);
+    case DType::kBFloat16:
+      return store_global(static_cast<uint16_t*>(x.data) + at,
+                          static_cast<uint16_t>(pack<BFloat16>(value, 0.0f)));
+    case DType::kFloat16:
+      return store_global(static_cast<uint16_t*>(x.data) + at,
+                          static_cast<uint16_t>(pack<Float16>(value, 0.0f)));
+    default:
+      return store_global(static_cast<double*>(x.data) + at, static_cast<double>(value));
+  }
+}
+
+template <class Element, int kD>
+ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
+    attention_bwd_bias_kernel(ATTNFAST_PARAMS BackwardArguments arguments) {
+  using Shape = BiasShape<kD>;
+  constexpr int kM = Shape::kM, kN = Shape::kN, kThreads = Shape::kThreads;
+  const BackwardParams& p = arguments.p;
+  const BiasSizes& sizes = arguments.bias;
+
+  // Indices
+  int64_t index = block_index();
+  const int64_t key_blocks = sizes.S > 1 ? (sizes.S + kN - 1) / kN : 1;
+  const int64_t query_blocks = sizes.T > 1 ? (sizes.T + kM - 1) / kM : 1;
+  const int key_block = static_cast<int>(index % key_blocks), by_key = index / key_blocks;
+  const int query_block = static_cast<int>(by_key % query_blocks);
+  index = by_key / query_blocks;
+  const int64_t bias_h = index % sizes.H, bias_b = index / sizes.H;
+  const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  const float keep = dropout_factor(p);
+
+  // Shared memory
+  const uint32_t q_tile = shared_memory(), do_tile = q_tile + kM * kD * 2;
+  const uint32_t k_tile = do_tile + kM * kD * 2, v_tile = k_tile + kN * kD * 2;
+  const uint32_t own = warp * 16 * kD * 2;  // the warp's rows of q_tile and do_tile
+
+  // ds of one tile of one head, added to the sum
+  float sum[1][kN / 8][4] = {};
+  const auto add_tile = [&](const Head& head, int t_block, int s0) {
+    const int t0 = t_block + warp * 16;
+    const int t_last = min_of(t_block + kM, head.T) - 1;
+    if (t_block >= head.T || s0 >= head.end_key(t_last) || s0 + kN <= head.first_key(t_block))
+      return;
+    sync_block();  // no warp reads the last tiles any more
+    load_tile<kD, kM, kThreads, true>(
+        q_tile, head.queries_of<Element>(p.q, p.D, arguments.q_aligned), t_block);
+    load_tile<kD, kM, kThreads, true>(
+        do_tile, head.queries_of<Element>(p.grad_out, p.D_v, arguments.grad_out_aligned), t_block);
+    load_tile<kD, kN, kThreads, true>(k_tile, head.keys_of<Element>(p.k, p.D, arguments.k_aligned),
+                                      s0);
+    load_tile<kD, kN, kThreads, true>(v_tile,
+                                      head.keys_of<Element>(p.v, p.D_v, arguments.v_aligned), s0);
+    commit_copies();
+    wait_copies<0>();
+    sync_block();  // all four are here
+    const ScoreOptions options(p, head);
+    const Philox philox(p, arguments.dropout, head.b, head.h);
+    const OwnTerms<1> terms(TermRows(arguments, head.b, head.h), t0, head.T, lane);
+    float s[1][kN / 8][4] = {}, dp[1][kN / 8][4] = {};
+    uint32_t kept[1] = {~0u};
+    add_rows_times_rows<Element, kD>(s, q_tile + own, k_tile, lane);
+    options.apply<false>(s, head, t0, s0, lane, crosses_edge(head, t0, 16, s0, kN));
+    if (philox.threshold) kept_by_dropout<false, 1, kN / 8>(kept, philox, t0, s0, lane);
+    add_rows_times_rows<Element, kD>(dp, do_tile + own, v_tile, lane);
+    score_gradients<false>(s, dp, options, kept, keep,
+                           static_cast<const float (*)[kN / 8][4]>(nullptr), terms);
+    ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
+      ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) sum[0][n][e] += dp[0][n][e];
+    }
+  };
+
+  // All that shares the bias's tile
+  for (int64_t b = bias_b; b < p.B; b += sizes.B) {
+    for (int64_t h = bias_h; h < p.H; h += sizes.H) {
+      const Head head(p, arguments.rows_q, arguments.rows_k, b, h);
+      const int t_begin = sizes.T > 1 ? query_block * kM : 0,
+                s_begin = sizes.S > 1 ? key_block * kN : 0;
+      const int t_end = sizes.T > 1 ? t_begin + 1 : head.T,
+                s_end = sizes.S > 1 ? s_begin + 1 : head.S;
+      for (int t_block = t_begin; t_block < t_end; t_block += kM) {
+        for (int s0 = s_begin; s0 < s_end; s0 += kN) add_tile(head, t_block, s0);
+      }
+    }
+  }
+
+  // Sums within the tile, over queries by way of shared memory
+  const int64_t at = bias_b * p.dbias.b + bias_h * p.dbias.h;
+  const int t0 = query_block * kM + warp * 16, s0 = key_block * kN;
+  if (sizes.T > 1 && sizes.S > 1) {
+    ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
+      ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
+        const Position of = position_of<false>(t0, s0, 0, n, e, lane);
+        if (of.t >= sizes.T || of.key >= sizes.S) continue;
+        store_number(p.dbias, at + of.t * p.dbias.t + of.key * p.dbias.d, sum[0][n][e]);
+      }
+    }
+    return;
+  }
+  if (sizes.T > 1) {
+    ATTNFAST_UNROLL for (int half = 0; half < 2; ++half) {
+      float row = 0.0f;
+      ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
+        row += sum[0][n][half * 2] + sum[0][n][half * 2 + 1];
+      }
+      row += shuffle_xor(row, 1);
+      row += shuffle_xor(row, 2);
+      const int t = t0 + half * 8 + lane / 4;
+      if (lane % 4 == 0 && t < sizes.T) store_number(p.dbias, at + t * p.dbias.t, row);
+    }
+    return;
+  }
+  sync_block();  // no warp reads the tiles any more
+  ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
+    ATTNFAST_UNROLL for (int e = 0; e < 2; ++e) {
+      float column = sum[0][n][e] + sum[0][n][e + 2];
+      column += shuffle_xor(column, 4);
+      column += shuffle_xor(column, 8);
+      column += shuffle_xor(column, 16);
+      if (lane < 4) store_shared(shared_memory() + (warp * kN + n * 8 + lane * 2 + e) * 4, column);
+    }
+  }
+  sync_block();
+  if (warp > 0) return;
+  float column = 0.0f;
+  for (int w = 0; w < Shape::kWarps; ++w) {
+    column += load_shared<float>(shared_memory() + (w * kN + lane) * 4);
+  }
+  if (sizes.S > 1) {
+    if (s0 + lane < sizes.S) store_number(p.dbias, at + (s0 + lane) * p.dbias.d, column);
+    return;
+  }
+  for (int lanes = 1; lanes < kWarpSize; lanes *= 2) column += shuffle_xor(column, lanes);
+  if (lane == 0) store_number(p.dbias, at, column);
+}
+
+template <class Element, int kD>
+void launch_attention_bwd_bias(const BackwardArguments& a, Stream stream) {
+  using Shape = BiasShape<kD>;
+  const int64_t key_blocks = a.bias.S > 1 ? (a.bias.S + Shape::kN - 1) / Shape::kN : 1;
+  const int64_t query_blocks = a.bias.T > 1 ? (a.bias.T + Shape::kM - 1) / Shape::kM : 1;
+  launch<BackwardArguments>(kernel_name<Element, kD, false>("attention_bwd_bias"),
+                            attention_bwd_bias_kernel<Element, kD>,
+                            a.bias.B * a.bias.H * query_blocks * key_blocks, Shape::kThreads,
+                            Shape::kSharedBytes, stream, a);
+}
+
+}  // namespace attnfast::cuda

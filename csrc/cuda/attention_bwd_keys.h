@@ -1,0 +1,179 @@
+// Attention backward for keys and values, one warp per 16 or 32 keys (FlashAttention-2,
+// arXiv:2307.08691, Algorithm 2).
+//   s^T = k q^T    dP^T = v do^T    dv += (p Z)^T do    dk += scale dx^T q
+// Grid:   (batch entry, key head, block of kStay keys)
+// Memory: the keys' k and v in shared memory, and a ring of q, do and their row terms, of all query
+//         heads that share the key head; s, dP, dk, dv in registers
+// Limits: D and D_v up to kD; bf16, fp16. Beyond 128, where dk and dv together exceed the
+// registers,
+//         one launch makes each.
+#pragma once
+#include "gradients.h"
+#include "launch.h"
+
+namespace attnfast::cuda {
+
+// The row terms of a lane's columns, from shared memory.
+template <int kTermBytes>
+struct MovingTerms {
+  uint32_t rows;
+  int lane;
+  bool has_spread;
+  RowTerms of[2] = {};
+
+  ATTNFAST_DEVICE void of_columns(int n) {
+    const uint32_t at = rows + (n * 4 + lane % 4) * 8;
+    const auto norm = load_shared<Floats2>(at), row = load_shared<Floats2>(at + kTermBytes);
+    Floats2 spread{0.0f, 0.0f};
+    if (has_spread) spread = load_shared<Floats2>(at + 2 * kTermBytes);
+    of[0] = {norm.x, row.x, spread.x}, of[1] = {norm.y, row.y, spread.y};
+  }
+  ATTNFAST_DEVICE RowTerms operator()(int, int e) const { return of[e % 2]; }
+};
+
+template <class Element, int kD, bool kPlain, bool kWantsK, bool kWantsV>
+ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true>::kThreads), 1)
+    attention_bwd_keys_kernel(ATTNFAST_PARAMS BackwardArguments arguments) {
+  using Shape = BackwardShape<kD, kPlain, true>;
+  constexpr int kStay = Shape::kStay, kMove = Shape::kMove, kThreads = Shape::kThreads;
+  constexpr int kRowTiles = Shape::kRowTiles;
+  const BackwardParams& p = arguments.p;
+
+  // Indices
+  const int64_t group = p.H / p.H_kv, bh = block_index() / arguments.blocks;
+  const int s_block = static_cast<int>(block_index() % arguments.blocks) * kStay;
+  Head head(p, arguments.rows_q, arguments.rows_k, bh / p.H_kv, bh % p.H_kv * group);
+  if (s_block >= head.S) return;
+  const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  const int s0 = s_block + warp * kRowTiles * 16;  // the warp's first key
+  const int s_last = min_of(s_block + kStay, head.S) - 1;
+  const int query_begin = head.first_query(s_block) / kMove * kMove;
+  const int query_end = head.end_query(s_last);
+  const int end_head = query_begin < query_end ? head.h + static_cast<int>(group) : head.h;
+  Philox philox(p, arguments.dropout, head.b, head.h);
+  const float keep = dropout_factor(p);
+
+  // Shared memory
+  const uint32_t k_tile = shared_memory(), v_tile = k_tile + Shape::kStayBytes;
+  const uint32_t ring = v_tile + Shape::kStayBytes;
+  const uint32_t own = warp * kRowTiles * 16 * kD * 2;  // the warp's rows of k_tile and v_tile
+  // Fetches the tile of queries from t0 on of head.h into a stage.
+  const auto fetch = [&](uint32_t stage, int t0) {
+    const uint32_t terms = stage + 2 * Shape::kMoveBytes;
+    load_tile<kD, kMove, kThreads, !kPlain>(
+        stage, head.queries_of<Element>(p.q, p.D, arguments.q_aligned), t0);
+    load_tile<kD, kMove, kThreads, !kPlain>(
+        stage + Shape::kMoveBytes,
+        head.queries_of<Element>(p.grad_out, p.D_v, arguments.grad_out_aligned), t0);
+    constexpr int kChunks = Shape::kTermBytes / 16;
+    const int which = thread_index() / kChunks, chunk = thread_index() % kChunks;
+    const TermRows rows(arguments, head.b, head.h);
+    const float* from = which == 0 ? rows.norm : which == 1 ? rows.row : rows.spread;
+    if (which < (rows.spread ? 3 : 2)) {
+      copy_async(terms + which * Shape::kTermBytes + chunk * 16, from + t0 + chunk * 4, 16);
+    }
+  };
+
+  float dk[kWantsK ? kRowTiles : 1][kD / 8][4] = {}, dv[kWantsV ? kRowTiles : 1][kD / 8][4] = {};
+
+  // Queries, head by head and tile by tile
+  if (head.h < end_head) {
+    load_tile<kD, kStay, kThreads, !kPlain>(
+        k_tile, head.keys_of<Element>(p.k, p.D, arguments.k_aligned), s_block);
+    load_tile<kD, kStay, kThreads, !kPlain>(
+        v_tile, head.keys_of<Element>(p.v, p.D_v, arguments.v_aligned), s_block);
+    fetch(ring, query_begin);
+  }
+  commit_copies();
+  uint32_t stage = ring;
+  int t0 = query_begin;
+  while (head.h < end_head) {
+    const int h = head.h;
+    const int next_t0 = t0 + kMove < query_end ? t0 + kMove : query_begin;
+    const int next_h = t0 + kMove < query_end ? h : h + 1;
+    const uint32_t next_stage = Shape::kStages == 1 ? ring
+                                : stage == ring     ? ring + Shape::kStageBytes
+                                                    : ring;
+    wait_copies<0>();
+    sync_block();  // this round's rows are here, and no warp reads the last round's any more
+    head.h = next_h;
+    if constexpr (Shape::kStages == 2) {
+      if (next_h < end_head) fetch(next_stage, next_t0);
+      commit_copies();
+    }
+
+    if (s0 < head.S) {
+      const uint32_t q_rows = stage, do_rows = q_rows + Shape::kMoveBytes;
+      const uint32_t term_rows = do_rows + Shape::kMoveBytes;
+      head.h = h;
+      const ScoreOptions options(p, head);
+      const bool edge = crosses_edge(head, t0, kMove, s0, kRowTiles * 16);
+      float s[kRowTiles][kMove / 8][4] = {}, dp[kRowTiles][kMove / 8][4] = {};
+      float capped[kPlain ? 1 : kRowTiles][kMove / 8][4];
+      uint32_t live = ~0u, kept[kRowTiles];
+      ATTNFAST_UNROLL for (int m = 0; m < kRowTiles; ++m) kept[m] = ~0u;
+      add_rows_times_rows<Element, kD>(s, k_tile + own, q_rows, lane);
+      if constexpr (kPlain) {
+        if (edge) options.mask_positions<true>(s, head, t0, s0, lane);
+      } else {
+        options.apply<true>(s, head, t0, s0, lane, edge, capped);
+        if (options.drops_keys()) live = live_columns(s);
+        philox.stream = static_cast<uint32_t>(head.b * p.H + head.h);
+        if (philox.threshold) {
+          kept_by_dropout<true, kRowTiles, kMove / 8>(kept, philox, t0, s0, lane);
+        }
+      }
+      if constexpr (kWantsK) add_rows_times_rows<Element, kD>(dp, v_tile + own, do_rows, lane);
+      const MovingTerms<Shape::kTermBytes> terms{term_rows, lane, !kPlain && p.grad_entropy};
+      score_gradients<kPlain>(s, dp, options, kept, keep, kPlain ? nullptr : capped, terms);
+      if constexpr (kWantsV) {
+        add_registers_times_rows<Element, kD, !kPlain>(dv, s, do_rows, live, lane);
+      }
+      if constexpr (kWantsK) {
+        add_registers_times_rows<Element, kD, !kPlain>(dk, dp, q_rows, live, lane);
+      }
+    }
+    head.h = next_h;
+    if (Shape::kStages == 1 && next_h < end_head) {
+      sync_block();  // no warp reads this round's rows any more
+      fetch(next_stage, next_t0);
+      commit_copies();
+    }
+    stage = next_stage, t0 = next_t0;
+  }
+  if (s0 >= head.S) return;
+
+  // Output
+  float scale[2 * kRowTiles], one[2 * kRowTiles];
+  ATTNFAST_UNROLL for (int r = 0; r < 2 * kRowTiles; ++r) scale[r] = p.scale, one[r] = 1.0f;
+  if constexpr (kWantsK) {
+    auto* out = head.rows_to<Element>(p.dk, head.h_kv, head.k_begin);
+    store_rows<kD, !kPlain>(dk, scale, k_tile + own, out + s0 * p.dk.t, p.dk.t, head.S - s0,
+                            static_cast<int>(p.D), arguments.dk_aligned, lane);
+  }
+  if constexpr (kWantsV) {
+    auto* out = head.rows_to<Element>(p.dv, head.h_kv, head.k_begin);
+    store_rows<kD, !kPlain>(dv, one, v_tile + own, out + s0 * p.dv.t, p.dv.t, head.S - s0,
+                            static_cast<int>(p.D_v), arguments.dv_aligned, lane);
+  }
+}
+
+template <class Element, int kD, bool kPlain>
+void launch_attention_bwd_keys(const BackwardArguments& arguments, Stream stream) {
+  using Shape = BackwardShape<kD, kPlain, true>;
+  BackwardArguments a = arguments;
+  a.blocks = (a.p.S + Shape::kStay - 1) / Shape::kStay;
+  const auto run = [&](const char* name, auto kernel) {
+    launch<BackwardArguments>(kernel_name<Element, kD, kPlain>(name), kernel,
+                              a.p.B * a.p.H_kv * a.blocks, Shape::kThreads, Shape::kSharedBytes,
+                              stream, a);
+  };
+  if constexpr (kD <= 128) {
+    run("attention_bwd_keys", attention_bwd_keys_kernel<Element, kD, kPlain, true, true>);
+  } else {
+    run("attention_bwd_keys dk", attention_bwd_keys_kernel<Element, kD, kPlain, true, false>);
+    run("attention_bwd_keys dv", attention_bwd_keys_kernel<Element, kD, kPlain, false, true>);
+  }
+}
+
+}  // namespace attnfast::cuda

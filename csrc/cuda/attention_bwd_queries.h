@@ -1,0 +1,135 @@
+// Attention backward for queries, one warp per 16 or 32 of them: dk and dv's counterpart, so that
+// neither needs atomics and both repeat bit for bit.
+//   s = q k^T    dP = do v^T    dq += scale dx k
+// Grid:   (batch entry, head, block of kStay queries); the last queries, with causal the longest,
+// first Memory: the queries' q and do in shared memory, and a ring of k and v; s, dP, dq in
+// registers Limits: D and D_v up to kD; bf16, fp16
+#pragma once
+#include "gradients.h"
+#include "launch.h"
+
+namespace attnfast::cuda {
+
+// The row terms of a lane's own queries, row 2 * m + half of the warp's.
+template <int kRowTiles>
+struct OwnTerms {
+  RowTerms of[2 * kRowTiles];
+
+  ATTNFAST_DEVICE OwnTerms(const TermRows& rows, int t0, int T, int lane) {
+    ATTNFAST_UNROLL for (int r = 0; r < 2 * kRowTiles; ++r) {
+      const int t = t0 + r * 8 + lane / 4;
+      of[r] = {kInfinity, 0.0f, 0.0f};
+      if (t >= T) continue;
+      of[r].norm = load_global(rows.norm + t), of[r].row = load_global(rows.row + t);
+      if (rows.spread) of[r].spread = load_global(rows.spread + t);
+    }
+  }
+  ATTNFAST_DEVICE void of_columns(int) {}
+  ATTNFAST_DEVICE RowTerms operator()(int m, int e) const { return of[2 * m + e / 2]; }
+};
+
+template <class Element, int kD, bool kPlain>
+ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false>::kThreads), 1)
+    attention_bwd_queries_kernel(ATTNFAST_PARAMS BackwardArguments arguments) {
+  using Shape = BackwardShape<kD, kPlain, false>;
+  constexpr int kStay = Shape::kStay, kMove = Shape::kMove, kThreads = Shape::kThreads;
+  constexpr int kRowTiles = Shape::kRowTiles;
+  const BackwardParams& p = arguments.p;
+
+  // Indices
+  const int64_t blocks = arguments.blocks, bh = block_index() / blocks;
+  const int t_block = static_cast<int>(blocks - 1 - block_index() % blocks) * kStay;
+  const Head head(p, arguments.rows_q, arguments.rows_k, bh / p.H, bh % p.H);
+  if (t_block >= head.T) return;
+  const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  const int t0 = t_block + warp * kRowTiles * 16;  // the warp's first query
+  const int t_last = min_of(t_block + kStay, head.T) - 1;
+  const int key_begin = head.first_key(t_block) / kMove * kMove, key_end = head.end_key(t_last);
+  const ScoreOptions options(p, head);
+  const Philox philox(p, arguments.dropout, head.b, head.h);
+  const float keep = dropout_factor(p);
+  const OwnTerms<kRowTiles> terms(TermRows(arguments, head.b, head.h), t0, head.T, lane);
+
+  // Shared memory
+  const uint32_t q_tile = shared_memory(), do_tile = q_tile + Shape::kStayBytes;
+  const uint32_t ring = do_tile + Shape::kStayBytes;
+  const uint32_t own = warp * kRowTiles * 16 * kD * 2;  // the warp's rows of q_tile and do_tile
+  const auto stage_of = [&](int s0) {
+    return ring + static_cast<uint32_t>(s0 / kMove % Shape::kStages) * Shape::kStageBytes;
+  };
+  const auto fetch = [&](int s0) {
+    load_tile<kD, kMove, kThreads, !kPlain>(
+        stage_of(s0), head.keys_of<Element>(p.k, p.D, arguments.k_aligned), s0);
+    load_tile<kD, kMove, kThreads, !kPlain>(stage_of(s0) + Shape::kMoveBytes,
+                                            head.keys_of<Element>(p.v, p.D_v, arguments.v_aligned),
+                                            s0);
+  };
+
+  float dq[kRowTiles][kD / 8][4] = {};
+
+  // Keys, tile by tile
+  if (key_begin < key_end) {
+    load_tile<kD, kStay, kThreads, !kPlain>(
+        q_tile, head.queries_of<Element>(p.q, p.D, arguments.q_aligned), t_block);
+    load_tile<kD, kStay, kThreads, !kPlain>(
+        do_tile, head.queries_of<Element>(p.grad_out, p.D_v, arguments.grad_out_aligned), t_block);
+    fetch(key_begin);
+  }
+  commit_copies();
+  for (int s0 = key_begin; s0 < key_end; s0 += kMove) {
+    wait_copies<0>();
+    sync_block();  // these keys are here, and no warp reads the last ones any more
+    if constexpr (Shape::kStages == 2) {
+      if (s0 + kMove < key_end) fetch(s0 + kMove);
+      commit_copies();
+    }
+
+    if (t0 < head.T) {
+      const uint32_t k_rows = stage_of(s0), v_rows = k_rows + Shape::kMoveBytes;
+      const bool edge = crosses_edge(head, t0, kRowTiles * 16, s0, kMove);
+      float s[kRowTiles][kMove / 8][4] = {}, dp[kRowTiles][kMove / 8][4] = {};
+      float capped[kPlain ? 1 : kRowTiles][kMove / 8][4];
+      uint32_t live = ~0u, kept[kRowTiles];
+      ATTNFAST_UNROLL for (int m = 0; m < kRowTiles; ++m) kept[m] = ~0u;
+      add_rows_times_rows<Element, kD>(s, q_tile + own, k_rows, lane);
+      if constexpr (kPlain) {
+        if (edge) options.mask_positions<false>(s, head, t0, s0, lane);
+      } else {
+        options.apply<false>(s, head, t0, s0, lane, edge, capped);
+        if (options.drops_keys()) live = live_columns(s);
+        if (philox.threshold) {
+          kept_by_dropout<false, kRowTiles, kMove / 8>(kept, philox, t0, s0, lane);
+        }
+      }
+      add_rows_times_rows<Element, kD>(dp, do_tile + own, v_rows, lane);
+      score_gradients<kPlain>(s, dp, options, kept, keep, kPlain ? nullptr : capped, terms);
+      add_registers_times_rows<Element, kD, !kPlain>(dq, dp, k_rows, live, lane);
+    }
+    if (Shape::kStages == 1 && s0 + kMove < key_end) {
+      sync_block();  // no warp reads these keys any more
+      fetch(s0 + kMove);
+      commit_copies();
+    }
+  }
+  if (t0 >= head.T) return;
+
+  // Output
+  float scale[2 * kRowTiles];
+  ATTNFAST_UNROLL for (int r = 0; r < 2 * kRowTiles; ++r) scale[r] = p.scale;
+  auto* out = head.rows_to<Element>(p.dq, head.h, head.q_begin);
+  store_rows<kD, !kPlain>(dq, scale, q_tile + own, out + t0 * p.dq.t, p.dq.t, head.T - t0,
+                          static_cast<int>(p.D), arguments.dq_aligned, lane);
+}
+
+template <class Element, int kD, bool kPlain>
+void launch_attention_bwd_queries(const BackwardArguments& arguments, Stream stream) {
+  using Shape = BackwardShape<kD, kPlain, false>;
+  BackwardArguments a = arguments;
+  a.blocks = (a.p.T + Shape::kStay - 1) / Shape::kStay;
+  launch<BackwardArguments>(kernel_name<Element, kD, kPlain>("attention_bwd_queries"),
+                            attention_bwd_queries_kernel<Element, kD, kPlain>,
+                            a.p.B * a.p.H * a.blocks, Shape::kThreads, Shape::kSharedBytes, stream,
+                            a);
+}
+
+}  // namespace attnfast::cuda

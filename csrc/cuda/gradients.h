@@ -1,0 +1,76 @@
+// What the backward kernels share: tile sizes, and the step from scores and dP to ds (docs/math.md,
+// section 4).
+//   ds = p (Z dP + row - dH s)    row = -delta + dlse + dH (lse - H), one number per query
+#pragma once
+#include "arguments.h"
+#include "head.h"
+#include "scores.h"
+#include "tile.h"
+
+namespace attnfast::cuda {
+
+// Rows that stay (kKeys: keys with their dk and dv, else queries with their dq), and those that
+// move past them.
+template <int kD, bool kPlain, bool kKeys>
+struct BackwardShape {
+  static constexpr int kWarps = kD > 128 || (kPlain && kD <= 64) ? 4 : 8;
+  static constexpr int kRowTiles = kPlain && kD <= 64 ? 2 : 1;  // of 16 rows, per warp
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kStay = kWarps * kRowTiles * 16;
+  static constexpr int kMove = kKeys && !kPlain && kD == 128 ? 16 : 32;  // 32 would spill
+  static constexpr int kStages = kD > 192 ? 1 : 2;   // of moving rows, so that all fits 99 KB
+  static constexpr int kStayBytes = kStay * kD * 2;  // of one of two tiles
+  static constexpr int kMoveBytes = kMove * kD * 2;
+  // With the queries' norm, row and spread, where it is they that move.
+  static constexpr int kTermBytes = kMove * 4;
+  static constexpr int kStageBytes = 2 * kMoveBytes + 3 * kTermBytes;
+  static constexpr int kSharedBytes = 2 * kStayBytes + kStages * kStageBytes;
+};
+
+// Of one query: what is subtracted from its scores, lse in their units, +inf where it has no key;
+// the `row` above; and dH for scores in units.
+struct RowTerms {
+  float norm, row, spread;
+};
+
+// Scores to p Z, and dP to dx, the gradient of scale * q k^T.
+//   terms            terms.of_columns(n), then terms(m, e): the RowTerms of an element's query
+//   kept, keep       dropout's bits as kept_by_dropout has them, and 1 / (1 - dropout_p)
+//   capped           d capped / d uncapped; null: 1
+template <bool kPlain, int kM, int kN, class Terms>
+ATTNFAST_DEVICE void score_gradients(float (&s)[kM][kN][4], float (&dp)[kM][kN][4],
+                                     const ScoreOptions& options, const uint32_t (&kept)[kM],
+                                     float keep, const float (*capped)[kN][4], Terms terms) {
+  ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
+    terms.of_columns(n);
+    ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
+      ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
+        const RowTerms of = terms(m, e);
+        const float x = s[m][n][e];
+        if constexpr (kPlain) {
+          const float p = exp2_fast(fmaf(x, options.factor, -of.norm));
+          s[m][n][e] = p;
+          dp[m][n][e] = x == -kInfinity ? 0.0f : p * (dp[m][n][e] + of.row);
+        } else {
+          const float p = exp2_fast((x - of.norm) * options.to_log2());
+          const float z = kept[m] >> (n * 4 + e) & 1 ? keep : 0.0f;
+          const float ds = p * (z * dp[m][n][e] + of.row - of.spread * x);
+          s[m][n][e] = p * z;
+          dp[m][n][e] = x == -kInfinity ? 0.0f : ds * (capped ? capped[m][n][e] : 1.0f);
+        }
+      }
+    }
+  }
+}
+
+// The row terms of a head's queries; `spread` is zero without a gradient of the entropy.
+struct TermRows {
+  const float *norm, *row, *spread;
+
+  ATTNFAST_DEVICE TermRows(const BackwardArguments& a, int64_t b, int64_t h) {
+    const int64_t at = (b * a.p.H + h) * a.padded, all = a.p.B * a.p.H * a.padded;
+    norm = a.terms + at, row = norm + all, spread = a.p.grad_entropy ? row + all : nullptr;
+  }
+};
+
+}  // namespace attnfast::cuda

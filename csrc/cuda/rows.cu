@@ -1,0 +1,118 @@
+// Backward's numbers per query, before the walk over the keys, and the sinks' gradient after it.
+//   row = -rowsum(do o) + dlse + dH (lse - H)
+//   dsink = sum over b, t of p_sink (row - dH sink)
+// Grid:   rows: (batch entry, head, block of kRows queries), the padding included; sinks: (head)
+// Memory: registers; sinks: one number per warp in shared memory
+#include "arguments.h"
+#include "head.h"
+#include "launch.h"
+
+namespace attnfast::cuda {
+namespace {
+
+constexpr int kThreads = 128, kRows = 64, kLanesPerRow = 8;
+
+template <class Element>
+ATTNFAST_DEVICE float dot_of_chunk(const Words4& x, const Words4& y) {
+  const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+  float sum = 0.0f;
+  ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
+    const auto low = [](uint32_t w) { return to_float(Element{static_cast<uint16_t>(w)}); };
+    const auto high = [](uint32_t w) { return to_float(Element{static_cast<uint16_t>(w >> 16)}); };
+    sum += low(xs[i]) * low(ys[i]) + high(xs[i]) * high(ys[i]);
+  }
+  return sum;
+}
+
+template <class Element>
+ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
+    attention_bwd_rows_kernel(ATTNFAST_PARAMS BackwardArguments a) {
+  const BackwardParams& p = a.p;
+  const int64_t blocks = a.padded / kRows, bh = block_index() / blocks;
+  const int first = static_cast<int>(block_index() % blocks) * kRows;
+  const Head head(p, a.rows_q, a.rows_k, bh / p.H, bh % p.H);
+  const auto* out = head.rows_of<Element>(p.out, head.h, head.q_begin);
+  const auto* grad_out = head.rows_of<Element>(p.grad_out, head.h, head.q_begin);
+  const int D_v = static_cast<int>(p.D_v), lane = thread_index() % kLanesPerRow;
+  for (int r = thread_index() / kLanesPerRow; r < kRows; r += kThreads / kLanesPerRow) {
+    const int t = first + r;
+    float dot = 0.0f;
+    for (int column = lane * 8; t < head.T && column < D_v; column += kLanesPerRow * 8) {
+      const Element *x = out + t * p.out.t, *y = grad_out + t * p.grad_out.t;
+      if (a.out_aligned && a.grad_out_aligned) {
+        dot += dot_of_chunk<Element>(load_global(reinterpret_cast<const Words4*>(x + column)),
+                                     load_global(reinterpret_cast<const Words4*>(y + column)));
+      } else {
+        dot += dot_of_chunk<Element>(gather_chunk(x, column, D_v), gather_chunk(y, column, D_v));
+      }
+    }
+    for (int lanes = 1; lanes < kLanesPerRow; lanes *= 2) dot += shuffle_xor(dot, lanes);
+    if (lane > 0) continue;
+    float norm = kInfinity, row = 0.0f, spread = 0.0f;
+    if (t < head.T) {
+      const int64_t at = head.row_number(p, t);
+      const float lse = load_global(p.lse + at);
+      if (lse != -kInfinity) {
+        const float to_natural = p.bias.data ? 1.0f : kLn2;
+        norm = p.bias.data ? lse : lse * kLog2E;
+        row = -dot + (p.grad_lse ? load_global(p.grad_lse + at) : 0.0f);
+        if (p.grad_entropy) {
+          const float grad = load_global(p.grad_entropy + at);
+          row += grad * (lse - load_global(p.entropy + at));
+          spread = grad * to_natural;
+        }
+      }
+    }
+    const int64_t to = bh * a.padded + t, all = p.B * p.H * a.padded;
+    store_global(a.terms + to, norm);
+    store_global(a.terms + all + to, row);
+    if (p.grad_entropy) store_global(a.terms + 2 * all + to, spread);
+  }
+}
+
+ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
+    attention_bwd_sinks_kernel(ATTNFAST_PARAMS BackwardArguments a) {
+  const BackwardParams& p = a.p;
+  const int64_t h = block_index(), all = p.B * p.H * a.padded;
+  const float sink = load_global(p.sinks + h), unit = p.bias.data ? 1.0f : kLog2E;
+  float sum = 0.0f;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int64_t row = (b * p.H + h) * a.padded;
+    for (int64_t t = thread_index(); t < a.padded; t += kThreads) {
+      const float norm = load_global(a.terms + row + t);
+      const float share = exp2_fast((sink * unit - norm) * (p.bias.data ? kLog2E : 1.0f));
+      if (share == 0.0f) continue;
+      const float spread = p.grad_entropy ? load_global(a.terms + 2 * all + row + t) * unit : 0.0f;
+      sum += share * (load_global(a.terms + all + row + t) - spread * sink);
+    }
+  }
+  for (int lanes = 1; lanes < kWarpSize; lanes *= 2) sum += shuffle_xor(sum, lanes);
+  const int warp = thread_index() / kWarpSize;
+  if (thread_index() % kWarpSize == 0) store_shared(shared_memory() + warp * 4, sum);
+  sync_block();
+  if (thread_index() > 0) return;
+  float total = 0.0f;
+  for (int w = 0; w < kThreads / kWarpSize; ++w) {
+    total += load_shared<float>(shared_memory() + w * 4);
+  }
+  store_global(p.dsinks + h, total);
+}
+
+}  // namespace
+
+int64_t padded_rows(int64_t T) { return (T + kRows - 1) / kRows * kRows; }
+
+void run_attention_bwd_rows(const BackwardArguments& a, Stream stream) {
+  const bool half = a.p.q.dtype == DType::kFloat16;
+  launch<BackwardArguments>(
+      half ? "attention_bwd_rows<fp16>" : "attention_bwd_rows<bf16>",
+      half ? attention_bwd_rows_kernel<Float16> : attention_bwd_rows_kernel<BFloat16>,
+      a.p.B * a.p.H * (a.padded / kRows), kThreads, 0, stream, a);
+}
+
+void run_attention_bwd_sinks(const BackwardArguments& a, Stream stream) {
+  launch<BackwardArguments>("attention_bwd_sinks", attention_bwd_sinks_kernel, a.p.H, kThreads,
+                            kThreads / kWarpSize * 4, stream, a);
+}
+
+}  // namespace attnfast::cuda
