@@ -20,6 +20,7 @@ BENCH := $(call stamp,bench,requirements/bench.txt)
 WHEEL := $(call stamp,wheel,requirements/wheel.txt)
 DOCS := $(call stamp,docs,requirements/docs.txt)
 DEMO := $(call stamp,demo,requirements/demo.txt)
+TRITON_LATEST := $(call stamp,triton,requirements/triton.txt)
 EDITABLE := $(call stamp,editable,pyproject.toml)
 
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
@@ -37,7 +38,7 @@ ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   LD_PRELOAD="$(foreach l,asan ubsan,$$($(firstword $(COMPILERS)) -print-file-name=lib$(l).so))"
 ASAN_TESTS := tests/test_table.py tests/test_layouts.py tests/test_decode.py
 
-.PHONY: help demo translate test test-cuda lint bench wheel test-abi docs asan venv build emulator clean
+.PHONY: help demo translate test test-cuda test-triton lint bench wheel test-abi docs asan venv build emulator clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -51,12 +52,16 @@ demo: build $(DEMO)  ## semantic search with a trained encoder, then a translati
 translate: build $(DEMO)  ## the second half of the demo alone; ARGS="--lang fr" passes arguments to it
 	$(PY) examples/translate $(ARGS)
 
-test: build emulator $(TEST) $(DEMO) $(BENCH)  ## run the tests; ARGS="-k varlen" passes arguments to pytest
+test: build emulator $(TEST) $(DEMO) $(BENCH) $(TRITON_LATEST)  ## run the tests; ARGS="-k varlen" passes arguments to pytest
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-cuda: emulator $(TEST)  ## every test of the CUDA kernels, on the CPU
 	OMP_NUM_THREADS=1 ATTNFAST_EMULATOR=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal \
 	  tests/test_cuda.py tests/test_cuda_bugs.py $(ARGS)
+
+test-triton: build $(TEST) $(TRITON_LATEST)  ## every test of the Triton kernels, in Triton's interpreter
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal \
+	  tests/triton $(ARGS)
 
 lint: $(LINT)  ## ruff, mypy and clang-format, nothing rewritten
 	$(BIN)/ruff check .
@@ -119,7 +124,7 @@ $(RUNTIME): | $(PY)
 	$(call install,requirements/runtime.txt,-r requirements/runtime.txt)
 	$(call done,runtime)
 
-$(TEST) $(LINT) $(WHEEL) $(DOCS) $(DEMO): $(VENV)/.%: | $(RUNTIME)
+$(TEST) $(LINT) $(WHEEL) $(DOCS) $(DEMO) $(TRITON_LATEST): $(VENV)/.%: | $(RUNTIME)
 	$(call install,requirements/$(firstword $(subst -, ,$*)).txt,--no-deps -r requirements/$(firstword $(subst -, ,$*)).txt)
 	$(call done,$(firstword $(subst -, ,$*)))
 

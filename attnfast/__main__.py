@@ -74,19 +74,27 @@ def backend(name: str) -> dict[str, Any]:
         if row.name == name
     }
     refusals = {
-        device: dispatch.refusal(name, plain_problem(device)) for device in served or ("cpu",)
+        device: dispatch.refusal(name, plain_problem(device)) or absent(device)
+        for device in served or ("cpu",)
     }
     devices = [device for device, reason in refusals.items() if reason is None]
     result: dict[str, Any] = {
         "name": name,
         "available": bool(devices),
         "devices": devices,
-        "reason": None if devices else next(iter(refusals.values())),
+        "reason": None if devices else "; ".join(dict.fromkeys(map(str, refusals.values()))),
         "details": served[devices[0]].details() if devices else None,
     }
     if name == "cpu" and devices:
         result |= {"instruction_set": ops.cpu_isa(), "instruction_sets": ops.cpu_isas()}
     return result
+
+
+def absent(device: str) -> str | None:
+    """Why there are no tensors on a device, or None."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no GPU that torch can use"
+    return None
 
 
 def plain_problem(device: str) -> dispatch.Problem:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import ops
+from . import ops, triton_backend
 from .options import Options
 
 NAMES = ("cpu", "triton", "cuda", "reference")
@@ -120,6 +120,13 @@ CUDA = Backend(
     lambda problem: (0, 12 * problem.B * problem.H * problem.T),  # three numbers for each row
     lambda: "emulated",
 )
+TRITON = Backend(
+    "triton",
+    triton_backend.unsupported,
+    triton_backend.OPS,
+    triton_backend.workspace,
+    triton_backend.details,
+)
 REFERENCE = Backend(
     "reference",
     lambda problem: None,
@@ -128,12 +135,13 @@ REFERENCE = Backend(
     lambda: "plain PyTorch",
 )
 
-# The emulator of the CUDA kernels comes after the reference, which accepts everything: it serves
-# CPU tensors only where it is named.
+# The emulator of the CUDA kernels and Triton's interpreter come after the reference, which accepts
+# everything: they serve CPU tensors only where they are named.
 EMULATED = () if os.environ.get("ATTNFAST_EMULATOR", "0") == "0" else (CUDA,)
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "cpu": (CPU, REFERENCE, *EMULATED),
+    "cpu": (CPU, REFERENCE, TRITON, *EMULATED),
+    "cuda": (TRITON, REFERENCE),
 }
 OTHER_DEVICES = (REFERENCE,)
 OPS = {row.name: row.ops for table in BACKENDS.values() for row in table if row.ops is not None}
@@ -201,7 +209,8 @@ def refusal(name: str, problem: Problem) -> str | None:
 
 
 def _report_fallback(problem: Problem, function: str) -> None:
-    fused = [row for row in rows(problem.device) if row is not REFERENCE]
+    table = rows(problem.device)
+    fused = table[: table.index(REFERENCE)]  # those after it run only where they are named
     if not fused or problem.dtype not in FUSED_DTYPES:
         return
     reason = "; ".join(f"{row.name}: {row.unsupported(problem)}" for row in fused)

@@ -1,0 +1,216 @@
+"""What every kernel takes: tensors, numbers, and compile-time features, made from one call.
+
+Kernels read them by name (``x.q``, ``p.scale``, ``f.SOFTCAP``). Tensors that a call lacks are None,
+which Triton knows at compile time, as it does the features.
+
+Scores are in units of log2, so that p = exp2(s - m); where there is a bias they are in natural
+units, since log2 e times a huge negative bias would overflow to -inf.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnfast.options import Inputs, Options
+
+LOG2_E = math.log2(math.e)
+FARTHEST = 1 << 30  # positions and windows beyond are taken for this
+
+
+class Tensors(NamedTuple):
+    """The tensors of a call, ``Inputs`` with what is 1-D dense."""
+
+    q: Any
+    k: Any
+    v: Any
+    mask: Any
+    bias: Any
+    alibi_slopes: Any
+    sinks: Any
+    align: Any
+    dropout_seed: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+
+
+class Values(NamedTuple):
+    """The numbers of a call. Strides count elements; 0 broadcasts."""
+
+    B: int  # varlen: the number of sequences
+    H: int
+    group: int  # query heads per key head
+    T: int  # varlen: the longest sequence
+    S: int
+    rows_q: int  # rows of q in memory
+    rows_k: int
+    q_b: int
+    q_h: int
+    q_t: int
+    k_b: int
+    k_h: int
+    k_t: int
+    v_b: int
+    v_h: int
+    v_t: int
+    mask_b: int
+    mask_h: int
+    mask_t: int
+    mask_s: int
+    bias_b: int
+    bias_h: int
+    bias_t: int
+    bias_s: int
+    alibi_b: int
+    alibi_h: int
+    scale: float
+    factor: float  # makes q k^T a score, or with a softcap what tanh is taken of
+    softcap: float  # in the units of the scores
+    left: int  # t' - left <= s
+    right: int  # s <= t' + right; 0 if causal
+    shift: int  # t' = t + shift, plus align[b], plus S - T with BOTTOM_RIGHT
+    threshold: int  # dropout keeps what draws at least this, of 65536
+    kept: float  # what dropout multiplies the rest with
+    section: int  # query heads whose keys share the second-level cache
+
+
+class Features(NamedTuple):
+    """What a kernel is compiled for."""
+
+    D: int
+    D_V: int
+    HAS_LEFT: bool
+    HAS_RIGHT: bool
+    BOTTOM_RIGHT: bool
+    SOFTCAP: bool
+    NATURAL: bool  # scores in natural units instead of log2
+    LAZY: bool  # scores stay q k^T until they are exponentiated: nothing else is done to them
+    KEY_MASK: bool  # the mask is the same for all queries
+    DROPOUT: bool
+    WIDE: bool  # offsets within a tile need 64 bits
+    PRECISION: str  # of fp32 products: "ieee" or "tf32"
+
+
+class Tile(NamedTuple):
+    """Sizes of a program's tiles, powers of two from 16 on."""
+
+    BLOCK_M: int  # queries
+    BLOCK_N: int  # keys
+    BLOCK_D: int  # at least D
+    BLOCK_DV: int
+
+
+class Call(NamedTuple):
+    """One call as all of its kernels take it."""
+
+    x: Tensors
+    p: Values
+    f: Features
+
+
+def strides(x: Tensor | None) -> tuple[int, int, int, int]:
+    """Four strides, 0 where a dimension broadcasts."""
+    if x is None:
+        return 0, 0, 0, 0
+    size, stride = x.shape, x.stride()
+    return tuple(0 if n == 1 else s for n, s in zip(size, stride, strict=True))  # type: ignore[return-value]
+
+
+def rows(x: Tensor, varlen: bool) -> tuple[int, int, int]:
+    """Strides of batch, head and row; sequences of a varlen call lie in one batch entry."""
+    b, h, t, _ = strides(x)
+    return 0 if varlen else b, h, t
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """A small 1-D tensor with stride 1."""
+    return x if x is None or x.numel() < 2 or x.stride(0) == 1 else x.contiguous()
+
+
+def needs_wide_offsets(*tensors: Tensor | None) -> bool:
+    """Whether 512 rows of a tensor may span 2**31 elements."""
+    return any(x is not None and abs(x.stride(2)) >= 1 << 22 for x in tensors)
+
+
+def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | None) -> Call:
+    """Everything about a call that does not depend on tiles.
+
+    Args:
+        inputs: The call's tensors.
+        options: Its options.
+        l2_bytes: How much of keys and values the second-level cache is trusted to hold.
+        others: More tensors whose rows are walked: gradients and outputs.
+    """
+    q, k, v, mask, bias, slopes, sinks, align, seed, cu_q, cu_k = inputs
+    varlen = cu_q is not None
+    rows_q, rows_k = q.shape[2], k.shape[2]
+    B, T, S = q.shape[0], rows_q, rows_k
+    if cu_q is not None:
+        B, T, S = cu_q.shape[0] - 1, options.max_seqlen_q, options.max_seqlen_k
+    group = q.shape[1] // max(k.shape[1], 1)
+    softcap, p_drop = options.softcap, options.dropout_p
+    natural = bias is not None
+    unit = 1.0 if natural else LOG2_E
+    right = options.window_right
+    if options.causal:
+        right = 0 if right < 0 else min(right, 0)
+    key_bytes = max(rows_k * (q.shape[3] + v.shape[3]) * q.element_size(), 1)
+    mask_strides = strides(mask)
+    values = Values(
+        B,
+        q.shape[1],
+        group,
+        T,
+        S,
+        rows_q,
+        rows_k,
+        *rows(q, varlen),
+        *rows(k, varlen),
+        *rows(v, varlen),
+        *mask_strides,
+        *strides(bias),
+        0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),
+        0 if slopes is None else slopes.stride(1),
+        options.scale,
+        options.scale / softcap if softcap > 0 else options.scale * unit,
+        softcap * unit,
+        min(options.window_left, FARTHEST),
+        min(right, FARTHEST),
+        max(min(options.align_offset, FARTHEST), -FARTHEST),
+        round(p_drop * 65536),
+        0.0 if p_drop >= 1 else 1 / (1 - p_drop),
+        max(l2_bytes // key_bytes, 1) * group,
+    )
+    features = Features(
+        q.shape[3],
+        v.shape[3],
+        options.window_left >= 0,
+        right >= 0,
+        options.align_bottom_right,
+        softcap > 0,
+        natural,
+        softcap == 0 and bias is None and slopes is None and options.scale > 0,
+        mask is not None and mask_strides[2] == 0,
+        p_drop > 0,
+        needs_wide_offsets(q, k, v, *others),
+        precision(q),
+    )
+    tensors = Tensors(
+        q, k, v, mask, bias, slopes, *(dense(y) for y in (sinks, align, seed, cu_q, cu_k))
+    )
+    return Call(tensors, values, features)
+
+
+def precision(q: Tensor) -> str:
+    """How fp32 products are taken: as torch's own would be on this device."""
+    if q.dtype is not torch.float32 or not q.is_cuda:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def block(n: int) -> int:
+    """The smallest power of two that holds n and that a matrix product takes."""
+    return max(16, 1 << (n - 1).bit_length())

@@ -1,0 +1,90 @@
+"""The Triton backend's operators: the schemas of ``attnfast.ops``, from tensors to launches."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+from attnfast import checks
+from attnfast.options import Inputs, Options
+
+from . import backward as gradients
+from . import bias_gradients, configs, forward, launch, weights
+from .arguments import gather
+from .decode import attention_decode
+
+if launch.INTERPRETED:
+    from . import interpreter
+
+    interpreter.mend()
+
+
+def fwd(*args: Any) -> tuple[Tensor, ...]:
+    """``triton_fwd``: ``Inputs``, then ``Options``; returns ``Outputs``."""
+    inputs, options = Inputs(*args[:11]), Options(*args[11:])
+    check_rows(q=inputs.q, k=inputs.k, v=inputs.v)
+    if os.environ.get("ATTNFAST_CHECK") == "1" and inputs.cu_seqlens_q is not None:
+        checks.sequence_values("varlen_attention", inputs, options)
+    arch = configs.architecture(inputs.q.device)
+    call = gather(inputs, options, configs.l2_bytes(arch))
+    out, lse, stats, *_ = forward.attention_fwd(inputs, options, call, arch)
+    nothing = lse.new_empty(0)
+    received = nothing
+    if options.stats == 2:
+        received = weights.received_fwd(inputs, options, call, lse, arch)
+    probabilities = inputs.q.new_empty(0)
+    if options.weights:
+        probabilities = weights.weights_fwd(call, lse, options.weights == 1, arch)
+    return out, lse, nothing if stats is None else stats, received, probabilities
+
+
+def bwd(*args: Any) -> tuple[Tensor, ...]:
+    """``triton_bwd``: gradients and results of the forward, then its arguments; ``Gradients``."""
+    grad_out, grad_lse, grad_entropy, grad_weights, out, lse, entropy = args[:7]
+    need_dbias, need_dsinks = args[7:9]
+    inputs, options = Inputs(*args[9:20]), Options(*args[20:])
+    check_rows(q=inputs.q, k=inputs.k, v=inputs.v, out=out)
+    if grad_out.shape[3] > 1 and grad_out.stride(3) != 1:
+        grad_out = grad_out.contiguous()
+    grad_lse, grad_entropy, entropy, lse = (
+        None if x is None else x.contiguous() for x in (grad_lse, grad_entropy, entropy, lse)
+    )
+    arch = configs.architecture(inputs.q.device)
+    call = gather(inputs, options, configs.l2_bytes(arch), grad_out, out)
+    given = gradients.given(
+        grad_out,
+        grad_lse,
+        grad_entropy,
+        grad_weights,
+        out,
+        lse,
+        entropy,
+        inputs.cu_seqlens_q is not None,
+    )
+    to = gradients.attention_bwd(inputs, call, given, arch)
+    dbias = dsinks = inputs.q.new_empty(0)
+    if need_dbias:
+        dbias = bias_gradients.bias_gradient(call, given, arch)
+    if need_dsinks:
+        dsinks = bias_gradients.sink_gradient(call, given, arch)
+    return to.dq, to.dk, to.dv, dbias, dsinks
+
+
+def decode(*args: Any) -> tuple[Tensor, Tensor]:
+    """``triton_decode``."""
+    q, k_cache, v_cache, *_ = args
+    check_rows(q=q, k_cache=k_cache, v_cache=v_cache)
+    if os.environ.get("ATTNFAST_CHECK") == "1":
+        checks.cache_values("decode_attention", checks.DecodeInputs(*args[:8]))
+    return attention_decode(*args, arch=configs.architecture(q.device))
+
+
+def check_rows(**tensors: Tensor) -> None:
+    """Rows are walked by pointer: their last stride must be 1."""
+    for name, x in tensors.items():
+        if x.dim() != 4 or (x.shape[3] > 1 and x.stride(3) != 1):
+            raise RuntimeError(
+                f"attention: {name} must be 4-D with last stride 1, got strides {x.stride()}"
+            )

@@ -1,0 +1,409 @@
+"""Attention backward: a number per row, dq by blocks of queries, dk and dv by blocks of keys.
+
+    p = exp(s - lse)        dp = keep * (do v^T + dw)        ds = p * (dp + row - dentropy * s)
+    dq = scale * ds k       dk = scale * ds^T q              dv = (keep p)^T do
+
+with ``row = -rowsum(do * o) + dlse + dentropy * (lse - entropy)``, and rowsum(keep p dw) taken off
+where the weights have a gradient (docs/math.md, section 4). FlashAttention-2, Algorithm 2, with dq
+in a kernel of its own: scores are computed twice, and nothing is added by atomics.
+
+Grid:    row terms and dq: as the forward; dk and dv: batch * key head * ceil(S / BLOCK_N)
+Memory:  dq: q, do [BLOCK_M, D] and dq in registers, k and v tiles pass by; dk, dv: k, v
+         [BLOCK_N, D] and dk, dv stay, q and do tiles of all heads of the group pass by, scores
+         transposed
+Loops:   as in the forward: before, inside and after what needs no masking by position
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnfast.ops import empty_in_order
+from attnfast.options import Inputs
+
+from . import configs
+from .arguments import Call, Tile, block, rows, strides
+from .launch import Launch, launch
+from .scores import (
+    at_head,
+    dropout_keeps,
+    edit_scores,
+    exponent,
+    from_natural,
+    key_range,
+    load_rows,
+    offset,
+    query_range,
+    scheduled,
+    score_gradients,
+    sequence_of,
+    slope_of,
+    store_rows,
+    tiles_of,
+    weights_gradients,
+    without_dead_rows,
+)
+
+
+class Given(NamedTuple):
+    """What the forward left and what comes back to it, and one number per row."""
+
+    grad_out: Tensor  # (B, H, T, D_v)
+    grad_lse: Tensor | None  # (B, H, T) fp32
+    grad_entropy: Tensor | None  # (B, H, T) fp32
+    grad_weights: Tensor | None  # (B, H, T, S), or for the mean (B, T, S)
+    out: Tensor  # (B, H, T, D_v)
+    lse: Tensor  # (B, H, T) fp32
+    entropy: Tensor | None  # (B, H, T) fp32
+    rows: Tensor  # (B, H, T) fp32
+    do_b: int
+    do_h: int
+    do_t: int
+    out_b: int
+    out_h: int
+    out_t: int
+    dw_b: int
+    dw_h: int
+    dw_t: int
+    dw_s: int
+    dw_factor: float  # 1, or 1 / H for the mean over the heads
+
+
+class Results(NamedTuple):
+    """What the backward writes."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dq_b: int
+    dq_h: int
+    dq_t: int
+    dk_b: int
+    dk_h: int
+    dk_t: int
+    dv_b: int
+    dv_h: int
+    dv_t: int
+
+
+@triton.jit
+def row_at(x, p, b, h, q_row):
+    """Where the numbers per row of a batch entry and head begin."""
+    batch = b * 0 if x.cu_seqlens_q is not None else b
+    return (batch.to(tl.int64) * p.H + h) * p.rows_q + q_row
+
+
+@triton.jit
+def row_terms_kernel(x, g, p, f, tile):
+    """What of ds depends on the row alone, for one block of queries."""
+    block, head = scheduled(p.B * p.H, tl.cdiv(p.T, tile.BLOCK_M), p.section, f.HAS_RIGHT)
+    b, h = head // p.H, head % p.H
+    T, S, q_row, k_row, shift = sequence_of(x, p, f, b)
+    t0 = block * tile.BLOCK_M
+    if t0 >= T:
+        return
+    h_kv = h // p.group
+    row = tl.arange(0, tile.BLOCK_M)
+    key = tl.arange(0, tile.BLOCK_N)
+    t = t0 + row
+    live_row = t < T
+    at = row_at(x, p, b, h, q_row) + t
+    lse = tl.load(g.lse + at, mask=live_row, other=-float("inf"))
+
+    out_base = g.out + offset(b, g.out_b, h, g.out_h, q_row + t0, g.out_t)
+    out = load_rows(out_base, row, g.out_t, live_row, f.D_V, tile.BLOCK_DV, f, True)
+    do_base = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
+    do = load_rows(do_base, row, g.do_t, live_row, f.D_V, tile.BLOCK_DV, f, True)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+
+    if g.grad_weights is not None:
+        mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
+        bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
+        slope = slope_of(x, p, f, b, h)
+        q_base = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
+        q = load_rows(q_base, row, p.q_t, live_row, f.D, tile.BLOCK_D, f, True)
+        base = from_natural(lse, f)
+        t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
+        begin, end, _, _ = key_range(t0, t_last, S, shift, p, f)
+        for j0 in tl.range(begin // tile.BLOCK_N * tile.BLOCK_N, end, tile.BLOCK_N):
+            j = j0 + key
+            k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
+            live = (j >= begin) & (j < end)
+            k = load_rows(k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, True)
+            s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
+            s, _ = edit_scores(
+                s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, True
+            )
+            term = exponent(s, base[:, None], p, f)
+            term = term * weights_gradients(g, b, h, t[:, None], j[None, :], T, S)
+            if f.DROPOUT:
+                kept = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                term = tl.where(kept, term * p.kept, 0.0)
+            delta += tl.sum(term, 1)
+
+    total = -delta
+    if g.grad_lse is not None:
+        total += tl.load(g.grad_lse + at, mask=live_row, other=0.0)
+    if g.grad_entropy is not None:
+        dentropy = tl.load(g.grad_entropy + at, mask=live_row, other=0.0)
+        total += dentropy * (lse - tl.load(g.entropy + at, mask=live_row, other=0.0))
+    tl.store(g.rows + at, tl.where(lse == -float("inf"), 0.0, total), mask=live_row)
+
+
+@triton.jit
+def dq_kernel(x, g, to, p, f, tile):
+    """One block of queries' dq."""
+    block, head = scheduled(p.B * p.H, tl.cdiv(p.T, tile.BLOCK_M), p.section, f.HAS_RIGHT)
+    b, h = head // p.H, head % p.H
+    T, S, q_row, k_row, shift = sequence_of(x, p, f, b)
+    t0 = block * tile.BLOCK_M
+    if t0 >= T:
+        return
+    h_kv = h // p.group
+    row = tl.arange(0, tile.BLOCK_M)
+    key = tl.arange(0, tile.BLOCK_N)
+    t = t0 + row
+    live_row = t < T
+    mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
+    bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
+    slope = slope_of(x, p, f, b, h)
+
+    q_base = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
+    q = load_rows(q_base, row, p.q_t, live_row, f.D, tile.BLOCK_D, f, True)
+    do_base = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
+    do = load_rows(do_base, row, g.do_t, live_row, f.D_V, tile.BLOCK_DV, f, True)
+    at = row_at(x, p, b, h, q_row) + t
+    base = from_natural(tl.load(g.lse + at, mask=live_row, other=-float("inf")), f)
+    term = tl.load(g.rows + at, mask=live_row, other=0.0)
+    dentropy = term * 0.0
+    if g.grad_entropy is not None:
+        dentropy = tl.load(g.grad_entropy + at, mask=live_row, other=0.0)
+    dq = tl.zeros([tile.BLOCK_M, tile.BLOCK_D], tl.float32)
+
+    t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
+    begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
+    for part in tl.static_range(3):
+        if part > 0 or f.HAS_LEFT:
+            first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
+            for j0 in tl.range(first, last, tile.BLOCK_N):
+                # load
+                j = j0 + key
+                live = (j >= begin) & (j < end)
+                k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
+                k = load_rows(k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1)
+                v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, k_row + j0, p.v_t)
+                v = load_rows(v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1)
+                # scores
+                s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
+                s, capped = edit_scores(
+                    s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, part != 1
+                )
+                probs = exponent(s, base[:, None], p, f)
+                # gradients of the scores
+                dp = tl.dot(do, tl.trans(v), input_precision=f.PRECISION)
+                dw = weights_gradients(g, b, h, t[:, None], j[None, :], T, S)
+                kept = True
+                if f.DROPOUT:
+                    kept = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                edited = part != 1 or mask is not None or bias is not None
+                ds = score_gradients(
+                    s, probs, dp, dw, kept, term[:, None], dentropy[:, None], g, p, f, edited
+                )
+                if f.SOFTCAP:
+                    ds = ds * (1.0 - capped * capped)
+                # keys
+                if mask is not None or bias is not None:
+                    k = without_dead_rows(k, tl.max((probs != 0.0).to(tl.int32), 0) == 0)
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=f.PRECISION)
+
+    dq_base = to.dq + offset(b, to.dq_b, h, to.dq_h, q_row + t0, to.dq_t)
+    store_rows(dq_base, row, to.dq_t, live_row, f.D, tile.BLOCK_D, f, dq * p.scale)
+
+
+@triton.jit
+def dkdv_kernel(x, g, to, p, f, tile):
+    """One block of keys' dk and dv, summed over the query heads that share it."""
+    H_kv = p.H // p.group
+    block, head = scheduled(p.B * H_kv, tl.cdiv(p.S, tile.BLOCK_N), p.section // p.group, False)
+    b, h_kv = head // H_kv, head % H_kv
+    T, S, q_row, k_row, shift = sequence_of(x, p, f, b)
+    j0 = block * tile.BLOCK_N
+    if j0 >= S:
+        return
+    row = tl.arange(0, tile.BLOCK_M)
+    key = tl.arange(0, tile.BLOCK_N)
+    j = j0 + key
+    live_key = j < S
+    k_base = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
+    k = load_rows(k_base, key, p.k_t, live_key, f.D, tile.BLOCK_D, f, True)
+    v_base = x.v + offset(b, p.v_b, h_kv, p.v_h, k_row + j0, p.v_t)
+    v = load_rows(v_base, key, p.v_t, live_key, f.D_V, tile.BLOCK_DV, f, True)
+    dk = tl.zeros([tile.BLOCK_N, tile.BLOCK_D], tl.float32)
+    dv = tl.zeros([tile.BLOCK_N, tile.BLOCK_DV], tl.float32)
+
+    j_last = tl.minimum(j0 + tile.BLOCK_N, S) - 1
+    begin, end, inner_begin, inner_end = query_range(j0, j_last, T, shift, p, f)
+    for member in range(p.group):
+        h = h_kv * p.group + member
+        mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
+        bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
+        slope = slope_of(x, p, f, b, h)
+        head_at = row_at(x, p, b, h, q_row)
+        for part in tl.static_range(3):
+            if part > 0 or f.HAS_RIGHT:
+                first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_M)
+                for t0 in tl.range(first, last, tile.BLOCK_M):
+                    # load
+                    t = t0 + row
+                    live = (t >= begin) & (t < end)
+                    q_tile = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
+                    q = load_rows(q_tile, row, p.q_t, live, f.D, tile.BLOCK_D, f, part != 1)
+                    do_tile = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
+                    do = load_rows(do_tile, row, g.do_t, live, f.D_V, tile.BLOCK_DV, f, part != 1)
+                    at = head_at + t
+                    lse = tl.load(g.lse + at, mask=live, other=-float("inf"))
+                    term = tl.load(g.rows + at, mask=live, other=0.0)
+                    dentropy = term * 0.0
+                    if g.grad_entropy is not None:
+                        dentropy = tl.load(g.grad_entropy + at, mask=live, other=0.0)
+                    # scores, transposed
+                    s = tl.dot(k, tl.trans(q), input_precision=f.PRECISION)
+                    s, capped = edit_scores(
+                        s,
+                        t[None, :],
+                        j[:, None],
+                        T,
+                        S,
+                        shift,
+                        mask,
+                        bias,
+                        slope,
+                        x,
+                        p,
+                        f,
+                        part != 1,
+                    )
+                    base = from_natural(lse, f)
+                    probs = exponent(s, base[None, :], p, f)
+                    kept = True
+                    dropped = probs
+                    if f.DROPOUT:
+                        kept = tl.trans(
+                            dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                        )
+                        dropped = tl.where(kept, probs * p.kept, 0.0)
+                    # values
+                    dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=f.PRECISION)
+                    # gradients of the scores
+                    dp = tl.dot(v, tl.trans(do), input_precision=f.PRECISION)
+                    dw = weights_gradients(g, b, h, t[None, :], j[:, None], T, S)
+                    edited = part != 1 or mask is not None or bias is not None
+                    ds = score_gradients(
+                        s, probs, dp, dw, kept, term[None, :], dentropy[None, :], g, p, f, edited
+                    )
+                    if f.SOFTCAP:
+                        ds = ds * (1.0 - capped * capped)
+                    # queries
+                    if mask is not None or bias is not None:
+                        q = without_poison(q, lse, h, x)
+                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=f.PRECISION)
+
+    dk_base = to.dk + offset(b, to.dk_b, h_kv, to.dk_h, k_row + j0, to.dk_t)
+    store_rows(dk_base, key, to.dk_t, live_key, f.D, tile.BLOCK_D, f, dk * p.scale)
+    dv_base = to.dv + offset(b, to.dv_b, h_kv, to.dv_h, k_row + j0, to.dv_t)
+    store_rows(dv_base, key, to.dv_t, live_key, f.D_V, tile.BLOCK_DV, f, dv)
+
+
+@triton.jit
+def without_poison(q, lse, h, x):
+    """A query without keys may hold NaN or Inf, which 0 * q would carry into dk."""
+    without_keys = lse == -float("inf")
+    if x.sinks is not None:
+        without_keys = without_keys | (lse == tl.load(x.sinks + h).to(tl.float32))
+    finite = tl.abs(q.to(tl.float32)) < float("inf")
+    return tl.where(without_keys[:, None] & (finite == 0), 0.0, q).to(q.dtype)
+
+
+def attention_bwd(inputs: Inputs, call: Call, given: Given, arch: str) -> Results:
+    """Run the backward but for dbias and dsinks; also fills ``given.rows``.
+
+    Args:
+        inputs: The call's tensors.
+        call: The call, as `gather` made it.
+        given: The forward's results and their gradients.
+        arch: The architecture whose tiles to use, see `configs`.
+
+    Returns:
+        dq, dk and dv in their inputs' dtypes and stride orders.
+    """
+    to = results(inputs)
+    for job in backward_launches(call, given, to, arch):
+        launch(job)
+    return to
+
+
+def given(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_weights: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    varlen: bool,
+) -> Given:
+    """The gradients as kernels take them."""
+    dw = strides(
+        grad_weights
+        if grad_weights is None or grad_weights.dim() == 4
+        else grad_weights.unsqueeze(1)
+    )
+    mean = grad_weights is not None and grad_weights.dim() == 3
+    return Given(
+        grad_out,
+        grad_lse,
+        grad_entropy,
+        grad_weights,
+        out,
+        lse,
+        entropy,
+        torch.empty_like(lse),
+        *rows(grad_out, varlen),
+        *rows(out, varlen),
+        *dw,
+        1 / max(out.shape[1], 1) if mean else 1.0,
+    )
+
+
+def results(inputs: Inputs) -> Results:
+    """Memory for the results. Varlen rows past the last sequence belong to no program."""
+    varlen = inputs.cu_seqlens_q is not None
+    tensors = [empty_in_order(x, x.shape[3]) for x in inputs[:3]]
+    if varlen:
+        for x in tensors:
+            x.zero_()
+    return Results(*tensors, *(stride for x in tensors for stride in rows(x, varlen)))
+
+
+def backward_launches(call: Call, given: Given, to: Results, arch: str) -> list[Launch]:
+    """The kernels in the order in which they run."""
+    x, p, f = call
+    size, extras = x.q.element_size(), configs.extras(call) or given.grad_weights is not None
+    jobs = []
+    for name, kernel, tensors in (
+        ("rows", row_terms_kernel, (x, given)),
+        ("dq", dq_kernel, (x, given, to)),
+        ("dkdv", dkdv_kernel, (x, given, to)),
+    ):
+        config = configs.choose(arch, name, size, f.D, f.D_V, extras)
+        tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
+        grid = p.B * p.H * -(-p.T // config.BLOCK_M)
+        if name == "dkdv":
+            grid = p.B * (p.H // p.group) * -(-p.S // config.BLOCK_N)
+        jobs.append(Launch(kernel, grid, tensors, p, f, tile, config))
+    return jobs

@@ -1,0 +1,285 @@
+"""Attention of a few new queries over a cache, split over the keys.
+
+(Flash-Decoding, Dao et al., 2023)
+
+    o = softmax(scale * q k^T, causal, windowed, biased, capped) v    lse = logsumexp of the scores
+
+Query t stands at cache_seqlens[b] - T + t and attends the keys up to there.
+
+Grid:    batch * key head * blocks of the T * H / H_kv query rows that share its keys * pieces of
+         the keys; then one program per query row, to combine the pieces in their order
+Memory:  q, acc, m, l in registers; k and v tiles in shared memory, from a contiguous cache or from
+         pages, key by key; per row and piece m, l and acc in fp32
+Rows:    how keys are cut depends on the sequence's own length alone, and so do the results
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnfast.ops import empty_in_order
+from attnfast.options import Inputs, Options
+
+from . import configs
+from .arguments import Call, Tile, block, gather, rows
+from .launch import Launch, launch
+from .scores import (
+    LN2,
+    LOG2_E,
+    edit_scores,
+    exponent,
+    store_rows,
+    without_dead_rows,
+)
+
+MIN_PIECE = tl.constexpr(256)  # keys
+MAX_PIECES = tl.constexpr(128)  # that a sequence's keys are cut into
+AT_ONCE = tl.constexpr(16)  # pieces that are combined together
+
+
+class Cache(NamedTuple):
+    """The cache, the pieces and the results."""
+
+    lengths: Any  # (B,) int32
+    page_table: Any  # (B, n) int32
+    acc: Any  # (B, H_kv, pieces, rows, D_v) fp32
+    m: Any  # (B, H_kv, pieces, rows) fp32
+    l: Any  # (B, H_kv, pieces, rows) fp32
+    out: Any  # (B, H, T, D_v)
+    lse: Any  # (B, H, T) fp32
+    table_b: int
+    page_size: int
+    num_pages: int
+    pieces: int  # that the longest sequence could have
+    out_b: int
+    out_h: int
+    out_t: int
+
+
+@triton.jit
+def pieces_of(length, p, f, BLOCK_N: tl.constexpr):
+    """The first key that any query may attend, the first key of a piece, its keys, the pieces."""
+    begin = length * 0
+    if f.HAS_LEFT:
+        begin = tl.maximum(length - p.T - p.left, 0)
+    first = begin // BLOCK_N * BLOCK_N
+    keys = length - first
+    piece = tl.cdiv(tl.cdiv(keys, MAX_PIECES), BLOCK_N) * BLOCK_N
+    piece = tl.maximum(piece, MIN_PIECE)
+    return begin, first, piece, tl.cdiv(keys, piece)
+
+
+@triton.jit
+def key_rows(base, b, b_stride, h, h_stride, j, stride, live, c):
+    """[N] pointers to the rows of keys j, through the page table if there is one."""
+    if c.page_table is not None:
+        page = tl.load(c.page_table + b * c.table_b + j // c.page_size, mask=live, other=0)
+        b = tl.minimum(tl.maximum(page, 0), c.num_pages - 1)
+        j = j % c.page_size
+    return base + b.to(tl.int64) * b_stride + h.to(tl.int64) * h_stride + j.to(tl.int64) * stride
+
+
+@triton.jit
+def load_pointed(pointers, live, D, BLOCK: tl.constexpr):
+    """[N, BLOCK]: the rows that [N] pointers lead to, zero past D and where not live."""
+    dims = tl.arange(0, BLOCK)
+    inside = live[:, None] & (dims < D)[None, :]
+    return tl.load(pointers[:, None] + dims[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def decode_kernel(x, c, p, f, tile):
+    """One piece of the keys for one block of query rows."""
+    H_kv, group_rows = p.H // p.group, p.group * p.T
+    blocks = tl.cdiv(group_rows, tile.BLOCK_M)
+    pid = tl.program_id(0)
+    row0 = pid % blocks * tile.BLOCK_M
+    piece_index = pid // blocks % c.pieces
+    head = pid // blocks // c.pieces
+    b, h_kv = head // H_kv, head % H_kv
+    length = tl.minimum(tl.maximum(tl.load(c.lengths + b), 0), p.S)
+    begin, first, piece, pieces = pieces_of(length, p, f, tile.BLOCK_N)
+    if piece_index >= pieces:
+        return
+
+    row = row0 + tl.arange(0, tile.BLOCK_M)
+    key = tl.arange(0, tile.BLOCK_N)
+    live_row = row < group_rows
+    h, t = tl.minimum(h_kv * p.group + row // p.T, p.H - 1), row % p.T
+    shift = length - p.T
+    slope = 0.0
+    if x.alibi_slopes is not None:
+        slope = tl.load(x.alibi_slopes + b * p.alibi_b + h * p.alibi_h)[:, None]
+        if not f.NATURAL:
+            slope = slope * LOG2_E
+    bias = None
+    if x.bias is not None:
+        bias = (x.bias + b.to(tl.int64) * p.bias_b + h.to(tl.int64) * p.bias_h)[:, None]
+
+    q_rows = x.q + b.to(tl.int64) * p.q_b + h.to(tl.int64) * p.q_h + t.to(tl.int64) * p.q_t
+    q = load_pointed(q_rows, live_row, f.D, tile.BLOCK_D)
+    m = tl.full([tile.BLOCK_M], -float("inf"), tl.float32)
+    l = tl.zeros([tile.BLOCK_M], tl.float32)
+    acc = tl.zeros([tile.BLOCK_M, tile.BLOCK_DV], tl.float32)
+    start = first + piece_index * piece
+    end = tl.minimum(start + piece, length)
+    for j0 in tl.range(start, end, tile.BLOCK_N):
+        # load
+        j = j0 + key
+        live = (j >= begin) & (j < end)
+        k_rows = key_rows(x.k, b, p.k_b, h_kv, p.k_h, j, p.k_t, live, c)
+        k = load_pointed(k_rows, live, f.D, tile.BLOCK_D)
+        # scores
+        s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
+        s, _ = edit_scores(
+            s, t[:, None], j[None, :], p.T, end, shift, None, bias, slope, x, p, f, True
+        )
+        # softmax
+        highest = tl.max(s, 1)
+        if f.LAZY:
+            highest = highest * p.factor
+        m_new = tl.maximum(m, highest)
+        base = tl.where(m_new == -float("inf"), 0.0, m_new)
+        probs = exponent(s, base[:, None], p, f)
+        keep = tl.exp2((m - base) * LOG2_E) if f.NATURAL else tl.exp2(m - base)
+        l = l * keep + tl.sum(probs, 1)
+        m = m_new
+        # values
+        v_rows = key_rows(x.v, b, p.v_b, h_kv, p.v_h, j, p.v_t, live, c)
+        v = load_pointed(v_rows, live, f.D_V, tile.BLOCK_DV)
+        if bias is not None:
+            v = without_dead_rows(v, tl.max((s != -float("inf")).to(tl.int32), 0) == 0)
+        acc = acc * keep[:, None]
+        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=f.PRECISION)
+
+    at = (head.to(tl.int64) * c.pieces + piece_index) * group_rows + row0
+    own = tl.arange(0, tile.BLOCK_M)
+    store_rows(c.acc + at * f.D_V, own, f.D_V, live_row, f.D_V, tile.BLOCK_DV, f, acc)
+    tl.store(c.m + at + own, m, mask=live_row)
+    tl.store(c.l + at + own, l, mask=live_row)
+
+
+@triton.jit
+def combine_kernel(x, c, p, f, tile):
+    """One query row from its pieces."""
+    pid = tl.program_id(0)
+    t, head = pid % p.T, pid // p.T
+    b, h = head // p.H, head % p.H
+    H_kv, group_rows = p.H // p.group, p.group * p.T
+    length = tl.minimum(tl.maximum(tl.load(c.lengths + b), 0), p.S)
+    _, _, _, pieces = pieces_of(length, p, f, tile.BLOCK_N)
+    at = (b.to(tl.int64) * H_kv + h // p.group) * c.pieces * group_rows + h % p.group * p.T + t
+    piece = tl.arange(0, MAX_PIECES)
+    m = tl.load(c.m + at + piece * group_rows, mask=piece < pieces, other=-float("inf"))
+    l = tl.load(c.l + at + piece * group_rows, mask=piece < pieces, other=0.0)
+
+    top = tl.max(m, 0)
+    sink = -float("inf")
+    if x.sinks is not None:
+        sink = tl.load(x.sinks + h).to(tl.float32)
+        if not f.NATURAL:
+            sink = sink * LOG2_E
+        top = tl.maximum(top, sink)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    weight = tl.exp2((m - base) * LOG2_E) if f.NATURAL else tl.exp2(m - base)
+    total = tl.sum(l * weight, 0)
+    if x.sinks is not None:
+        total += tl.exp2((sink - base) * LOG2_E) if f.NATURAL else tl.exp2(sink - base)
+    empty = total == 0.0
+    lse = (top if f.NATURAL else top * LN2) + tl.log(total)
+    tl.store(c.lse + pid, tl.where(empty, -float("inf"), lse))
+
+    dims = tl.arange(0, tile.BLOCK_DV)
+    acc = tl.zeros([tile.BLOCK_DV], tl.float32)
+    for i in range(0, pieces, AT_ONCE):
+        part = i + tl.arange(0, AT_ONCE)
+        live = part < pieces
+        m = tl.load(c.m + at + part * group_rows, mask=live, other=-float("inf"))
+        weight = tl.exp2((m - base) * LOG2_E) if f.NATURAL else tl.exp2(m - base)
+        rows = (at + part * group_rows) * f.D_V
+        inside = live[:, None] & (dims < f.D_V)[None, :]
+        o = tl.load(c.acc + rows[:, None] + dims[None, :], mask=inside, other=0.0)
+        acc += tl.sum(o * weight[:, None], 0)
+    inverse = tl.where(empty, 0.0, 1.0 / total)
+    out = c.out + b.to(tl.int64) * c.out_b + h.to(tl.int64) * c.out_h + t.to(tl.int64) * c.out_t
+    tl.store(out + dims, (acc * inverse).to(c.out.dtype.element_ty), mask=dims < f.D_V)
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    page_table: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    *,
+    arch: str,
+) -> tuple[Tensor, Tensor]:
+    """Run decoding, see ``attnfast.decode_attention``; all arguments checked.
+
+    Lengths are clamped to the cache's capacity and pages to those that there are.
+
+    Returns:
+        out (B, H, T, D_v) in q's dtype and stride order, lse (B, H, T) fp32.
+    """
+    if page_table is not None:  # pages (P, page, H_kv, D) as (P, H_kv, page, D)
+        k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    options = Options(scale, True, window_left, window_right, softcap=softcap)
+    inputs = Inputs(q, k_cache, v_cache, None, bias, alibi_slopes, sinks)
+    call = gather(inputs, options, configs.l2_bytes(arch))
+    S = k_cache.shape[2]
+    if page_table is not None:
+        S *= page_table.shape[1]
+    call = call._replace(p=call.p._replace(S=S))
+    jobs = decode_launches(call, cache_seqlens, page_table, arch)
+    for job in jobs:
+        launch(job)
+    cache = jobs[0].tensors[1]
+    return cache.out, cache.lse
+
+
+def decode_launches(
+    call: Call, lengths: Tensor, page_table: Tensor | None, arch: str
+) -> tuple[Launch, Launch]:
+    """The two kernels, and memory for the pieces and the results."""
+    x, p, f = call
+    q, group_rows = x.q, p.group * p.T
+    config = configs.choose(arch, "decode", q.element_size(), f.D, f.D_V, x.bias is not None)
+    config = config._replace(BLOCK_M=min(config.BLOCK_M, block(max(group_rows, 1))))
+    pieces = max(min(-(-p.S // MIN_PIECE.value), MAX_PIECES.value), 1)
+    H_kv = p.H // max(p.group, 1)
+    acc = q.new_empty((p.B, H_kv, pieces, group_rows, f.D_V), dtype=torch.float32)
+    m, l = q.new_empty((2, p.B, H_kv, pieces, group_rows), dtype=torch.float32)
+    out = empty_in_order(q, f.D_V)
+    cache = Cache(
+        lengths,
+        page_table,
+        acc,
+        m,
+        l,
+        out,
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+        0 if page_table is None else page_table.stride(0),
+        x.k.shape[2],
+        x.k.shape[0],
+        pieces,
+        *rows(out, False),
+    )
+    tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
+    grid = p.B * H_kv * pieces * -(-group_rows // config.BLOCK_M)
+    combine = configs.choose(arch, "combine", q.element_size(), f.D, f.D_V, False)
+    return (
+        Launch(decode_kernel, grid, (x, cache), p, f, tile, config),
+        Launch(combine_kernel, p.B * p.H * p.T, (x, cache), p, f, tile, combine),
+    )

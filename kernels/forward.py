@@ -1,0 +1,205 @@
+"""Attention forward, one block of queries per program (FlashAttention-2, Algorithm 1).
+
+    o = softmax(scale * q k^T, masked, biased, capped) v        lse = logsumexp of the scores
+
+Grid:    batch * head * ceil(T / BLOCK_M), flat; heads in sections, longest causal rows first
+Memory:  q, acc [BLOCK_M, D_v], m, l in registers; k and v tiles in shared memory, num_stages deep
+Loops:   tiles that a window's left side cuts; tiles that every row attends, without any masking by
+         position; tiles that the diagonal, the window's right side or the end of the keys cut
+Limits:  D, D_v to 512, padded to a power of two in registers only
+Rows:    a row's result depends on its own sequence and on BLOCK_N alone
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnfast.ops import empty_in_order
+from attnfast.options import Inputs, Options
+
+from . import configs
+from .arguments import Call, Tile, block, rows
+from .launch import Launch, launch
+from .scores import (
+    LN2,
+    LOG2_E,
+    at_head,
+    dropout_keeps,
+    edit_scores,
+    exponent,
+    key_range,
+    load_rows,
+    offset,
+    scheduled,
+    sequence_of,
+    slope_of,
+    store_rows,
+    tiles_of,
+    without_dead_rows,
+)
+
+
+class Results(NamedTuple):
+    """What the forward writes."""
+
+    out: Tensor  # (B, H, T, D_v)
+    lse: Tensor  # (B, H, T) fp32
+    stats: Tensor | None  # (3, B, H, T) fp32
+    out_b: int
+    out_h: int
+    out_t: int
+    plane: int  # elements of lse
+
+
+@triton.jit
+def attention_fwd_kernel(x, to, p, f, tile):
+    """One block of queries of one head."""
+    block, head = scheduled(p.B * p.H, tl.cdiv(p.T, tile.BLOCK_M), p.section, f.HAS_RIGHT)
+    b, h = head // p.H, head % p.H
+    T, S, q_row, k_row, shift = sequence_of(x, p, f, b)
+    t0 = block * tile.BLOCK_M
+    if t0 >= T:
+        return
+    h_kv = h // p.group
+    row = tl.arange(0, tile.BLOCK_M)
+    key = tl.arange(0, tile.BLOCK_N)
+    t = t0 + row
+    mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
+    bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
+    slope = slope_of(x, p, f, b, h)
+
+    q_base = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
+    q = load_rows(q_base, row, p.q_t, t < T, f.D, tile.BLOCK_D, f, True)
+    m = tl.full([tile.BLOCK_M], -float("inf"), tl.float32)
+    l = tl.zeros([tile.BLOCK_M], tl.float32)
+    acc = tl.zeros([tile.BLOCK_M, tile.BLOCK_DV], tl.float32)
+    surprise = tl.zeros([tile.BLOCK_M], tl.float32)  # sum of p (s - m)
+    reach = tl.zeros([tile.BLOCK_M], tl.float32)  # sum of p |j - t'|
+
+    t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
+    begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
+    for part in tl.static_range(3):
+        if part > 0 or f.HAS_LEFT:
+            first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
+            for j0 in tl.range(first, last, tile.BLOCK_N):
+                # load
+                j = j0 + key
+                live = (j >= begin) & (j < end)
+                k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
+                k = load_rows(k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1)
+                # scores
+                s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
+                s, _ = edit_scores(
+                    s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, part != 1
+                )
+                # softmax
+                highest = tl.max(s, 1)
+                if f.LAZY:
+                    highest = highest * p.factor
+                m_new = tl.maximum(m, highest)
+                base = tl.where(m_new == -float("inf"), 0.0, m_new)
+                probs = exponent(s, base[:, None], p, f)
+                fall = m - base
+                keep = tl.exp2(fall * LOG2_E) if f.NATURAL else tl.exp2(fall)
+                if to.stats is not None:
+                    rise = s * p.factor - base[:, None] if f.LAZY else s - base[:, None]
+                    moved = tl.where(l == 0.0, 0.0, l * fall)
+                    surprise = keep * (surprise + moved) + tl.sum(
+                        tl.where(probs > 0.0, probs * rise, 0.0), 1
+                    )
+                    distance = tl.abs(j[None, :] - (t[:, None] + shift)).to(tl.float32)
+                    reach = keep * reach + tl.sum(probs * distance, 1)
+                l = l * keep + tl.sum(probs, 1)
+                m = m_new
+                if f.DROPOUT:
+                    kept = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                    probs = tl.where(kept, probs, 0.0)
+                # values
+                v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, k_row + j0, p.v_t)
+                v = load_rows(v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1)
+                if mask is not None or bias is not None:
+                    v = without_dead_rows(v, tl.max((s != -float("inf")).to(tl.int32), 0) == 0)
+                acc = acc * keep[:, None]
+                acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=f.PRECISION)
+
+    # the sink: one more key without a value
+    top, shrink, without_keys = m, tl.full([tile.BLOCK_M], 1.0, tl.float32), l == 0.0
+    sink = 0.0
+    if x.sinks is not None:
+        sink = tl.load(x.sinks + h).to(tl.float32)
+        sink_units = sink if f.NATURAL else sink * LOG2_E
+        top = tl.maximum(m, sink_units)
+        base = tl.where(top == -float("inf"), 0.0, top)
+        fall = tl.where(without_keys, 0.0, m - base)
+        shrink = tl.exp2(fall * LOG2_E) if f.NATURAL else tl.exp2(fall)
+        depth = sink_units - base
+        sink_p = tl.exp2(depth * LOG2_E) if f.NATURAL else tl.exp2(depth)
+        surprise = (surprise + l * fall) * shrink + tl.where(sink_p > 0.0, sink_p * depth, 0.0)
+        l = l * shrink + sink_p
+
+    # the sums become the output row, lse and statistics
+    empty = l == 0.0
+    inverse = tl.where(empty, 0.0, 1.0 / l)
+    lse = (top if f.NATURAL else top * LN2) + tl.log(l)
+    lse = tl.where(empty, -float("inf"), lse)
+    if x.sinks is not None:
+        lse = tl.where(without_keys, sink, lse)
+    out_base = to.out + offset(b, to.out_b, h, to.out_h, q_row + t0, to.out_t)
+    acc = acc * (inverse * shrink * p.kept)[:, None]
+    store_rows(out_base, row, to.out_t, t < T, f.D_V, tile.BLOCK_DV, f, acc)
+    batch = b * 0 if x.cu_seqlens_q is not None else b
+    at = (batch.to(tl.int64) * p.H + h) * p.rows_q + q_row + t0 + row
+    tl.store(to.lse + at, lse, mask=t < T)
+    if to.stats is not None:
+        at = to.stats + at
+        unit = 1.0 if f.NATURAL else LN2
+        tl.store(at, m * unit, mask=t < T)
+        entropy = tl.where(empty, 0.0, tl.log(l) - surprise * inverse * unit)
+        tl.store(at + to.plane.to(tl.int64), entropy, mask=t < T)
+        tl.store(at + 2 * to.plane.to(tl.int64), reach * shrink * inverse, mask=t < T)
+
+
+def attention_fwd(inputs: Inputs, options: Options, call: Call, arch: str) -> Results:
+    """Run the forward.
+
+    Args:
+        inputs: The call's tensors.
+        options: Its options.
+        call: Both, as `gather` made them.
+        arch: The architecture whose tiles to use, see `configs`.
+
+    Returns:
+        out, lse and, with ``options.stats``, max_logit, entropy and reach, as in ``Outputs``.
+    """
+    to = results(inputs, options)
+    launch(forward_launch(call, to, arch))
+    return to
+
+
+def results(inputs: Inputs, options: Options) -> Results:
+    """Memory for the results. Varlen rows past the last sequence belong to no program."""
+    q, varlen = inputs.q, inputs.cu_seqlens_q is not None
+    out = empty_in_order(q, inputs.v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    stats = q.new_empty((3, *q.shape[:3]), dtype=torch.float32) if options.stats else None
+    if varlen:
+        out.zero_()
+        lse.fill_(-torch.inf)
+        if stats is not None:
+            stats[0].fill_(-torch.inf)
+            stats[1:].zero_()
+    return Results(out, lse, stats, *rows(out, varlen), lse.numel())
+
+
+def forward_launch(call: Call, to: Results, arch: str) -> Launch:
+    """The forward's kernel, grid and tiles."""
+    x, p, f = call
+    config = configs.choose(arch, "fwd", x.q.element_size(), f.D, f.D_V, configs.extras(call))
+    tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
+    grid = p.B * p.H * -(-p.T // config.BLOCK_M)
+    return Launch(attention_fwd_kernel, grid, (x, to), p, f, tile, config)

@@ -1,0 +1,173 @@
+"""Attention probabilities and their column sums: second passes over the scores.
+
+    p = exp(s - lse)
+    weights   p * keep / (1 - dropout_p), per head or the mean over the heads
+    received  sum over the queries of p
+
+Grid:    weights: batch * head (unless averaged) * blocks of queries * blocks of keys; received:
+         batch * head * blocks of keys
+Memory:  one tile of probabilities in registers; every program owns its part of the result and adds
+         heads and queries in their order
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnfast.options import Inputs, Options
+
+from . import configs
+from .arguments import Call, Tile, block
+from .backward import row_at
+from .launch import Launch, launch
+from .scores import (
+    at_head,
+    dropout_keeps,
+    edit_scores,
+    exponent,
+    from_natural,
+    load_rows,
+    offset,
+    query_range,
+    sequence_of,
+    slope_of,
+)
+
+
+class Weights(NamedTuple):
+    """Where the weights go. The heads of one program are averaged."""
+
+    weights: Tensor  # (B, H, T, S) or (B, T, S)
+    lse: Tensor  # (B, H, T) fp32
+    b: int
+    h: int
+    t: int
+    outputs: int  # per batch entry
+    heads: int  # per output
+    factor: float  # 1 / heads
+
+
+class Received(NamedTuple):
+    """Where the column sums go."""
+
+    received: Tensor  # (B, H, S) fp32
+    lse: Tensor
+
+
+@triton.jit
+def probability_tile(x, lse_pointer, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift):
+    """[M, N] of p before dropout. A row whose lse is NaN is NaN at all keys, as softmax has it."""
+    h_kv = h // p.group
+    row = tl.arange(0, tile.BLOCK_M)
+    key = tl.arange(0, tile.BLOCK_N)
+    t, j = t0 + row, j0 + key
+    q_base = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
+    q = load_rows(q_base, row, p.q_t, t < T, f.D, tile.BLOCK_D, f, True)
+    k_base = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
+    k = load_rows(k_base, key, p.k_t, j < S, f.D, tile.BLOCK_D, f, True)
+    mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
+    bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
+    slope = slope_of(x, p, f, b, h)
+    lse = tl.load(lse_pointer + row_at(x, p, b, h, q_row) + t, mask=t < T, other=-float("inf"))
+    s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
+    s, _ = edit_scores(s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, True)
+    return exponent(s, from_natural(lse, f)[:, None], p, f)
+
+
+@triton.jit
+def weights_kernel(x, to, p, f, tile):
+    """One tile of the weights."""
+    blocks_t, blocks_s = tl.cdiv(p.T, tile.BLOCK_M), tl.cdiv(p.S, tile.BLOCK_N)
+    pid = tl.program_id(0)
+    j0 = pid % blocks_s * tile.BLOCK_N
+    t0 = pid // blocks_s % blocks_t * tile.BLOCK_M
+    output = pid // blocks_s // blocks_t
+    b, h0 = output // to.outputs, output % to.outputs
+    T, S, q_row, k_row, shift = sequence_of(x, p, f, b)
+    total = tl.zeros([tile.BLOCK_M, tile.BLOCK_N], tl.float32)
+    if (t0 < T) & (j0 < S):
+        for member in range(to.heads):
+            h = h0 + member
+            probs = probability_tile(x, to.lse, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift)
+            if f.DROPOUT:
+                kept = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                probs = tl.where(kept, probs * p.kept, 0.0)
+            total += probs
+    t = t0 + tl.arange(0, tile.BLOCK_M)
+    j = j0 + tl.arange(0, tile.BLOCK_N)
+    at = to.weights + offset(b, to.b, h0, to.h, t0, to.t)
+    at = at + (t - t0).to(tl.int64)[:, None] * to.t + j[None, :]
+    inside = (t < p.T)[:, None] & (j < p.S)[None, :]
+    tl.store(at, (total * to.factor).to(to.weights.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def received_kernel(x, to, p, f, tile):
+    """The column sums of one block of keys of one head, query by query in their order."""
+    blocks = tl.cdiv(p.S, tile.BLOCK_N)
+    pid = tl.program_id(0)
+    j0 = pid % blocks * tile.BLOCK_N
+    head = pid // blocks
+    b, h = head // p.H, head % p.H
+    T, S, q_row, k_row, shift = sequence_of(x, p, f, b)
+    if j0 >= S:
+        return
+    total = tl.zeros([tile.BLOCK_N], tl.float32)
+    j_last = tl.minimum(j0 + tile.BLOCK_N, S) - 1
+    begin, end, _, _ = query_range(j0, j_last, T, shift, p, f)
+    for t0 in range(begin // tile.BLOCK_M * tile.BLOCK_M, end, tile.BLOCK_M):
+        probs = probability_tile(
+            x, to.lse, p, f, tile, b, h, j0 * 0 + t0, j0, T, S, q_row, k_row, shift
+        )
+        total += tl.sum(probs, 0)
+    j = j0 + tl.arange(0, tile.BLOCK_N)
+    batch = b * 0 if x.cu_seqlens_k is not None else b
+    at = to.received + (batch.to(tl.int64) * p.H + h) * p.rows_k + k_row + j
+    tl.store(at, total, mask=j < S)
+
+
+def weights_fwd(call: Call, lse: Tensor, mean: bool, arch: str) -> Tensor:
+    """The weights after dropout, (B, H, T, S), or their mean over the heads, (B, T, S)."""
+    job = weights_launch(call, lse, mean, arch)
+    launch(job)
+    weights: Tensor = job.tensors[1].weights
+    return weights
+
+
+def weights_launch(call: Call, lse: Tensor, mean: bool, arch: str) -> Launch:
+    """The kernel of the weights, and memory for them."""
+    x, p, f = call
+    config = configs.choose(arch, "weights", x.q.element_size(), f.D, f.D_V, True)
+    tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
+    shape = (p.B, p.T, p.S) if mean else (p.B, p.H, p.T, p.S)
+    weights = x.q.new_empty(shape)
+    outputs = 1 if mean else p.H
+    b, t = weights.stride(0), weights.stride(-2)
+    h = 0 if mean else weights.stride(1)
+    heads = p.H if mean else 1
+    to = Weights(weights, lse, b, h, t, outputs, heads, 1 / max(heads, 1))
+    grid = p.B * outputs * -(-p.T // config.BLOCK_M) * -(-p.S // config.BLOCK_N)
+    return Launch(weights_kernel, grid, (x, to), p, f, tile, config)
+
+
+def received_fwd(inputs: Inputs, options: Options, call: Call, lse: Tensor, arch: str) -> Tensor:
+    """The column sums of p, (B, H, S) fp32."""
+    q, S = inputs.q, inputs.k.shape[2]
+    received = lse.new_empty((q.shape[0], q.shape[1], S))
+    if inputs.cu_seqlens_k is not None:
+        received.zero_()
+    launch(received_launch(call, received, lse, arch))
+    return received
+
+
+def received_launch(call: Call, received: Tensor, lse: Tensor, arch: str) -> Launch:
+    """The kernel of the column sums."""
+    x, p, f = call
+    config = configs.choose(arch, "received", x.q.element_size(), f.D, f.D_V, True)
+    tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
+    grid = p.B * p.H * -(-p.S // config.BLOCK_N)
+    return Launch(received_kernel, grid, (x, Received(received, lse)), p, f, tile, config)

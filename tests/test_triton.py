@@ -1,0 +1,131 @@
+"""The Triton backend: a sample of its tests in a process of its own, and what it says of itself.
+
+Triton has to know before it is imported that it is to interpret. `make test-triton` runs all.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import attnfast
+from attnfast import dispatch, triton_backend
+from attnfast.options import Options
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBLEM = dispatch.Problem(
+    "attention", torch.device("cuda", 0), torch.bfloat16, 2, 4, 4, 64, 64, 64, 64, Options(0.125)
+)
+
+
+def interpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python with the interpreter on, from the project's folder."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_sample() -> None:
+    done = interpreted(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton/test_triton_sample.py"
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+REFUSALS = (
+    ({"dtype": torch.float64}, "takes float32, bfloat16 and float16, got float64"),
+    ({"D": 513}, "takes D and D_v up to 512, got 513"),
+    ({"D_v": 1024}, "takes D and D_v up to 512, got 1024"),
+    (
+        {"device": torch.device("cpu")},
+        "takes CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1",
+    ),
+)
+
+
+@pytest.mark.parametrize(("changes", "reason"), REFUSALS, ids=lambda x: str(x)[:40])
+def test_what_is_refused(changes: dict[str, object], reason: str) -> None:
+    assert dispatch.TRITON.unsupported(PROBLEM) is None
+    assert dispatch.TRITON.unsupported(PROBLEM._replace(**changes)) == reason
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (None, "Triton is not installed: pip install 'triton>=3.6'"),
+        ("3.5.1", "Triton 3.5.1 is too old: pip install 'triton>=3.6'"),
+        ("3.6.0", None),
+        ("4.0", None),
+        ("unknown", None),
+    ],
+)
+def test_what_is_missing(
+    version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_backend, "VERSION", version)
+    assert triton_backend.missing() == reason
+
+
+def test_a_compiler_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "/nonexistent/cc")
+    assert triton_backend.no_compiler() == (
+        "Triton finds no C compiler (/nonexistent/cc): install gcc, or name one in CC"
+    )
+    monkeypatch.delenv("CC")
+    assert triton_backend.no_compiler() is None
+
+
+def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "capability", lambda index: (7, 5))
+    assert dispatch.TRITON.unsupported(PROBLEM) == (
+        "needs a GPU of compute capability 8.0 or later, got 7.5"
+    )
+
+
+def test_on_a_gpu_it_comes_first_and_on_the_cpu_only_by_name() -> None:
+    assert dispatch.select(PROBLEM).name == "triton"
+    assert [row.name for row in dispatch.rows(torch.device("cuda"))] == ["triton", "reference"]
+    names = [row.name for row in dispatch.rows(torch.device("cpu"))]
+    assert names.index("triton") > names.index("reference")
+
+
+IMPORTED_TOO_EARLY = """
+import os, triton
+os.environ["TRITON_INTERPRET"] = "1"
+import torch, attnfast
+x = torch.zeros(1, 1, 2, 8)
+try:
+    attnfast.attention(x, x, x, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_triton_imported_too_early() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED_TOO_EARLY], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "Triton was imported before TRITON_INTERPRET=1 was set" in done.stdout, done.stderr
+
+
+def test_it_says_how_it_runs() -> None:
+    """And importing the package imports no Triton."""
+    code = """
+import sys, attnfast, attnfast.__main__
+assert "triton" not in sys.modules
+attnfast.__main__.main([])
+"""
+    done = interpreted("-c", code)
+    assert f"Triton {triton_backend.VERSION}, interpreted" in done.stdout, done.stderr
+    q = torch.zeros(1, 1, 2, 8)
+    assert "set TRITON_INTERPRET=1" in attnfast.explain(q, q, q, backend="triton")

@@ -1,0 +1,77 @@
+"""A sample of everything, small enough for every run of the tests: every option with gradients.
+
+Tiles are smaller than elsewhere, so that short sequences still have several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy import check
+from attnfast.kernels import configs
+from cases import DTYPES, EVERYTHING, OPTIONS, Case, bf16, fp16, fp32, problem, run
+from decode_cases import CASES as DECODE_CASES
+from decode_cases import WAYS, judge, make
+
+SMALL = configs.Config(32, 16, 4, 1)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "INTERPRETER", SMALL)
+
+
+def cut(case: Case, dtype: torch.dtype) -> Case:
+    """The case with few queries and keys, but more than a tile of each."""
+    if case.lengths:
+        lengths = tuple((min(t, 35), min(s, 20)) for t, s in case.lengths[:3])
+        return replace(case, lengths=lengths, dtype=dtype)
+    group = case.H // case.H_kv
+    return replace(case, B=1, H=group, H_kv=1, T=35, S=min(case.S, 37), dtype=dtype)
+
+
+def sample() -> Iterator[Case]:
+    for i, case in enumerate(OPTIONS):
+        yield cut(case, DTYPES[i % 3])
+    for T, S in ((1, 1), (1, 40), (40, 1), (32, 16), (33, 17)):
+        yield Case("sizes", B=1, H=1, H_kv=1, T=T, S=S, causal=T > S)
+    for D, D_v in ((1, 40), (40, 1), (80, 96), (512, 8)):
+        yield Case("head_dims", B=1, H=1, H_kv=1, T=17, S=18, D=D, D_v=D_v, dtype=bf16)
+    for kept in ("bh", "s", "t", "b"):
+        yield Case(f"bias_{kept}", bias=kept, H=2, H_kv=1, T=35, S=20, dtype=fp16)
+
+
+@pytest.mark.parametrize("case", sample(), ids=str)
+def test_case(case: Case) -> None:
+    given = problem(case)
+    check(run(given, "cpu"), given)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", [DECODE_CASES[i] for i in (1, 7, 8, 11, 18, 26)], ids=str)
+def test_decode(case: object, way: str) -> None:
+    call = make(replace(case, H_kv=1, H=2, dtype=bf16))
+    judge(WAYS[way](call), call)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_unattended_keys_may_hold_anything(value: float) -> None:
+    """A padding mask, forward and all gradients."""
+    given = problem(Case(mask="bs", H=1, H_kv=1, T=20, S=37, dtype=bf16))
+    inputs = given.inputs
+    dead = ~inputs.mask[:, :, 0].unsqueeze(-1)
+    poisoned = inputs._replace(
+        k=inputs.k.masked_fill(dead, value), v=inputs.v.masked_fill(dead, value)
+    )
+    given = given._replace(inputs=poisoned)
+    check(run(given, "cpu"), given)
+
+
+def test_every_run_gives_the_same_bits() -> None:
+    given = problem(cut(EVERYTHING, fp32))
+    first, second = run(given, "cpu"), run(given, "cpu")
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
