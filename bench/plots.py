@@ -152,8 +152,7 @@ def scaling(run: Run, kernels: list[Fitted], folder: Path) -> list[str]:
     from matplotlib import pyplot
 
     titles = list(dict.fromkeys(row["series"] for row in run.rows))
-    most = max(row["threads"] for row in run.rows)
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.4), squeeze=False)
+    figure, axes = pyplot.subplots(3, 2, figsize=(9, 9.6), squeeze=False)
     for axis, title in zip(axes.flat, titles, strict=False):
         for kernel, color in zip(
             kernels, ("#c1272d", "#0000a7", "#eecc16", "#008176"), strict=True
@@ -161,7 +160,7 @@ def scaling(run: Run, kernels: list[Fitted], folder: Path) -> list[str]:
             points = [
                 (row, predicted)
                 for row, predicted in zip(kernel.rows, kernel.predicted, strict=True)
-                if row["series"] == title and row["threads"] == most
+                if row["series"] == title
             ]
             name = next(x for x in ("T", "B", "D") if len({row[x] for row, _ in points}) > 1)
             xs = [row[name] * (row["H"] if name == "B" else 1) for row, _ in points]
@@ -174,6 +173,8 @@ def scaling(run: Run, kernels: list[Fitted], folder: Path) -> list[str]:
             )
         axis.set(title=title, xscale="log", yscale="log", ylabel="ms: points measured, lines model")
     axes[0, 0].legend(fontsize=6)
+    for axis in list(axes.flat)[len(titles) :]:
+        axis.remove()
     return _save(figure, run, folder, "scaling")
 
 

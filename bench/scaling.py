@@ -7,7 +7,9 @@ is.
 
 from __future__ import annotations
 
+import itertools
 import statistics
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,35 +39,37 @@ class Series(NamedTuple):
     title: str
     name: str  # what grows
     sizes: tuple[tuple[int, int, int, int, bool], ...]  # B, H, T, D, causal
+    parallel: bool = False  # with all threads instead of one
 
 
-SERIES = (
+FULL, CAUSAL, HEADS, SIZE, THREADS = (
     Series("length, full", "T", tuple((1, 4, T, 64, False) for T in LENGTHS)),
     Series("length, causal", "T", tuple((1, 4, T, 64, True) for T in LENGTHS)),
     Series("batch times heads", "B", tuple((B, 4, 256, 64, True) for B in (1, 2, 3, 4, 8, 16, 32))),
     Series("head size", "D", tuple((2, 4, 512, D, False) for D in (16, 32, 48, 64, 96, 128, 256))),
+    Series("all threads", "T", tuple((1, 4, T, 64, True) for T in LENGTHS), parallel=True),
 )
+SERIES = (FULL, CAUSAL, HEADS, SIZE, THREADS)
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Points of all series for every dtype and pass, with one thread and with all.
+    """Points of all series, for every dtype and pass.
 
     Returns:
         Per point its shape, ``seconds`` (the lower quartile: what disturbs a call only ever
-        lengthens it), ``median_s`` and ``peak_bytes`` beside the inputs.
+        lengthens it; with one thread CPU time, else time on the wall), ``median_s`` and
+        ``peak_bytes`` beside the inputs.
     """
-    clock = HostClock()
     rows = []
     before = torch.get_num_threads()
     try:
         for series in SERIES:
-            for dtype in DTYPES:
-                for work in WORKS:
-                    for sizes in series.sizes:
-                        for threads in sorted({1, settings.threads}):
-                            shape = Shape(*sizes[:4], dtype, sizes[4], work, threads)
-                            point = _point(shape, settings.backend, clock)
-                            rows.append({"series": series.title, **shape._asdict(), **point})
+            threads = settings.threads if series.parallel else 1
+            clock = HostClock(time.perf_counter if threads > 1 else time.process_time)
+            for dtype, work, sizes in itertools.product(DTYPES, WORKS, series.sizes):
+                shape = Shape(*sizes[:4], dtype, sizes[4], work, threads)
+                point = _point(shape, settings.backend, clock)
+                rows.append({"series": series.title, **shape._asdict(), **point})
     finally:
         torch.set_num_threads(before)
     return rows
@@ -96,7 +100,6 @@ def fitted(run: Run) -> list[Fitted]:
     for dtype in DTYPES:
         for work in WORKS:
             rows = [row for row in run.rows if (row["dtype"], row["work"]) == (dtype, work)]
-            rows = sorted(rows, key=lambda row: (row["threads"], row["series"]))
             todo = [model.work(_shape(row), model.CPU_TILES[dtype]) for row in rows]
             times = [float(row["seconds"]) for row in rows]
             machine = model.fit(todo[::2], times[::2])
@@ -133,7 +136,8 @@ predicted by a model with four numbers for each kernel:
 - **bytes**: every input and output once.
 
 `python -m bench scaling` measures this on your machine and writes this page. A time is the lower
-quartile of at least {fewest} calls: what disturbs a call only ever lengthens it. The numbers are
+quartile of at least {fewest} calls: what disturbs a call only ever lengthens it; CPU time where
+there is one thread, time on the wall where there are more. The numbers are
 fitted to every other point, by least squares of relative errors; "unseen" are the points in
 between. An error is the factor between prediction and measurement, less 1, at the geometric mean.
 """
@@ -162,7 +166,7 @@ def page(run: Run, picture: str) -> str:
 
 
 MEMORY = (
-    "What a call needs beside its inputs, with all threads: resident memory at its peak, and what"
+    "What a call needs beside its inputs, with one thread: resident memory at its peak, and what"
     " is certain: output and lse, with the backward pass the gradients too. The T x S scores would"
     " take the last column."
 )
@@ -193,48 +197,46 @@ def _machines(kernels: list[Fitted]) -> str:
 
 
 def _series_table(series: Series, kernels: list[Fitted]) -> str:
-    """All threads; measured and predicted milliseconds of each kernel."""
+    """Measured and predicted milliseconds of each kernel."""
     cells: dict[int, list[str]] = {}
-    most = max(row["threads"] for row in kernels[0].rows)
     for kernel in kernels:
-        for row, predicted in zip(kernel.rows, kernel.predicted, strict=True):
-            if row["series"] == series.title and row["threads"] == most:
-                text = f"{row['seconds'] * 1e3:.3g} / {predicted * 1e3:.3g}"
-                grown = row["B"] * row["H"] if series.name == "B" else row[series.name]
-                cells.setdefault(grown, []).append(text)
-    header = [f"{DTYPE_NAMES[x.dtype]}, {x.work}" for x in kernels]
+        for row, predicted in _points(kernel, series):
+            grown = row["B"] * row["H"] if series.name == "B" else row[series.name]
+            text = f"{row['seconds'] * 1e3:.3g} / {predicted * 1e3:.3g}"
+            cells.setdefault(grown, []).append(text)
     first = "B H" if series.name == "B" else series.name
     lines = [[str(value), *texts] for value, texts in sorted(cells.items())]
-    return "ms, measured / predicted:\n\n" + table([first, *header], lines)
+    return "ms, measured / predicted:\n\n" + table([first, *_names(kernels)], lines)
+
+
+def _points(kernel: Fitted, series: Series) -> list[tuple[Row, float]]:
+    """The rows of a series, and what the model says."""
+    pairs = zip(kernel.rows, kernel.predicted, strict=True)
+    return [(row, predicted) for row, predicted in pairs if row["series"] == series.title]
+
+
+def _names(kernels: list[Fitted]) -> list[str]:
+    return [f"{DTYPE_NAMES[kernel.dtype]}, {kernel.work}" for kernel in kernels]
 
 
 def _threads_table(kernels: list[Fitted]) -> str:
     """How many times as fast all threads are as one."""
-    most = max(row["threads"] for row in kernels[0].rows)
-    lines = []
-    for T in LENGTHS:
-        line = [str(T)]
-        for kernel in kernels:
-            pairs = [
-                (row["threads"], row["seconds"], guess)
-                for row, guess in zip(kernel.rows, kernel.predicted, strict=True)
-                if row["series"] == "length, causal" and row["T"] == T
-            ]
-            by_threads = {threads: (seconds, guess) for threads, seconds, guess in pairs}
-            one, all_ = by_threads[1], by_threads[most]
-            line.append(f"{one[0] / all_[0]:.2f} / {one[1] / all_[1]:.2f}")
-        lines.append(line)
-    header = ["T", *(f"{DTYPE_NAMES[x.dtype]}, {x.work}" for x in kernels)]
-    intro = f"Times as fast with {most} threads as with one, causal, measured / predicted:"
-    return f"{intro}\n\n{table(header, lines)}"
+    lines: dict[int, list[str]] = {}
+    for kernel in kernels:
+        pairs = zip(_points(kernel, CAUSAL), _points(kernel, THREADS), strict=True)
+        for (one, one_guess), (all_, all_guess) in pairs:
+            text = f"{one['seconds'] / all_['seconds']:.2f} / {one_guess / all_guess:.2f}"
+            lines.setdefault(one["T"], []).append(text)
+    threads = kernels[0].rows[-1]["threads"]
+    intro = f"Times as fast with {threads} threads as with one, causal, measured / predicted:"
+    rows = [[str(T), *texts] for T, texts in lines.items()]
+    return f"{intro}\n\n{table(['T', *_names(kernels)], rows)}"
 
 
 def _memory_table(run: Run) -> str:
-    most = max(row["threads"] for row in run.rows)
     lines = []
     for row in run.rows:
-        wanted = row["series"] == "length, full" and row["threads"] == most
-        if not wanted or row["dtype"] != "float32" or row["T"] < 512:
+        if row["series"] != FULL.title or row["dtype"] != "float32" or row["T"] < 512:
             continue
         heads = row["B"] * row["H"]
         certain = heads * row["T"] * 4 * (row["D"] + 1)
