@@ -38,12 +38,12 @@ ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   LD_PRELOAD="$(foreach l,asan ubsan,$$($(firstword $(COMPILERS)) -print-file-name=lib$(l).so))"
 ASAN_TESTS := tests/test_table.py tests/test_layouts.py tests/test_decode.py
 
-.PHONY: help demo translate test test-cuda test-triton lint bench wheel test-abi docs asan venv build emulator clean
+.PHONY: help demo translate test test-cuda test-triton lint bench gpu wheel test-abi docs asan venv build emulator clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:  ## list these commands
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-15s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
 
 demo: build $(DEMO)  ## semantic search with a trained encoder, then a translation Transformer: torch's attention and ours
 	$(PY) examples/search $(ARGS)
