@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from .cli import main
+try:
+    from .cli import main
+except ModuleNotFoundError as error:
+    package = (error.name or "").partition(".")[0]
+    if package not in ("rich", "matplotlib"):
+        raise
+    print(f"bench: {package} is missing: pip install -r requirements/bench.txt", file=sys.stderr)
+    sys.exit(2)
 
 sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ class Problem:
     sinks: Tensor | None = None  # (H,)
     softcap: float | None = None
     dropout_p: float = 0.0
+    kept: dict[str, Any] = field(default_factory=dict)  # by contestants, between calls
 
     @property
     def leaves(self) -> Results:

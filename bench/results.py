@@ -80,11 +80,11 @@ def load(path: Path, kind: str | None = None) -> Run:
 
 
 def found(kind: str, root: Path = RESULTS) -> list[Run]:
-    """All results of a kind under a directory, the newest first.
+    """All results of a kind in the folders of a directory, the newest first.
 
     Raises:
         ValueError: One of the files cannot be read; one line.
     """
-    runs = [load(path) for path in sorted(root.rglob("*.json"))]
+    runs = [load(path) for path in sorted(root.glob("*/*.json"))]
     chosen = [run for run in runs if run.facts["kind"] == kind]
     return sorted(chosen, key=lambda run: str(run.facts["date"]), reverse=True)

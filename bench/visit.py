@@ -255,6 +255,9 @@ def table(head: list[str], failures: list[str], most: int = MOST_LINES) -> list[
 
 
 def _end(visit: Visit) -> int:
+    if not visit.dry:
+        folder = f"bench/results/{environment.device_name(visit.device)}"
+        visit.say(f"to publish: {visit.out}/*.json into {folder}, then `python -m bench report`")
     lines = table(visit.lines, visit.failures)
     (visit.out / "summary.txt").write_text("\n".join(lines) + "\n")
     with visit.log.open("a") as log:

@@ -259,3 +259,25 @@ def test_bad_settings(bench, name, value, requirement):
 
 def test_bad_settings_are_one_line():
     assert "bench: BENCH_SIZE must be one of" in refused("pytest", "bench", BENCH_SIZE="2")
+
+
+def test_without_rich_a_line_says_what_is_missing():
+    program = "import sys; sys.modules['rich'] = None; import runpy; runpy.run_module('bench')"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "bench: rich is missing: pip install -r requirements/bench.txt\n"
+
+
+def test_flex_attention_is_compiled_anew_for_each_row(bench, monkeypatch):
+    """Rows whose problems happen to lie at the same address do not share masks."""
+    flex = importlib.import_module("bench.flex")
+    compiled = []
+    monkeypatch.setattr(flex, "_compile", lambda p: lambda *given, **options: compiled.append(p))
+    case = bench.grid.AttentionCase(1, 1, 8, 8, 8, "float32", True, "forward")
+    problem = importlib.import_module("bench.problem").problem
+    for _ in range(20):
+        given = problem(case)
+        flex.forward(given)
+        flex.forward(given)
+        assert compiled.pop() is compiled.pop() is given

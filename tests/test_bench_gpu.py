@@ -222,7 +222,7 @@ def evidence_file(bench, tmp_path):
         rows = bench.evidence.record("cpu", how, outcomes)
         settings = bench.environment.settings({}, size="quick")
         facts = {**bench.environment.facts("evidence", settings), **changes}
-        bench.results.save(tmp_path / "device" / "evidence-cpu.json", facts, rows)
+        bench.results.save(tmp_path / "a" / "evidence-cpu.json", facts, rows)
         return rows
 
     return write
