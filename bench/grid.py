@@ -182,7 +182,10 @@ class DecodeCase(NamedTuple):
     dtype: str
     paged: bool
 
-    suite = "decode"
+    @property
+    def suite(self) -> str:
+        """The suite\'s name."""
+        return "decode"
 
     def __str__(self) -> str:
         """The test's id: ``8x32:8x1024x128-paged-bfloat16``."""
@@ -211,7 +214,10 @@ class VarlenCase(NamedTuple):
     causal: bool
     work: str
 
-    suite = "varlen"
+    @property
+    def suite(self) -> str:
+        """The suite\'s name."""
+        return "varlen"
 
     def __str__(self) -> str:
         """The test's id: ``documents-8x12x64-causal-float32-forward``."""
@@ -246,7 +252,10 @@ class LayerCase(NamedTuple):
     weights: bool  # need_weights, averaged over heads
     padding: bool  # a key_padding_mask
 
-    suite = "module"
+    @property
+    def suite(self) -> str:
+        """The suite\'s name."""
+        return "module"
 
     def __str__(self) -> str:
         """The test's id: ``BERT-base-8x128x768-12-float32-train-weights-padding``."""
@@ -284,7 +293,10 @@ class EncoderCase(NamedTuple):
     mode: str  # "inference", or "step": forward, backward and AdamW
     padding: bool
 
-    suite = "encoder"
+    @property
+    def suite(self) -> str:
+        """The suite\'s name."""
+        return "encoder"
 
     def __str__(self) -> str:
         """The test's id: ``BERT-base-8x128x768-12-float32-step-padding``."""

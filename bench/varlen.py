@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,7 @@ def _calls(case: VarlenCase, backend: str | None, device: torch.device) -> dict[
     if backend is None:
         del functions[OURS]
 
-    def call(function: Call) -> Call:
+    def call(function: Callable[[], Tensor]) -> Call:
         def forward() -> Results:
             return {"out": function()}
 
