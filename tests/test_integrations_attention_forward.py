@@ -55,7 +55,7 @@ def test_what_holds_without_a_mask(
     out, weights = integration.attention_forward(Layer(**attributes), q, k, v, None, **given)
     assert weights is None
     assert out.is_contiguous()
-    assert torch.equal(out.transpose(1, 2), attnfast.attention(q, k, v, **expected))
+    torch.testing.assert_close(out.transpose(1, 2), attnfast.attention(q, k, v, **expected))
 
 
 def test_a_mask_alone_decides() -> None:
@@ -95,6 +95,43 @@ def test_a_position_bias_adds_to_every_mask(masked: str) -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("masked", ["bool", "float", "none"])
+def test_a_single_query_is_decoded(
+    masked: str, learning: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernel for few queries, which has no gradients, unless these are needed."""
+    decoded: list[int] = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        decoded.append(1)
+        return attnfast.decode_attention(*args, **options)
+
+    monkeypatch.setattr(integration, "decode_attention", watched)
+    q, k, v = heads(T=1, S=9, H_kv=2)
+    q.requires_grad_(learning)
+    mask, added = torch.rand(2, 1, 1, 9) < 0.6, torch.randn(2, 1, 1, 9)
+    mask[1] = False
+    given = {"bool": mask, "float": added, "none": None}[masked]
+    bias, sinks = torch.randn(1, 4, 1, 9), torch.randn(4)
+    out, _ = integration.attention_forward(
+        Layer(), q, k, v, given, scaling=0.4, position_bias=bias, softcap=3.0, s_aux=sinks
+    )
+    expected = attnfast.attention(
+        q,
+        k,
+        v,
+        mask=mask if masked == "bool" else None,
+        bias=bias + added if masked == "float" else bias,
+        scale=0.4,
+        softcap=3.0,
+        sinks=sinks,
+    )
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+    assert out.requires_grad == learning
+    assert len(decoded) == (not learning)
+
+
 def test_every_other_option_is_passed_on() -> None:
     q, k, v = heads(H_kv=2)
     sinks = torch.randn(4)
@@ -118,6 +155,21 @@ def test_every_other_option_is_passed_on() -> None:
     assert torch.equal(out.transpose(1, 2), expected[0])
     assert torch.equal(weights, expected[1])
     assert (weights == 0).float().mean() > 0.6  # half of the causal ones are dropped
+
+
+@pytest.mark.parametrize(("given", "passed"), [({"deterministic": True}, True), ({}, None)])
+def test_determinism_is_passed_on(
+    given: dict[str, bool], passed: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        seen.append(options["deterministic"])
+        return attnfast.attention(*args, **options)
+
+    monkeypatch.setattr(integration, "attention", watched)
+    integration.attention_forward(Layer(), *heads(), None, **given)
+    assert seen == [passed]
 
 
 def test_weights_where_the_configuration_asks_for_them() -> None:
@@ -169,6 +221,23 @@ def test_packed_rows_are_sequences_apart() -> None:
         for a, b in itertools.pairwise(ends.tolist())
     ]
     torch.testing.assert_close(out, torch.cat(apart, 1))
+
+
+def test_packed_queries_are_the_newest_of_their_keys() -> None:
+    ends_q, ends_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 5], [0, 4, 9]))
+    q, k, v = heads(5, 9, 2, B=1)
+    out, _ = integration.attention_forward(
+        Layer(), q, k, v, None, cu_seq_lens_q=ends_q, cu_seq_lens_k=ends_k
+    )
+    apart = [
+        attnfast.attention(
+            q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], causal=True, align="bottom_right"
+        )
+        for (a, b), (c, d) in zip(
+            itertools.pairwise(ends_q.tolist()), itertools.pairwise(ends_k.tolist()), strict=True
+        )
+    ]
+    torch.testing.assert_close(out.transpose(1, 2), torch.cat(apart, 2))
 
 
 # --- what is refused

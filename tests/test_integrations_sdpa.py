@@ -121,6 +121,28 @@ def test_our_kernel_runs_and_gives_torchs_results(sizes: Any, options: Any) -> N
         sdpa.restore()
 
 
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("v_size", [16, 8])
+def test_single_queries(heads: int, masked: bool, v_size: int) -> None:
+    """A step of generation; with v of the same size by the kernel that is split over keys."""
+    tensors = leaves((2, 4, 1, 16), (2, heads, 37, 16), (2, heads, 37, v_size))
+    mask = torch.rand(2, 1, 1, 37) < 0.7 if masked else None
+
+    def run() -> list[Tensor]:
+        return with_gradients(
+            F.scaled_dot_product_attention, tensors, attn_mask=mask, enable_gqa=heads == 2
+        )
+
+    expected = run()
+    sdpa.activate()
+    try:
+        assert kernel_calls(run) == 1
+        torch.testing.assert_close(run(), expected)
+    finally:
+        sdpa.restore()
+
+
 def test_layouts_are_read_in_place_and_kept(active: None) -> None:
     q, k, v = torch.randn(2, 9, 3, 4, 16).transpose(1, 3).unbind(2)  # packed, (B, T, 3, H, D)
     out = F.scaled_dot_product_attention(q, k, v)
@@ -205,15 +227,16 @@ def test_float64_stays_torchs(options: dict[str, Any]) -> None:
 # --- torch's flash operator: compiled graphs, transforms, dispatch modes
 
 
+PADDING = torch.rand(2, 1, 1, 37, generator=torch.Generator().manual_seed(3)) < 0.7
 OPERATOR_CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (4, {}),
     "causal": (4, {"causal": True}),
     "scale": (4, {"scale": 0.3}),
-    "mask": (
-        4,
-        {"mask": torch.rand(2, 1, 1, 37, generator=torch.Generator().manual_seed(3)) < 0.7},
-    ),
+    "mask": (4, {"mask": PADDING}),
     "grouped heads": (2, {"causal": True}),
+    "one query": (4, {"queries": 1, "scale": 0.3}),
+    "one query, mask": (2, {"queries": 1, "mask": PADDING}),
+    "one query, causal": (4, {"queries": 1, "causal": True}),
 }
 
 
@@ -223,8 +246,9 @@ OPERATOR_CASES: dict[str, tuple[int, dict[str, Any]]] = {
 def test_the_operator_keeps_the_accuracy_rule(
     heads: int, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    q, k, v = leaves((2, 4, 37, 16), (2, heads, 37, 16), (2, heads, 37, 16), dtype=dtype)
-    cotangent = torch.randn(2, 4, 37, 16).to(dtype)
+    queries, keys = (2, 4, options.get("queries", 37), 16), (2, heads, 37, 16)
+    q, k, v = leaves(queries, keys, keys, dtype=dtype)
+    cotangent = torch.randn(queries).to(dtype)
     mask, scale = options.get("mask"), options.get("scale", 0.25)
     added = None if mask is None else torch.zeros(mask.shape, dtype=dtype)
     if added is not None:

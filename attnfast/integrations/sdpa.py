@@ -7,8 +7,9 @@ the active one, two sets of torch's own operators have our kernels on the CPU:
   takes, also what torch leaves to its slow path (dropout, masks with gradients, D_v != D), and
   bool masks stay bool.
 - ``aten::_scaled_dot_product_flash_attention_for_cpu`` and its backward, which torch's function
-  becomes in compiled graphs, under functorch's transforms and in dispatch modes. Such graphs are
-  the same whether or not attnfast is active, and so are torch's caches of them.
+  becomes in compiled graphs, under functorch's transforms, in dispatch modes, and here for a single
+  query, a step of generation. Graphs are the same whether or not attnfast is active, and so are
+  torch's caches of them.
 
 What neither takes goes to torch's own kernels, which then also raise its own errors.
 """
@@ -136,7 +137,13 @@ class _Kernels:
             out, lse = _boxed(self.flash, *given, attn_mask=attn_mask, scale=scale)
             return out, lse
         inputs, options = _flash_call(query, key, value, dropout_p, is_causal, attn_mask, scale)
-        out, lse, *_ = ops.CPU.fwd(*inputs, *options)
+        if query.shape[2] == 1 and not is_causal:
+            q, k, v = inputs[:3]
+            lengths = torch.full((q.shape[0],), k.shape[2], dtype=torch.int32)
+            tensors = (q, k, v, lengths, None, inputs.bias, None, None)
+            out, lse = ops.CPU.decode(*tensors, options.scale, -1, -1, 0.0)
+        else:
+            out, lse, *_ = ops.CPU.fwd(*inputs, *options)
         return out, lse.transpose(1, 2).contiguous().transpose(1, 2)  # with torch's strides
 
     def backward(
@@ -178,7 +185,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Torch's function: our kernels where they apply, else its own way."""
-    if _is_ours(query, key, value, attn_mask):
+    single = query.shape[-2:-1] == (1,) and query.shape[-1:] == value.shape[-1:] and not dropout_p
+    if not single and _is_ours(query, key, value, attn_mask):
         try:
             return scaled_dot_product_attention(
                 query,

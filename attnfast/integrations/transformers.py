@@ -1,4 +1,6 @@
-"""attnfast as an attention implementation of Hugging Face's transformers::
+"""attnfast as an attention implementation of Hugging Face's transformers.
+
+As in::
 
     from attnfast.integrations import transformers
 
@@ -18,9 +20,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..functional import attention, varlen_attention
+from ..functional import attention, decode_attention, varlen_attention
 
 IMPLEMENTATION = "attnfast"
 NAME = "attnfast.integrations.transformers"
@@ -121,14 +124,11 @@ def attention_forward(
     T, config = query.shape[2], getattr(module, "config", None)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    causal = bool(T > 1 and attention_mask is None and is_causal)
-    window = None
-    if attention_mask is None and sliding_window is not None and is_causal:
-        window = (sliding_window - 1, None)
+    causal = bool(is_causal) and attention_mask is None
     options: dict[str, Any] = {
         "causal": causal,
-        "window": window,
-        "align": "top_left" if T > 1 else "bottom_right",
+        "window": (sliding_window - 1, None) if causal and sliding_window is not None else None,
+        "align": "top_left" if T > 1 else "bottom_right",  # a single query is the newest
         "scale": scaling,
         "softcap": softcap,
         "sinks": s_aux,
@@ -150,11 +150,37 @@ def attention_forward(
         mask = None
     if query.shape[0] == 1 < key.shape[0]:  # learned queries
         query = query.expand(key.shape[0], -1, -1, -1)
+    drops_or_learns = dropout or _needs_gradients(query, key, value, bias, s_aux)
+    if T == 1 and not (with_weights or drops_or_learns or options["deterministic"]):
+        return _decoded(query, key, value, mask, bias, options), None
     result = attention(
         query, key, value, mask=mask, bias=bias, return_weights=bool(with_weights), **options
     )
     out, weights = result if with_weights else (result, None)
     return out.transpose(1, 2).contiguous(), weights  # a view: out has query's memory order
+
+
+def _needs_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _decoded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """(B, H, 1, D) of a step of generation -> (B, 1, H, D_v), by the kernel made for few rows."""
+    if mask is not None:
+        base = torch.zeros((), dtype=query.dtype, device=query.device) if bias is None else bias
+        bias = torch.where(mask, base, -torch.inf)
+    B, S = query.shape[0], key.shape[2]
+    lengths = torch.full((B,), S, dtype=torch.int32, device=query.device)
+    kept = {name: options[name] for name in ("window", "scale", "softcap", "sinks")}
+    out: Tensor = decode_attention(query, key, value, lengths, bias=bias, **kept)
+    return out.transpose(1, 2).contiguous()
 
 
 def _packed(
