@@ -130,9 +130,10 @@ def _draw_kind(figure: SubFigure, kind: str, layers: int, looks: Sequence[Look])
         for look in (looks[0], looks[-1])
     )
     figure.suptitle(
-        f"{NAMES[kind].capitalize()}: breadth {first[0]:.1f} to {last[0]:.1f} tokens,"
-        f" focus {first[1]:.2f} to {last[1]:.2f}, means over layers and heads",
+        f"{NAMES[kind].capitalize()}, means over layers and heads:\n"
+        f"breadth {first[0]:.1f} to {last[0]:.1f} tokens, focus {first[1]:.2f} to {last[1]:.2f}",
         fontweight="bold",
+        fontsize=10 if layers > 1 else 8,
     )
 
 
