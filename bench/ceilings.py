@@ -45,7 +45,7 @@ def measure(device: torch.device, threads: int, *, dry: bool = False) -> dict[st
     found: dict[str, Any] = {"gemm": {}, "fma": {}, "copy": [], "missing": {}}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    timer = clock(device)
+    timer = clock(device, threads)
     try:
         for name in ("float32", "bfloat16", "float16"):
             if name == "float16" and device.type == "cpu":

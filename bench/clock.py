@@ -33,15 +33,15 @@ class HostClock:
     """The CPU's clock: a call is done when it returns.
 
     Args:
-        now: Seconds; ``time.process_time`` leaves out what other processes do meanwhile, and tells
-            how long a call takes as long as it has one thread.
+        threads: Of the calls. With one, its CPU time is taken, which leaves out what other
+            processes do meanwhile; with more, the time on the wall.
     """
 
-    name = "host"
     copies = 1  # of the inputs: rows find their tensors in the cache, as in a model they would
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self.now = now
+    def __init__(self, threads: int) -> None:
+        self.name = "cpu time" if threads == 1 else "wall"
+        self.now = time.process_time if threads == 1 else time.perf_counter
 
     def read(self, call: Call) -> Reading:
         """Time one call."""
@@ -133,9 +133,9 @@ class EventClock:
 Clock = HostClock | EventClock
 
 
-def clock(device: torch.device) -> Clock:
-    """The clock of a device."""
-    return EventClock() if device.type == "cuda" else HostClock()
+def clock(device: torch.device, threads: int) -> Clock:
+    """The clock of a device, for calls of as many threads on a CPU."""
+    return EventClock() if device.type == "cuda" else HostClock(threads)
 
 
 def _trim() -> bool:

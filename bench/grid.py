@@ -184,7 +184,7 @@ class DecodeCase(NamedTuple):
 
     @property
     def suite(self) -> str:
-        """The suite\'s name."""
+        """The suite's name."""
         return "decode"
 
     def __str__(self) -> str:
@@ -216,7 +216,7 @@ class VarlenCase(NamedTuple):
 
     @property
     def suite(self) -> str:
-        """The suite\'s name."""
+        """The suite's name."""
         return "varlen"
 
     def __str__(self) -> str:
@@ -254,7 +254,7 @@ class LayerCase(NamedTuple):
 
     @property
     def suite(self) -> str:
-        """The suite\'s name."""
+        """The suite's name."""
         return "module"
 
     def __str__(self) -> str:
@@ -295,7 +295,7 @@ class EncoderCase(NamedTuple):
 
     @property
     def suite(self) -> str:
-        """The suite\'s name."""
+        """The suite's name."""
         return "encoder"
 
     def __str__(self) -> str:

@@ -37,7 +37,7 @@ def draw(run: Run, folder: Path) -> list[str]:
 
     Args:
         run: Timed rows.
-        folder: Where ``<device>-<plot>.svg`` and ``.png`` are written.
+        folder: Where ``<device>-<threads>-<plot>.svg`` and ``.png`` are written.
 
     Returns:
         The names of the SVG files, in the order in which they are shown.
@@ -182,7 +182,8 @@ def _save(figure: Any, run: Run, folder: Path, name: str) -> list[str]:
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{run.facts['device']}-{name}"
+    threads = run.facts["settings"]["threads"]
+    stem = f"{run.facts['device']}-{threads}-{name}"
     figure.tight_layout()
     for kind in FORMATS:
         metadata = {"Date": None} if kind == "svg" else {"Software": None}

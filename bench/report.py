@@ -32,9 +32,11 @@ METHOD = """\
 shape of your own. Each row runs ours and its rivals in one process on the same inputs. Their
 results are compared first, and a row whose results differ fails. Then they take turns, one call
 each per round, for as many rounds as fit the row's time; the times shown are medians, ± half the
-interquartile range. The ratio is the fastest rival's median over ours; its quartiles are over the
-rounds. "others" are the remaining rivals' times over ours. A rival more than four times slower than
-the fastest runs in one round; * marks one whose call is so long that its first stands for its time.
+interquartile range. One thread is timed by its CPU time, more by the wall, a GPU by its events.
+
+The ratio is the fastest rival's median over ours; its quartiles are over the rounds. "others" are
+the remaining rivals' times over ours. A rival more than four times slower than the fastest runs in
+one round; * marks one whose call is so long that its first stands for its time.
 
 Rivals: `F.scaled_dot_product_attention` with each of its kernels, FlexAttention compiled (in the
 quick suites for causal core shapes and options), ONNX Runtime's Attention operator, flash_attn,
@@ -60,7 +62,9 @@ def device_title(run: Run) -> str:
     """The device's name for headings."""
     machine = run.facts["machine"]
     name = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
-    return f"{name}, {run.facts['kernel']}"
+    threads = run.facts["settings"]["threads"]
+    count = "" if "gpu" in machine else f", {threads} thread{'s' * (threads > 1)}"
+    return f"{name}, {run.facts['kernel']}{count}"
 
 
 def provenance(run: Run) -> str:
@@ -74,11 +78,18 @@ def provenance(run: Run) -> str:
     smoke = " Smoke rows: not for publication." if settings["size"] == "smoke" else ""
     return (
         f"{device_title(run)}; {machine['architecture']}, {machine['system']};"
-        f" {settings['threads']} threads of {machine['cores']} cores{load}; torch's kernels:"
+        f" {machine['cores']} cores{load}; {_clock(run)}; torch's kernels:"
         f" {facts['torch_isa']}. attnfast {versions['attnfast']} at commit {commit}{dirty} (kernel"
         f" sources {facts['sources']}), {', '.join(others)}; {facts['date'][:10]};"
         f" {settings['size']} suites.{smoke}"
     )
+
+
+def _clock(run: Run) -> str:
+    """How times were taken."""
+    names = dict.fromkeys(row["clock"] for row in run.rows)
+    words = {"cpu time": "CPU time of the thread", "events": "GPU events"}
+    return ", ".join(words.get(name, "time on the wall") for name in names)
 
 
 def ceilings_table(run: Run) -> str:
@@ -222,15 +233,15 @@ def write(runs: list[Run], root: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> list[Run]:
-    """The newest timing of each device that holds rows of ours, the newest device first.
+    """The newest timing with rows of ours of each device and number of threads, newest first.
 
     Raises:
         ValueError: There is none, or a file cannot be read; one line.
     """
-    chosen: dict[str, Run] = {}
+    chosen: dict[tuple[str, int], Run] = {}
     for run in results.found("timing", folder):
         if any(OURS in row["contestants"] for row in run.rows):
-            chosen.setdefault(run.facts["device"], run)
+            chosen.setdefault((run.facts["device"], run.facts["settings"]["threads"]), run)
     if not chosen:
         raise ValueError(f"bench: no timing in {folder}; run `make bench` first")
     return list(chosen.values())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,11 +64,12 @@ def measure(settings: Settings) -> list[Row]:
     try:
         for series in SERIES:
             threads = settings.threads if series.parallel else 1
-            clock = HostClock(time.perf_counter if threads > 1 else time.process_time)
+            clock = HostClock(threads)
             for dtype, work, sizes in itertools.product(DTYPES, WORKS, series.sizes):
                 shape = Shape(*sizes[:4], dtype, sizes[4], work, threads)
                 point = _point(shape, settings.backend, clock)
-                rows.append({"series": series.title, **shape._asdict(), **point})
+                place = {"series": series.title, "clock": clock.name}
+                rows.append({**place, **shape._asdict(), **point})
     finally:
         torch.set_num_threads(before)
     return rows

@@ -44,7 +44,7 @@ def session(settings: Settings, ours: str | None = "") -> Session:
     device = torch.device(settings.device)
     found = machine_limits.measure(device, settings.threads, dry=settings.size == "smoke")
     chosen = settings.backend if ours == "" else ours
-    return Session(settings, device, clock(device), found, chosen)
+    return Session(settings, device, clock(device, settings.threads), found, chosen)
 
 
 def cases(suite: str, size: str) -> list[Any]:

@@ -23,7 +23,8 @@ def work(item: guard.Item) -> Any:
     device = torch.device(settings.device)
     if item["task"] == "ceilings":
         return ceilings.measure(device, settings.threads, dry=settings.size == "smoke")
-    session = suites.Session(settings, device, clock(device), item["ceilings"], item["backend"])
+    timer = clock(device, settings.threads)
+    session = suites.Session(settings, device, timer, item["ceilings"], item["backend"])
     case = suites.cases(item["suite"], settings.size)[item["index"]]
     return suites.measured(case, session)
 

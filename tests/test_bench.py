@@ -220,7 +220,7 @@ def test_dropout_is_compared_without_and_timed_with(bench):
 
 def test_memory_of_a_call(bench):
     count = 1 << 22
-    _, peak = bench.clock.HostClock().peak(lambda: {"out": torch.zeros(count) + 1})
+    _, peak = bench.clock.HostClock(1).peak(lambda: {"out": torch.zeros(count) + 1})
     if peak is None:
         pytest.skip("this system does not tell the peak of resident memory")
     assert 8 * count <= peak <= 12 * count
@@ -246,7 +246,7 @@ def test_missing_library_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "requirement"),
     [
-        ("BENCH_SIZE", "big", "one of smoke, quick, full"),
+        ("BENCH_SIZE", "big", "one of smoke, quick, full, gpu"),
         ("BENCH_DEVICE", "tpu", "cpu or cuda"),
         ("BENCH_THREADS", "0", "a positive int"),
         ("BENCH_BUDGET", "nan", "a positive float"),

@@ -39,7 +39,7 @@ def measured(ours_s, rival_s, once=(), spread=0.01):
         }
 
     return {
-        "clock": "host",
+        "clock": "wall",
         "limit_s": 0.3 * ours_s,
         "contestants": {"attnfast": contestant(ours_s), "torch.sdpa flash": contestant(rival_s)},
         "rival": "torch.sdpa flash",
@@ -154,10 +154,10 @@ def test_report_fills_the_docs(bench, write_run, command, tmp_path):
     )
     folder = tmp_path / "docs" / "performance"
     for plot in ("throughput", "share", "memory"):
-        assert (folder / f"a-cpu-{plot}.png").stat().st_size > 10_000
-        assert f"(performance/a-cpu-{plot}.svg)" in page
-        assert "torch.sdpa flash, D 64" in (folder / f"a-cpu-{plot}.svg").read_text()
-    assert not (folder / "a-cpu-latency.svg").exists(), "no row is short"
+        assert (folder / f"a-cpu-2-{plot}.png").stat().st_size > 10_000
+        assert f"(performance/a-cpu-2-{plot}.svg)" in page
+        assert "torch.sdpa flash, D 64" in (folder / f"a-cpu-2-{plot}.svg").read_text()
+    assert not (folder / "a-cpu-2-latency.svg").exists(), "no row is short"
 
 
 def test_report_shows_each_device_newest_run_first(
@@ -172,10 +172,10 @@ def test_report_shows_each_device_newest_run_first(
     write_run(lambda row: 4.0, "bench/results/b/timing.json", date=later, device="b", machine=other)
     assert command("report", "--root", tmp_path)[0] == 0
     readme = (tmp_path / "README.md").read_text()
-    assert "on B CPU, avx2:" in readme
+    assert "on B CPU, avx2, 2 threads:" in readme
     assert re.search(r"decoding, fp32 +\| +4.00x \(0 of 10\) \| +2.00x \(0 of 10\) \|", readme)
     page = (tmp_path / "docs" / "performance.md").read_text()
-    assert page.index("## B CPU, avx2") < page.index("## A CPU, avx2")
+    assert page.index("## B CPU, avx2, 2 threads") < page.index("## A CPU, avx2, 2 threads")
 
 
 def test_report_marks_rows_that_ran_once(bench):
