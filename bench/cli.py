@@ -71,7 +71,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     many = parser.add_argument_group("suites, where no shape is given")
     many.add_argument("--suite", choices=list(SUITES), action="append", help="default: all")
     many.add_argument("--size", choices=SIZES, help="default: quick")
-    parser.add_argument("--backend", help="ours; default: cpu")
+    parser.add_argument("--backend", help="ours; default: the first that serves the device")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=_positive(int))
     parser.add_argument("--budget", type=_positive(float), dest="budget_s", help="seconds a row")
@@ -224,7 +224,7 @@ def _prove(options: argparse.Namespace) -> int:
 
 def _scaling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", type=Path, dest="source", help="a study to write the page from")
-    parser.add_argument("--backend", help="default: cpu")
+    parser.add_argument("--backend", help="ours; default: cpu")
     parser.add_argument("--threads", type=_positive(int), help="default: 2")
     parser.add_argument("--root", type=Path, default=ROOT, help="of the repository to write to")
 

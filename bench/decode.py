@@ -15,6 +15,8 @@ from .clock import Call, Results
 from .grid import DTYPES, PAGE, DecodeCase
 from .timing import Entries
 
+ELSEWHERE = ("FlexAttention", "flashinfer", "xformers")
+
 
 def entries(
     case: DecodeCase, backend: str | None, device: torch.device, copies: int, *, full: bool
@@ -24,7 +26,7 @@ def entries(
     Every cache is full. Without us, pages are gathered first, where the package takes no pages.
     """
     made = [_calls(case, backend, device) for _ in range(copies)]
-    absent = {}
+    absent = dict.fromkeys(ELSEWHERE, "is compared in the attention rows")
     reason = onnx_runtime.missing(device)
     if reason or case.paged or case.dtype != "float32":
         absent["ONNX Runtime"] = reason or "is compared in float32, contiguous"

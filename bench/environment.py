@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 import attnfast
+from attnfast import dispatch
 
 from . import ROOT
 from .grid import SIZES
@@ -46,9 +47,9 @@ def settings(environ: Mapping[str, str] = os.environ, **given: Any) -> Settings:
     """The settings of this run.
 
     Args:
-        environ: Where to look up ``BENCH_SIZE`` (default quick), ``BENCH_BACKEND`` (default cpu),
-            ``BENCH_DEVICE`` (default cpu), ``BENCH_THREADS`` (default 2), ``BENCH_BUDGET`` (seconds
-            a row; the default depends on the size).
+        environ: Where to look up ``BENCH_SIZE`` (default quick), ``BENCH_DEVICE`` (default cpu),
+            ``BENCH_BACKEND`` (default: the first that serves the device), ``BENCH_THREADS``
+            (default 2), ``BENCH_BUDGET`` (seconds a row; the default depends on the size).
         given: Settings by name that win over the variables; None is not given.
 
     Raises:
@@ -63,7 +64,7 @@ def settings(environ: Mapping[str, str] = os.environ, **given: Any) -> Settings:
         raise ValueError(f"bench: BENCH_DEVICE must be cpu or cuda, got {device!r}")
     found = Settings(
         size=size,
-        backend=environ.get("BENCH_BACKEND") or "cpu",
+        backend=environ.get("BENCH_BACKEND") or dispatch.rows(torch.device(device))[0].name,
         device=device,
         threads=int(_positive(environ, "BENCH_THREADS", 2, int)),
         budget_s=_positive(environ, "BENCH_BUDGET", BUDGET_S[size], float),

@@ -37,7 +37,7 @@ def draw(run: Run, folder: Path) -> list[str]:
 
     Args:
         run: Timed rows.
-        folder: Where ``<device>-<threads>-<plot>.svg`` and ``.png`` are written.
+        folder: Where ``<device>-<threads>t-<plot>.svg`` and ``.png`` are written.
 
     Returns:
         The names of the SVG files, in the order in which they are shown.
@@ -93,6 +93,8 @@ def _over_length(run: Run, folder: Path, name: str, label: str, value: Value) ->
         axis.set(title=f"{title}, causal", xlabel="length", ylabel=label, xscale="log")
         if name == "memory":
             axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
         axis.legend(fontsize=5, ncols=2)
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
@@ -183,7 +185,7 @@ def _save(figure: Any, run: Run, folder: Path, name: str) -> list[str]:
 
     folder.mkdir(parents=True, exist_ok=True)
     threads = run.facts["settings"]["threads"]
-    stem = f"{run.facts['device']}-{threads}-{name}"
+    stem = f"{run.facts['device']}-{threads}t-{name}"
     figure.tight_layout()
     for kind in FORMATS:
         metadata = {"Date": None} if kind == "svg" else {"Software": None}

@@ -76,12 +76,14 @@ def provenance(run: Run) -> str:
     load = "" if facts["load"] is None else f"; load before the run {facts['load']}"
     others = [f"{name} {version}" for name, version in versions.items() if name != "attnfast"]
     smoke = " Smoke rows: not for publication." if settings["size"] == "smoke" else ""
+    rivals = sorted({name for row in run.rows for name in row.get("contestants", ())} - {OURS})
+    beside = f" Rivals that took part: {', '.join(rivals)}." if rivals else ""
     return (
         f"{device_title(run)}; {machine['architecture']}, {machine['system']};"
         f" {machine['cores']} cores{load}; {_clock(run)}; torch's kernels:"
         f" {facts['torch_isa']}. attnfast {versions['attnfast']} at commit {commit}{dirty} (kernel"
         f" sources {facts['sources']}), {', '.join(others)}; {facts['date'][:10]};"
-        f" {settings['size']} suites.{smoke}"
+        f" {settings['size']} suites.{beside}{smoke}"
     )
 
 

@@ -18,6 +18,7 @@ from .grid import DTYPES, VarlenCase
 from .timing import Entries
 
 PACKAGES = ("flash_attn", "xformers")
+ELSEWHERE = ("FlexAttention", "flashinfer")
 
 
 def entries(
@@ -29,7 +30,7 @@ def entries(
     those of the packed ones is part of the call, since the inputs are the same for everybody.
     """
     made = [_calls(case, backend, device) for _ in range(copies)]
-    absent = {}
+    absent = dict.fromkeys(ELSEWHERE, "is compared in the attention rows")
     for name in PACKAGES:
         if importlib.util.find_spec(name) is None:
             absent[name] = "not installed"

@@ -147,6 +147,7 @@ def test_report_fills_the_docs(bench, write_run, command, tmp_path):
     for text in (readme, page):
         assert "ffffffffffff with uncommitted changes" in text
         assert "load before the run 0.25" in text
+        assert "Rivals that took part: torch.sdpa flash." in text
     assert "not measured: no C++ compiler" in page
     proven = (tmp_path / "docs" / "evidence.md").read_text()
     assert re.search(
@@ -154,10 +155,10 @@ def test_report_fills_the_docs(bench, write_run, command, tmp_path):
     )
     folder = tmp_path / "docs" / "performance"
     for plot in ("throughput", "share", "memory"):
-        assert (folder / f"a-cpu-2-{plot}.png").stat().st_size > 10_000
-        assert f"(performance/a-cpu-2-{plot}.svg)" in page
-        assert "torch.sdpa flash, D 64" in (folder / f"a-cpu-2-{plot}.svg").read_text()
-    assert not (folder / "a-cpu-2-latency.svg").exists(), "no row is short"
+        assert (folder / f"a-cpu-2t-{plot}.png").stat().st_size > 10_000
+        assert f"(performance/a-cpu-2t-{plot}.svg)" in page
+        assert "torch.sdpa flash, D 64" in (folder / f"a-cpu-2t-{plot}.svg").read_text()
+    assert not (folder / "a-cpu-2t-latency.svg").exists(), "no row is short"
 
 
 def test_report_shows_each_device_newest_run_first(

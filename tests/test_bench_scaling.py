@@ -110,7 +110,7 @@ def test_study_and_page(bench, monkeypatch, tmp_path, capsys):
     assert "off by 0% at the geometric mean" in page
     assert re.search(r"\| forward, fp32 +\| +22 \| +72.7 \|", page)
     assert "H100 SXM, forward+backward, D 128, T 8192, causal" in page
-    picture = tmp_path / "docs" / "performance" / f"{facts['device']}-2-scaling.svg"
+    picture = tmp_path / "docs" / "performance" / f"{facts['device']}-2t-scaling.svg"
     assert "batch times heads" in picture.read_text()
     assert f"performance/{picture.name}" in page
 
