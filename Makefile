@@ -86,7 +86,7 @@ wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, and the so
 	cd build/wheel && PYTHONPATH=installed $(abspath $(PY)) -m attnfast --check
 
 test-abi: wheel  ## install the wheel under Python 3.10 and 3.13, torch 2.10 and the newest; ARGS="--help"
-	$(PY) -m tools.abi --write $(ARGS)
+	$(PY) -m tools.abi $(or $(ARGS),--write)
 
 docs: $(RUNTIME) $(DOCS)  ## the documentation, in build/docs/; a warning is an error
 	$(PY) -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
