@@ -7,9 +7,11 @@ torch from 2.10 on.
     python setup.py build_ext --inplace     an incremental build into attnfast/
     pip install -e . --no-build-isolation   the same, and the package becomes importable
     python setup.py build_emulator          build/emulator/_emulator.so: the CUDA kernels on the CPU
+    python setup.py build_cuda              build/native/_native_cuda.so: with the CUDA kernels
 
 Environment: CXX, MAX_JOBS, ATTNFAST_CXXFLAGS (appended), ATTNFAST_SANITIZE=1 (AddressSanitizer and
-UndefinedBehaviorSanitizer; that library stays in build/native-asan, ATTNFAST_NATIVE loads it).
+UndefinedBehaviorSanitizer; that library stays in build/native-asan, ATTNFAST_NATIVE loads it). Of
+build_cuda: NVCC or CUDA_HOME, ATTNFAST_CUDA=0 (none), ATTNFAST_CUDA_ARCHS ("80 90").
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -65,6 +68,7 @@ if SANITIZE and "avx2" in ISAS:
     ISAS = ISAS | {"lanes16": f"{ISAS['avx2']} -DATTNFAST_16_LANES -Wno-psabi"}
 
 
+CUDA_ARCHS = "80 90"  # sm_80's code also serves sm_86 and sm_89
 CUDA_HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # csrc/cuda/attention_*.cu are compiled for each
 
 
@@ -150,8 +154,11 @@ class Ninja:
         return "\n".join([*self.lines, *ordered, *links, f"default {default}", ""])
 
 
-def native_file() -> str:
-    """How _native.so is built: what is compiled, with which flags, in which order it is linked."""
+def native_file(nvcc: str | None = None) -> str:
+    """How _native.so is built: what is compiled, with which flags, in which order it is linked.
+
+    With nvcc, also how _native_cuda.so is: the same and the CUDA kernels.
+    """
     lanes16 = "-DATTNFAST_HAS_LANES16" if "lanes16" in ISAS else ""
     mode = SANITIZED if SANITIZE else OPTIMISED
     build = Ninja(compiler(), f"{mode} {lanes16}", "" if SANITIZE else "-Wl,-z,defs")
@@ -162,7 +169,82 @@ def native_file() -> str:
     for isa, flags in ISAS.items():
         extra = f"-DATTNFAST_ISA={isa} {flags}"
         objects += [build.compile(source, f".{isa}", extra) for source in kernels]
-    return build.text(f"build _native.so: link {' '.join(objects)}")
+    links = [f"build _native.so: link {' '.join(objects)}"]
+    if nvcc:
+        objects += cuda_objects(build, nvcc)
+        links += [
+            f"build _native_cuda.so: link {' '.join(objects)}",
+            f"  ldflags = $ldflags -L{cuda_libraries(nvcc)} -lcudart_static -ldl -lrt -lpthread",
+        ]
+    return build.text(*links)
+
+
+def cuda_objects(build: Ninja, nvcc: str) -> list[str]:
+    """Have the CUDA kernels compiled; the compiler's word on each one's resources is in *.o.log."""
+    archs = cuda_archs()
+    code = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
+    code += f" -gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"  # for those to come
+    names = ", ".join(f"sm_{arch}" for arch in archs)
+    build.lines += [
+        f"nvcc = {nvcc}",
+        "nvccflags = -std=c++17 -O3 -DNDEBUG -Werror=all-warnings -Xptxas=-v -Xfatbin=-compress-all"
+        f" -Xcompiler=-fPIC,-fvisibility=hidden,-Wall {code} -I{CSRC}",
+        "rule nvcc",
+        "  command = $nvcc -MMD -MF $out.d $nvccflags $extra -c $in -o $out > $out.log 2>&1"
+        " || (cat $out.log && exit 1)",
+        "  description = compile $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    objects = [build.compile(CSRC / "bindings" / "cuda.cpp", extra="$torchflags")]
+    objects += [build.compile(source) for source in sorted((CSRC / "cuda").glob("*.cpp"))]
+    for source, suffix, flags in cuda_sources():
+        flags += f""" -DATTNFAST_CUDA_ARCHS='"{names}"'"""
+        objects.append(build.compile(source, suffix, flags, "nvcc"))
+    return objects
+
+
+def cuda_libraries(nvcc: str) -> Path:
+    """The folder of libcudart_static.a, beside the nvcc that may be a script elsewhere."""
+    command = [*shlex.split(nvcc), "--dryrun", "-x", "cu", "-c", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    top = re.search(r"TOP=(\S+)", said)
+    folder = Path(top[1] if top else nvcc).resolve() / "lib64"
+    if not (folder / "libcudart_static.a").exists():
+        sys.exit(f"attnfast: no libcudart_static.a in {folder}: install the whole CUDA toolkit")
+    return folder
+
+
+def cuda_archs() -> list[int]:
+    """The architectures that CUDA code is compiled for, the lowest first: ATTNFAST_CUDA_ARCHS."""
+    asked = os.environ.get("ATTNFAST_CUDA_ARCHS") or CUDA_ARCHS
+    try:
+        archs = sorted({int(arch) for arch in asked.replace(",", " ").split()})
+    except ValueError:
+        archs = []
+    if not archs or archs[0] < 80:
+        sys.exit(
+            f"attnfast: ATTNFAST_CUDA_ARCHS must be numbers from 80 on ('80 90'), got '{asked}'"
+        )
+    return archs
+
+
+def find_nvcc() -> str | None:
+    """The nvcc executable: NVCC, of CUDA_HOME, or on the PATH; None where there is none."""
+    if os.environ.get("ATTNFAST_CUDA") == "0":
+        print("attnfast: CUDA kernels left out, as ATTNFAST_CUDA=0 asks", file=sys.stderr)
+        return None
+    home = os.environ.get("CUDA_HOME")
+    asked = os.environ.get("NVCC") or (f"{home}/bin/nvcc" if home else None)
+    places = (asked,) if asked else ("nvcc", "/usr/local/cuda/bin/nvcc")
+    found = next(filter(None, map(shutil.which, places)), None)
+    if found is None:
+        print(
+            "attnfast: no nvcc, so no CUDA kernels; install the CUDA toolkit (12.8 or later), or"
+            " name its folder in CUDA_HOME",
+            file=sys.stderr,
+        )
+    return found
 
 
 def cuda_sources() -> list[tuple[Path, str, str]]:
@@ -194,9 +276,9 @@ def emulator_file() -> str:
     return build.text(f"build _emulator.so: link {' '.join(objects)}")
 
 
-def run_ninja(folder: Path, text: str, what: str) -> None:
-    """Bring a folder's libraries up to date."""
-    command = [ninja(), "-C", str(folder)]
+def run_ninja(folder: Path, text: str, what: str, *targets: str) -> None:
+    """Bring a folder's libraries up to date, the default one unless others are named."""
+    command = [ninja(), "-C", str(folder), *targets]
     if os.environ.get("MAX_JOBS"):
         command.append(f"-j{os.environ['MAX_JOBS']}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,10 +293,9 @@ def build_native() -> Path:
     return BUILD / "_native.so"
 
 
-class BuildEmulator(Command):
-    """Builds build/emulator/_emulator.so, in which tests run the CUDA kernels on the CPU."""
+class Build(Command):
+    """A command without options."""
 
-    description = "build the emulator of the CUDA kernels, for tests"
     user_options: ClassVar[list[tuple[str, str | None, str]]] = []
 
     def initialize_options(self) -> None:
@@ -223,9 +304,27 @@ class BuildEmulator(Command):
     def finalize_options(self) -> None:
         """There are no options."""
 
+
+class BuildEmulator(Build):
+    """Builds build/emulator/_emulator.so, in which tests run the CUDA kernels on the CPU."""
+
+    description = "build the emulator of the CUDA kernels, for tests"
+
     def run(self) -> None:
         """Build."""
         run_ninja(ROOT / "build" / "emulator", emulator_file(), "the emulator")
+
+
+class BuildCuda(Build):
+    """Builds build/native/_native_cuda.so: the CPU's kernels and CUDA's, for ATTNFAST_NATIVE."""
+
+    description = "build the native library with the CUDA kernels, where nvcc is"
+
+    def run(self) -> None:
+        """Build, or say why not."""
+        nvcc = find_nvcc()
+        if nvcc:
+            run_ninja(BUILD, native_file(nvcc), "the CUDA kernels", "_native_cuda.so")
 
 
 class BuildNative(build_ext):
@@ -264,6 +363,7 @@ if sys.platform == "linux":
         ext_modules=[Extension("attnfast._native", sources=[])],
         cmdclass={
             "build_ext": BuildNative,
+            "build_cuda": BuildCuda,
             "build_emulator": BuildEmulator,
             "bdist_wheel": NativeWheel,
         },

@@ -91,7 +91,8 @@ def _cuda_unsupported(problem: Problem) -> str | None:
         (options.weights > 0, "does not return weights"),
         (options.stats == 2, "does not sum the attention that keys receive"),
     )
-    return next((reason for holds, reason in reasons if holds), EMULATOR_MISSING)
+    missing = EMULATOR_MISSING if problem.device.type == "cpu" else None
+    return next((reason for holds, reason in reasons if holds), missing)
 
 
 def _reference_workspace(problem: Problem) -> tuple[int, int]:
@@ -118,7 +119,7 @@ CUDA = Backend(
     _cuda_unsupported,
     ops.CUDA,
     lambda problem: (0, 12 * problem.B * problem.H * problem.T),  # three numbers for each row
-    lambda: "emulated",
+    lambda: "sm_80 and later" if ops.EMULATOR == "0" else "emulated",
 )
 TRITON = Backend(
     "triton",
@@ -137,11 +138,14 @@ REFERENCE = Backend(
 
 # The emulator of the CUDA kernels and Triton's interpreter come after the reference, which accepts
 # everything: they serve CPU tensors only where they are named.
-EMULATED = () if os.environ.get("ATTNFAST_EMULATOR", "0") == "0" else (CUDA,)
+EMULATED: tuple[Backend, ...] = () if ops.EMULATOR == "0" else (CUDA,)
+# The CUDA kernels come after Triton's as long as no GPU has measured them, where they were built.
+IN_LIBRARY = torch._C._dispatch_has_kernel_for_dispatch_key("attnfast::cuda_fwd", "CUDA")
+COMPILED = (CUDA,) if IN_LIBRARY else ()
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "cpu": (CPU, REFERENCE, TRITON, *EMULATED),
-    "cuda": (TRITON, REFERENCE),
+    "cuda": (TRITON, *COMPILED, REFERENCE),
 }
 OTHER_DEVICES = (REFERENCE,)
 OPS = {row.name: row.ops for table in BACKENDS.values() for row in table if row.ops is not None}

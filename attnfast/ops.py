@@ -44,6 +44,8 @@ SCHEMAS = {
     " SymInt window_right, float softcap) -> (Tensor out, Tensor lse)",
 }
 
+EMULATOR = os.environ.get("ATTNFAST_EMULATOR", "0")  # "0" for none, see load_emulator
+
 _LIBRARY = torch.library.Library("attnfast", "DEF")
 
 
@@ -173,11 +175,10 @@ def load_emulator() -> str | None:
 
     ``ATTNFAST_EMULATOR`` is "1" for the library that ``make emulator`` builds, or the path of one.
     """
-    asked = os.environ.get("ATTNFAST_EMULATOR", "0")
-    if asked == "0":
+    if EMULATOR == "0":
         return "not part of this build"
     built = Path(__file__).parent.parent / "build" / "emulator" / "_emulator.so"
-    path = built if asked == "1" else Path(asked)
+    path = built if EMULATOR == "1" else Path(EMULATOR)
     if not path.exists():
         return f"emulator not built: no {path}; build it with `make emulator`"
     for schema in (

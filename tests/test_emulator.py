@@ -18,7 +18,7 @@ FILES = {"test_cuda.py": "", "test_cuda_bugs.py": "not real_kernels"}
 def test_sample(file: str, record_property: Any) -> None:
     if not (ROOT / "build" / "emulator" / "_emulator.so").exists():
         pytest.skip("the emulator of the CUDA kernels is not built: make emulator")
-    environment = {"ATTNFAST_EMULATOR": "1", "ATTNFAST_EMULATOR_SAMPLE": "7"}
+    environment = {"ATTNFAST_EMULATOR": "1", "ATTNFAST_EMULATOR_SAMPLE": "11"}
     process = subprocess.run(
         [sys.executable, "-m", "pytest", Path(__file__).with_name(file), "-q", "-k", FILES[file],
          "-p", "no:cacheprovider", "-p", "no:xdist"],

@@ -157,6 +157,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
 template <class Element, int kD>
 void launch_attention_bwd_bias(const BackwardArguments& a, Stream stream) {
   using Shape = BiasShape<kD>;
+  static_assert(Shape::kSharedBytes <= kSharedLimit);
   const int64_t key_blocks = a.bias.S > 1 ? (a.bias.S + Shape::kN - 1) / Shape::kN : 1;
   const int64_t query_blocks = a.bias.T > 1 ? (a.bias.T + Shape::kM - 1) / Shape::kM : 1;
   launch<BackwardArguments>(kernel_name<Element, kD, false>("attention_bwd_bias"),

@@ -161,6 +161,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true>::kThread
 template <class Element, int kD, bool kPlain>
 void launch_attention_bwd_keys(const BackwardArguments& arguments, Stream stream) {
   using Shape = BackwardShape<kD, kPlain, true>;
+  static_assert(Shape::kSharedBytes <= kSharedLimit);
   BackwardArguments a = arguments;
   a.blocks = (a.p.S + Shape::kStay - 1) / Shape::kStay;
   const auto run = [&](const char* name, auto kernel) {

@@ -124,6 +124,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false>::kThrea
 template <class Element, int kD, bool kPlain>
 void launch_attention_bwd_queries(const BackwardArguments& arguments, Stream stream) {
   using Shape = BackwardShape<kD, kPlain, false>;
+  static_assert(Shape::kSharedBytes <= kSharedLimit);
   BackwardArguments a = arguments;
   a.blocks = (a.p.T + Shape::kStay - 1) / Shape::kStay;
   launch<BackwardArguments>(kernel_name<Element, kD, kPlain>("attention_bwd_queries"),

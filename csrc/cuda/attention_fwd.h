@@ -222,6 +222,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
 template <class Element, int kD, bool kPlain>
 void launch_attention_fwd(const ForwardArguments& arguments, Stream stream) {
   using Shape = ForwardShape<kD, kPlain>;
+  static_assert(Shape::kSharedBytes <= kSharedLimit);
   ForwardArguments a = arguments;
   a.query_blocks = (a.p.T + Shape::kM - 1) / Shape::kM;
   launch<ForwardArguments>(

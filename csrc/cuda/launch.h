@@ -24,6 +24,9 @@ std::string kernel_name(const char* name) {
   return std::string(name) + dtype + std::to_string(kD) + (kPlain ? ", plain>" : ", options>");
 }
 
+// What every architecture from sm_80 on gives a block; sm_86, sm_89 and sm_120 give no more.
+constexpr int kSharedLimit = 99 << 10;
+
 #ifdef ATTNFAST_EMULATOR
 
 template <class Params>
