@@ -38,7 +38,7 @@ ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   LD_PRELOAD="$(foreach l,asan ubsan,$$($(firstword $(COMPILERS)) -print-file-name=lib$(l).so))"
 ASAN_TESTS := tests/test_table.py tests/test_layouts.py tests/test_decode.py
 
-.PHONY: help demo translate test test-cuda test-triton lint bench gpu wheel test-abi docs asan venv build emulator clean
+.PHONY: help demo translate test test-cuda test-triton lint bench gpu wheel test-abi docs asan venv build emulator cuda clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -104,6 +104,10 @@ build: $(EDITABLE)  ## bring the native library up to date
 
 emulator: $(RUNTIME)  ## bring the emulator of the CUDA kernels up to date
 	@$(PY) setup.py -q build_emulator
+
+cuda: build $(TRITON_LATEST)  ## build/native/_native_cuda.so: the CUDA kernels too, where nvcc is; ATTNFAST_CUDA_ARCHS="80 90"
+	@$(PY) setup.py -q build_cuda
+	@test ! -e build/native/cuda/rows.o || $(PY) tools/cuda_resources.py > /dev/null
 
 clean:  ## remove everything built; .venv stays
 	rm -rf build dist *.egg-info attnfast/_native.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
