@@ -106,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
             for work in works
         ]
     facts = environment.facts("timing", settings)
-    kept = _kept(options, facts)
+    kept = _kept(options.out, facts) if options.resume else []
     session = suites.session(settings)
     facts["ceilings"] = session.ceilings
     rows, failed = list(kept), 0
@@ -131,18 +131,16 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _kept(options: argparse.Namespace, facts: dict[str, Any]) -> list[results.Row]:
+def _kept(path: Path | None, facts: dict[str, Any]) -> list[results.Row]:
     """The rows of a run that is resumed."""
-    if not options.resume:
-        return []
-    if options.out is None:
+    if path is None:
         raise ValueError("bench: --resume needs --out")
-    if not options.out.exists():
+    if not path.exists():
         return []
-    before = results.load(options.out, "timing")
+    before = results.load(path, facts["kind"])
     for name in ("device", "kernel", "versions", "sources"):
         if before.facts[name] != facts[name]:
-            raise ValueError(f"bench: {options.out} is of another {name}: nothing to resume")
+            raise ValueError(f"bench: {path} is of another {name}: nothing to resume")
     return before.rows
 
 
@@ -227,6 +225,9 @@ def _scaling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", help="ours; default: cpu")
     parser.add_argument("--threads", type=_positive(int), help="default: 2")
     parser.add_argument("--root", type=Path, default=ROOT, help="of the repository to write to")
+    parser.add_argument(
+        "--resume", action="store_true", help="points that are there already are not timed again"
+    )
 
 
 def _scaling(options: argparse.Namespace) -> int:
@@ -238,7 +239,9 @@ def _scaling(options: argparse.Namespace) -> int:
             raise ValueError(f"bench: nothing to measure: {reason}")
         facts = environment.facts("scaling", settings)
         path = options.root / "bench" / "results" / facts["device"] / "scaling.json"
-        results.save(path, facts, scaling.measure(settings))
+        kept = _kept(path, facts) if options.resume else []
+        kept = [row for row in kept if row["seconds"] is not None]
+        results.save(path, facts, scaling.measure(settings, kept))
     for written in scaling.write(results.load(path, "scaling"), options.root):
         print(f"wrote {written}")
     return 0

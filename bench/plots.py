@@ -164,6 +164,8 @@ def scaling(run: Run, kernels: list[Fitted], folder: Path) -> list[str]:
                 for row, predicted in zip(kernel.rows, kernel.predicted, strict=True)
                 if row["series"] == title
             ]
+            if not points:
+                continue
             name = next(x for x in ("T", "B", "D") if len({row[x] for row, _ in points}) > 1)
             xs = [row[name] * (row["H"] if name == "B" else 1) for row, _ in points]
             label = f"{DTYPE_NAMES[kernel.dtype]}, {kernel.work}"

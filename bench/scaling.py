@@ -8,6 +8,7 @@ is.
 from __future__ import annotations
 
 import itertools
+import resource
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import ROOT, model
-from .clock import HostClock
+from .clock import Call, HostClock
 from .environment import Settings
 from .grid import AttentionCase
 from .model import Fitted, Shape
@@ -46,19 +47,25 @@ FULL, CAUSAL, HEADS, SIZE, THREADS = (
     Series("length, causal", "T", tuple((1, 4, T, 64, True) for T in LENGTHS)),
     Series("batch times heads", "B", tuple((B, 4, 256, 64, True) for B in (1, 2, 3, 4, 8, 16, 32))),
     Series("head size", "D", tuple((2, 4, 512, D, False) for D in (16, 32, 48, 64, 96, 128, 256))),
-    Series("all threads", "T", tuple((1, 4, T, 64, True) for T in LENGTHS), parallel=True),
+    Series("all threads", "T", tuple((1, 4, T, 64, True) for T in LENGTHS[:8]), parallel=True),
 )
 SERIES = (FULL, CAUSAL, HEADS, SIZE, THREADS)
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings, kept: list[Row] | None = None) -> list[Row]:
     """Points of all series, for every dtype and pass.
+
+    Args:
+        settings: Backend and threads.
+        kept: Points that need not be measured again.
 
     Returns:
         Per point its shape, ``seconds`` (the lower quartile: what disturbs a call only ever
         lengthens it; with one thread CPU time, else time on the wall), ``median_s`` and
-        ``peak_bytes`` beside the inputs.
+        ``peak_bytes`` beside the inputs. Points of which fewer than ``FEWEST`` calls ran without
+        losing a core to another process have no times.
     """
+    known = {(row["series"], _shape(row)): row for row in kept or []}
     rows = []
     before = torch.get_num_threads()
     try:
@@ -67,9 +74,12 @@ def measure(settings: Settings) -> list[Row]:
             clock = HostClock(threads)
             for dtype, work, sizes in itertools.product(DTYPES, WORKS, series.sizes):
                 shape = Shape(*sizes[:4], dtype, sizes[4], work, threads)
-                point = _point(shape, settings.backend, clock)
-                place = {"series": series.title, "clock": clock.name}
-                rows.append({**place, **shape._asdict(), **point})
+                row = known.get((series.title, shape))
+                if row is None:
+                    point = _point(shape, settings.backend, clock)
+                    place = {"series": series.title, "clock": clock.name}
+                    row = {**place, **shape._asdict(), **point}
+                rows.append(row)
     finally:
         torch.set_num_threads(before)
     return rows
@@ -84,14 +94,29 @@ def _point(shape: Shape, backend: str, clock: HostClock) -> dict[str, Any]:
     clock.read(call)
     reading, peak = clock.peak(call)
     count = min(MOST, max(FEWEST, int(BUDGET_S / reading.seconds)))
-    times = [clock.read(call).seconds for _ in range(count)]
+    times: list[float] = []
+    for _ in range(count if shape.threads == 1 else MOST):
+        seconds, disturbed = _read(call, clock)
+        if shape.threads == 1 or not disturbed:  # CPU time is not disturbed
+            times.append(seconds)
+        if len(times) == count:
+            break
+    if len(times) < FEWEST:
+        return {"seconds": None, "median_s": None, "rounds": len(times), "peak_bytes": peak}
     quartile = statistics.quantiles(times, n=4, method="inclusive")[0]
     return {
         "seconds": quartile,
         "median_s": statistics.median(times),
-        "rounds": count,
+        "rounds": len(times),
         "peak_bytes": peak,
     }
+
+
+def _read(call: Call, clock: HostClock) -> tuple[float, bool]:
+    """Seconds of a call, and whether another process took a core meanwhile."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    seconds = clock.read(call).seconds
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw > before
 
 
 def fitted(run: Run) -> list[Fitted]:
@@ -99,7 +124,11 @@ def fitted(run: Run) -> list[Fitted]:
     found = []
     for dtype in DTYPES:
         for work in WORKS:
-            rows = [row for row in run.rows if (row["dtype"], row["work"]) == (dtype, work)]
+            rows = [
+                row
+                for row in run.rows
+                if (row["dtype"], row["work"]) == (dtype, work) and row["seconds"] is not None
+            ]
             todo = [model.work(_shape(row), model.CPU_TILES[dtype]) for row in rows]
             times = [float(row["seconds"]) for row in rows]
             machine = model.fit(todo[::2], times[::2])
@@ -136,10 +165,11 @@ predicted by a model with four numbers for each kernel:
 - **bytes**: every input and output once.
 
 `python -m bench scaling` measures this on your machine and writes this page. A time is the lower
-quartile of at least {fewest} calls: what disturbs a call only ever lengthens it; CPU time where
-there is one thread, time on the wall where there are more. The numbers are
-fitted to every other point, by least squares of relative errors; "unseen" are the points in
-between. An error is the factor between prediction and measurement, less 1, at the geometric mean.
+quartile of at least {fewest} calls: what disturbs a call only ever lengthens it. With one thread it
+is CPU time, else time on the wall, of calls during which no other process took a core; a dash where
+there were too few. The numbers are fitted to every other point, by least squares of relative
+errors; "unseen" are the points in between. An error is the factor between prediction and
+measurement, less 1, at the geometric mean.
 """
 
 
@@ -160,7 +190,13 @@ def page(run: Run, picture: str) -> str:
     ]
     for series in SERIES:
         parts += [f"## {series.title[0].upper()}{series.title[1:]}", _series_table(series, kernels)]
-    parts += ["## Threads", _threads_table(kernels), "## Memory", MEMORY, _memory_table(run)]
+    parts += [
+        "## Threads",
+        _threads_table(kernels, run.facts["settings"]["threads"]),
+        "## Memory",
+        MEMORY,
+        _memory_table(run),
+    ]
     parts += ["## What a GPU should give", GPU.strip(), _gpu_table()]
     return "\n\n".join(parts) + "\n"
 
@@ -198,39 +234,45 @@ def _machines(kernels: list[Fitted]) -> str:
 
 def _series_table(series: Series, kernels: list[Fitted]) -> str:
     """Measured and predicted milliseconds of each kernel."""
-    cells: dict[int, list[str]] = {}
-    for kernel in kernels:
-        for row, predicted in _points(kernel, series):
-            grown = row["B"] * row["H"] if series.name == "B" else row[series.name]
-            text = f"{row['seconds'] * 1e3:.3g} / {predicted * 1e3:.3g}"
-            cells.setdefault(grown, []).append(text)
+    lines = []
+    for sizes in series.sizes:
+        B, H, T, D, _ = sizes
+        line = [str({"B": B * H, "T": T, "D": D}[series.name])]
+        for kernel in kernels:
+            seconds, predicted = _point_of(kernel, series, sizes) or (None, None)
+            line.append("-" if seconds is None else f"{seconds * 1e3:.3g} / {predicted * 1e3:.3g}")
+        lines.append(line)
     first = "B H" if series.name == "B" else series.name
-    lines = [[str(value), *texts] for value, texts in sorted(cells.items())]
     return "ms, measured / predicted:\n\n" + table([first, *_names(kernels)], lines)
 
 
-def _points(kernel: Fitted, series: Series) -> list[tuple[Row, float]]:
-    """The rows of a series, and what the model says."""
-    pairs = zip(kernel.rows, kernel.predicted, strict=True)
-    return [(row, predicted) for row, predicted in pairs if row["series"] == series.title]
+def _point_of(
+    kernel: Fitted, series: Series, sizes: tuple[int, int, int, int, bool]
+) -> tuple[float, float] | None:
+    """Measured and predicted seconds of a point; None if it was not measured undisturbed."""
+    for row, predicted in zip(kernel.rows, kernel.predicted, strict=True):
+        at = tuple(row[name] for name in ("B", "H", "T", "D", "causal"))
+        if row["series"] == series.title and at == sizes:
+            return row["seconds"], predicted
+    return None
 
 
 def _names(kernels: list[Fitted]) -> list[str]:
     return [f"{DTYPE_NAMES[kernel.dtype]}, {kernel.work}" for kernel in kernels]
 
 
-def _threads_table(kernels: list[Fitted]) -> str:
+def _threads_table(kernels: list[Fitted], threads: int) -> str:
     """How many times as fast all threads are as one."""
-    lines: dict[int, list[str]] = {}
-    for kernel in kernels:
-        pairs = zip(_points(kernel, CAUSAL), _points(kernel, THREADS), strict=True)
-        for (one, one_guess), (all_, all_guess) in pairs:
-            text = f"{one['seconds'] / all_['seconds']:.2f} / {one_guess / all_guess:.2f}"
-            lines.setdefault(one["T"], []).append(text)
-    threads = kernels[0].rows[-1]["threads"]
+    lines = []
+    for sizes in THREADS.sizes:
+        line = [str(sizes[2])]
+        for kernel in kernels:
+            one, all_ = (_point_of(kernel, series, sizes) for series in (CAUSAL, THREADS))
+            both = one is not None and all_ is not None
+            line.append(f"{one[0] / all_[0]:.2f} / {one[1] / all_[1]:.2f}" if both else "-")
+        lines.append(line)
     intro = f"Times as fast with {threads} threads as with one, causal, measured / predicted:"
-    rows = [[str(T), *texts] for T, texts in lines.items()]
-    return f"{intro}\n\n{table(['T', *_names(kernels)], rows)}"
+    return f"{intro}\n\n{table(['T', *_names(kernels)], lines)}"
 
 
 def _memory_table(run: Run) -> str:

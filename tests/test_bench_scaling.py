@@ -85,7 +85,9 @@ def test_study_and_page(bench, monkeypatch, tmp_path, capsys):
         settings = bench.environment.settings({}, size="quick", threads=2)
         measured = scaling.measure(settings)
     assert len(measured) == len(small) * 2 * 2
-    assert all(0 < row["seconds"] <= row["median_s"] for row in measured)
+    for row in measured:
+        if row["threads"] == 1 or row["seconds"] is not None:  # None: the machine was too busy
+            assert 0 < row["seconds"] <= row["median_s"]
     assert {row["threads"] for row in measured} == {1, 2}
 
     true = model.Machine(20e-6, 80e9, 0.4e-9, 15e9)
@@ -101,6 +103,7 @@ def test_study_and_page(bench, monkeypatch, tmp_path, capsys):
                     peak = {"seconds": seconds, "median_s": seconds, "peak_bytes": 5000}
                     place = {"series": series.title, "clock": "cpu time"}
                     rows.append({**place, **one._asdict(), **peak})
+    rows[-1] |= {"seconds": None, "median_s": None}
     facts = bench.environment.facts("scaling", settings)
     path = tmp_path / "scaling.json"
     bench.results.save(path, facts, rows)
@@ -109,6 +112,7 @@ def test_study_and_page(bench, monkeypatch, tmp_path, capsys):
     page = (tmp_path / "docs" / "scaling.md").read_text()
     assert "off by 0% at the geometric mean" in page
     assert re.search(r"\| forward, fp32 +\| +22 \| +72.7 \|", page)
+    assert re.search(r"\| 1024 \|( +[\d.]+ / [\d.]+ \|){3} +- \|", page), "not measured: a dash"
     assert "H100 SXM, forward+backward, D 128, T 8192, causal" in page
     picture = tmp_path / "docs" / "performance" / f"{facts['device']}-2t-scaling.svg"
     assert "batch times heads" in picture.read_text()
