@@ -8,7 +8,6 @@ is.
 from __future__ import annotations
 
 import itertools
-import resource
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ DTYPES = ("float32", "bfloat16")
 LENGTHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 BUDGET_S = 0.2  # of a point
 MOST, FEWEST = 60, 5  # calls of a point
+DISTURBED = 0.03  # of a call's time that threads may wait for a core
 GPU_LENGTHS = (512, 2048, 8192)
 
 
@@ -63,7 +63,7 @@ def measure(settings: Settings, kept: list[Row] | None = None) -> list[Row]:
         Per point its shape, ``seconds`` (the lower quartile: what disturbs a call only ever
         lengthens it; with one thread CPU time, else time on the wall), ``median_s`` and
         ``peak_bytes`` beside the inputs. Points of which fewer than ``FEWEST`` calls ran without
-        losing a core to another process have no times.
+        waiting for a core have no times.
     """
     known = {(row["series"], _shape(row)): row for row in kept or []}
     rows = []
@@ -113,10 +113,16 @@ def _point(shape: Shape, backend: str, clock: HostClock) -> dict[str, Any]:
 
 
 def _read(call: Call, clock: HostClock) -> tuple[float, bool]:
-    """Seconds of a call, and whether another process took a core meanwhile."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    """Seconds of a call, and whether its threads had to wait for a core that another process had."""
+    before = _waited()
     seconds = clock.read(call).seconds
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw > before
+    return seconds, _waited() - before > DISTURBED * seconds
+
+
+def _waited() -> float:
+    """Seconds that this process's threads were ready to run and did not; 0 if nobody counts."""
+    stats = Path("/proc/self/task").glob("*/schedstat")
+    return sum(int(stat.read_text().split()[1]) for stat in stats) / 1e9
 
 
 def fitted(run: Run) -> list[Fitted]:
@@ -166,8 +172,8 @@ predicted by a model with four numbers for each kernel:
 
 `python -m bench scaling` measures this on your machine and writes this page. A time is the lower
 quartile of at least {fewest} calls: what disturbs a call only ever lengthens it. With one thread it
-is CPU time, else time on the wall, of calls during which no other process took a core; a dash where
-there were too few. The numbers are fitted to every other point, by least squares of relative
+is CPU time, else time on the wall, of calls whose threads did not wait for a core that another
+process had; a dash where there were too few. The numbers are fitted to every other point, by least squares of relative
 errors; "unseen" are the points in between. An error is the factor between prediction and
 measurement, less 1, at the geometric mean.
 """
@@ -295,7 +301,8 @@ def _gpu_table() -> str:
     for name, machine in model.DATA_SHEETS.items():
         for work in WORKS:
             for D in (64, 128):
-                for T in GPU_LENGTHS:
+                for T in DISTURBED = 0.03  # of a call's time that threads may wait for a core
+GPU_LENGTHS:
                     shape = Shape(16384 // T, 2048 // D, T, D, "bfloat16", True, work, 1)
                     todo = model.work(shape, model.GPU_TILES)._replace(workers=1)
                     useful = AttentionCase(shape.B, shape.H, T, T, D, "bfloat16", True, work).flop
