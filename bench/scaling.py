@@ -113,7 +113,7 @@ def _point(shape: Shape, backend: str, clock: HostClock) -> dict[str, Any]:
 
 
 def _read(call: Call, clock: HostClock) -> tuple[float, bool]:
-    """Seconds of a call, and whether its threads had to wait for a core that another process had."""
+    """Seconds of a call, and whether its threads had to wait for a core."""
     before = _waited()
     seconds = clock.read(call).seconds
     return seconds, _waited() - before > DISTURBED * seconds
@@ -172,8 +172,8 @@ predicted by a model with four numbers for each kernel:
 
 `python -m bench scaling` measures this on your machine and writes this page. A time is the lower
 quartile of at least {fewest} calls: what disturbs a call only ever lengthens it. With one thread it
-is CPU time, else time on the wall, of calls whose threads did not wait for a core that another
-process had; a dash where there were too few. The numbers are fitted to every other point, by least squares of relative
+is CPU time, else time on the wall, of calls whose threads had a core all the while; a dash where
+there were too few. The numbers are fitted to every other point, by least squares of relative
 errors; "unseen" are the points in between. An error is the factor between prediction and
 measurement, less 1, at the geometric mean.
 """
@@ -301,8 +301,7 @@ def _gpu_table() -> str:
     for name, machine in model.DATA_SHEETS.items():
         for work in WORKS:
             for D in (64, 128):
-                for T in DISTURBED = 0.03  # of a call's time that threads may wait for a core
-GPU_LENGTHS:
+                for T in GPU_LENGTHS:
                     shape = Shape(16384 // T, 2048 // D, T, D, "bfloat16", True, work, 1)
                     todo = model.work(shape, model.GPU_TILES)._replace(workers=1)
                     useful = AttentionCase(shape.B, shape.H, T, T, D, "bfloat16", True, work).flop
