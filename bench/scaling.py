@@ -7,6 +7,7 @@ is.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 from pathlib import Path
@@ -121,8 +122,11 @@ def _read(call: Call, clock: HostClock) -> tuple[float, bool]:
 
 def _waited() -> float:
     """Seconds that this process's threads were ready to run and did not; 0 if nobody counts."""
-    stats = Path("/proc/self/task").glob("*/schedstat")
-    return sum(int(stat.read_text().split()[1]) for stat in stats) / 1e9
+    total = 0
+    for stat in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            total += int(stat.read_text().split()[1])
+    return total / 1e9
 
 
 def fitted(run: Run) -> list[Fitted]:
