@@ -8,6 +8,7 @@ apart. Where a call can be captured into a graph, its replay is timed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+DISTURBED = 0.03  # of a call's time that its threads may wait for a core
 
 Results = dict[str, Tensor]  # the results of a call by name
 Call = Callable[[], Results]
@@ -27,6 +30,7 @@ class Reading(NamedTuple):
     seconds: float
     host_s: float  # until the call returned
     results: Results
+    disturbed: bool = False  # its threads had to wait for a core
 
 
 class HostClock:
@@ -45,10 +49,12 @@ class HostClock:
 
     def read(self, call: Call) -> Reading:
         """Time one call."""
+        waited = _waited() if self.name == "wall" else 0.0
         start = self.now()
         results = call()
         seconds = self.now() - start
-        return Reading(seconds, seconds, results)
+        disturbed = self.name == "wall" and _waited() - waited > DISTURBED * seconds
+        return Reading(seconds, seconds, results, disturbed)
 
     def prepared(self, call: Call) -> Call:
         """A call as it is timed."""
@@ -136,6 +142,15 @@ Clock = HostClock | EventClock
 def clock(device: torch.device, threads: int) -> Clock:
     """The clock of a device, for calls of as many threads on a CPU."""
     return EventClock() if device.type == "cuda" else HostClock(threads)
+
+
+def _waited() -> float:
+    """Seconds that this process's threads were ready to run and did not; 0 if nobody counts."""
+    total = 0
+    for stat in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            total += int(stat.read_text().split()[1])
+    return total / 1e9
 
 
 def _trim() -> bool:

@@ -33,6 +33,8 @@ shape of your own. Each row runs ours and its rivals in one process on the same 
 results are compared first, and a row whose results differ fails. Then they take turns, one call
 each per round, for as many rounds as fit the row's time; the times shown are medians, ± half the
 interquartile range. One thread is timed by its CPU time, more by the wall, a GPU by its events.
+Rounds in which threads had to wait for a core that another process had are left out where at least
+three others remain.
 
 The ratio is the fastest rival's median over ours; its quartiles are over the rounds. "others" are
 the remaining rivals' times over ours. A rival more than four times slower than the fastest runs in

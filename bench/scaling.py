@@ -7,7 +7,6 @@ is.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import statistics
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import ROOT, model
-from .clock import Call, HostClock
+from .clock import HostClock
 from .environment import Settings
 from .grid import AttentionCase
 from .model import Fitted, Shape
@@ -30,7 +29,6 @@ DTYPES = ("float32", "bfloat16")
 LENGTHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 BUDGET_S = 0.2  # of a point
 MOST, FEWEST = 60, 5  # calls of a point
-DISTURBED = 0.03  # of a call's time that threads may wait for a core
 GPU_LENGTHS = (512, 2048, 8192)
 
 
@@ -97,9 +95,9 @@ def _point(shape: Shape, backend: str, clock: HostClock) -> dict[str, Any]:
     count = min(MOST, max(FEWEST, int(BUDGET_S / reading.seconds)))
     times: list[float] = []
     for _ in range(count if shape.threads == 1 else MOST):
-        seconds, disturbed = _read(call, clock)
-        if shape.threads == 1 or not disturbed:  # CPU time is not disturbed
-            times.append(seconds)
+        reading = clock.read(call)
+        if not reading.disturbed:
+            times.append(reading.seconds)
         if len(times) == count:
             break
     if len(times) < FEWEST:
@@ -111,22 +109,6 @@ def _point(shape: Shape, backend: str, clock: HostClock) -> dict[str, Any]:
         "rounds": len(times),
         "peak_bytes": peak,
     }
-
-
-def _read(call: Call, clock: HostClock) -> tuple[float, bool]:
-    """Seconds of a call, and whether its threads had to wait for a core."""
-    before = _waited()
-    seconds = clock.read(call).seconds
-    return seconds, _waited() - before > DISTURBED * seconds
-
-
-def _waited() -> float:
-    """Seconds that this process's threads were ready to run and did not; 0 if nobody counts."""
-    total = 0
-    for stat in Path("/proc/self/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError):  # the thread has ended
-            total += int(stat.read_text().split()[1])
-    return total / 1e9
 
 
 def fitted(run: Run) -> list[Fitted]:

@@ -103,6 +103,7 @@ class Race:
         planned = max(FEWEST_ROUNDS, int(limits.budget_s / regular))
         self.rounds = min(limits.most_rounds, planned)
         self.turn = 0
+        self.disturbed: set[int] = set()  # rounds in which somebody had to wait for a core
 
     def _second(self, name: str, call: Call, limits: Limits) -> float:
         """Seconds of a second, warm call, which also shows memory and the host's share."""
@@ -132,6 +133,8 @@ class Race:
         calls = self.calls[name]
         reading = self.clock.read(calls[self.turn % len(calls)])
         self.samples[name].append(reading.seconds)
+        if reading.disturbed:
+            self.disturbed.add(self.turn)
 
     def row(self) -> dict[str, Any]:
         """The row of results.
@@ -141,8 +144,11 @@ class Race:
             the inputs, the share of the limit, ``host_s``, which the host needed to issue a warm
             call, and whether it was ``replayed`` from a graph; ``rival``, the fastest of the
             others; ``ratio``, its median over ours; ``ratio_quartiles`` over the rounds; ``once``,
-            whose only call stands; ``absent``, who does not compete, and why.
+            whose only call stands; ``disturbed``, rounds in which somebody's threads had to wait
+            for a core, and how many of them were ``left_out``: all, if enough others remain;
+            ``absent``, who does not compete, and why.
         """
+        left_out = self._leave_out_disturbed()
         contestants = {name: self._summary(name) for name in self.samples}
         found: dict[str, Any] = {
             **describe(self.case),
@@ -150,6 +156,8 @@ class Race:
             "limit_s": self.limit_s,
             "contestants": contestants,
             "once": self.once,
+            "left_out": left_out,
+            "disturbed": len(self.disturbed),
             "absent": self.absent,
             "differences": self.differences,
             "rival": None,
@@ -162,6 +170,16 @@ class Race:
             if OURS in contestants:
                 found["ratio"], found["ratio_quartiles"] = self._ratio(rival)
         return found
+
+    def _leave_out_disturbed(self) -> int:
+        """Drop disturbed rounds if enough others remain; how many were dropped."""
+        if self.turn - len(self.disturbed) < FEWEST_ROUNDS:
+            return 0
+        for name in self.samples:
+            if name not in self.once and name not in self.guests:
+                pairs = enumerate(self.samples[name])
+                self.samples[name] = [x for turn, x in pairs if turn not in self.disturbed]
+        return len(self.disturbed)
 
     def _ratio(self, rival: str) -> tuple[float, list[float]]:
         """A rival's median over ours, and the outer quartiles of the ratios of single rounds."""

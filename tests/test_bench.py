@@ -159,6 +159,39 @@ def test_contestants_take_turns(bench):
     assert row["once"] == []
 
 
+def test_disturbed_rounds_are_left_out(bench):
+    clock = FakeClock(bench, {"attnfast": 0.1, "a": 0.2})
+    read = clock.read
+
+    def disturbed(call):
+        reading = read(call)
+        if len(clock.calls) in (7, 10):  # a's turn of the second round, ours of the third
+            return reading._replace(seconds=9.0, disturbed=True)
+        return reading
+
+    clock.read = disturbed
+    entries = {name: [clock.call(name)] for name in ("attnfast", "a")}
+    case = bench.grid.AttentionCase(1, 1, 8, 8, 8, "float32", False, "forward")
+    limits = bench.timing.Limits(2.0, 500)
+    race = bench.timing.Race(case, bench.timing.Entries(entries, {}), clock, limits, None)
+    for _ in range(race.rounds):
+        race.rivals_turn()
+        race.our_turn()
+    row = race.row()
+    assert (race.rounds, row["disturbed"], row["left_out"]) == (6, 2, 2)
+    assert row["contestants"]["attnfast"]["rounds"] == row["contestants"]["a"]["rounds"] == 4
+    assert row["ratio_quartiles"] == pytest.approx([2.0, 2.0])
+
+
+def test_a_thread_that_waits_for_a_core_is_noticed(bench, monkeypatch):
+    waited = iter([1.0, 1.0, 2.0, 2.5])
+    monkeypatch.setattr(bench.clock, "_waited", lambda: next(waited))
+    clock = bench.clock.HostClock(2)
+    assert not clock.read(dict).disturbed
+    assert clock.read(dict).disturbed
+    assert not bench.clock.HostClock(1).read(dict).disturbed, "CPU time has no waiting in it"
+
+
 def test_many_rounds_for_short_calls(bench):
     _, row = rounds_of(bench, {"attnfast": 0.001, "a": 0.003}, most_rounds=50)
     assert row["contestants"]["attnfast"]["rounds"] == 50
