@@ -17,7 +17,7 @@ import torch
 from . import ops, triton_backend
 from .options import Options
 
-NAMES = ("cpu", "triton", "cuda", "reference")
+NAMES = ("cpu", "triton", "gluon", "cuda", "reference")
 HALF = (torch.bfloat16, torch.float16)
 FUSED_DTYPES = (torch.float32, *HALF)
 
@@ -80,7 +80,7 @@ def _cpu_workspace(problem: Problem) -> tuple[int, int]:
 
 def _cuda_unsupported(problem: Problem) -> str | None:
     """The first reason that holds; whether the kernels are there at all comes last."""
-    options, widest = problem.options, max(problem.D, problem.D_v)
+    widest = max(problem.D, problem.D_v)
     reasons = (
         (
             problem.dtype not in HALF,
@@ -88,8 +88,6 @@ def _cuda_unsupported(problem: Problem) -> str | None:
         ),
         (widest > CUDA_MAX_HEAD_DIM, f"takes D and D_v up to {CUDA_MAX_HEAD_DIM}, got {widest}"),
         (problem.kind == "decode", "does not decode"),
-        (options.weights > 0, "does not return weights"),
-        (options.stats == 2, "does not sum the attention that keys receive"),
     )
     missing = EMULATOR_MISSING if problem.device.type == "cpu" else None
     return next((reason for holds, reason in reasons if holds), missing)
@@ -128,6 +126,13 @@ TRITON = Backend(
     triton_backend.workspace,
     triton_backend.details,
 )
+GLUON = Backend(
+    "gluon",
+    triton_backend.gluon_unsupported,
+    triton_backend.GLUON_OPS,
+    triton_backend.workspace,
+    triton_backend.details,
+)
 REFERENCE = Backend(
     "reference",
     lambda problem: None,
@@ -145,7 +150,7 @@ COMPILED = (CUDA,) if IN_LIBRARY else ()
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "cpu": (CPU, REFERENCE, TRITON, *EMULATED),
-    "cuda": (TRITON, *COMPILED, REFERENCE),
+    "cuda": (TRITON, *COMPILED, REFERENCE, GLUON),
 }
 OTHER_DEVICES = (REFERENCE,)
 OPS = {row.name: row.ops for table in BACKENDS.values() for row in table if row.ops is not None}

@@ -15,30 +15,14 @@ from torch import Tensor
 import attnfast
 from attnfast import dispatch, ops
 from attnfast.functional import attention_problem
-from attnfast.options import Inputs, Options
+from attnfast.options import Inputs
 
 if not EMULATED:
     pytest.skip(NOT_EMULATED, allow_module_level=True)
 
 EVERY = int(os.environ.get("ATTNFAST_EMULATOR_SAMPLE", "1"))  # of the table, one case in so many
 PLAIN = Case("plain", B=1, H_kv=1, T=150, S=200, D=64, dtype=bf16, causal=True)
-OPTIONS = replace(
-    EVERYTHING,
-    name="options",
-    dtype=fp16,
-    stats=1,
-    weights="none",
-    grads=("out", "lse", "entropy"),
-    H=2,
-    H_kv=1,
-    T=90,
-)
-
-
-def served(case: Case) -> Case:
-    """The case without what the kernels do not compute."""
-    grads = tuple(name for name in case.grads if name != "weights")
-    return replace(case, grads=grads, weights="none", stats=min(case.stats, 1))
+OPTIONS = replace(EVERYTHING, name="options", dtype=fp16, H=2, H_kv=1, T=90)
 
 
 def accepted(case: Case) -> bool:
@@ -46,7 +30,7 @@ def accepted(case: Case) -> bool:
     return case.dtype in (bf16, fp16) and max(case.D, case.D_v) <= dispatch.CUDA_MAX_HEAD_DIM
 
 
-TABLE = list(dict.fromkeys(served(case) for case in CASES if accepted(case)))
+TABLE = [case for case in CASES if accepted(case)]
 
 
 @pytest.mark.parametrize("case", TABLE[::EVERY], ids=str)
@@ -160,7 +144,7 @@ def test_opcheck() -> None:
     inputs, options, grads = problem(replace(OPTIONS, T=9, S=20))
     torch.library.opcheck(ops.CUDA.fwd, (*inputs, *options))
     out, lse, stats, *_ = ops.CUDA.fwd(*inputs, *options)
-    gradients = (grads.out, grads.lse, grads.entropy, None, out, lse, stats[1], True, True)
+    gradients = (*grads, out, lse, stats[1], True, True)
     torch.library.opcheck(ops.CUDA.bwd, (*gradients, *inputs, *options))
 
 
@@ -168,8 +152,6 @@ REFUSED = {
     "takes bfloat16 and float16, got float32": {"dtype": torch.float32},
     "takes D and D_v up to 256, got 320": {"D_v": 320},
     "does not decode": {"kind": "decode"},
-    "does not return weights": {"options": Options(scale=1.0, weights=1)},
-    "does not sum the attention that keys receive": {"options": Options(scale=1.0, stats=2)},
 }
 
 

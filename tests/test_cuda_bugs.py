@@ -85,20 +85,21 @@ def test_unknown_kernels_and_sabotage() -> None:
 
 
 # Between them they reach every line of the kernels.
-OPTIONS = replace(
-    EVERYTHING,
-    dtype=fp16,
-    stats=1,
-    weights="none",
-    grads=("out", "lse", "entropy"),
-    H=2,
-    H_kv=1,
-    T=140,
-    S=130,
-)
+OPTIONS = replace(EVERYTHING, dtype=fp16, H=2, H_kv=1, T=140, S=130)
 REAL = {
     "plain": Case("plain", B=1, H_kv=1, T=150, S=200, D=64, dtype=bf16, causal=True),
     "options": OPTIONS,
+    "weights": Case(
+        "weights",
+        B=1,
+        H_kv=1,
+        T=70,
+        S=70,
+        weights="mean",
+        stats=2,
+        grads=("out", "weights"),
+        dtype=fp16,
+    ),
     "odd rows": Case("odd", B=1, H=1, H_kv=1, T=70, S=70, D=37, dtype=bf16),
     "one stage": Case("one_stage", B=1, H_kv=1, T=70, S=70, D=256, dtype=bf16),
     "bias per query": Case("bias_t", B=1, H=1, H_kv=1, T=70, S=70, bias="t", dtype=bf16),

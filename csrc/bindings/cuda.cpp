@@ -16,7 +16,10 @@ namespace {
 using namespace attnfast::bindings;
 using attnfast::BackwardParams;
 using attnfast::ForwardParams;
+using attnfast::MutableView;
 using attnfast::Problem;
+using attnfast::View;
+using attnfast::Weights;
 using attnfast::cuda::DeviceSeed;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -78,8 +81,6 @@ void fill_problem(Problem* p, DeviceSeed* seed, DeviceCall* call, Kept* kept, AT
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_fwd(ATTNFAST_INPUTS) {
-  STD_TORCH_CHECK(weights == 0 && stats < 2,
-                  "attention: the CUDA kernels return neither weights nor received attention");
   ForwardParams p;
   DeviceSeed seed;
   DeviceCall call(q);
@@ -89,7 +90,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_fwd(ATTNFAST_INPUTS) {
   Tensor out = empty_in_order(q, p.D_v);
   Tensor lse = empty(q, ScalarType::Float, {B, H, T});
   Tensor statistics = stats ? empty(q, ScalarType::Float, {3, B, H, T}) : nothing(lse);
+  Tensor received = stats == 2 ? empty(q, ScalarType::Float, {B, H, k.size(2)}) : nothing(lse);
+  Tensor probabilities = weights == 0   ? nothing(q)
+                         : weights == 1 ? empty(q, q.scalar_type(), {p.B, p.T, p.S})
+                                        : empty(q, q.scalar_type(), {p.B, H, p.T, p.S});
   call.writes(out, "out"), call.writes(lse, "lse"), call.writes(statistics, "stats");
+  call.writes(received, "received"), call.writes(probabilities, "weights");
   if (p.cu_seqlens_q) {  // rows past the last sequence
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -kInfinity);
@@ -98,6 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_fwd(ATTNFAST_INPUTS) {
       Tensor max_logit = torch::stable::select(statistics, 0, 0);
       torch::stable::fill_(max_logit, -kInfinity);
     }
+    if (stats == 2) torch::stable::zero_(received);
   }
   p.out = write(out);
   if (p.cu_seqlens_q) p.out.b = 0;
@@ -108,8 +115,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_fwd(ATTNFAST_INPUTS) {
     p.entropy = p.max_logit + B * H * T;
     p.reach = p.entropy + B * H * T;
   }
+  if (stats == 2) {
+    p.received = static_cast<float*>(received.mutable_data_ptr());
+    p.received_stride_b = H * k.size(2), p.received_stride_h = k.size(2);
+  }
+  p.weights_mode = static_cast<Weights>(weights);
+  if (weights == 1) {
+    p.weights = MutableView{probabilities.mutable_data_ptr(), p.T * p.S, 0, p.S, 1,
+                            dtype_of(probabilities)};
+  } else if (weights == 2) {
+    p.weights = MutableView{probabilities.mutable_data_ptr(), H * p.T * p.S, p.T * p.S, p.S, 1,
+                            dtype_of(probabilities)};
+  }
   attnfast::cuda::attention_fwd(p, seed, T, k.size(2), call.stream());
-  return {out, lse, statistics, nothing(lse), nothing(q)};
+  return {out, lse, statistics, received, probabilities};
 }
 
 // fp32 rows laid out like lse, dense.
@@ -130,7 +149,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_bwd(
     const Tensor& grad_out, OptionalTensor grad_lse, OptionalTensor grad_entropy,
     OptionalTensor grad_weights, const Tensor& out, const Tensor& lse, OptionalTensor entropy,
     bool need_dbias, bool need_dsinks, ATTNFAST_INPUTS) {
-  STD_TORCH_CHECK(!grad_weights, "attention: the CUDA kernels take no gradient of the weights");
   BackwardParams p;
   DeviceSeed seed;
   DeviceCall call(q);
@@ -158,6 +176,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_bwd(
   p.grad_lse = rows_of(grad_lse, &call, &rows, "grad_lse");
   p.entropy = rows_of(entropy, &call, &rows, "entropy");
   p.grad_entropy = rows_of(grad_entropy, &call, &rows, "grad_entropy");
+  p.weights_mode = static_cast<Weights>(weights);
+  call.reads(grad_weights, "grad_weights");
+  if (grad_weights) {
+    const auto stride = [&](int64_t d) {
+      return grad_weights->size(d) == 1 ? 0 : grad_weights->stride(d);
+    };
+    p.grad_weights = weights == 1
+                         ? View{grad_weights->const_data_ptr(), stride(0), 0, stride(1), stride(2),
+                                dtype_of(*grad_weights)}
+                         : read(*grad_weights);
+  }
   Tensor dbias = nothing(q), dsinks = nothing(q);
   int64_t bias_sizes[4] = {1, 1, 1, 1};
   if (need_dbias) {

@@ -37,17 +37,27 @@ template <int kHeadDim>
 void run_attention_fwd(const ForwardArguments& a, bool plain, Stream stream);
 template <int kHeadDim>
 void run_attention_bwd(const BackwardArguments& a, bool plain, Stream stream);
+// The weights and what keys receive, where wanted, after the forward.
+template <int kHeadDim>
+void run_attention_weights(const ForwardArguments& a, Stream stream);
+// The weights' gradient's part of the row terms, after run_attention_bwd_rows.
+template <int kHeadDim>
+void run_attention_weight_rows(const BackwardArguments& a, Stream stream);
 
 int64_t padded_rows(int64_t T);
 void run_attention_bwd_rows(const BackwardArguments& a, Stream stream);
 void run_attention_bwd_sinks(const BackwardArguments& a, Stream stream);
 
 // Which head dims there are, each defined in a compilation of its own.
-#define ATTNFAST_DECLARE(kHeadDim)                                         \
-  template <>                                                              \
-  void run_attention_fwd<kHeadDim>(const ForwardArguments&, bool, Stream); \
-  template <>                                                              \
-  void run_attention_bwd<kHeadDim>(const BackwardArguments&, bool, Stream);
+#define ATTNFAST_DECLARE(kHeadDim)                                          \
+  template <>                                                               \
+  void run_attention_fwd<kHeadDim>(const ForwardArguments&, bool, Stream);  \
+  template <>                                                               \
+  void run_attention_bwd<kHeadDim>(const BackwardArguments&, bool, Stream); \
+  template <>                                                               \
+  void run_attention_weights<kHeadDim>(const ForwardArguments&, Stream);    \
+  template <>                                                               \
+  void run_attention_weight_rows<kHeadDim>(const BackwardArguments&, Stream);
 ATTNFAST_DECLARE(32)
 ATTNFAST_DECLARE(64)
 ATTNFAST_DECLARE(96)

@@ -6,6 +6,7 @@
 // Limits: D and D_v up to kD; bf16, fp16
 #pragma once
 #include "attention_bwd_queries.h"
+#include "probabilities.h"
 
 namespace attnfast::cuda {
 
@@ -83,6 +84,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
     options.apply<false>(s, head, t0, s0, lane, crosses_edge(head, t0, 16, s0, kN));
     if (philox.threshold) kept_by_dropout<false, 1, kN / 8>(kept, philox, t0, s0, lane);
     add_rows_times_rows<Element, kD>(dp, do_tile + own, v_tile, lane);
+    if (p.grad_weights.data) {
+      WeightGradient(p, head).template add_to<false>(dp, head, t0, s0, lane);
+    }
     score_gradients<false>(s, dp, options, kept, keep,
                            static_cast<const float (*)[kN / 8][4]>(nullptr), terms);
     ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
@@ -130,22 +134,14 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
     }
     return;
   }
-  sync_block();  // no warp reads the tiles any more
+  float own_columns[kN / 8][2];
   ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
     ATTNFAST_UNROLL for (int e = 0; e < 2; ++e) {
-      float column = sum[0][n][e] + sum[0][n][e + 2];
-      column += shuffle_xor(column, 4);
-      column += shuffle_xor(column, 8);
-      column += shuffle_xor(column, 16);
-      if (lane < 4) store_shared(shared_memory() + (warp * kN + n * 8 + lane * 2 + e) * 4, column);
+      own_columns[n][e] = sum[0][n][e] + sum[0][n][e + 2];
     }
   }
-  sync_block();
+  float column = column_totals<Shape::kWarps>(own_columns, warp, lane);
   if (warp > 0) return;
-  float column = 0.0f;
-  for (int w = 0; w < Shape::kWarps; ++w) {
-    column += load_shared<float>(shared_memory() + (w * kN + lane) * 4);
-  }
   if (sizes.S > 1) {
     if (s0 + lane < sizes.S) store_number(p.dbias, at + (s0 + lane) * p.dbias.d, column);
     return;

@@ -124,6 +124,11 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true>::kThread
         }
       }
       if constexpr (kWantsK) add_rows_times_rows<Element, kD>(dp, v_tile + own, do_rows, lane);
+      if constexpr (!kPlain && kWantsK) {
+        if (p.grad_weights.data) {
+          WeightGradient(p, head).template add_to<true>(dp, head, t0, s0, lane);
+        }
+      }
       const MovingTerms<Shape::kTermBytes> terms{term_rows, lane, !kPlain && p.grad_entropy};
       score_gradients<kPlain>(s, dp, options, kept, keep, kPlain ? nullptr : capped, terms);
       if constexpr (kWantsV) {

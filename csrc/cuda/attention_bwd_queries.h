@@ -102,6 +102,11 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false>::kThrea
         }
       }
       add_rows_times_rows<Element, kD>(dp, do_tile + own, v_rows, lane);
+      if constexpr (!kPlain) {
+        if (p.grad_weights.data) {
+          WeightGradient(p, head).template add_to<false>(dp, head, t0, s0, lane);
+        }
+      }
       score_gradients<kPlain>(s, dp, options, kept, keep, kPlain ? nullptr : capped, terms);
       add_registers_times_rows<Element, kD, !kPlain>(dq, dp, k_rows, live, lane);
     }

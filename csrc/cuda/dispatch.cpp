@@ -48,7 +48,10 @@ void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t ro
   a.v_aligned = aligned(p.v, p.D_v), a.out_aligned = aligned(p.out, p.D_v);
   const bool simple =
       plain(p) && !p.entropy && a.q_aligned && a.k_aligned && a.v_aligned && a.out_aligned;
-  with_head_dim(p, [&](auto head_dim) { run_attention_fwd<head_dim()>(a, simple, stream); });
+  with_head_dim(p, [&](auto head_dim) {
+    run_attention_fwd<head_dim()>(a, simple, stream);
+    if (p.weights.data || p.received) run_attention_weights<head_dim()>(a, stream);
+  });
 }
 
 int64_t backward_scratch(const BackwardParams& p) { return 3 * p.B * p.H * padded_rows(p.T); }
@@ -62,11 +65,14 @@ void attention_bwd(const BackwardParams& p, const DeviceSeed& dropout, int64_t r
   a.grad_out_aligned = aligned(p.grad_out, p.D_v);
   a.dq_aligned = aligned(p.dq, p.D), a.dk_aligned = aligned(p.dk, p.D);
   a.dv_aligned = aligned(p.dv, p.D_v);
-  const bool simple = plain(p) && !p.grad_entropy && a.q_aligned && a.k_aligned && a.v_aligned &&
-                      a.out_aligned && a.grad_out_aligned && a.dq_aligned && a.dk_aligned &&
-                      a.dv_aligned;
+  const bool simple = plain(p) && !p.grad_entropy && !p.grad_weights.data && a.q_aligned &&
+                      a.k_aligned && a.v_aligned && a.out_aligned && a.grad_out_aligned &&
+                      a.dq_aligned && a.dk_aligned && a.dv_aligned;
   run_attention_bwd_rows(a, stream);
-  with_head_dim(p, [&](auto head_dim) { run_attention_bwd<head_dim()>(a, simple, stream); });
+  with_head_dim(p, [&](auto head_dim) {
+    if (p.grad_weights.data) run_attention_weight_rows<head_dim()>(a, stream);
+    run_attention_bwd<head_dim()>(a, simple, stream);
+  });
   if (p.dsinks) run_attention_bwd_sinks(a, stream);
 }
 

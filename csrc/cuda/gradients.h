@@ -1,6 +1,6 @@
 // What the backward kernels share: tile sizes, and the step from scores and dP to ds (docs/math.md,
 // section 4).
-//   ds = p (Z dP + row - dH s)    row = -delta + dlse + dH (lse - H), one number per query
+//   ds = p (Z (dP + dw) + row - dH s)    row = -delta + dlse + dH (lse - H), one number per query
 #pragma once
 #include "arguments.h"
 #include "head.h"
@@ -31,6 +31,35 @@ struct BackwardShape {
 // the `row` above; and dH for scores in units.
 struct RowTerms {
   float norm, row, spread;
+};
+
+// The gradient of the returned weights: of the mean, each head's share.
+struct WeightGradient {
+  View of;
+  int64_t at;
+  float share;
+
+  ATTNFAST_DEVICE WeightGradient(const BackwardParams& p, const Head& head) : of(p.grad_weights) {
+    at = head.b * of.b + head.h * of.h;
+    share = p.weights_mode == Weights::kMean ? 1.0f / static_cast<float>(p.H) : 1.0f;
+  }
+  ATTNFAST_DEVICE float operator()(Position x, const Head& head) const {
+    if (x.t >= head.T || x.key >= head.S) return 0.0f;
+    return share * load_addend(of, at + x.t * of.t + x.key * of.d);
+  }
+
+  // Adds it to a tile of dP.
+  template <bool kTransposed, int kM, int kN>
+  ATTNFAST_DEVICE void add_to(float (&dp)[kM][kN][4], const Head& head, int t0, int s0,
+                              int lane) const {
+    ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
+      ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
+        ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
+          dp[m][n][e] += (*this)(position_of<kTransposed>(t0, s0, m, n, e, lane), head);
+        }
+      }
+    }
+  }
 };
 
 // Scores to p Z, and dP to dx, the gradient of scale * q k^T.

@@ -14,8 +14,8 @@ struct DeviceSeed {
   int64_t stride = 1;
 };
 
-// out, lse and, where wanted, max_logit, entropy and reach. D and D_v up to 256; the tensors have
-// rows_q and rows_k rows, with varlen of all sequences together.
+// out, lse and, where wanted, max_logit, entropy, reach, received and weights. D and D_v up to 256;
+// the tensors have rows_q and rows_k rows, with varlen of all sequences together.
 void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
                    int64_t rows_k, Stream stream);
 
