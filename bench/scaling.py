@@ -145,7 +145,9 @@ TEXT = """\
 How time and memory grow with the length, batch and heads, head size and threads; measured, and
 predicted by a model with four numbers for each kernel:
 
-    seconds = launch + (flop / rate + pairs * pair) / workers + bytes / bandwidth
+```text
+seconds = launch + (flop / rate + pairs * pair) / workers + bytes / bandwidth
+```
 
 - **flop**: 4 D (forward) or 14 D (with the backward pass, whose products are five) for every pair
   of a query and a key in the tiles that are computed; a causal call computes the tiles on the
