@@ -42,12 +42,6 @@ def draw(run: Run, folder: Path) -> list[str]:
     Returns:
         The names of the SVG files, in the order in which they are shown.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "attnfast", "svg.fonttype": "none", "font.size": 8, "axes.grid": True}
-    )
     drawn = []
     for name, label, value in (
         ("throughput", "TFLOP/s", lambda x: x["gflops"] / 1e3),
@@ -58,6 +52,18 @@ def draw(run: Run, folder: Path) -> list[str]:
     return drawn + _latency(run, folder)
 
 
+def _pyplot() -> Any:
+    """matplotlib, set up so that the same rows give the same files."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "attnfast", "svg.fonttype": "none", "font.size": 8, "axes.grid": True}
+    )
+    return pyplot
+
+
 def _megabytes(contestant: dict[str, Any]) -> float | None:
     peak = contestant.get("peak_bytes")
     return peak / 1e6 if peak else None
@@ -65,8 +71,6 @@ def _megabytes(contestant: dict[str, Any]) -> float | None:
 
 def _over_length(run: Run, folder: Path, name: str, label: str, value: Value) -> list[str]:
     """One panel per pass and dtype; causal self-attention, a line per contestant and D."""
-    from matplotlib import pyplot
-
     panels = [
         (f"{work}, {DTYPE_NAMES[dtype]}", lines)
         for work in PASSES
@@ -76,7 +80,7 @@ def _over_length(run: Run, folder: Path, name: str, label: str, value: Value) ->
     if not panels:
         return []
     height = -(-len(panels) // 2)
-    figure, axes = pyplot.subplots(height, 2, figsize=(9, 2.8 * height), squeeze=False)
+    figure, axes = _pyplot().subplots(height, 2, figsize=(9, 2.8 * height), squeeze=False)
     for axis, (title, lines) in zip(axes.flat, panels, strict=False):
         for (contestant, D), points in sorted(lines.items(), key=lambda x: (x[0][0] != OURS, x[0])):
             xs, ys = zip(*sorted(points), strict=True)
@@ -124,13 +128,11 @@ def _lines(
 
 def _latency(run: Run, folder: Path) -> list[str]:
     """The shortest rows: ours beside the fastest rival."""
-    from matplotlib import pyplot
-
     rows = [r for r in compared(run.rows) if r["contestants"][OURS]["median_s"] < SMALL_S]
     rows = sorted(rows, key=lambda row: float(row["contestants"][OURS]["median_s"]))[:MOST_BARS]
     if not rows:
         return []
-    figure, axis = pyplot.subplots(figsize=(9, 0.6 + 0.24 * len(rows)))
+    figure, axis = _pyplot().subplots(figsize=(9, 0.6 + 0.24 * len(rows)))
     names = [f"{r['suite']}, {DTYPE_NAMES[r['case']['dtype']]}: {case_name(r)}" for r in rows]
     for shift, label, color in ((-0.2, OURS, STYLES[OURS]), (0.2, "fastest rival", "#0000a7")):
         times = [
@@ -151,10 +153,8 @@ def scaling(run: Run, kernels: list[Fitted], folder: Path) -> list[str]:
     Returns:
         The name of the SVG file; the PNG lies beside it.
     """
-    from matplotlib import pyplot
-
     titles = list(dict.fromkeys(row["series"] for row in run.rows))
-    figure, axes = pyplot.subplots(3, 2, figsize=(9, 9.6), squeeze=False)
+    figure, axes = _pyplot().subplots(3, 2, figsize=(9, 9.6), squeeze=False)
     for axis, title in zip(axes.flat, titles, strict=False):
         for kernel, color in zip(
             kernels, ("#c1272d", "#0000a7", "#eecc16", "#008176"), strict=True
@@ -183,8 +183,6 @@ def scaling(run: Run, kernels: list[Fitted], folder: Path) -> list[str]:
 
 
 def _save(figure: Any, run: Run, folder: Path, name: str) -> list[str]:
-    from matplotlib import pyplot
-
     folder.mkdir(parents=True, exist_ok=True)
     threads = run.facts["settings"]["threads"]
     stem = f"{run.facts['device']}-{threads}t-{name}"
@@ -192,5 +190,5 @@ def _save(figure: Any, run: Run, folder: Path, name: str) -> list[str]:
     for kind in FORMATS:
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(folder / f"{stem}.{kind}", dpi=110, metadata=metadata)
-    pyplot.close(figure)
+    _pyplot().close(figure)
     return [f"{stem}.svg"]

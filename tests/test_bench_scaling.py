@@ -110,11 +110,14 @@ def test_study_and_page(bench, monkeypatch, tmp_path, capsys):
     (tmp_path / "docs").mkdir()
     assert bench.cli.main(["scaling", "--from", str(path), "--root", str(tmp_path)]) == 0
     page = (tmp_path / "docs" / "scaling.md").read_text()
+    picture = tmp_path / "docs" / "performance" / f"{facts['device']}-2t-scaling.svg"
+    drawn = picture.read_bytes()
+    assert bench.cli.main(["scaling", "--from", str(path), "--root", str(tmp_path)]) == 0
+    assert picture.read_bytes() == drawn, "drawn twice, the same"
     assert "off by 0% at the geometric mean" in page
     assert re.search(r"\| forward, fp32 +\| +22 \| +72.7 \|", page)
     assert re.search(r"\| 1024 \|( +[\d.]+ / [\d.]+ \|){3} +- \|", page), "not measured: a dash"
     assert "H100 SXM, forward+backward, D 128, T 8192, causal" in page
-    picture = tmp_path / "docs" / "performance" / f"{facts['device']}-2t-scaling.svg"
     assert "batch times heads" in picture.read_text()
     assert f"performance/{picture.name}" in page
 
