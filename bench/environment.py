@@ -22,12 +22,12 @@ from . import ROOT
 from .grid import SIZES
 
 MEASURED = ("attnfast", "bench/*.py", "csrc", "kernels", "setup.py")  # what the dirty flag watches
-SOURCES = {  # what a backend's kernels are built from
+SOURCES = {  # what a backend's kernels are built from; those in Python all lie in one folder
     "cpu": ("csrc/params.h", "csrc/cpu", "csrc/bindings/cpu.cpp"),
-    "triton": ("kernels",),
     "cuda": ("csrc/params.h", "csrc/cuda", "csrc/bindings/cuda.cpp"),
     "reference": ("attnfast/reference.py",),
 }
+PYTHON_KERNELS = ("kernels",)
 BUDGET_S = {"smoke": 0.0, "quick": 0.5, "full": 2.0, "gpu": 0.5}  # for the rounds of one row
 MOST_ROUNDS = {"smoke": 1, "quick": 200, "full": 500, "gpu": 100}
 
@@ -191,7 +191,7 @@ def _git(*arguments: str) -> str | None:
 def sources(backend: str, root: Path = ROOT) -> str:
     """16 hex digits that change with the backend's kernels: SHA-256 of their names and contents."""
     digest = hashlib.sha256()
-    for path in sorted(_files(root, SOURCES[backend])):
+    for path in sorted(_files(root, SOURCES.get(backend, PYTHON_KERNELS))):
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -34,8 +34,8 @@ class Kernel(NamedTuple):
 
 def stage(backend: str, device: str) -> str:
     """What it means that a backend ran on a device's tensors."""
-    if device == "cpu" and backend in ("triton", "cuda"):
-        return "interpreter" if backend == "triton" else "emulator"
+    if device == "cpu" and backend != "cpu":
+        return "emulator" if backend == "cuda" else "interpreter"
     return "hardware"
 
 
@@ -209,11 +209,7 @@ def _timed(run_: results.Run) -> dict[Kernel, str]:
 
 def _stale(backend: str, run_: results.Run, tree: Path) -> str:
     """Whether the kernels' sources have changed since."""
-    try:
-        now = environment.sources(backend, tree)
-    except (OSError, KeyError):
-        return ""
-    return "" if run_.facts["sources"] == now else " (stale)"
+    return "" if run_.facts["sources"] == environment.sources(backend, tree) else " (stale)"
 
 
 def markdown(found: list[Line]) -> str:
