@@ -61,11 +61,15 @@ X86_ISAS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
+    "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"portable": ""}
 if SANITIZE and "avx2" in ISAS:
-    # AVX-512's shape, 16 lanes and 12 rows, in AVX2 instructions: so that it runs on every machine.
-    ISAS = ISAS | {"lanes16": f"{ISAS['avx2']} -DATTNFAST_16_LANES -Wno-psabi"}
+    # In place of AVX-512 its shape, 16 lanes and 12 rows, and in place of AMX its tile registers in
+    # plain C++: every access is checked, and every machine runs them.
+    lanes16 = f"{ISAS['avx2']} -DATTNFAST_16_LANES -Wno-psabi"
+    ISAS = {name: ISAS[name] for name in ("portable", "avx2")}
+    ISAS |= {"lanes16": lanes16, "tiles16": f"{lanes16} -DATTNFAST_EMULATED_TILES"}
 
 
 CUDA_ARCHS = "80 90"  # sm_80's code also serves sm_86 and sm_89
@@ -159,9 +163,9 @@ def native_file(nvcc: str | None = None) -> str:
 
     With nvcc, also how _native_cuda.so is: the same and the CUDA kernels.
     """
-    lanes16 = "-DATTNFAST_HAS_LANES16" if "lanes16" in ISAS else ""
+    emulated = "-DATTNFAST_EMULATED_ISAS" if "lanes16" in ISAS else ""
     mode = SANITIZED if SANITIZE else OPTIMISED
-    build = Ninja(compiler(), f"{mode} {lanes16}", "" if SANITIZE else "-Wl,-z,defs")
+    build = Ninja(compiler(), f"{mode} {emulated}", "" if SANITIZE else "-Wl,-z,defs")
     objects = [build.compile(CSRC / "bindings" / "cpu.cpp", extra="$torchflags")]
     cpu = sorted((CSRC / "cpu").glob("*.cpp"))
     kernels = [source for source in cpu if source.name.startswith("kernels_")]

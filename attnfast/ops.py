@@ -196,7 +196,7 @@ def load_emulator() -> str | None:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the CPU kernels use: avx512_bf16, avx512, avx2 or portable."""
+    """The instruction set that the CPU kernels use: amx, avx512_bf16, avx512, avx2 or portable."""
     isa: str = torch.ops.attnfast.cpu_isa()
     return isa
 

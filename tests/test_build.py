@@ -140,7 +140,7 @@ def test_lower_instruction_sets_are_linked_first() -> None:
     text = (OBJECTS.parent / "build.ninja").read_text()
     linked = re.search(r"build _native\.so: link (.*)", text)
     assert linked is not None
-    order = ["portable", "avx2", "avx512", "avx512_bf16"]
+    order = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
     isas = [name.split(".")[1] for name in linked[1].split() if "kernels_" in name]
     assert isas == sorted(isas, key=order.index)
     once = [i for i, name in enumerate(linked[1].split()) if "kernels_" not in name]

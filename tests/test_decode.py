@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -186,3 +187,19 @@ def test_the_cache_is_never_written(way: str) -> None:
     for x, (copy, version) in zip(tensors, before, strict=True):
         assert torch.equal(x, copy)
         assert x._version == version
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_of_one_query_is_a_step(dtype: torch.dtype) -> None:
+    """One query that attends all keys runs in this kernel; one that does not, as always."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 40).to(dtype) for heads, n in ((6, 1), (2, 700), (2, 700)))
+    options = {"sinks": torch.randn(6), "alibi_slopes": torch.rand(6), "softcap": 5.0}
+    lengths = torch.full((2,), 700, dtype=torch.int32)
+    expected = attnfast.decode_attention(q, k, v, lengths, return_lse=True, **options)
+    step = functools.partial(attnfast.attention, q, k, v, return_lse=True, backend="cpu", **options)
+    for causal in (False, True):
+        actual = step(causal=causal, align="bottom_right")
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    for changed in ({"align": 3}, {"causal": True}, {"align": "bottom_right", "window": (9, None)}):
+        assert not torch.equal(step(**changed)[1], expected[1])

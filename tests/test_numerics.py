@@ -79,6 +79,65 @@ def test_bias_of_the_lowest_number(dtype: torch.dtype) -> None:
         assert (results["entropy"] > 4.8).all()
 
 
+MAGNITUDES = {  # of q, k, v and the gradient of out
+    "large values": (1.0, 1.0, 1e30, 1.0),
+    "small values": (1.0, 1.0, 1e-35, 1.0),
+    "large keys": (1e-34, 1e34, 1.0, 1.0),
+    "large queries": (1e34, 1e-34, 1.0, 1.0),
+    "small gradients": (1.0, 1.0, 1.0, 1e-35),
+    "large gradients": (1.0, 1.0, 1.0, 1e30),
+}
+
+
+@pytest.mark.parametrize("name", MAGNITUDES)
+@pytest.mark.parametrize("dtype", [fp32, torch.bfloat16], ids=str)
+def test_extreme_magnitudes(dtype: torch.dtype, name: str) -> None:
+    """Of one batch entry only. Where fp32 is split into bf16, small parts would underflow."""
+    given = problem(Case(dtype=dtype, B=2, H=2, H_kv=1, T=270, S=140, D=40, grads=("out",)))
+    *sizes, of_grad = MAGNITUDES[name]
+    scaled = {}
+    for x, size in zip("qkv", sizes, strict=True):
+        scaled[x] = getattr(given.inputs, x).clone()
+        scaled[x][0] *= size
+    given = with_inputs(given, **scaled)
+    grad = given.cotangents.out.clone()
+    grad[0] *= of_grad
+    given = given._replace(cotangents=given.cotangents._replace(out=grad))
+    results = run(given, "cpu")
+    check(results, given)
+    for entry in range(2):  # neither hides behind the other's errors
+        alone = given._replace(
+            inputs=given.inputs._replace(
+                **{x: getattr(given.inputs, x)[entry : entry + 1] for x in "qkv"}
+            ),
+            cotangents=given.cotangents._replace(out=grad[entry : entry + 1]),
+        )
+        check(run(alone, "cpu"), alone)
+
+
+@pytest.mark.parametrize("which", ["k", "v", "q"])
+@pytest.mark.parametrize("dtype", [fp32, torch.bfloat16], ids=str)
+def test_infinity_among_the_inputs(dtype: torch.dtype, which: str) -> None:
+    """One Inf, attended: its traces in the output are where plain PyTorch's are."""
+    given = problem(Case(dtype=dtype, B=2, H=2, H_kv=1, T=270, S=140, D=40))
+    x = getattr(given.inputs, which).clone()
+    x[0, 0, 7, 3] = torch.inf
+    given = with_inputs(given, **{which: x})
+    out, expected = run(given, "cpu")["out"], plain(given)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isposinf(), expected.isposinf())
+    assert torch.equal(out.isneginf(), expected.isneginf())
+    assert expected.isfinite().any()
+    assert not expected.isfinite().all()
+
+
+def plain(given: Problem) -> Tensor:
+    """The output by torch's own operators, in fp64."""
+    q, k, v = (getattr(given.inputs, x).double() for x in "qkv")
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return (q @ k.mT * given.options.scale).softmax(-1) @ v
+
+
 def _tail(inputs: Inputs, start: int) -> Tensor:
     """Keys from start on, (B, H_kv, S)."""
     B, H_kv, S, _ = inputs.k.shape

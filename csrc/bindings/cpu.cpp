@@ -168,6 +168,30 @@ bool has_slack(const Problem& p, int64_t rows_q, int64_t rows_k) {
   return p.cu_seqlens_q && (p.cu_seqlens_q[p.B] < rows_q || p.cu_seqlens_k[p.B] < rows_k);
 }
 
+// Whether the call is one query per sequence that attends all keys: what the decoding kernel does,
+// which is split over keys, where the forward fills vectors with queries.
+bool is_a_step(const ForwardParams& p) {
+  const int64_t position = p.align_offset + (p.align_bottom_right ? p.S - 1 : 0);
+  return p.T == 1 && !p.cu_seqlens_q && !p.align_per_batch && !p.mask.data && p.dropout_p == 0.0 &&
+         !p.max_logit && p.weights_mode == Weights::kNone && p.window_left < 0 &&
+         p.window_right < 0 && (!p.causal || position >= p.S - 1) &&
+         (!p.alibi_slopes || position == p.S - 1);
+}
+
+void run_step(const ForwardParams& p) {
+  const std::vector<int32_t> lengths(p.B, static_cast<int32_t>(p.S));
+  DecodeParams step;
+  step.B = p.B, step.H = p.H, step.H_kv = p.H_kv, step.T = p.T, step.S = p.S;
+  step.D = p.D, step.D_v = p.D_v;
+  step.q = p.q, step.k = p.k, step.v = p.v, step.bias = p.bias;
+  step.cache_seqlens = lengths.data();
+  step.alibi_slopes = p.alibi_slopes, step.alibi_stride_b = p.alibi_stride_b, step.sinks = p.sinks;
+  step.scale = p.scale, step.softcap = p.softcap;
+  step.out = p.out, step.lse = p.lse;
+  step.num_threads = p.num_threads;
+  attnfast::cpu::kernels().attention_decode(step);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fwd(ATTNFAST_INPUTS) {
   ForwardParams p;
   SmallTensors small;
@@ -211,7 +235,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fwd(ATTNFAST_INPUTS) {
     p.weights = MutableView{probabilities.mutable_data_ptr(), H * p.T * p.S, p.T * p.S, p.S, 1,
                             dtype_of(probabilities)};
   }
-  attnfast::cpu::kernels().attention_fwd(p);
+  if (is_a_step(p)) {
+    run_step(p);
+  } else {
+    attnfast::cpu::kernels().attention_fwd(p);
+  }
   return {out, lse, statistics, received, probabilities};
 }
 

@@ -5,6 +5,7 @@
 // `row`, one number per query, is worked out first (kernels_backward.cpp).
 #pragma once
 #include "arena.h"
+#include "keys.h"
 #include "scores.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
@@ -36,6 +37,13 @@ struct BackwardScratch {
   float *k_head, *v_head;    // [S][D_pad | D_v_pad]: one head in fp32; null: read tile by tile
   float *dk_head, *dv_head;  // [S][D_pad | D_v_pad], null: accumulated in place
   float* sums;               // a block of dbias
+
+  // On pairs (pairs.h), in planes; p_all and ds_all are rows of keys [num_columns][kKeys][16
+  // pairs], q_rows and do_rows pairs of queries [num_columns * 16][D_pad | D_v_pad].
+  float *p_tile, *ds_tile;  // [kKeys + 16][kColumn], fp32
+  float* ds_pairs;          // [kKeys / 2][kColumn], pairs of keys
+  float* k_clean;           // [kKeys / 2][D_pad], transposed
+  float* keys;              // a packed head
 };
 
 // How large each part is; the same list sizes the arena and hands out its memory.
@@ -44,6 +52,8 @@ struct ScratchPlan {
   Index head_rows = 0;    // rows of dk_head and dv_head
   Index packed_rows = 0;  // rows of k_head and v_head
   Index sums = 0;
+  int planes = 0;  // 0: in fp32
+  Index keys = 0;  // floats of a packed head, on pairs
 };
 
 inline size_t take_scratch(const Problem& p, const ScratchPlan& plan, Arena* arena,
@@ -53,7 +63,11 @@ inline size_t take_scratch(const Problem& p, const ScratchPlan& plan, Arena* are
     bytes += Arena::bytes_for<float>(n);
     return arena && n ? arena->take<float>(n) : nullptr;
   };
-  const Index tile = kKeys * kColumn, n = plan.num_columns;
+  const Index n = plan.num_columns, planes = plan.planes;
+  const Index tile = kKeys * (planes ? planes * kPanelPairs : kColumn);
+  const Index tiles = planes ? 0 : kKeys * kColumn;  // fp32 tiles that pairs do without
+  const Index block_rows = planes ? planes * n * kPanelPairs : n * kColumn;
+  const Index options = kKeys + (planes ? kTileSize : 0);
   const Index D_pad = round_up(p.D, kLanes), D_v_pad = round_up(p.D_v, kLanes);
   bytes += Arena::bytes_for<BackwardColumn>(n);
   BackwardColumn* columns = arena ? arena->take<BackwardColumn>(n) : nullptr;
@@ -63,23 +77,31 @@ inline size_t take_scratch(const Problem& p, const ScratchPlan& plan, Arena* are
                           columns,
                           floats(n * tile),
                           floats(n * tile),
-                          floats(n * kColumn * D_pad),
-                          floats(n * kColumn * D_v_pad),
-                          floats(tile),
-                          floats(tile),
-                          floats(tile),
-                          floats(kKeys * D_pad),
-                          floats(kKeys * D_v_pad),
+                          floats(block_rows * D_pad),
+                          floats(block_rows * D_v_pad),
+                          floats(options * kColumn),
+                          floats(options * kColumn),
+                          floats(options * kColumn),
+                          floats(tiles ? kKeys * D_pad : 0),
+                          floats(tiles ? kKeys * D_v_pad : 0),
                           floats(plan.packed_rows * D_pad),
                           floats(plan.packed_rows * D_v_pad),
                           floats(plan.head_rows * D_pad),
                           floats(plan.head_rows * D_v_pad),
-                          floats(plan.sums)};
+                          floats(plan.sums),
+                          floats(planes ? options * kColumn : 0),
+                          floats(planes ? options * kColumn : 0),
+                          floats(planes * kKeys / 2 * kColumn),
+                          floats(planes * kKeys / 2 * round_up(p.D, kTileSize)),
+                          floats(plan.keys)};
   for (Index c = 0; c < n; ++c) {
-    float *q_t = floats(p.D * kColumn), *do_t = floats(p.D_v * kColumn),
-          *dq_t = floats(p.D * kColumn);
+    const Index q_floats = planes ? planes * round_up(p.D, kPanel) / 2 : p.D;
+    const Index do_floats = planes ? planes * round_up(p.D_v, kPanel) / 2 : p.D_v;
+    float *q_t = floats(q_floats * kColumn), *do_t = floats(do_floats * kColumn),
+          *dq_t = floats(round_up(p.D, kTileSize) * kColumn);
     if (!arena) continue;
     columns[c].q_t = q_t, columns[c].do_t = do_t, columns[c].dq_t = dq_t;
+    if (planes) continue;
     columns[c].p = scratch.p_all + c * tile, columns[c].ds = scratch.ds_all + c * tile;
   }
   if (s) *s = scratch;
@@ -116,6 +138,18 @@ struct BackwardTiles {
     return Column(head, t0 + c * kColumn, min_of(rows_in_block - c * kColumn, kColumn));
   }
 
+  // One number per query of a column.
+  void load_rows(const Head<Element>& head, Index t, Index live, BackwardColumn& state) const {
+    const Index offset = row_offset(head, t);
+    for (Index lane = 0; lane < kColumn; ++lane) {
+      const float lse = lane < live ? p.lse[offset + lane] : -kInfinity;
+      state.lse[lane] = lse == -kInfinity ? kInfinity : lse / head.to_natural();
+      state.row[lane] = lane < live ? rows[offset + lane] : 0.0f;
+      state.dentropy[lane] = lane < live && p.grad_entropy ? p.grad_entropy[offset + lane] : 0.0f;
+    }
+    state.start = Start::kZero;
+  }
+
   // Everything of a block of queries that its tiles need.
   void load_block(const Head<Element>& head, Index t0, Index n, BackwardScratch& s,
                   bool row_major) const {
@@ -125,14 +159,7 @@ struct BackwardTiles {
       const Index t = t0 + c * kColumn, live = min_of(n - c * kColumn, kColumn);
       transpose_in(head.q + t * p.q.t, p.q.t, live, p.D, head.q_factor, state.q_t);
       transpose_in(grad_out(head, t), p.grad_out.t, live, p.D_v, 1.0f, state.do_t);
-      const Index offset = row_offset(head, t);
-      for (Index lane = 0; lane < kColumn; ++lane) {
-        const float lse = lane < live ? p.lse[offset + lane] : -kInfinity;
-        state.lse[lane] = lse == -kInfinity ? kInfinity : lse / head.to_natural();
-        state.row[lane] = lane < live ? rows[offset + lane] : 0.0f;
-        state.dentropy[lane] = lane < live && p.grad_entropy ? p.grad_entropy[offset + lane] : 0.0f;
-      }
-      state.start = Start::kZero;
+      load_rows(head, t, live, state);
     }
     if (!row_major) return;
     const Index padded = s.num_columns * kColumn;
@@ -143,10 +170,14 @@ struct BackwardTiles {
     memset(s.do_rows + n * s.D_v_pad, 0, (padded - n) * s.D_v_pad * sizeof(float));
   }
 
+  bool without_keys(const Head<Element>& head, Index t) const {
+    const float lse = p.lse[row_offset(head, t)];
+    return lse == -kInfinity || (p.sinks && lse == p.sinks[head.h]);
+  }
+
   // A query without keys may hold NaN or Inf, which 0 * q would carry into dk.
   void clear_if_without_keys(const Head<Element>& head, Index t, float* q) const {
-    const float lse = p.lse[row_offset(head, t)];
-    if (lse != -kInfinity && !(p.sinks && lse == p.sinks[head.h])) return;
+    if (!without_keys(head, t)) return;
     bool finite = true;
     for (Index d = 0; d < p.D; ++d) finite &= q[d] - q[d] == 0.0f;
     if (!finite) memset(q, 0, p.D * sizeof(float));
@@ -239,6 +270,7 @@ struct BackwardTiles {
     const int threads = usable_threads(p.num_threads);
 #pragma omp parallel num_threads(threads) if (items > 1 && threads > 1)
     {
+      const TileRegisters registers;
       BackwardScratch s = make_scratch(p, plan);
 #pragma omp for schedule(dynamic, 1) nowait
       for (Index item = 0; item < items; ++item) body(item, s);

@@ -19,21 +19,25 @@ struct Row {
 
 // Best first.
 const Row* table(int* count) {
-  static const Row rows[] = {
 #if defined(__x86_64__)
-      ATTNFAST_ROW(avx512_bf16,
-                   __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") &&
-                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                       __builtin_cpu_supports("avx512vl")),
-      ATTNFAST_ROW(avx512,
-                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),
-      ATTNFAST_ROW(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                             __builtin_cpu_supports("f16c")),
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                               __builtin_cpu_supports("f16c");
+  [[maybe_unused]] static const bool has_avx512 =
+      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  [[maybe_unused]] static const bool has_avx512_bf16 =
+      has_avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-#if defined(ATTNFAST_HAS_LANES16)
-      ATTNFAST_ROW(lanes16, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                __builtin_cpu_supports("f16c")),
+  static const Row rows[] = {
+#if defined(ATTNFAST_EMULATED_ISAS)
+      ATTNFAST_ROW(tiles16, has_avx2),
+      ATTNFAST_ROW(lanes16, has_avx2),
+      ATTNFAST_ROW(avx2, has_avx2),
+#elif defined(__x86_64__)
+      ATTNFAST_ROW(amx, has_avx512_bf16 && has_tile_registers()),
+      ATTNFAST_ROW(avx512_bf16, has_avx512_bf16),
+      ATTNFAST_ROW(avx512, has_avx512),
+      ATTNFAST_ROW(avx2, has_avx2),
 #endif
       ATTNFAST_ROW(portable, true),
   };

@@ -126,57 +126,6 @@ inline void transpose_in(const Element* from, Index stride, Index rows, Index D,
   }
 }
 
-// to[d / 2][lane] = the pair (from[lane][d], from[lane][d + 1]) for `rows` lanes of a column; zero
-// past row and column ends.
-inline void transpose_pairs(const BFloat16* from, Index stride, Index rows, Index D, float* to) {
-  for (Index lane = 0; lane < kColumn; lane += kLanes) {
-    const Index live = min_of(max_of(rows - lane, 0), kLanes);
-    for (Index d = 0; d < D; d += 2 * kLanes) {
-      const Index width = min_of(D - d, 2 * kLanes), pairs = (width + 1) / 2;
-      Vec r[kLanes];
-      ATTNFAST_UNROLL for (int i = 0; i < kLanes; ++i) {
-        r[i] = zeros();
-        if (i < live) memcpy(&r[i], from + (lane + i) * stride + d, width * sizeof(BFloat16));
-      }
-      transpose_tile(r);
-      for (Index i = 0; i < pairs; ++i) store(to + (d / 2 + i) * kColumn + lane, r[i]);
-    }
-  }
-}
-
-// Rows of pairs along each row: to[i * padded + d / 2] = (from[i][d], from[i][d + 1]).
-inline void pack_pairs_along_rows(const BFloat16* from, Index stride, Index rows, Index D,
-                                  Index padded, float* to) {
-  for (Index i = 0; i < rows; ++i) {
-    if (D % 2) memset(to + i * padded + D / 2, 0, sizeof(float));
-    memcpy(to + i * padded, from + i * stride, D * sizeof(BFloat16));
-  }
-}
-
-// Pairs of rows: to[i / 2 * padded + d] = (from[i][d], from[i + 1][d]); zero for a row past the
-// last.
-inline void pack_pairs_of_rows(const BFloat16* from, Index stride, Index rows, Index D,
-                               Index padded, float* to) {
-  for (Index i = 0; i < rows; i += 2) {
-    const BFloat16* even = from + i * stride;
-    const BFloat16* odd = i + 1 < rows ? even + stride : nullptr;
-    float* out = to + i / 2 * padded;
-    for (Index d = 0; d < D; d += kLanes) {
-      const Index width = min_of(D - d, kLanes);
-      HalfBits a{}, b{};
-      if (width == kLanes) {
-        memcpy(&a, even + d, sizeof a);
-        if (odd) memcpy(&b, odd + d, sizeof b);
-      } else {
-        memcpy(&a, even + d, width * sizeof(BFloat16));
-        if (odd) memcpy(&b, odd + d, width * sizeof(BFloat16));
-      }
-      const UVec pair = __builtin_convertvector(a, UVec) | __builtin_convertvector(b, UVec) << 16;
-      store(out + d, bit_cast<Vec>(pair));
-    }
-  }
-}
-
 // to[lane * stride + d] = factor[lane] * from[d][lane] for `rows` lanes of a column.
 template <class Element>
 inline void transpose_out(const float* from, Index rows, Index D, const float* factor, Element* to,

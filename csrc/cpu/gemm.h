@@ -17,7 +17,6 @@ struct MatrixA {
   const float* data;
   Index row, step;
   Index panels = 1, panel_stride = 0;
-  float factor = 1.0f;  // with kPairs: what a product that starts from zero is multiplied with
 };
 
 struct MatrixB {
@@ -72,12 +71,6 @@ ATTNFAST_NOINLINE void tiles_of_rows(Index tiles, Index K, const MatrixA& a, con
       }
       ATTNFAST_UNROLL for (int g = 0; g < kGroups; ++g) a_group[g] += to_next_panel;
     }
-    if (kPairs && start == Start::kZero) {
-      const Vec factor = broadcast(a.factor);
-      ATTNFAST_UNROLL for (int i = 0; i < kRows; ++i) {
-        ATTNFAST_UNROLL for (int j = 0; j < kVecs; ++j) acc[i][j] *= factor;
-      }
-    }
     ATTNFAST_UNROLL for (int i = 0; i < kRows; ++i) {
       ATTNFAST_UNROLL for (int j = 0; j < kVecs; ++j)
           store(c_tile + i * c_ld + j * kLanes, acc[i][j]);
@@ -112,14 +105,16 @@ inline void gemm(Index M, Index K, const MatrixA& a, const MatrixB& b, const Mat
 }
 
 // The same for N columns, N a multiple of kLanes.
+template <bool kPairs = false>
 inline void gemm_wide(Index M, Index N, Index K, const MatrixA& a, const MatrixB& b,
                       const MatrixC& c, Start start) {
   Index n = 0;
   for (; n + kColumn <= N; n += kColumn) {
-    gemm<kTileVecs>(M, K, a, MatrixB{b.data + n, b.ld}, MatrixC{c.data + n, c.ld}, start);
+    gemm<kTileVecs, false, kPairs>(M, K, a, MatrixB{b.data + n, b.ld}, MatrixC{c.data + n, c.ld},
+                                   start);
   }
   for (; n < N; n += kLanes) {
-    gemm<1>(M, K, a, MatrixB{b.data + n, b.ld}, MatrixC{c.data + n, c.ld}, start);
+    gemm<1, false, kPairs>(M, K, a, MatrixB{b.data + n, b.ld}, MatrixC{c.data + n, c.ld}, start);
   }
 }
 

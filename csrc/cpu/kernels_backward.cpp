@@ -7,21 +7,27 @@
 //          dk and dv and all dq of its query heads. With too few heads for the threads, dq and
 //          dk/dv are computed apart instead, one item per block of queries or range of keys: 7
 //          products instead of 5, the same sums in the same order.
-// Memory:  per query one float; per thread tiles, and fp32 dk and dv (for bf16 and fp16 also k and
-//          v) of one head
+// Memory:  per query one float; per thread tiles, and fp32 dk and dv and what has to be packed of k
+//          and v, of one head
+// Pairs:   where the processor multiplies pairs of bf16, all five products of bf16 inputs do, p and
+//          ds rounded to bf16; with AMX those of fp32 inputs too, in three planes (pairs.h)
 // Threads: results do not depend on their number
 #include <memory>
 #include <type_traits>
 
-#include "backward.h"
+#include "backward_pairs.h"
 #include "kernels.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 namespace {
 
-template <class Element>
-struct Backward : BackwardTiles<Element> {
-  using Tiles = BackwardTiles<Element>;
+template <class Element, int kPlanes>
+using Parts = std::conditional_t<kPlanes != 0, BackwardPairs<Element, kPlanes ? kPlanes : 1>,
+                                 BackwardTiles<Element>>;
+
+template <class Element, int kPlanes>
+struct Backward : Parts<Element, kPlanes> {
+  using Tiles = Parts<Element, kPlanes>;
   using Tiles::column_of;
   using Tiles::columns_per_block;
   using Tiles::grad_out;
@@ -104,14 +110,19 @@ struct Backward : BackwardTiles<Element> {
 
   // One block of queries against the keys key_begin .. key_end - 1.
   void query_block(const Head<Element>& head, Index t0, Index n, Index key_begin, Index key_end,
-                   const Outputs& to, BackwardScratch& s) const {
-    load_block(head, t0, n, s, to.dkv);
+                   const PairKeys& keys, const Outputs& to, BackwardScratch& s) const {
+    if constexpr (kPlanes > 0) {
+      this->load_pairs(head, t0, n, s, to.dkv);
+    } else {
+      load_block(head, t0, n, s, to.dkv);
+    }
     Index begin = head.S, end = 0;
     for (Index c = 0; c < s.num_columns; ++c) {
       const Column column = column_of(head, t0, n, c);
       if (column.begin == column.end) continue;
       begin = min_of(begin, column.begin), end = max_of(end, column.end);
     }
+    if (kPlanes) begin -= begin % kPanel;
     begin = max_of(begin, key_begin), end = min_of(end, key_end);
     for (Index key = begin; key < end;) {
       Index stop = min_of((key / kKeys + 1) * kKeys, end);
@@ -122,7 +133,11 @@ struct Backward : BackwardTiles<Element> {
         const bool sees_all = column.begin <= key && column.end >= stop;
         if (!sees_none && !sees_all) stop = min_of(stop, (key / kColumn + 1) * kColumn);
       }
-      key_tile(head, t0, n, key, stop - key, to, s);
+      if constexpr (kPlanes > 0) {
+        pairs_key_tile(head, t0, n, key, stop - key, keys, to, s);
+      } else {
+        key_tile(head, t0, n, key, stop - key, to, s);
+      }
       key = stop;
     }
     if (!to.dq) return;
@@ -179,20 +194,43 @@ struct Backward : BackwardTiles<Element> {
               MatrixC{to.dk + key * to.dk_row, to.dk_row}, Start::kAccumulate);
   }
 
+  // The same on pairs.
+  void pairs_key_tile(const Head<Element>& head, Index t0, Index rows_in_block, Index key, Index n,
+                      const PairKeys& keys, const Outputs& to, BackwardScratch& s) const {
+    constexpr Index kUnit = kHasTiles ? kTileSize : 2;
+    Index first = s.num_columns, last = 0;  // columns that see a key of the tile
+    for (Index c = 0; c < s.num_columns; ++c) {
+      const Column column = column_of(head, t0, rows_in_block, c);
+      Index begin = max_of(key, column.begin), end = min_of(key + n, column.end);
+      if (begin >= end) continue;
+      begin -= (begin - key) % kUnit;  // keys too many are masked by their position
+      for (; last < c && last > first; ++last) this->clear_rows(s, last, 0, 0, n);
+      first = min_of(first, c), last = c + 1;
+      DeadKeys dead;
+      this->pairs_tile(head, column, c, key, begin, end - begin, keys, s, &dead);
+      if (to.dq) this->add_dq(column, c, key, begin - key, end - key, keys, dead, s);
+      this->clear_rows(s, c, begin - key, end - key, n);
+    }
+    if (!to.dkv || first >= last) return;
+    this->add_dkv(first, last, n, to.dk + key * to.dk_row, to.dv + key * to.dv_row, s);
+  }
+
   // Zeroes the rows of a tile that are not in first .. last - 1.
   static void clear_outside(float* tile, Index first, Index last, Index n) {
     memset(tile, 0, first * kColumn * sizeof(float));
     memset(tile + last * kColumn, 0, (n - last) * kColumn * sizeof(float));
   }
 
-  // dk and dv (and dq, if asked) of one key head, for the keys key_begin .. key_end - 1.
+  // dk and dv (and dq, if asked) of one key head, for the keys key_begin .. key_end - 1. `packed`:
+  // the key head on pairs; null: packed here.
   void key_head(Index b, Index h_kv, Index key_begin, Index key_end, bool with_dq,
-                BackwardScratch& s) const {
+                const float* packed, BackwardScratch& s) const {
     const Index group = p.H / p.H_kv;
     const Head<Element> first(p, b, h_kv * group);
     key_end = min_of(key_end, first.S);
     if (key_begin >= key_end) {
-      if (with_dq) each_query_block(b, h_kv, 0, 0, Outputs{true, false, nullptr, nullptr, 0, 0}, s);
+      if (with_dq)
+        each_query_block(b, h_kv, 0, 0, {}, Outputs{true, false, nullptr, nullptr, 0, 0}, s);
       return;
     }
     const Index keys = key_end - key_begin;
@@ -200,81 +238,159 @@ struct Backward : BackwardTiles<Element> {
                   (first.k_begin + key_begin) * p.dk.t;
     Element* dv = static_cast<Element*>(p.dv.data) + b * p.dv.b + h_kv * p.dv.h +
                   (first.k_begin + key_begin) * p.dv.t;
-    if (kPacks && s.k_head) {
-      pack_rows(first.k, p.k.t, first.S, p.D, s.D_pad, 1.0f, s.k_head);
-      pack_rows(first.v, p.v.t, first.S, p.D_v, s.D_v_pad, 1.0f, s.v_head);
-    }
+    PairKeys pairs;
     Outputs to{with_dq, true, s.dk_head, s.dv_head, s.D_pad, s.D_v_pad};
-    if constexpr (!kPacks) {
-      if (!s.dk_head) to = Outputs{with_dq, true, dk, dv, p.dk.t, p.dv.t};
-    }
-    for (Index i = 0; i < keys; ++i) {
-      memset(to.dk + i * to.dk_row, 0, p.D * sizeof(float));
-      memset(to.dv + i * to.dv_row, 0, p.D_v * sizeof(float));
+    if constexpr (kPlanes > 0) {
+      const PairKeyLayout<Element, kPlanes> layout(p);
+      if (!packed) {
+        layout.pack(first, 0, first.S, s.keys);
+        packed = s.keys;
+      }
+      pairs = layout.keys(first, packed);
+      const Index rows = round_up(keys, kTileSize);
+      memset(to.dk, 0, rows * to.dk_row * sizeof(float));
+      memset(to.dv, 0, rows * to.dv_row * sizeof(float));
+    } else {
+      if (kPacks && s.k_head) {
+        pack_rows(first.k, p.k.t, first.S, p.D, s.D_pad, 1.0f, s.k_head);
+        pack_rows(first.v, p.v.t, first.S, p.D_v, s.D_v_pad, 1.0f, s.v_head);
+      }
+      if constexpr (!kPacks) {
+        if (!s.dk_head) to = Outputs{with_dq, true, dk, dv, p.dk.t, p.dv.t};
+      }
+      for (Index i = 0; i < keys; ++i) {
+        memset(to.dk + i * to.dk_row, 0, p.D * sizeof(float));
+        memset(to.dv + i * to.dv_row, 0, p.D_v * sizeof(float));
+      }
     }
     to.dk -= key_begin * to.dk_row, to.dv -= key_begin * to.dv_row;  // row 0 is key 0
-    each_query_block(b, h_kv, key_begin, key_end, to, s);
+    each_query_block(b, h_kv, key_begin, key_end, pairs, to, s);
     if (!s.dk_head) return;
-    copy_rows(s.dk_head, s.D_pad, keys, p.D, dk, p.dk.t);
-    copy_rows(s.dv_head, s.D_v_pad, keys, p.D_v, dv, p.dv.t);
+    copy_rows(s.dk_head, s.D_pad, keys, p.D, kPlanes ? p.scale : 1.0f, dk, p.dk.t);
+    copy_rows(s.dv_head, s.D_v_pad, keys, p.D_v, 1.0f, dv, p.dv.t);
   }
 
-  static void copy_rows(const float* from, Index from_row, Index n, Index D, Element* to,
-                        Index to_row) {
+  static void copy_rows(const float* from, Index from_row, Index n, Index D, float factor,
+                        Element* to, Index to_row) {
     for (Index i = 0; i < n; ++i) {
       Index d = 0;
       for (; d + kLanes <= D; d += kLanes)
-        store(to + i * to_row + d, load(from + i * from_row + d));
-      if (d < D) store_some(to + i * to_row + d, load(from + i * from_row + d), D - d);
+        store(to + i * to_row + d, load(from + i * from_row + d) * factor);
+      if (d < D) store_some(to + i * to_row + d, load(from + i * from_row + d) * factor, D - d);
     }
   }
 
-  void each_query_block(Index b, Index h_kv, Index key_begin, Index key_end, const Outputs& to,
-                        BackwardScratch& s) const {
+  void each_query_block(Index b, Index h_kv, Index key_begin, Index key_end, const PairKeys& keys,
+                        const Outputs& to, BackwardScratch& s) const {
     const Index group = p.H / p.H_kv;
     for (Index g = 0; g < group; ++g) {
       const Head<Element> head(p, b, h_kv * group + g);
       for (Index t0 = 0; t0 < head.T; t0 += kBlock) {
-        query_block(head, t0, min_of(kBlock, head.T - t0), key_begin, key_end, to, s);
+        query_block(head, t0, min_of(kBlock, head.T - t0), key_begin, key_end, keys, to, s);
       }
     }
   }
 
-  void run() const {
-    const Index blocks = (p.T + kBlock - 1) / kBlock,
-                key_ranges = (p.S + kKeysPerItem - 1) / kKeysPerItem;
-    ScratchPlan plan{columns_per_block()};
-    const auto each_block = [&](auto body) {
-      parallel(p.B * p.H * blocks, plan, [&](Index item, BackwardScratch& s) {
-        const Index head_index = item / blocks, t0 = (blocks - 1 - item % blocks) * kBlock;
-        const Head<Element> head(p, head_index / p.H, head_index % p.H);
-        if (t0 < head.T) body(head, t0, min_of(kBlock, head.T - t0), s);
-      });
-    };
-    each_block([&](const Head<Element>& head, Index t0, Index n, BackwardScratch& s) {
-      row_block(head, t0, n, s);
+  template <class Body>
+  void each_block(const ScratchPlan& plan, Body body) const {
+    const Index blocks = (p.T + kBlock - 1) / kBlock;
+    parallel(p.B * p.H * blocks, plan, [&](Index item, BackwardScratch& s) {
+      const Index head_index = item / blocks, t0 = (blocks - 1 - item % blocks) * kBlock;
+      const Head<Element> head(p, head_index / p.H, head_index % p.H);
+      if (t0 < head.T) body(head, t0, min_of(kBlock, head.T - t0), s);
     });
+  }
 
-    const bool in_place = !kPacks && p.D % kLanes == 0 && p.D_v % kLanes == 0;
+  // `row` of every query.
+  void query_rows() const {
+    each_block(ScratchPlan{columns_per_block()},
+               [&](const Head<Element>& head, Index t0, Index n, BackwardScratch& s) {
+                 row_block(head, t0, n, s);
+               });
+  }
+
+  // dq, dk and dv of the key heads (b * H_kv + h_kv) that `mine` holds; null: of all.
+  void gradients(const bool* mine) const {
+    const Index key_ranges = (p.S + kKeysPerItem - 1) / kKeysPerItem;
+    ScratchPlan plan{columns_per_block()};
+    plan.planes = kPlanes;
+    const bool in_place = !kPlanes && !kPacks && p.D % kLanes == 0 && p.D_v % kLanes == 0;
     const Index heads = p.B * p.H_kv, threads = usable_threads(p.num_threads);
     const bool few_heads = (heads + threads - 1) / threads * 5 * threads > heads * 7 + 2;
+    const PairKeyLayout<Element, kPlanes ? kPlanes : 1> layout(p);
     if (!few_heads) {
-      plan.packed_rows = kPacks ? p.S : 0;
-      plan.head_rows = in_place ? 0 : p.S;
+      plan.packed_rows = kPacks && !kPlanes ? p.S : 0;
+      plan.head_rows = in_place ? 0 : round_up(p.S, kTileSize);
+      plan.keys = kPlanes ? layout.floats() : 0;
       parallel(heads, plan, [&](Index item, BackwardScratch& s) {
-        key_head(item / p.H_kv, item % p.H_kv, 0, p.S, true, s);
+        if (mine && !mine[item]) return;
+        key_head(item / p.H_kv, item % p.H_kv, 0, p.S, true, nullptr, s);
       });
-    } else {
-      each_block([&](const Head<Element>& head, Index t0, Index n, BackwardScratch& s) {
-        query_block(head, t0, n, 0, head.S, Outputs{true, false, nullptr, nullptr, 0, 0}, s);
-      });
-      plan.head_rows = in_place ? 0 : kKeysPerItem;
-      parallel(heads * key_ranges, plan, [&](Index item, BackwardScratch& s) {
-        const Index head_index = item / key_ranges, key = item % key_ranges * kKeysPerItem;
-        key_head(head_index / p.H_kv, head_index % p.H_kv, key, key + kKeysPerItem, false, s);
-      });
+      return;
     }
-    bias_gradient(p, rows);
+    const float* packed = pack_heads(layout, heads, key_ranges, mine);
+    const auto packed_head = [&](Index index) {
+      return packed ? packed + index * layout.floats() : nullptr;
+    };
+    each_block(plan, [&](const Head<Element>& head, Index t0, Index n, BackwardScratch& s) {
+      const Index index = head.b * p.H_kv + head.h / (p.H / p.H_kv);
+      if (mine && !mine[index]) return;
+      PairKeys keys;
+      if constexpr (kPlanes > 0) keys = layout.keys(head, packed_head(index));
+      query_block(head, t0, n, 0, head.S, keys, Outputs{true, false, nullptr, nullptr, 0, 0}, s);
+    });
+    plan.head_rows = in_place ? 0 : kKeysPerItem;
+    parallel(heads * key_ranges, plan, [&](Index item, BackwardScratch& s) {
+      const Index index = item / key_ranges, key = item % key_ranges * kKeysPerItem;
+      if (mine && !mine[index]) return;
+      key_head(index / p.H_kv, index % p.H_kv, key, key + kKeysPerItem, false, packed_head(index),
+               s);
+    });
+    if (packed) team_arena().release();
+  }
+
+  // All key heads on pairs, in the team's arena; null where they are not needed.
+  template <class Layout>
+  const float* pack_heads(const Layout& layout, Index heads, Index parts, const bool* mine) const {
+    if constexpr (kPlanes == 0) {
+      return nullptr;
+    } else {
+      Arena& arena = team_arena();
+      arena.reset(Arena::bytes_for<float>(max_of(heads * layout.floats(), 1)));
+      float* data = arena.take<float>(max_of(heads * layout.floats(), 1));
+      parallel(heads * parts, ScratchPlan{0}, [&](Index item, BackwardScratch&) {
+        const Index index = item / parts, key = item % parts * kKeysPerItem;
+        if (mine && !mine[index]) return;
+        const Head<Element> head(p, index / p.H_kv, index % p.H_kv * (p.H / p.H_kv));
+        if (key >= head.S) return;
+        layout.pack(head, key, min_of(kKeysPerItem, head.S - key), data + index * layout.floats());
+      });
+      return data;
+    }
+  }
+
+  // Which key heads three planes serve for.
+  void find_in_range(bool* in_range) const {
+    parallel(p.B * p.H_kv, ScratchPlan{0}, [&](Index item, BackwardScratch&) {
+      const Index group = p.H / p.H_kv;
+      const Head<Element> first(p, item / p.H_kv, item % p.H_kv * group);
+      Peak scores, values, upstream;
+      const auto look = [](Peak& peak, const Element* rows, Index stride, Index n, Index D) {
+        for (Index i = 0; i < n; ++i)
+          for (Index d = 0; d < D; d += kLanes) peak.add(load_part(rows + i * stride + d, D - d));
+      };
+      look(scores, first.k, p.k.t, first.S, p.D);
+      look(values, first.v, p.v.t, first.S, p.D_v);
+      for (Index g = 0; g < group; ++g) {
+        const Head<Element> head(p, first.b, first.h + g);
+        look(scores, head.q, p.q.t, head.T, p.D);
+        look(upstream, grad_out(head, 0), p.grad_out.t, head.T, p.D_v);
+      }
+      in_range[item] = Peak::in_range_of_products(scores.get()) &&
+                       Peak::in_range_of_products(values.get()) &&
+                       Peak::in_range_of_products(upstream.get()) &&
+                       Peak::worth_summing(values.get()) && Peak::worth_summing(upstream.get());
+    });
   }
 };
 
@@ -288,8 +404,28 @@ void attention_bwd(const BackwardParams& p) {
   const std::unique_ptr<float, Free> buffer(
       static_cast<float*>(malloc(max_of(rows, 1) * sizeof(float))));
   if (!buffer) throw std::bad_alloc();
-  with_element(p.q.dtype, [&](auto* element) {
-    Backward<std::remove_pointer_t<decltype(element)>>{{p, buffer.get()}}.run();
+  with_element(p.q.dtype, [&]([[maybe_unused]] auto* element) {
+    using Element = std::remove_pointer_t<decltype(element)>;
+    constexpr int kPlanes = kPlanesOf<Element>;
+    const Backward<Element, 0> in_fp32{{p, buffer.get()}};
+    in_fp32.query_rows();
+    const Index heads = p.B * p.H_kv;
+    if constexpr (kPlanes == 0) {
+      in_fp32.gradients(nullptr);
+    } else if constexpr (kPlanes == 1) {
+      Backward<Element, kPlanes>{{{p, buffer.get()}}}.gradients(nullptr);
+    } else if (p.T * (p.H / p.H_kv) < kFewestQueries) {
+      in_fp32.gradients(nullptr);
+    } else {
+      const std::unique_ptr<bool[]> in_range(new bool[heads]), out_of_range(new bool[heads]);
+      const Backward<Element, kPlanes> in_planes{{{p, buffer.get()}}};
+      in_planes.find_in_range(in_range.get());
+      bool all = true;
+      for (Index i = 0; i < heads; ++i) all &= in_range[i], out_of_range[i] = !in_range[i];
+      in_planes.gradients(all ? nullptr : in_range.get());
+      if (!all) in_fp32.gradients(out_of_range.get());
+    }
+    bias_gradient(p, buffer.get());
   });
 }
 

@@ -6,9 +6,12 @@
 // Work:    one item per (batch entry, head, block of queries), heaviest causal blocks first
 // Memory:  per thread the block's transposed q and o and one tile of scores; what of k and v cannot
 //          be read in place (keys.h), packed: a tile per thread, or the key heads in work
-// bf16:    where the processor multiplies pairs of bf16 (AVX512_BF16), both products do: q k^T
-//          along the rows as they lie, p v on pairs of keys, p rounded to bf16
+// Pairs:   where the processor multiplies pairs of bf16 (AVX512_BF16, AMX), both products of bf16
+//          inputs do, p rounded to bf16; with AMX those of fp32 inputs too, in three planes
+//          (pairs.h)
 // Threads: items are independent; a row's result depends on its own sequence alone
+#include <type_traits>
+
 #include "arena.h"
 #include "kernels.h"
 #include "keys.h"
@@ -63,10 +66,10 @@ void rescale(ColumnState& state, const float* tile_max, float to_log2, Index D_v
   }
 }
 
-// s -> p = exp2(s - m) in place, folded into l and the statistics.
+// s -> p = exp2(factor * s - m) in place, folded into l and the statistics.
 template <bool kStats, bool kNatural>
 void exponentiate(ColumnState& state, const Column& column, Index shift, Index key, Index n,
-                  float* s) {
+                  float factor, float* s) {
   for (Index lane = 0; lane < kColumn; lane += kLanes) {
     const Vec m = load(state.m + lane);
     const Vec base = m == -kInfinity ? zeros() : m;
@@ -74,7 +77,7 @@ void exponentiate(ColumnState& state, const Column& column, Index shift, Index k
     Vec l = zeros(), entropy = zeros(), reach = zeros();
     for (Index j = 0; j < n; ++j) {
       float* x = s + j * kColumn + lane;
-      const Vec relative = load(x) - base;
+      const Vec relative = load(x) * factor - base;
       const Vec p = exp2(kNatural ? relative * kLog2E : relative);
       l += p;
       if (kStats) {
@@ -91,142 +94,175 @@ void exponentiate(ColumnState& state, const Column& column, Index shift, Index k
   }
 }
 
+// The same without statistics, p leaving as pairs of keys.
+template <bool kNatural, int kPlanes>
+void exponentiate_pairs(ColumnState& state, Index n, float factor, const float* s, float* pairs,
+                        Index plane) {
+  for (Index lane = 0; lane < kColumn; lane += kLanes) {
+    const Vec m = load(state.m + lane);
+    const Vec base = m == -kInfinity ? zeros() : m;
+    const auto p_of = [&](Index j) {
+      const Vec relative = load(s + j * kColumn + lane) * factor - base;
+      return exp2(kNatural ? relative * kLog2E : relative);
+    };
+    Vec l_even = zeros(), l_odd = zeros();
+    Index j = 0;
+    for (; j + 1 < n; j += 2) {
+      const Vec even = p_of(j), odd = p_of(j + 1);
+      l_even += even, l_odd += odd;
+      store_pairs<kPlanes>(even, odd, pairs + j / 2 * kColumn + lane, plane);
+    }
+    if (j < n) {
+      const Vec even = p_of(j);
+      l_even += even;
+      store_pairs<kPlanes>(even, zeros(), pairs + j / 2 * kColumn + lane, plane);
+    }
+    store(state.l + lane, load(state.l + lane) + (l_even + l_odd));
+  }
+}
+
+constexpr Index kPairKeys = 64;                         // of one tile on pairs
+constexpr Index kPairsPlane = kPairKeys / 2 * kColumn;  // of p in pairs of keys
+
 struct Scratch {
-  float *s, *keep, *k, *v;
-  float *p_pairs, *v_clean;  // [kMaxKeys / 2][kColumn], [kMaxKeys / 2][D_v]: pairs of keys
+  float *s, *keep;
+  float *k, *v;              // a packed tile
+  float *p_pairs, *v_clean;  // [planes][kMaxKeys / 2][kColumn]; a tile of v
   ColumnState* columns;
   Prefetcher next;
 
-  template <class Element>
-  static size_t bytes(const Problem& p, Index num_columns, const PackedHeads<Element>& packed) {
-    size_t n = Arena::bytes_for<float>(kMaxKeys * kColumn) * (p.dropout_p > 0.0 ? 2 : 1);
-    n += Arena::bytes_for<ColumnState>(num_columns);
-    n += num_columns *
-         (Arena::bytes_for<float>(p.D * kColumn) + Arena::bytes_for<float>(p.D_v * kColumn));
-    if (kPairsOf<Element>)
-      n += Arena::bytes_for<float>(kMaxKeys / 2 * kColumn) +
-           Arena::bytes_for<float>(kMaxKeys / 2 * round_up(p.D_v, kLanes));
-    if (packed.most) return n;
-    return n + Arena::bytes_for<float>(packed.layout.k_floats(kMaxKeys)) +
-           Arena::bytes_for<float>(packed.layout.v_floats(kMaxKeys));
+  // Hands out the memory, or only sums it up.
+  template <class Element, int kPlanes>
+  size_t plan(Arena* arena, const Problem& p, Index num_columns,
+              const PackedHeads<Element, kPlanes>& packed) {
+    size_t bytes = 0;
+    const auto floats = [&](Index n) {
+      bytes += Arena::bytes_for<float>(n);
+      return arena && n ? arena->take<float>(n) : nullptr;
+    };
+    s = floats((kMaxKeys + kTileSize) * kColumn);
+    keep = floats(p.dropout_p > 0.0 ? kMaxKeys * kColumn : 0);
+    bytes += Arena::bytes_for<ColumnState>(num_columns);
+    if (arena) columns = arena->take<ColumnState>(num_columns);
+    constexpr Index kPlaneCount = kPlanes ? kPlanes : 1;
+    for (Index c = 0; c < num_columns; ++c) {
+      float* q_t = floats(kPlaneCount * round_up(p.D, kPanel) * kColumn);
+      float* o_t = floats(round_up(p.D_v, kTileSize) * kColumn);
+      if (arena) columns[c].q_t = q_t, columns[c].o_t = o_t;
+    }
+    p_pairs = floats(kPlanes * kPairsPlane);
+    v_clean = floats(kPlanes ? packed.layout.v_floats(kMaxKeys) : 0);
+    const bool packs_tiles = kPlanes < 2 && !packed.most;
+    Index k_tile = packs_tiles ? packed.layout.k_floats(kMaxKeys) : 0;
+    Index v_tile = packs_tiles ? packed.layout.v_floats(kMaxKeys) : 0;
+    if (kPlanes > 1) v_tile = KeyLayout<Element, 0>(p).v_floats(kMaxKeys);  // out of range: in fp32
+    k = floats(k_tile);
+    v = floats(v_tile);
+    return bytes;
   }
 
-  template <class Element>
-  void take(Arena& arena, const Problem& p, Index num_columns, const PackedHeads<Element>& packed) {
-    arena.reset(bytes(p, num_columns, packed));
-    s = arena.take<float>(kMaxKeys * kColumn);
-    keep = p.dropout_p > 0.0 ? arena.take<float>(kMaxKeys * kColumn) : nullptr;
-    columns = arena.take<ColumnState>(num_columns);
-    for (Index c = 0; c < num_columns; ++c) {
-      columns[c].q_t = arena.take<float>(p.D * kColumn);
-      columns[c].o_t = arena.take<float>(p.D_v * kColumn);
-    }
-    if (kPairsOf<Element>) {
-      p_pairs = arena.take<float>(kMaxKeys / 2 * kColumn);
-      v_clean = arena.take<float>(kMaxKeys / 2 * round_up(p.D_v, kLanes));
-    }
-    if (packed.most) return;
-    k = arena.take<float>(packed.layout.k_floats(kMaxKeys));
-    v = arena.take<float>(packed.layout.v_floats(kMaxKeys));
+  template <class Element, int kPlanes>
+  void take(Arena& arena, const Problem& p, Index num_columns,
+            const PackedHeads<Element, kPlanes>& packed) {
+    arena.reset(plan(nullptr, p, num_columns, packed));
+    plan(&arena, p, num_columns, packed);
   }
 };
 
-template <class Element>
-KeyTile load_keys(const Head<Element>& head, Index key, Index n, const PackedHeads<Element>& packed,
-                  Scratch& scratch) {
+// The tile of keys key .. key + n - 1, packed by the team or into scratch.
+template <class Element, int kPlanes>
+KeyTile load_keys(const Head<Element>& head, Index key, Index n,
+                  const PackedHeads<Element, kPlanes>& packed, Scratch& scratch) {
   const Problem& p = head.problem;
+  const KeyLayout<Element, kPlanes>& layout = packed.layout;
   if (packed.most) {
     const Index index = head.b * p.H_kv + head.h / (p.H / p.H_kv);
-    return packed.layout.tile(head, key, packed.k(index), packed.v(index));
+    return layout.tile(head, key, packed.k(index), packed.v(index), packed.S);
   }
-  packed.layout.pack(head, key, n, scratch.k, scratch.v);
-  KeyTile tile = packed.layout.tile(head, key, nullptr, nullptr);
-  if (packed.layout.packs_k) tile.k = scratch.k;
-  if (packed.layout.packs_v) tile.v = scratch.v;
-  return tile;
+  Peaks peaks;
+  layout.pack(head, key, n, scratch.k, scratch.v, kMaxKeys, &peaks);
+  return layout.tile(head, key, scratch.k ? scratch.k - key * layout.k_row : nullptr,
+                     scratch.v ? scratch.v - layout.v_offset(key) : nullptr, kMaxKeys);
 }
 
-// The pairs of v without what keys that nobody attends to hold, where that is NaN or Inf.
-const float* without_poison(const float* v, Index v_row, Index n, Index D_v, const DeadKeys& dead,
-                            float* clean) {
-  if (!dead.any) return v;
-  const Index pairs = (n + 1) / 2;
-  const float* result = v;
-  for (Index j = 0; j < n; ++j) {
-    if (!dead.key[j]) continue;
-    const uint32_t half = j % 2 ? 0xffff0000u : 0x0000ffffu;
-    const uint32_t exponent = 0x7f807f80u & half;
-    IVec poison{};
-    for (Index d = 0; d < D_v; d += kLanes)
-      poison |= (bit_cast<UVec>(load(result + j / 2 * v_row + d)) & exponent) == exponent;
-    if (!any(poison)) continue;
-    if (result == v) memcpy(clean, v, pairs * v_row * sizeof(float));
-    result = clean;
-    for (Index d = 0; d < D_v; d += kLanes) {
-      float* x = clean + j / 2 * v_row + d;
-      store(x, bit_cast<Vec>(bit_cast<UVec>(load(x)) & ~half));
-    }
-  }
-  return result;
-}
-
-// o += v^T p on pairs of keys.
-Start gather_pairs(const float* v, Index v_row, Index n, Index D_v, const DeadKeys& dead,
-                   ColumnState& state, Scratch& scratch) {
-  const float* s = scratch.s;
-  for (Index j = 0; j < n; j += 2) {
-    for (Index lane = 0; lane < kColumn; lane += kLanes) {
-      const Vec even = load(s + j * kColumn + lane);
-      const Vec odd = j + 1 < n ? load(s + (j + 1) * kColumn + lane) : zeros();
-      store(scratch.p_pairs + j / 2 * kColumn + lane, pair_of(even, odd));
-    }
-  }
-  v = without_poison(v, v_row, n, D_v, dead, scratch.v_clean);
-  gemm<kTileVecs, false, true>(D_v, (n + 1) / 2, MatrixA{v, 1, v_row},
-                               MatrixB{scratch.p_pairs, kColumn}, MatrixC{state.o_t, kColumn},
-                               state.start);
-  return Start::kAccumulate;
-}
-
-// Keys per tile: a block of k and v rows should stay in the first-level cache.
+// Keys per tile: a block of k and v rows should stay in the first-level cache. Tile registers take
+// what the second level holds.
+template <int kPlanes>
 Index keys_per_tile(const Problem& p) {
+  if (kPlanes) return kPairKeys;
   const Index fits = (24 << 10) / (sizeof(float) * max_of(max_of(p.D, p.D_v), 1));
   return min_of(max_of(fits / kTileRows * kTileRows, 4 * kTileRows), kMaxKeys);
 }
 
-template <bool kStats, bool kNatural, class Element>
+// Keys first .. first + n - 1 of a tile that begins with key `tile_key`.
+template <bool kStats, bool kNatural, int kPlanes, class Element>
 void tile_step(const ForwardParams& p, const Head<Element>& head, const Column& column,
-               ColumnState& state, Index key, Index n, const KeyTile& tile, Scratch& scratch) {
+               ColumnState& state, Index tile_key, Index first, Index n, const KeyTile& tile,
+               Scratch& scratch) {
   float tile_max[kColumn];
   for (Index lane = 0; lane < kColumn; lane += kLanes)
     store(tile_max + lane, broadcast(-kInfinity));
+  const Index skip = first - tile_key;
+  const float* k = tile.k + skip * tile.k_row;
   DeadKeys dead;
-  if constexpr (kPairsOf<Element>) {
-    const PairScores scores{state.q_t, tile.k, tile.k_row, (p.D + 1) / 2, head.q_factor};
-    score_tile(head, column, key, n, scores, scratch.s, nullptr, tile_max, &dead);
-    for (Index j = 0; j < n; j += max_of(n - 1, 1)) {  // keys that complete a pair
-      if (key + j >= column.begin && key + j < column.end) continue;
-      if (!dead.any) memset(dead.key, 0, sizeof dead.key);
-      dead.any = dead.key[j] = true;
+  float factor = 1.0f;  // what scores are still to be multiplied with
+  if constexpr (kPlanes > 0) {
+    const Index panels = (p.D + kPanel - 1) / kPanel;
+    PairScores<kPlanes> scores{{state.q_t, kColumn, panels * kPanelPairs * kColumn},
+                               {k, tile.k_row, kPanelPairs, tile.k_plane},
+                               panels,
+                               kPlanes > 1 ? 1.0f : head.q_factor};
+    if (!head.edits_scores() && scores.factor > 0.0f) {
+      factor = scores.factor;
+      scores.factor = 1.0f;
     }
+    score_tile(head, column, first, n, scores, scratch.s, nullptr, tile_max, &dead);
+    for (Index lane = 0; lane < kColumn; lane += kLanes)
+      store(tile_max + lane, load(tile_max + lane) * factor);
   } else {
-    const FloatScores scores{state.q_t, tile.k, tile.k_row, p.D};
-    score_tile(head, column, key, n, scores, scratch.s, nullptr, tile_max, &dead);
+    const FloatScores scores{state.q_t, k, tile.k_row, p.D};
+    score_tile(head, column, first, n, scores, scratch.s, nullptr, tile_max, &dead);
   }
   scratch.next.advance(kLinesPerTile);
   rescale<kStats>(state, tile_max, head.to_log2(), p.D_v);
-  exponentiate<kStats, kNatural>(state, column, head.shift, key, n, scratch.s);
-  if (p.dropout_p > 0.0) {
-    dropout_tile(head, column, key, n, 1.0f, scratch.keep);
-    for (Index i = 0; i < n * kColumn; i += kLanes) {
-      store(scratch.s + i, load(scratch.s + i) * load(scratch.keep + i));
-    }
-  }
-  if constexpr (kPairsOf<Element>) {
-    state.start = gather_pairs(tile.v, tile.v_row, n, p.D_v, dead, state, scratch);
+  const bool drops = p.dropout_p > 0.0;
+  const Index lead = kPlanes ? skip % kPanel : 0;  // keys of the first panel that come before
+  float* pairs = scratch.p_pairs + lead / 2 * kColumn;
+  if (kPlanes && !kStats && !drops) {
+    if constexpr (kPlanes > 0)
+      exponentiate_pairs<kNatural, kPlanes>(state, n, factor, scratch.s, pairs, kPairsPlane);
   } else {
-    state.start =
-        gather_keys(tile.v, tile.v_row, n, p.D_v, scratch.s, state.o_t, state.start, dead);
+    exponentiate<kStats, kNatural>(state, column, head.shift, first, n, factor, scratch.s);
+    if (drops) {
+      dropout_tile(head, column, first, n, 1.0f, scratch.keep);
+      for (Index i = 0; i < n * kColumn; i += kLanes) {
+        store(scratch.s + i, load(scratch.s + i) * load(scratch.keep + i));
+      }
+    }
+    if constexpr (kPlanes > 0)
+      pack_row_pairs_in_planes<kPlanes>(scratch.s, kColumn, n, kColumn, n + n % 2, 1.0f, pairs,
+                                        kColumn, kPairsPlane);
+  }
+  if constexpr (kPlanes > 0) {
+    const Index panels = (lead + n + kPanel - 1) / kPanel, end = (lead + n + 1) / 2;
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      float* all = scratch.p_pairs + plane * kPairsPlane;
+      memset(all, 0, lead / 2 * kColumn * sizeof(float));
+      memset(all + end * kColumn, 0, (panels * kPanelPairs - end) * kColumn * sizeof(float));
+    }
+    const Index D_v_pad = round_up(p.D_v, kTileSize), panel_floats = D_v_pad * kPanelPairs;
+    const LiveKeys live{lead, lead + n, column.begin - first + lead, column.end - first + lead,
+                        dead};
+    Index v_plane = tile.v_plane;
+    const float* v = without_poison<kPlanes>(tile.v + skip / kPanel * panel_floats, D_v_pad,
+                                             tile.v_plane, panels, live, scratch.v_clean, &v_plane);
+    multiply_pairs<kPlanes>(p.D_v, kColumn, panels, PairsA{v, kPanelPairs, panel_floats, v_plane},
+                            PairsB{scratch.p_pairs, kColumn, kPairsPlane},
+                            MatrixC{state.o_t, kColumn}, state.start);
+    state.start = Start::kAccumulate;
+  } else {
+    state.start = gather_keys(tile.v + skip * tile.v_row, tile.v_row, n, p.D_v, scratch.s,
+                              state.o_t, state.start, dead);
   }
 }
 
@@ -274,9 +310,10 @@ void finish_column(const ForwardParams& p, const Head<Element>& head, const Colu
   transpose_out(state.o_t, column.rows, p.D_v, factor, out, p.out.t);
 }
 
-template <bool kStats, bool kNatural, class Element>
-void query_block(const ForwardParams& p, const Head<Element>& head, Index t0, Index rows,
-                 const PackedHeads<Element>& packed, Scratch& scratch) {
+// False, with nothing done, where the block's queries are out of the range of their planes.
+template <bool kStats, bool kNatural, class Element, int kPlanes>
+bool query_block(const ForwardParams& p, const Head<Element>& head, Index t0, Index rows,
+                 const PackedHeads<Element, kPlanes>& packed, Scratch& scratch) {
   const Index num_columns = (rows + kColumn - 1) / kColumn;
   Index begin = head.S, end = 0;
   for (Index c = 0; c < num_columns; ++c) {
@@ -290,8 +327,12 @@ void query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
       store(state.reach + lane, zeros());
     }
     const Element* q = head.q + column.t0 * p.q.t;
-    if constexpr (kPairsOf<Element>) {
-      transpose_pairs(q, p.q.t, column.rows, p.D, state.q_t);
+    if constexpr (kPlanes > 0) {
+      Peak peak;
+      transpose_column_in_planes<kPlanes>(q, p.q.t, column.rows, p.D,
+                                          kPlanes > 1 ? head.q_factor : 1.0f, state.q_t,
+                                          round_up(p.D, kPanel) / 2 * kColumn, &peak);
+      if (kPlanes > 1 && !Peak::in_range(peak.get())) return false;
     } else {
       transpose_in(q, p.q.t, column.rows, p.D, head.q_factor, state.q_t);
     }
@@ -300,10 +341,14 @@ void query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
       end = max_of(end, column.end);
     }
   }
-  if (kPairsOf<Element>) begin -= begin % 2, end = min_of(end + end % 2, head.S);
-  const Index most = keys_per_tile(p);
+  // With pairs, tiles begin with a panel and the parts of one with a tile register's rows, or with
+  // a pair; keys too many are masked by their position.
+  constexpr Index kUnit = kPlanes ? (kHasTiles ? kTileSize : 2) : 1;
+  if (kPlanes) begin -= begin % kPanel;
+  const Index most = keys_per_tile<kPlanes>(p);
   const Index tiles = max_of((end - begin + most - 1) / most, 1);
-  const Index step = min_of(round_up((end - begin + tiles - 1) / tiles, kTileRows), most);
+  const Index step =
+      min_of(round_up((end - begin + tiles - 1) / tiles, kPlanes ? kPanel : kTileRows), most);
   for (Index key = begin; key < end; key += step) {
     const Index n = min_of(step, end - key);
     const KeyTile tile = load_keys(head, key, n, packed, scratch);
@@ -311,18 +356,16 @@ void query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
       const Column column(head, t0 + c * kColumn, min_of(rows - c * kColumn, kColumn));
       Index first = max_of(key, column.begin), last = min_of(key + n, column.end);
       if (first >= last) continue;
-      if (kPairsOf<Element>) {  // whole pairs; the key too many is masked by its position
-        first -= (first - key) % 2;
-        last = min_of(last + (last - key) % 2, key + n);
-      }
-      tile_step<kStats, kNatural>(p, head, column, scratch.columns[c], first, last - first,
-                                  tile.from<Element>(first - key), scratch);
+      first -= (first - key) % kUnit;
+      tile_step<kStats, kNatural, kPlanes>(p, head, column, scratch.columns[c], key, first,
+                                           last - first, tile, scratch);
     }
   }
   for (Index c = 0; c < num_columns; ++c) {
     const Column column(head, t0 + c * kColumn, min_of(rows - c * kColumn, kColumn));
     finish_column(p, head, column, scratch.columns[c]);
   }
+  return true;
 }
 
 // Short heads are over before the hardware sees a pattern in their rows.
@@ -334,27 +377,35 @@ void prefetch_head(const ForwardParams& p, Index head_index, Prefetcher* next) {
   next->add(head.v, p.v.t, head.S, p.D_v);
 }
 
-template <class Element>
+template <class Element, int kPlanes>
+auto query_block_for(const ForwardParams& p) {
+  if (p.max_logit)
+    return p.bias.data ? query_block<true, true, Element, kPlanes>
+                       : query_block<true, false, Element, kPlanes>;
+  return p.bias.data ? query_block<false, true, Element, kPlanes>
+                     : query_block<false, false, Element, kPlanes>;
+}
+
+template <class Element, int kPlanes>
 void forward(const ForwardParams& p) {
-  // bf16 and fp16 blocks are taller, so that each fp32 copy of k and v serves more queries.
-  const Index block = RowsAsFloat<Element>::kPacks ? 128 : 64;
+  // Blocks are taller where k and v are packed, so that each copy serves more queries.
+  const Index block = kPlanes || RowsAsFloat<Element>::kPacks ? 128 : 64;
   const Index blocks = (p.T + block - 1) / block, group = p.H / p.H_kv;
   const Index items = p.B * p.H * blocks;
   if (items == 0) return;
-  const auto run =
-      p.max_logit
-          ? (p.bias.data ? query_block<true, true, Element> : query_block<true, false, Element>)
-          : (p.bias.data ? query_block<false, true, Element> : query_block<false, false, Element>);
-  PackedHeads<Element> packed(p, group * blocks);
+  const auto run = query_block_for<Element, kPlanes>(p);
+  PackedHeads<Element, kPlanes> packed(p, group * blocks);
   const Index key_heads = p.B * p.H_kv, heads_at_once = packed.most ? packed.most : key_heads;
-  const Index parts = (p.S + kPackedKeys - 1) / kPackedKeys;
+  [[maybe_unused]] const auto run_in_fp32 = query_block_for<Element, 0>(p);
+  [[maybe_unused]] const PackedHeads<Element, 0> in_fp32(p, 1);  // items read for themselves
   const int threads = usable_threads(p.num_threads);
   const bool prefetches = p.T <= kPrefetchRows && p.S <= kPrefetchRows && !packed.most;
   const Index chunk = prefetches ? max_of(min_of(items / (threads * 8), 8), 1) : 1;
 #pragma omp parallel num_threads(threads) if (items > 1 && threads > 1)
   {
+    const TileRegisters registers;
     Arena& arena = thread_arena();
-    Scratch scratch;
+    Scratch scratch{};
     scratch.take(arena, p, (min_of(block, p.T) + kColumn - 1) / kColumn, packed);
     for (Index first = 0; first < key_heads; first += heads_at_once) {
       const Index heads = min_of(heads_at_once, key_heads - first);
@@ -362,7 +413,8 @@ void forward(const ForwardParams& p) {
 #pragma omp single
         packed.first = first;
 #pragma omp for schedule(dynamic, 1)
-        for (Index i = 0; i < heads * parts; ++i) packed.pack(p, first + i / parts, i % parts);
+        for (Index i = 0; i < heads * packed.parts; ++i)
+          packed.pack(p, first + i / packed.parts, i % packed.parts);
       }
 #pragma omp for schedule(dynamic, chunk) nowait
       for (Index item = 0; item < heads * group * blocks; ++item) {
@@ -372,7 +424,16 @@ void forward(const ForwardParams& p) {
         scratch.next.clear();
         if (prefetches && t0 == 0 && head_index + 1 < p.B * p.H)
           prefetch_head<Element>(p, head_index + 1, &scratch.next);
-        if (t0 < head.T) run(p, head, t0, min_of(block, head.T - t0), packed, scratch);
+        if (t0 >= head.T) continue;
+        const Index rows = min_of(block, head.T - t0);
+        if constexpr (kPlanes > 1) {
+          if (!packed.most || !packed.in_range(head_index / group) ||
+              !run(p, head, t0, rows, packed, scratch)) {
+            run_in_fp32(p, head, t0, rows, in_fp32, scratch);
+          }
+        } else {
+          run(p, head, t0, rows, packed, scratch);
+        }
       }
       if (first + heads < key_heads) {
 #pragma omp barrier
@@ -385,8 +446,15 @@ void forward(const ForwardParams& p) {
 }  // namespace
 
 void attention_fwd(const ForwardParams& p) {
-  with_element(p.q.dtype,
-               [&](auto* element) { forward<std::remove_pointer_t<decltype(element)>>(p); });
+  with_element(p.q.dtype, [&]([[maybe_unused]] auto* element) {
+    using Element = std::remove_pointer_t<decltype(element)>;
+    constexpr int kPlanes = kPlanesOf<Element>;
+    if (kPlanes > 1 && p.T * (p.H / p.H_kv) < kFewestQueries) {
+      forward<Element, 0>(p);
+    } else {
+      forward<Element, kPlanes>(p);
+    }
+  });
   if (p.weights_mode != Weights::kNone) weights_fwd(p);
   if (p.received) received_fwd(p);
 }

@@ -9,6 +9,7 @@
 #include "elements.h"
 #include "gemm.h"
 #include "math.h"
+#include "pairs.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 
@@ -82,6 +83,7 @@ struct Head {
     return max_of(last + 1, live_begin);
   }
 
+  // Whether scores are changed after the products, but by position.
   bool edits_scores() const {
     return problem.softcap > 0.0f || slope != 0.0f || mask != nullptr || bias != nullptr;
   }
@@ -204,24 +206,32 @@ struct FloatScores {
   }
 };
 
-// ... or from pairs of bf16 along the rows.
+// ... or on pairs.
+template <int kPlanes>
 struct PairScores {
-  const float* q_t;  // [pairs][kColumn], unscaled
-  const float* k;
-  Index k_row, pairs;
-  float factor;  // head.q_factor
+  PairsB q_t;  // [panels * 16][kColumn]
+  PairsA k;
+  Index panels;
+  float factor;  // what the products are multiplied with
 
   template <bool kMax>
   void run(Index n, float* s, float* column_max) const {
-    MatrixA a{k, k_row, 1};
-    a.factor = factor;
-    gemm<kTileVecs, kMax, true>(n, pairs, a, MatrixB{q_t, kColumn}, MatrixC{s, kColumn},
-                                Start::kZero, column_max);
+    multiply_pairs<kPlanes>(n, kColumn, panels, k, q_t, MatrixC{s, kColumn}, Start::kZero);
+    if (!kMax && factor == 1.0f) return;
+    for (Index lane = 0; lane < kColumn; lane += kLanes) {
+      Vec m = kMax ? load(column_max + lane) : zeros();
+      for (Index j = 0; j < n; ++j) {
+        float* x = s + j * kColumn + lane;
+        if (factor != 1.0f) store(x, load(x) * factor);
+        if (kMax) m = max(load(x), m);
+      }
+      if (kMax) store(column_max + lane, m);
+    }
   }
 };
 
 // S[key][lane] for keys key .. key + n - 1 of a column, all options applied.
-//   scores   FloatScores or PairScores
+//   scores   FloatScores or PairScores; with tiles, rows up to the next multiple of 16 are written
 //   slope_of_cap  null, or [n][kColumn]: d capped / d uncapped = 1 - tanh^2, for the backward
 //   column_max    raised to the largest score of each lane; null: not wanted
 template <class Element, class Scores>

@@ -13,7 +13,7 @@
 #endif
 
 #ifndef ATTNFAST_ISA
-#error "compile with -DATTNFAST_ISA=portable|avx2|avx512|avx512_bf16|lanes16"
+#error "compile with -DATTNFAST_ISA=portable|avx2|avx512|avx512_bf16|amx|lanes16|tiles16"
 #endif
 
 #define ATTNFAST_INLINE inline __attribute__((always_inline))
@@ -80,26 +80,73 @@ ATTNFAST_INLINE Vec broadcast(float x) {
 ATTNFAST_INLINE Vec zeros() { return Vec{}; }
 
 // Vectors of pairs: two bf16 in the bits of each lane, the even one in the lower half.
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(ATTNFAST_EMULATED_TILES)
 constexpr bool kHasPairs = true;
+
+ATTNFAST_INLINE Vec high_half(Vec x) { return bit_cast<Vec>(bit_cast<UVec>(x) & 0xffff0000u); }
 
 // acc + a.even * b.even + a.odd * b.odd, the products exact.
 ATTNFAST_INLINE Vec multiply_add_pairs(Vec a, Vec b, Vec acc) {
+#if defined(ATTNFAST_EMULATED_TILES)
+  const Vec a_even = bit_cast<Vec>(bit_cast<UVec>(a) << 16);
+  const Vec b_even = bit_cast<Vec>(bit_cast<UVec>(b) << 16);
+  return high_half(a) * high_half(b) + (a_even * b_even + acc);
+#else
   return _mm512_dpbf16_ps(acc, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+#endif
 }
 
-// Rounds to nearest even.
+// Two fp32 vectors as pairs, cut to bf16 (exact where the numbers are bf16 already).
+ATTNFAST_INLINE Vec pair_of_high_halves(Vec even, Vec odd) {
+  return bit_cast<Vec>(bit_cast<UVec>(even) >> 16 | (bit_cast<UVec>(odd) & 0xffff0000u));
+}
+
+// Two fp32 vectors as one row of bf16, `first` before `second`, cut likewise.
+ATTNFAST_INLINE Vec row_of_high_halves(Vec first, Vec second) {
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * 4)));
+  const Halves a = bit_cast<Halves>(first), b = bit_cast<Halves>(second);
+  return bit_cast<Vec>(
+      __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,  //
+                              33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63));
+}
+
+#if defined(ATTNFAST_EMULATED_TILES)
+ATTNFAST_INLINE Vec rounded_to_bf16(Vec x) {
+  const UVec bits = bit_cast<UVec>(x);
+  return x == x ? bit_cast<Vec>(bits + 0x7fffu + ((bits >> 16) & 1u)) : x;
+}
+#endif
+
+// The same, rounded to nearest even.
+ATTNFAST_INLINE Vec row_of_bf16(Vec first, Vec second) {
+#if defined(ATTNFAST_EMULATED_TILES)
+  return row_of_high_halves(rounded_to_bf16(first), rounded_to_bf16(second));
+#else
+  return bit_cast<Vec>(_mm512_cvtne2ps_pbh(second, first));
+#endif
+}
+
 ATTNFAST_INLINE Vec pair_of(Vec even, Vec odd) {
+#if defined(ATTNFAST_EMULATED_TILES)
+  return pair_of_high_halves(rounded_to_bf16(even), rounded_to_bf16(odd));
+#else
   const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
   const __m512i interleaved =
       _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                        21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return bit_cast<Vec>(_mm512_permutexvar_epi16(interleaved, halves));
+#endif
 }
 #else
 constexpr bool kHasPairs = false;
+
+// Named by templates that are not used.
 ATTNFAST_INLINE Vec multiply_add_pairs(Vec, Vec, Vec acc) { return acc; }
-ATTNFAST_INLINE Vec pair_of(Vec even, Vec) { return even; }
+Vec high_half(Vec x);
+Vec pair_of(Vec even, Vec odd);
+Vec pair_of_high_halves(Vec even, Vec odd);
+Vec row_of_bf16(Vec first, Vec second);
+Vec row_of_high_halves(Vec first, Vec second);
 #endif
 
 ATTNFAST_INLINE IVec broadcast_int(int32_t x) { return IVec{} + x; }
