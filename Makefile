@@ -96,6 +96,9 @@ asan: $(TEST)  ## the case table under AddressSanitizer and UndefinedBehaviorSan
 	ATTNFAST_SANITIZE=1 $(PY) setup.py -q build_ext
 	OMP_NUM_THREADS=1 $(ASAN_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal --capture=sys \
 	  $(ASAN_TESTS) -k "not reference" $(ARGS)
+	@for isa in lanes16 avx2 portable; do echo "the case table as $$isa"; \
+	  OMP_NUM_THREADS=1 $(ASAN_ENV) ATTNFAST_CPU_ISA=$$isa $(PY) -m pytest -n $(WORKERS) --dist worksteal \
+	    --capture=sys tests/test_table.py -k "not reference" $(ARGS) || exit 1; done
 
 venv: $(RUNTIME) $(TEST) $(LINT)  ## .venv with what building, testing and linting need
 
