@@ -87,7 +87,6 @@ def _cuda_unsupported(problem: Problem) -> str | None:
             f"takes bfloat16 and float16, got {dtype_name(problem.dtype)}",
         ),
         (widest > CUDA_MAX_HEAD_DIM, f"takes D and D_v up to {CUDA_MAX_HEAD_DIM}, got {widest}"),
-        (problem.kind == "decode", "does not decode"),
     )
     missing = EMULATOR_MISSING if problem.device.type == "cpu" else None
     return next((reason for holds, reason in reasons if holds), missing)

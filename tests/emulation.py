@@ -7,7 +7,7 @@ it skip themselves otherwise; `test_emulator.py` runs a sample of them in a proc
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -75,22 +75,22 @@ def sabotage(kind: str, place: Place, amount: int = 0) -> Iterator[None]:
         torch.ops.attnfast.emulator_sabotage("none", "", 0)
 
 
-def places(case: Case) -> list[Place]:
-    """Every call of a primitive in a case's kernels, with its costs."""
+def places(run: Callable[[], None]) -> list[Place]:
+    """Every call of a primitive in the kernels that are run, with its costs."""
     torch.ops.attnfast.emulator_count(True)
-    check_case(case)
+    run()
     lines = torch.ops.attnfast.emulator_counts().splitlines()
     torch.ops.attnfast.emulator_count(False)
     words = [line.split() for line in lines]
     return [Place(op, file, *map(int, numbers)) for op, file, *numbers in words]
 
 
-def caught(case: Case) -> str | None:
-    """What the emulator or the accuracy rule finds wrong with a case within six seeds, or None."""
+def caught(run: Callable[[], None]) -> str | None:
+    """What the emulator or the accuracy rule finds wrong with a run within six seeds, or None."""
     for seed in SEEDS:
         with schedule(seed):
             try:
-                check_case(case)
+                run()
             except (AssertionError, RuntimeError, ValueError) as error:
                 return str(error)
     return None

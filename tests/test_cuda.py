@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import decode_cases
 import pytest
 import torch
 from cases import CASES, EVERYTHING, Case, bf16, fp16, problem, run
@@ -140,18 +141,61 @@ def test_cu_seqlens_never_lead_out_of_a_tensor() -> None:
         attnfast.varlen_attention(x, x, x, cu, cu, 20, 20, backend="cuda").sum().backward()
 
 
+DECODED = [
+    replace(case, dtype=dtype)
+    for case in decode_cases.CASES
+    if max(case.D, case.D_v) <= dispatch.CUDA_MAX_HEAD_DIM
+    for dtype in (bf16, fp16)
+]
+
+
+@pytest.mark.parametrize("way", decode_cases.WAYS)
+@pytest.mark.parametrize("case", DECODED[::EVERY], ids=str)
+def test_decode(case: decode_cases.Case, way: str) -> None:
+    """Cache slots past the lengths hold NaN."""
+    call = decode_cases.make(case)
+    decode_cases.judge(decode_cases.WAYS[way](call, backend="cuda"), call)
+
+
+@pytest.mark.parametrize("way", decode_cases.WAYS)
+def test_a_decoded_entry_does_not_depend_on_the_batch(way: str) -> None:
+    """Alone, and in a smaller cache, it has the same bits as among others."""
+    lengths = (129, 300, 64, 900)
+    call = decode_cases.make(decode_cases.Case("batch", lengths=lengths, S=912, T=2, dtype=bf16))
+    out, lse = decode_cases.WAYS[way](call, backend="cuda")
+    for b, length in enumerate(lengths):
+        one, S = slice(b, b + 1), -(-length // decode_cases.PAGE) * decode_cases.PAGE
+        k, v = call.k[one, :, :S], call.v[one, :, :S]
+        alone = call._replace(q=call.q[one], k=k, v=v, lengths=call.lengths[one])
+        out_alone, lse_alone = decode_cases.WAYS[way](alone, backend="cuda")
+        assert torch.equal(out_alone, out[one])
+        assert torch.equal(lse_alone, lse[one])
+
+
+def test_lengths_and_pages_never_lead_out_of_a_cache() -> None:
+    q, cache = torch.randn(2, 2, 1, 8).to(bf16), torch.randn(2, 2, 20, 8).to(bf16)
+    pages = torch.randn(5, 4, 2, 8).to(bf16)
+    table = torch.tensor([[0, -1, 9], [2, 2**31 - 1, -(2**31)]]).int()
+    for length in (21, -1, 2**31 - 1, -(2**31)):
+        lengths = torch.tensor([5, length]).int()
+        attnfast.decode_attention(q, cache, cache, lengths, backend="cuda")
+        attnfast.decode_attention(q, pages, pages, lengths, page_table=table, backend="cuda")
+
+
 def test_opcheck() -> None:
     inputs, options, grads = problem(replace(OPTIONS, T=9, S=20))
     torch.library.opcheck(ops.CUDA.fwd, (*inputs, *options))
     out, lse, stats, *_ = ops.CUDA.fwd(*inputs, *options)
     gradients = (*grads, out, lse, stats[1], True, True)
     torch.library.opcheck(ops.CUDA.bwd, (*gradients, *inputs, *options))
+    call = decode_cases.make(decode_cases.Case("opcheck", T=2, dtype=fp16))
+    rest = (None, None, None, None, 0.1, -1, -1, 0.0)
+    torch.library.opcheck(ops.CUDA.decode, (*call[:4], *rest))
 
 
 REFUSED = {
     "takes bfloat16 and float16, got float32": {"dtype": torch.float32},
     "takes D and D_v up to 256, got 320": {"D_v": 320},
-    "does not decode": {"kind": "decode"},
 }
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
+import decode_cases
 import pytest
 import torch
 from cases import EVERYTHING, Case, bf16, fp16, fp32
@@ -86,7 +89,7 @@ def test_unknown_kernels_and_sabotage() -> None:
 
 # Between them they reach every line of the kernels.
 OPTIONS = replace(EVERYTHING, dtype=fp16, H=2, H_kv=1, T=140, S=130)
-REAL = {
+CASES = {
     "plain": Case("plain", B=1, H_kv=1, T=150, S=200, D=64, dtype=bf16, causal=True),
     "options": OPTIONS,
     "weights": Case(
@@ -118,6 +121,24 @@ REAL = {
         dtype=fp16,
     ),
 }
+
+REAL: dict[str, Callable[[], None]] = {
+    name: functools.partial(check_case, case) for name, case in CASES.items()
+}
+
+
+def check_decode(case: decode_cases.Case) -> None:
+    call = decode_cases.make(case)
+    bias = call.options["bias"]
+    dropped = torch.rand(bias.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    call.options["bias"] = bias.masked_fill(dropped, -torch.inf)
+    decode_cases.judge(decode_cases.decode_paged(call, backend="cuda"), call)
+
+
+DECODE = decode_cases.Case(
+    "decode", lengths=(129, 300), H=6, T=3, D_v=40, alibi="h", sinks=True, bias="bhts", dtype=fp16
+)
+REAL["decode"] = functools.partial(check_decode, DECODE)
 
 # What to do to each primitive. Addresses move by whole chunks, so that they stay aligned.
 SHARED = [("shift", 64), ("flip", 16), ("shift", 1 << 20)]
@@ -152,24 +173,24 @@ HARMLESS = {  # what makes no wrong result there
 @pytest.mark.parametrize("name", REAL)
 def test_bugs_of_the_real_kernels(name: str) -> None:
     """Every primitive in its turn left out, left out in one lane, or given a wrong address."""
-    case = REAL[name]
+    run = REAL[name]
     missed = []
-    for place in places(case):
+    for place in places(run):
         for kind, amount in WRONGS[place.op]:
             if (name, kind, place.op) in HARMLESS:
                 continue
             with sabotage(kind, place, amount):
-                if caught(case) is None:
+                if caught(run) is None:
                     missed.append(f"{kind} {amount} {place}")
     assert not missed
-    check_case(case)
+    run()
 
 
 def test_deadlocks_name_each_warp() -> None:
-    case = REAL["plain"]
-    barrier = next(place for place in places(case) if place.op == "sync_block")
+    run = REAL["plain"]
+    barrier = next(place for place in places(run) if place.op == "sync_block")
     with sabotage("omit in one lane", barrier):
-        message = caught(case)
+        message = caught(run)
     assert message is not None
     assert f"sync_block at {barrier.file}:{barrier.line}" in message
 
@@ -181,7 +202,7 @@ WITHOUT_CONFLICTS = ("load_matrix", "load_matrix_transposed", "copy_async:shared
 @pytest.mark.parametrize("D", [32, 64, 96, 128, 192, 256])
 def test_tiles_have_no_bank_conflicts(D: int) -> None:
     case = Case(B=1, H=1, H_kv=1, T=130, S=130, D=D, dtype=bf16, grads=())
-    costs = places(case)
+    costs = places(functools.partial(check_case, case))
     assert {place.op for place in costs} >= {*WITHOUT_CONFLICTS, "load_shared", "copy_async"}
     for place in costs:
         if place.op in (*WITHOUT_CONFLICTS, "load_shared"):

@@ -5,6 +5,7 @@
 // tensors are not read on the host: the kernels clamp what indexes memory.
 #include <limits>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../cuda/kernels.h"
@@ -15,6 +16,7 @@ namespace {
 
 using namespace attnfast::bindings;
 using attnfast::BackwardParams;
+using attnfast::DecodeParams;
 using attnfast::ForwardParams;
 using attnfast::MutableView;
 using attnfast::Problem;
@@ -216,6 +218,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_bwd(
   return {dq, dk, dv, dbias, dsinks};
 }
 
+std::tuple<Tensor, Tensor> cuda_decode(const Tensor& q, const Tensor& k_cache,
+                                       const Tensor& v_cache, const Tensor& cache_seqlens,
+                                       OptionalTensor page_table, OptionalTensor bias,
+                                       OptionalTensor alibi_slopes, OptionalTensor sinks,
+                                       double scale, int64_t window_left, int64_t window_right,
+                                       double softcap) {
+  DecodeParams p;
+  DeviceCall call(q);
+  Kept kept(&call);
+  check_rows(q, "q"), check_rows(k_cache, "k_cache"), check_rows(v_cache, "v_cache");
+  p.B = q.size(0), p.H = q.size(1), p.T = q.size(2), p.D = q.size(3), p.D_v = v_cache.size(3);
+  p.q = read(q), p.k = read(k_cache), p.v = read(v_cache), p.bias = read(bias);
+  call.reads(q, "q"), call.reads(k_cache, "k_cache"), call.reads(v_cache, "v_cache");
+  call.reads(bias, "bias");
+  p.cache_seqlens = kept.numbers<int32_t>(cache_seqlens, ScalarType::Int, "cache_seqlens");
+  if (page_table) {  // pages (P, page, H_kv, D)
+    p.page_table = kept.numbers<int32_t>(*page_table, ScalarType::Int, "page_table");
+    p.num_pages = k_cache.size(0), p.page_size = k_cache.size(1), p.H_kv = k_cache.size(2);
+    p.pages_per_sequence = page_table->size(1);
+    p.S = p.pages_per_sequence * p.page_size;
+    std::swap(p.k.h, p.k.t), std::swap(p.v.h, p.v.t);
+  } else {
+    p.H_kv = k_cache.size(1), p.S = k_cache.size(2);
+  }
+  if (alibi_slopes) {
+    p.alibi_slopes = kept.numbers<float>(*alibi_slopes, ScalarType::Float, "alibi_slopes");
+    p.alibi_stride_b = alibi_slopes->dim() == 2 && alibi_slopes->size(0) > 1 ? p.H : 0;
+  }
+  if (sinks) p.sinks = kept.numbers<float>(*sinks, ScalarType::Float, "sinks");
+  p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
+  p.window_left = window_left, p.window_right = window_right;
+  Tensor out = empty_in_order(q, p.D_v);
+  Tensor lse = empty(q, ScalarType::Float, {p.B, p.H, p.T});
+  Tensor scratch = empty(q, ScalarType::Float, {attnfast::cuda::decode_scratch(p)});
+  call.writes(out, "out"), call.writes(lse, "lse"), call.writes(scratch, "scratch");
+  p.out = write(out);
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  attnfast::cuda::attention_decode(p, static_cast<float*>(scratch.mutable_data_ptr()),
+                                   call.stream());
+  return {out, lse};
+}
+
 }  // namespace
 
 #ifdef ATTNFAST_EMULATOR
@@ -225,4 +269,5 @@ STABLE_TORCH_LIBRARY_IMPL(attnfast, CUDA, m) {
 #endif
   m.impl("cuda_fwd", TORCH_BOX(&cuda_fwd));
   m.impl("cuda_bwd", TORCH_BOX(&cuda_bwd));
+  m.impl("cuda_decode", TORCH_BOX(&cuda_decode));
 }

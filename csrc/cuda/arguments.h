@@ -1,6 +1,7 @@
 // What the kernels are launched with: the call's parameters, and what follows from them.
 #pragma once
 #include "kernels.h"
+#include "splits.h"
 
 namespace attnfast::cuda {
 
@@ -31,6 +32,15 @@ struct BackwardArguments {
   bool dq_aligned = false, dk_aligned = false, dv_aligned = false;
 };
 
+struct DecodeArguments {
+  DecodeParams p;
+  int64_t splits;      // of the keys of the longest sequence there can be
+  int64_t row_blocks;  // of the queries that share a key head
+  float* partial;      // [splits][B * H * T][D_v]: sums of exp(s - m) v over a split's keys
+  Floats2* softmax;    // [splits][B * H * T]: m, and l = the sum of exp(s - m)
+  bool q_aligned = false, k_aligned = false, v_aligned = false;
+};
+
 // Launches the kernels of the head dims up to kHeadDim. Plain calls have no option but positions,
 // rows that are aligned, and a positive scale.
 template <int kHeadDim>
@@ -44,20 +54,26 @@ void run_attention_weights(const ForwardArguments& a, Stream stream);
 template <int kHeadDim>
 void run_attention_weight_rows(const BackwardArguments& a, Stream stream);
 
+template <int kHeadDim>
+void run_attention_decode(const DecodeArguments& a, Stream stream);
+void run_decode_combine(const DecodeArguments& a, Stream stream);
+
 int64_t padded_rows(int64_t T);
 void run_attention_bwd_rows(const BackwardArguments& a, Stream stream);
 void run_attention_bwd_sinks(const BackwardArguments& a, Stream stream);
 
 // Which head dims there are, each defined in a compilation of its own.
-#define ATTNFAST_DECLARE(kHeadDim)                                          \
-  template <>                                                               \
-  void run_attention_fwd<kHeadDim>(const ForwardArguments&, bool, Stream);  \
-  template <>                                                               \
-  void run_attention_bwd<kHeadDim>(const BackwardArguments&, bool, Stream); \
-  template <>                                                               \
-  void run_attention_weights<kHeadDim>(const ForwardArguments&, Stream);    \
-  template <>                                                               \
-  void run_attention_weight_rows<kHeadDim>(const BackwardArguments&, Stream);
+#define ATTNFAST_DECLARE(kHeadDim)                                            \
+  template <>                                                                 \
+  void run_attention_fwd<kHeadDim>(const ForwardArguments&, bool, Stream);    \
+  template <>                                                                 \
+  void run_attention_bwd<kHeadDim>(const BackwardArguments&, bool, Stream);   \
+  template <>                                                                 \
+  void run_attention_weights<kHeadDim>(const ForwardArguments&, Stream);      \
+  template <>                                                                 \
+  void run_attention_weight_rows<kHeadDim>(const BackwardArguments&, Stream); \
+  template <>                                                                 \
+  void run_attention_decode<kHeadDim>(const DecodeArguments&, Stream);
 ATTNFAST_DECLARE(32)
 ATTNFAST_DECLARE(64)
 ATTNFAST_DECLARE(96)

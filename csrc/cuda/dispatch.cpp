@@ -26,8 +26,8 @@ bool plain(const Problem& p) {
 }
 
 // Calls run(std::integral_constant) with the smallest head dim that there is for D and D_v.
-template <class Run>
-void with_head_dim(const Problem& p, Run run) {
+template <class Params, class Run>
+void with_head_dim(const Params& p, Run run) {
   const int64_t widest = p.D > p.D_v ? p.D : p.D_v;
   if (widest <= 32) return run(std::integral_constant<int, 32>());
   if (widest <= 64) return run(std::integral_constant<int, 64>());
@@ -74,6 +74,20 @@ void attention_bwd(const BackwardParams& p, const DeviceSeed& dropout, int64_t r
     run_attention_bwd<head_dim()>(a, simple, stream);
   });
   if (p.dsinks) run_attention_bwd_sinks(a, stream);
+}
+
+int64_t decode_scratch(const DecodeParams& p) {
+  return most_splits(p.S) * p.B * p.H * p.T * (p.D_v + 2);
+}
+
+void attention_decode(const DecodeParams& p, float* scratch, Stream stream) {
+  const int64_t splits = most_splits(p.S), rows = p.B * p.H * p.T;
+  auto* softmax = reinterpret_cast<Floats2*>(scratch);
+  DecodeArguments a{p, splits, 0, scratch + 2 * splits * rows, softmax};
+  a.q_aligned = aligned(p.q, p.D), a.k_aligned = aligned(p.k, p.D);
+  a.v_aligned = aligned(p.v, p.D_v);
+  with_head_dim(p, [&](auto head_dim) { run_attention_decode<head_dim()>(a, stream); });
+  run_decode_combine(a, stream);
 }
 
 }  // namespace attnfast::cuda

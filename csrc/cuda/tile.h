@@ -56,6 +56,9 @@ struct Rows {
   int begin, end;
   int columns;   // of a row; the tile's other columns are zero
   bool aligned;  // every row begins at a multiple of 16 bytes
+
+  ATTNFAST_DEVICE bool has(int r) const { return r >= begin && r < end; }
+  ATTNFAST_DEVICE const Element* at(int r) const { return data + r * stride; }
 };
 
 // Eight elements of a row that begins anywhere.
@@ -69,24 +72,26 @@ ATTNFAST_DEVICE Words4 gather_chunk(const Element* row, int column, int columns)
           half[6] | half[7] << 16};
 }
 
-// Starts to fill a tile of kRows rows with those from `first` on.
-template <int kD, int kRows, int kThreads, bool kMayBeUnaligned, class Element>
-ATTNFAST_DEVICE void load_tile(uint32_t tile, const Rows<Element>& rows, int first) {
+// Starts to fill a tile of kRows rows with those from `first` on. SomeRows are Rows, or find theirs
+// otherwise.
+template <int kD, int kRows, int kThreads, bool kMayBeUnaligned, class SomeRows>
+ATTNFAST_DEVICE void load_tile(uint32_t tile, const SomeRows& rows, int first) {
   constexpr int kChunks = kD / 8, kAll = kRows * kChunks;
-  const auto exists = [&](int r) { return first + r >= rows.begin && first + r < rows.end; };
   if (kMayBeUnaligned && !rows.aligned) {
     ATTNFAST_NO_UNROLL for (int n = thread_index(); n < kAll; n += kThreads) {
-      const int r = n / kChunks, chunk = n % kChunks, columns = exists(r) ? rows.columns : 0;
-      const Element* row = rows.data + (exists(r) ? (first + r) * rows.stride : 0);
-      store_shared(tile + Swizzle<kD>::offset(r, chunk), gather_chunk(row, chunk * 8, columns));
+      const int r = n / kChunks, chunk = n % kChunks;
+      const bool has = rows.has(first + r);
+      const auto* row = has ? rows.at(first + r) : rows.data;
+      store_shared(tile + Swizzle<kD>::offset(r, chunk),
+                   gather_chunk(row, chunk * 8, has ? rows.columns : 0));
     }
     return;
   }
   ATTNFAST_UNROLL for (int i = 0; i < kAll; i += kThreads) {
     const int n = i + thread_index(), r = n / kChunks, chunk = n % kChunks;
     if (kAll % kThreads && n >= kAll) break;
-    const int left = exists(r) ? max_of(rows.columns - chunk * 8, 0) : 0;
-    const Element* from = rows.data + (left ? (first + r) * rows.stride + chunk * 8 : 0);
+    const int left = rows.has(first + r) ? max_of(rows.columns - chunk * 8, 0) : 0;
+    const auto* from = left ? rows.at(first + r) + chunk * 8 : rows.data;
     copy_async(tile + Swizzle<kD>::offset(r, chunk), from, min_of(left, 8) * 2);
   }
 }

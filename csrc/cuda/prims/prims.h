@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "../splits.h"
+
 namespace attnfast::cuda {
 
 // Storage types; arithmetic is in float.
@@ -26,9 +28,6 @@ struct Float16 {
 // What one access moves.
 struct alignas(8) Words2 {
   uint32_t x, y;
-};
-struct alignas(8) Floats2 {
-  float x, y;
 };
 struct alignas(16) Words4 {
   uint32_t x, y, z, w;

@@ -1,0 +1,243 @@
+// Decoding, of one head dim, ATTNFAST_HEAD_DIM: few queries over many keys, which blocks and,
+// within a block, warps share out (Flash-Decoding); decode_combine.cu puts the parts together.
+//   s = scale * q k^T    m = max s    l = sum of exp(s - m)    partial = sum of exp(s - m) v
+// Grid:   (batch entry, key head, block of kRows queries, split of the keys); the queries of all
+//         heads that share a key head lie in one tile: row = head * T + t
+// Memory: q, one tile of k and one of v in shared memory, v arriving during q k^T; each warp has a
+//         quarter of the tile's keys, and m, l and acc of its own in registers, which the warps
+//         then add up by way of shared memory
+// Limits: D and D_v up to ATTNFAST_HEAD_DIM; bf16, fp16
+#include "arguments.h"
+#include "launch.h"
+#include "scores.h"
+
+namespace attnfast::cuda {
+namespace {
+
+template <int kD>
+struct DecodeShape {
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
+  static constexpr int kRows = 16, kKeys = static_cast<int>(kKeyTile), kOwnKeys = kKeys / kWarps;
+  static constexpr int kSharedBytes = (kRows + 2 * kKeys) * kD * 2;
+  static_assert(kWarps * kRows * kD * 4 <= 2 * kKeys * kD * 2, "sums take the place of k and v");
+};
+
+// Queries of the heads that share a key head, and keys of a cache, contiguous or in pages.
+template <class Element>
+struct PackedQueries {
+  const Element* data;
+  int64_t h, t;  // strides
+  int T, end, columns;
+  bool aligned;
+  ATTNFAST_DEVICE bool has(int r) const { return r < end; }
+  ATTNFAST_DEVICE const Element* at(int r) const { return data + r / T * h + r % T * t; }
+};
+
+template <class Element>
+struct CachedRows {
+  const Element* data;  // of the key head; of the batch entry too, where there are no pages
+  int64_t page_stride, stride;
+  const int32_t* pages;  // of the batch entry; null: contiguous
+  int page_size, num_pages;
+  int begin, end, columns;
+  bool aligned;
+  ATTNFAST_DEVICE bool has(int r) const { return r >= begin && r < end && (!pages || num_pages); }
+  ATTNFAST_DEVICE const Element* at(int r) const {
+    if (!pages) return data + r * stride;
+    const int page = min_of(max_of(load_global(pages + r / page_size), 0), num_pages - 1);
+    return data + page * page_stride + r % page_size * stride;
+  }
+};
+
+template <class Element>
+ATTNFAST_DEVICE CachedRows<Element> cached(const DecodeParams& p, const View& x, int b, int h_kv,
+                                           int begin, int end, int64_t columns, bool aligned) {
+  const auto* data = static_cast<const Element*>(x.data) + h_kv * x.h;
+  const int32_t* pages = p.page_table ? p.page_table + b * p.pages_per_sequence : nullptr;
+  return {pages ? data : data + b * x.b,
+          x.b,
+          x.t,
+          pages,
+          static_cast<int>(p.page_size),
+          static_cast<int>(p.num_pages),
+          begin,
+          end,
+          static_cast<int>(columns),
+          aligned};
+}
+
+template <class Element, int kD>
+ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD>::kThreads), 1)
+    attention_decode_kernel(ATTNFAST_PARAMS DecodeArguments a) {
+  using Shape = DecodeShape<kD>;
+  constexpr int kRows = Shape::kRows, kKeys = Shape::kKeys, kThreads = Shape::kThreads;
+  constexpr int kN = Shape::kOwnKeys / 8;
+  const DecodeParams& p = a.p;
+
+  // Indices
+  int64_t index = block_index();
+  const int64_t split = index % a.splits;
+  index /= a.splits;
+  const int row_block = static_cast<int>(index % a.row_blocks) * kRows;
+  index /= a.row_blocks;
+  const int h_kv = static_cast<int>(index % p.H_kv), b = static_cast<int>(index / p.H_kv);
+  const int T = static_cast<int>(p.T), group = static_cast<int>(p.H / p.H_kv);
+  const int length = min_of(max_of(load_global(p.cache_seqlens + b), 0), static_cast<int>(p.S));
+  const int64_t part = keys_per_split(length), first = split * part;
+  if (first >= length) return;
+  const int shift = length - T;  // query t stands at t + shift
+  const int reach_begin =
+      p.window_left < 0 ? 0 : static_cast<int>(max_of<int64_t>(shift - p.window_left, 0));
+  const int key_begin = max_of(static_cast<int>(first), reach_begin / kKeys * kKeys);
+  const int key_end = static_cast<int>(min_of<int64_t>(first + part, length));
+  const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+
+  // Shared memory
+  const uint32_t q_tile = shared_memory(), k_tile = q_tile + kRows * kD * 2;
+  const uint32_t v_tile = k_tile + kKeys * kD * 2, own = warp * Shape::kOwnKeys * kD * 2;
+  const PackedQueries<Element> q{
+      static_cast<const Element*>(p.q.data) + b * p.q.b + h_kv * group * p.q.h,
+      p.q.h,
+      p.q.t,
+      T,
+      group * T,
+      static_cast<int>(p.D),
+      a.q_aligned};
+  const auto k = cached<Element>(p, p.k, b, h_kv, reach_begin, length, p.D, a.k_aligned);
+  const auto v = cached<Element>(p, p.v, b, h_kv, reach_begin, length, p.D_v, a.v_aligned);
+
+  // The lane's two rows of queries
+  const float unit = p.bias.data ? 1.0f : kLog2E, to_log2 = p.bias.data ? kLog2E : 1.0f;
+  const float factor = p.softcap > 0.0f ? p.scale / p.softcap : p.scale * unit;
+  int t[2];
+  float slope[2] = {};
+  int64_t bias_at[2];
+  ATTNFAST_UNROLL for (int r = 0; r < 2; ++r) {
+    const int row = min_of(row_block + r * 8 + lane / 4, group * T - 1);
+    const int h = h_kv * group + row / T;
+    t[r] = row % T;
+    if (p.alibi_slopes) slope[r] = unit * load_global(p.alibi_slopes + b * p.alibi_stride_b + h);
+    bias_at[r] = b * p.bias.b + h * p.bias.h + t[r] * p.bias.t;
+  }
+
+  float acc[1][kD / 8][4] = {}, m[2] = {-kInfinity, -kInfinity}, l[2] = {};
+
+  // Keys, tile by tile
+  if (key_begin < key_end) {
+    load_tile<kD, kRows, kThreads, true>(q_tile, q, row_block);
+    load_tile<kD, kKeys, kThreads, true>(k_tile, k, key_begin);
+  }
+  commit_copies();
+  for (int tile = key_begin; tile < key_end; tile += kKeys) {
+    wait_copies<0>();
+    sync_block();  // q and k are here, and no warp reads v any more
+    load_tile<kD, kKeys, kThreads, true>(v_tile, v, tile);
+    commit_copies();
+
+    const int s0 = tile + warp * Shape::kOwnKeys;  // the warp's first key
+    float s[1][kN][4] = {};
+    add_rows_times_rows<Element, kD>(s, q_tile, k_tile + own, lane);
+    ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
+      ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
+        const int r = e / 2, key = s0 + n * 8 + lane % 4 * 2 + e % 2, ahead = key - t[r] - shift;
+        float x = s[0][n][e] * factor;
+        if (p.softcap > 0.0f) x = p.softcap * unit * tanhf(x);
+        x -= slope[r] * fabsf(static_cast<float>(ahead));
+        if (key >= key_end || ahead > 0 || (p.window_left >= 0 && ahead < -p.window_left)) {
+          x = -kInfinity;
+        } else if (p.bias.data) {
+          const float addend = load_addend(p.bias, bias_at[r] + key * p.bias.d);
+          x = addend == -kInfinity ? addend : x + addend;
+        }
+        s[0][n][e] = x;
+      }
+    }
+    const uint32_t live = p.bias.data ? live_columns(s) : ~0u;
+
+    wait_copies<0>();
+    sync_block();  // v is here, and no warp reads k any more
+    if (tile + kKeys < key_end) load_tile<kD, kKeys, kThreads, true>(k_tile, k, tile + kKeys);
+    commit_copies();
+
+    ATTNFAST_UNROLL for (int r = 0; r < 2; ++r) {
+      float top = m[r];
+      ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
+        top = fmaxf(top, fmaxf(s[0][n][2 * r], s[0][n][2 * r + 1]));
+      }
+      top = fmaxf(top, shuffle_xor(top, 1));
+      top = fmaxf(top, shuffle_xor(top, 2));
+      const float base = top == -kInfinity ? 0.0f : top, keep = exp2_fast((m[r] - base) * to_log2);
+      m[r] = top, l[r] *= keep;
+      ATTNFAST_UNROLL for (int n = 0; n < kD / 8; ++n) {
+        acc[0][n][2 * r] *= keep, acc[0][n][2 * r + 1] *= keep;
+      }
+      ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
+        ATTNFAST_UNROLL for (int e = 2 * r; e < 2 * r + 2; ++e) {
+          s[0][n][e] = exp2_fast((s[0][n][e] - base) * to_log2);
+          l[r] += s[0][n][e];
+        }
+      }
+    }
+    add_registers_times_rows<Element, kD, true>(acc, s, v_tile + own, live, lane);
+  }
+
+  // The warps' sums, [warp][row][kD] in the place of k and v, [warp][row] in that of q
+  sync_block();  // no warp reads the tiles any more
+  const auto place_of = [&](int w, int row, int pair) {
+    constexpr int kGroups = kD % 64 ? 3 : 7;  // so that rows fall into different banks
+    return k_tile + ((w * kRows + row) * kD + (pair ^ (row & kGroups) * 4) * 2) * 4;
+  };
+  ATTNFAST_UNROLL for (int r = 0; r < 2; ++r) {
+    l[r] += shuffle_xor(l[r], 1);
+    l[r] += shuffle_xor(l[r], 2);
+    const int row = r * 8 + lane / 4;
+    if (lane % 4 == 0) store_shared(q_tile + (warp * kRows + row) * 8, Floats2{m[r], l[r]});
+    ATTNFAST_UNROLL for (int n = 0; n < kD / 8; ++n) {
+      store_shared(place_of(warp, row, n * 4 + lane % 4),
+                   Floats2{acc[0][n][2 * r], acc[0][n][2 * r + 1]});
+    }
+  }
+  sync_block();
+  for (int i = thread_index(); i < kRows * kD / 2; i += kThreads) {
+    const int row = i / (kD / 2), column = i % (kD / 2) * 2, packed = row_block + row;
+    if (packed >= group * T) break;
+    Floats2 of[Shape::kWarps], total{0.0f, 0.0f};
+    float top = -kInfinity, sum = 0.0f;
+    ATTNFAST_UNROLL for (int w = 0; w < Shape::kWarps; ++w) {
+      of[w] = load_shared<Floats2>(q_tile + (w * kRows + row) * 8);
+      top = fmaxf(top, of[w].x);
+    }
+    const float base = top == -kInfinity ? 0.0f : top;
+    ATTNFAST_UNROLL for (int w = 0; w < Shape::kWarps; ++w) {
+      const float share = exp2_fast((of[w].x - base) * to_log2);
+      const auto x = load_shared<Floats2>(place_of(w, row, column / 2));
+      sum += share * of[w].y, total.x += share * x.x, total.y += share * x.y;
+    }
+    const int64_t rows = p.B * p.H * T;
+    const int64_t at = split * rows + (b * p.H + h_kv * group + packed / T) * T + packed % T;
+    if (column == 0) store_global(a.softmax + at, Floats2{top, sum});
+    if (column < p.D_v) store_global(a.partial + at * p.D_v + column, total.x);
+    if (column + 1 < p.D_v) store_global(a.partial + at * p.D_v + column + 1, total.y);
+  }
+}
+
+template <class Element>
+void run(const DecodeArguments& arguments, Stream stream) {
+  using Shape = DecodeShape<ATTNFAST_HEAD_DIM>;
+  static_assert(Shape::kSharedBytes <= kSharedLimit);
+  DecodeArguments a = arguments;
+  a.row_blocks = (a.p.H / a.p.H_kv * a.p.T + Shape::kRows - 1) / Shape::kRows;
+  launch<DecodeArguments>(kernel_name<Element, ATTNFAST_HEAD_DIM, false>("attention_decode"),
+                          attention_decode_kernel<Element, ATTNFAST_HEAD_DIM>,
+                          a.p.B * a.p.H_kv * a.row_blocks * a.splits, Shape::kThreads,
+                          Shape::kSharedBytes, stream, a);
+}
+
+}  // namespace
+
+template <>
+void run_attention_decode<ATTNFAST_HEAD_DIM>(const DecodeArguments& a, Stream stream) {
+  a.p.q.dtype == DType::kFloat16 ? run<Float16>(a, stream) : run<BFloat16>(a, stream);
+}
+
+}  // namespace attnfast::cuda

@@ -1,0 +1,58 @@
+// Puts the splits of a decoded row together (docs/math.md, section 7), in their order.
+//   m = max over splits and sink    l = sum of exp(m_i - m) l_i    out = sum of exp(m_i - m) acc_i
+//   / l
+// Grid:   (batch entry, head, query)
+// Memory: registers; every thread has some of the row's columns
+#include "arguments.h"
+#include "launch.h"
+
+namespace attnfast::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+template <class Element>
+ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
+    decode_combine_kernel(ATTNFAST_PARAMS DecodeArguments a) {
+  const DecodeParams& p = a.p;
+  const int64_t row = block_index(), rows = p.B * p.H * p.T;
+  const int64_t b = row / p.T / p.H, h = row / p.T % p.H, t = row % p.T;
+  const int length = min_of(max_of(load_global(p.cache_seqlens + b), 0), static_cast<int>(p.S));
+  const int64_t splits = min_of(splits_of(length), a.splits);
+  const float unit = p.bias.data ? 1.0f : kLog2E, to_log2 = p.bias.data ? kLog2E : 1.0f;
+  const float sink = p.sinks ? unit * load_global(p.sinks + h) : -kInfinity;
+  float top = sink;
+  for (int64_t i = 0; i < splits; ++i) top = fmaxf(top, load_global(a.softmax + i * rows + row).x);
+  const float base = top == -kInfinity ? 0.0f : top;
+  float l = p.sinks ? exp2_fast((sink - base) * to_log2) : 0.0f;
+  for (int64_t i = 0; i < splits; ++i) {
+    const Floats2 of = load_global(a.softmax + i * rows + row);
+    l += exp2_fast((of.x - base) * to_log2) * of.y;
+  }
+  const float norm = l == 0.0f ? 0.0f : 1.0f / l;
+  auto* out = static_cast<Element*>(p.out.data) + b * p.out.b + h * p.out.h + t * p.out.t;
+  for (int64_t column = thread_index(); column < p.D_v; column += kThreads) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < splits; ++i) {
+      const float m = load_global(a.softmax + i * rows + row).x;
+      const float x = load_global(a.partial + (i * rows + row) * p.D_v + column);
+      sum += exp2_fast((m - base) * to_log2) * x;
+    }
+    store_global(out + column, Element{static_cast<uint16_t>(pack<Element>(sum * norm, 0.0f))});
+  }
+  if (thread_index() == 0) {
+    const float to_natural = p.bias.data ? 1.0f : kLn2;
+    store_global(p.lse + row, l == 0.0f ? -kInfinity : top * to_natural + logf(l));
+  }
+}
+
+}  // namespace
+
+void run_decode_combine(const DecodeArguments& a, Stream stream) {
+  const bool half = a.p.q.dtype == DType::kFloat16;
+  launch<DecodeArguments>(half ? "decode_combine<fp16>" : "decode_combine<bf16>",
+                          half ? decode_combine_kernel<Float16> : decode_combine_kernel<BFloat16>,
+                          a.p.B * a.p.H * a.p.T, kThreads, 0, stream, a);
+}
+
+}  // namespace attnfast::cuda
