@@ -92,6 +92,13 @@ def _cuda_unsupported(problem: Problem) -> str | None:
     return next((reason for holds, reason in reasons if holds), missing)
 
 
+def _cuda_workspace(problem: Problem) -> tuple[int, int]:
+    """Decoding, the sums of every split of the keys; backward, three numbers for each row."""
+    rows = problem.B * problem.H * problem.T
+    splits = min(-(-problem.S // 256), 64)
+    return (4 * rows * splits * (problem.D_v + 2) if problem.kind == "decode" else 0), 12 * rows
+
+
 def _reference_workspace(problem: Problem) -> tuple[int, int]:
     """All scores, in fp32 or better: four times in forward, and as often again in backward."""
     sequences = 1 if problem.kind == "varlen" else problem.B  # varlen: at most all rows in one
@@ -115,7 +122,7 @@ CUDA = Backend(
     "cuda",
     _cuda_unsupported,
     ops.CUDA,
-    lambda problem: (0, 12 * problem.B * problem.H * problem.T),  # three numbers for each row
+    _cuda_workspace,
     lambda: "sm_80 and later" if ops.EMULATOR == "0" else "emulated",
 )
 TRITON = Backend(
