@@ -7,6 +7,7 @@ PY := $(BIN)/python
 PYTHONS := $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.10)
 COMPILERS := $(if $(filter default,$(origin CXX)),g++ clang++ c++,$(firstword $(CXX)))
 WORKERS ?= 2
+TRITON ?= 3.9
 RESULTS ?= device
 OUT ?= build/gpu
 MINUTES ?= 30
@@ -38,7 +39,7 @@ ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   LD_PRELOAD="$(foreach l,asan ubsan,$$($(firstword $(COMPILERS)) -print-file-name=lib$(l).so))"
 ASAN_TESTS := tests/test_table.py tests/test_layouts.py tests/test_decode.py
 
-.PHONY: help demo translate test test-cuda test-triton lint bench gpu wheel test-abi docs asan venv build emulator cuda clean
+.PHONY: help demo translate test test-cuda test-triton aot lint bench gpu wheel test-abi docs asan venv build emulator cuda clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -62,6 +63,13 @@ test-cuda: emulator $(TEST)  ## every test of the CUDA kernels, on the CPU
 test-triton: build $(TEST) $(TRITON_LATEST)  ## every test of the Triton kernels, in Triton's interpreter
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal \
 	  tests/triton $(ARGS)
+
+aot: build $(TRITON_LATEST) build/triton-3.6/.installed  ## compile the Triton kernels for every architecture, without a GPU; TRITON=3.6 or 3.9
+	PYTHONPATH=$(if $(filter 3.6,$(TRITON)),build/triton-3.6) $(PY) tools/aot.py $(ARGS)
+
+build/triton-3.6/.installed: | $(RUNTIME)
+	$(call install,triton 3.6 for make aot,--no-deps --target build/triton-3.6 triton==3.6.0)
+	@touch $@
 
 lint: $(LINT)  ## ruff, mypy and clang-format, nothing rewritten
 	$(BIN)/ruff check .

@@ -85,8 +85,9 @@ def attention(
             heads.
         deterministic: True: bitwise the same every run, and every row independent of what else is
             in the batch. Default: ``torch.are_deterministic_algorithms_enabled()``.
-        backend: "auto", "cpu", "triton", "cuda" or "reference". "auto" is ``ATTNFAST_BACKEND``
-            where that is set, else the first backend that accepts; see `explain`.
+        backend: "auto", "cpu", "triton", "gluon" (experimental: a forward for Hopper), "cuda" or
+            "reference". "auto" is ``ATTNFAST_BACKEND`` where that is set, else the first backend
+            that accepts; see `explain`.
 
     Returns:
         ``out`` ``(B, H, T, D_v)`` in q's dtype and stride order; or a tuple in the order out, lse,

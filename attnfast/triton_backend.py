@@ -22,7 +22,9 @@ from . import ops
 OLDEST = (3, 6)
 MAX_HEAD_DIM = 512
 OLDEST_CAPABILITY = (8, 0)
+GLUON_HEAD_DIMS = (64, 128, 256)
 OPS = ops.define("triton")
+GLUON_OPS = ops.define("gluon")
 _LIBRARY = torch.library.Library("attnfast", "IMPL")
 
 
@@ -38,6 +40,8 @@ def _implementation(kind: str) -> Any:
 for _kind in ops.SCHEMAS:
     for _key in ("CPU", "CUDA"):
         _LIBRARY.impl(f"triton_{_kind}", _implementation(_kind), _key)
+    _gluon = _implementation("gluon_fwd" if _kind == "fwd" else _kind)  # the forward only
+    _LIBRARY.impl(f"gluon_{_kind}", _gluon, "CUDA")
 
 
 def version() -> str | None:
@@ -78,12 +82,12 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-@torch.compiler.assume_constant_result
 def capability(index: int) -> tuple[int, int]:
     """An NVIDIA GPU's compute capability; of any other device more than enough."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return (99, 0)
-    return torch.cuda.get_device_capability(index)
+    found = torch.cuda.get_device_properties(index)  # a constant to torch.compile
+    return found.major, found.minor
 
 
 @functools.cache
@@ -117,6 +121,33 @@ def unsupported(problem: Any) -> str | None:
         oldest, got = (".".join(map(str, x)) for x in (OLDEST_CAPABILITY, found))
         return f"needs a GPU of compute capability {oldest} or later, got {got}"
     return None
+
+
+def gluon_unsupported(problem: Any) -> str | None:
+    """Why the experimental forward for Hopper refuses a problem, or None."""
+    options, D = problem.options, problem.D
+    tensors = problem.mask or problem.bias or problem.alibi or problem.sinks or problem.align
+    plain = options._replace(scale=1.0, causal=False, deterministic=False, align_bottom_right=False)
+    reasons = (
+        (problem.kind != "attention", f"takes attention only, got {problem.kind}"),
+        (
+            problem.dtype not in (torch.bfloat16, torch.float16),
+            f"takes bfloat16 and float16, got {str(problem.dtype).removeprefix('torch.')}",
+        ),
+        (
+            problem.D_v != D or D not in GLUON_HEAD_DIMS,
+            f"takes D = D_v of {GLUON_HEAD_DIMS}, got {D} and {problem.D_v}",
+        ),
+        (
+            bool(tensors) or plain != type(options)(scale=1.0) or options.scale <= 0,
+            "takes no options but causal, a bottom-right align and a positive scale",
+        ),
+        (problem.S == 0, "needs keys"),
+    )
+    reason = next((text for holds, text in reasons if holds), None) or unsupported(problem)
+    if reason is None and capability(problem.device.index or 0) not in ((9, 0), (99, 0)):
+        return "needs a GPU of compute capability 9.0"
+    return reason
 
 
 def workspace(problem: Any) -> tuple[int, int]:

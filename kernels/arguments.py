@@ -110,6 +110,11 @@ class Call(NamedTuple):
     p: Values
     f: Features
 
+    def reads_tiles(self) -> bool:
+        """Whether tiles of a mask or bias are read beside those of k and v."""
+        masked = self.x.mask is not None and not self.f.KEY_MASK
+        return masked or self.x.bias is not None
+
 
 def strides(x: Tensor | None) -> tuple[int, int, int, int]:
     """Four strides, 0 where a dimension broadcasts."""

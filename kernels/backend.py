@@ -40,6 +40,23 @@ def fwd(*args: Any) -> tuple[Tensor, ...]:
     return out, lse, nothing if stats is None else stats, received, probabilities
 
 
+def gluon_fwd(*args: Any) -> tuple[Tensor, ...]:
+    """``gluon_fwd``: out and lse by the forward for Hopper."""
+    from . import gluon_forward
+
+    inputs, options = Inputs(*args[:11]), Options(*args[11:])
+    check_rows(q=inputs.q, k=inputs.k, v=inputs.v)
+    call = gather(inputs, options, configs.l2_bytes("sm_90"))
+    reason = gluon_forward.unsupported(call)
+    if reason is not None:
+        raise RuntimeError(f"attention: the gluon backend {reason}")
+    to = forward.results(inputs, options)
+    gluon_forward.give_scratch()
+    launch.launch(gluon_forward.hopper_launch(call, to))
+    nothing = to.lse.new_empty(0)
+    return to.out, to.lse, nothing, nothing, inputs.q.new_empty(0)
+
+
 def bwd(*args: Any) -> tuple[Tensor, ...]:
     """``triton_bwd``: gradients and results of the forward, then its arguments; ``Gradients``."""
     grad_out, grad_lse, grad_entropy, grad_weights, out, lse, entropy = args[:7]

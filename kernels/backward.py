@@ -11,7 +11,8 @@ Grid:    row terms and dq: as the forward; dk and dv: batch * key head * ceil(S 
 Memory:  dq: q, do [BLOCK_M, D] and dq in registers, k and v tiles pass by; dk, dv: k, v
          [BLOCK_N, D] and dk, dv stay, q and do tiles of all heads of the group pass by, scores
          transposed
-Loops:   as in the forward: before, inside and after what needs no masking by position
+Loops:   as in the forward: before, inside and after what needs no masking by position; dk and dv
+         walk through the tiles of all heads of the group in one loop
 """
 
 from __future__ import annotations
@@ -129,14 +130,14 @@ def row_terms_kernel(x, g, p, f, tile):
         q = load_rows(q_base, row, p.q_t, live_row, f.D, tile.BLOCK_D, f, True)
         base = from_natural(lse, f)
         t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
-        begin, end, _, _ = key_range(t0, t_last, S, shift, p, f)
+        begin, end, _inner_begin, _inner_end = key_range(t0, t_last, S, shift, p, f)
         for j0 in tl.range(begin // tile.BLOCK_N * tile.BLOCK_N, end, tile.BLOCK_N):
             j = j0 + key
             k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
             live = (j >= begin) & (j < end)
             k = load_rows(k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, True)
             s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
-            s, _ = edit_scores(
+            s, _capped = edit_scores(
                 s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, True
             )
             term = exponent(s, base[:, None], p, f)
@@ -248,70 +249,60 @@ def dkdv_kernel(x, g, to, p, f, tile):
 
     j_last = tl.minimum(j0 + tile.BLOCK_N, S) - 1
     begin, end, inner_begin, inner_end = query_range(j0, j_last, T, shift, p, f)
-    for member in range(p.group):
-        h = h_kv * p.group + member
-        mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
-        bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
-        slope = slope_of(x, p, f, b, h)
-        head_at = row_at(x, p, b, h, q_row)
-        for part in tl.static_range(3):
-            if part > 0 or f.HAS_RIGHT:
-                first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_M)
-                for t0 in tl.range(first, last, tile.BLOCK_M):
-                    # load
-                    t = t0 + row
-                    live = (t >= begin) & (t < end)
-                    q_tile = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
-                    q = load_rows(q_tile, row, p.q_t, live, f.D, tile.BLOCK_D, f, part != 1)
-                    do_tile = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
-                    do = load_rows(do_tile, row, g.do_t, live, f.D_V, tile.BLOCK_DV, f, part != 1)
-                    at = head_at + t
-                    lse = tl.load(g.lse + at, mask=live, other=-float("inf"))
-                    term = tl.load(g.rows + at, mask=live, other=0.0)
-                    dentropy = term * 0.0
-                    if g.grad_entropy is not None:
-                        dentropy = tl.load(g.grad_entropy + at, mask=live, other=0.0)
-                    # scores, transposed
-                    s = tl.dot(k, tl.trans(q), input_precision=f.PRECISION)
-                    s, capped = edit_scores(
-                        s,
-                        t[None, :],
-                        j[:, None],
-                        T,
-                        S,
-                        shift,
-                        mask,
-                        bias,
-                        slope,
-                        x,
-                        p,
-                        f,
-                        part != 1,
-                    )
-                    base = from_natural(lse, f)
-                    probs = exponent(s, base[None, :], p, f)
-                    kept = True
-                    dropped = probs
-                    if f.DROPOUT:
-                        kept = tl.trans(
-                            dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
-                        )
-                        dropped = tl.where(kept, probs * p.kept, 0.0)
-                    # values
-                    dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=f.PRECISION)
-                    # gradients of the scores
-                    dp = tl.dot(v, tl.trans(do), input_precision=f.PRECISION)
-                    dw = weights_gradients(g, b, h, t[None, :], j[:, None], T, S)
-                    edited = part != 1 or mask is not None or bias is not None
-                    ds = score_gradients(
-                        s, probs, dp, dw, kept, term[None, :], dentropy[None, :], g, p, f, edited
-                    )
-                    if f.SOFTCAP:
-                        ds = ds * (1.0 - capped * capped)
-                    # queries
-                    if mask is not None or bias is not None:
-                        q = without_poison(q, lse, h, x)
-                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=f.PRECISION)
+    for part in tl.static_range(3):
+        # rows past the end are loaded as zeros, so the last tile needs no masking by position
+        if (part != 0 or f.HAS_RIGHT) and (part != 2 or f.HAS_LEFT):
+            first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_M)
+            if part == 1 and not f.HAS_LEFT:
+                last = end
+            count = tl.maximum(tl.cdiv(last - first, tile.BLOCK_M), 0)
+            for i in tl.range(0, p.group * count):
+                # load
+                h = h_kv * p.group + i // count
+                t0 = first + i % count * tile.BLOCK_M
+                t = t0 + row
+                live = (t >= begin) & (t < end)
+                q_tile = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
+                q = load_rows(q_tile, row, p.q_t, live, f.D, tile.BLOCK_D, f, True)
+                do_tile = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
+                do = load_rows(do_tile, row, g.do_t, live, f.D_V, tile.BLOCK_DV, f, True)
+                at = row_at(x, p, b, h, q_row) + t
+                lse = tl.load(g.lse + at, mask=live, other=-float("inf"))
+                term = tl.load(g.rows + at, mask=live, other=0.0)
+                dentropy = term * 0.0
+                if g.grad_entropy is not None:
+                    dentropy = tl.load(g.grad_entropy + at, mask=live, other=0.0)
+                # scores, transposed
+                mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
+                bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
+                slope = slope_of(x, p, f, b, h)
+                s = tl.dot(k, tl.trans(q), input_precision=f.PRECISION)
+                s, capped = edit_scores(
+                    s, t[None, :], j[:, None], T, S, shift, mask, bias, slope, x, p, f, part != 1
+                )
+                base = from_natural(lse, f)
+                probs = exponent(s, base[None, :], p, f)
+                kept = True
+                dropped = probs
+                if f.DROPOUT:
+                    keep = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                    kept = tl.trans(keep)
+                    dropped = tl.where(kept, probs * p.kept, 0.0)
+                # values
+                dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=f.PRECISION)
+                # gradients of the scores
+                dp = tl.dot(v, tl.trans(do), input_precision=f.PRECISION)
+                dw = weights_gradients(g, b, h, t[None, :], j[:, None], T, S)
+                edited = part != 1 or mask is not None or bias is not None
+                ds = score_gradients(
+                    s, probs, dp, dw, kept, term[None, :], dentropy[None, :], g, p, f, edited
+                )
+                if f.SOFTCAP:
+                    ds = ds * (1.0 - capped * capped)
+                # queries
+                if mask is not None or bias is not None:
+                    q = without_poison(q, lse, h, x)
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=f.PRECISION)
 
     dk_base = to.dk + offset(b, to.dk_b, h_kv, to.dk_h, k_row + j0, to.dk_t)
     store_rows(dk_base, key, to.dk_t, live_key, f.D, tile.BLOCK_D, f, dk * p.scale)
@@ -393,7 +384,7 @@ def results(inputs: Inputs) -> Results:
 def backward_launches(call: Call, given: Given, to: Results, arch: str) -> list[Launch]:
     """The kernels in the order in which they run."""
     x, p, f = call
-    size, extras = x.q.element_size(), configs.extras(call) or given.grad_weights is not None
+    size, extras = x.q.element_size(), call.reads_tiles() or given.grad_weights is not None
     jobs = []
     for name, kernel, tensors in (
         ("rows", row_terms_kernel, (x, given)),

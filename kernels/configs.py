@@ -1,8 +1,7 @@
 """Tile sizes by architecture, pass and head dimension: a table, no tuning inside a call.
 
 Every entry is compiled ahead of time for its architecture by ``make aot``, which holds it to the
-shared memory of the hardware and to the committed resource table (docs/triton.md). `python -m bench
-tune` measures candidates on a GPU.
+shared memory of the hardware and to the committed table of resources (docs/triton.md).
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-
-MAX_D = 512
 
 
 class Config(NamedTuple):
@@ -26,25 +23,111 @@ class Config(NamedTuple):
 
 INTERPRETER = Config(64, 64, 4, 1)
 
+# What architectures have in common here is their shared memory and their matrix instructions.
+FAMILIES = {
+    "sm_80": "ampere",
+    "sm_90": "hopper",
+    "sm_100": "hopper",
+    "sm_103": "hopper",
+    "gfx90a": "cdna",
+    "gfx942": "cdna",
+    "gfx950": "cdna",
+}
+OTHERS = "small"  # sm_86, sm_89, sm_120 and whatever is not known: 99 KB
+
+PASSES = ("fwd", "rows", "dq", "dkdv", "dbias", "weights", "received", "decode")
+HEAD_DIMS = (64, 128, 256, 512)  # the largest D and D_v that an entry serves
+
+# family -> pass -> [bytes of an element] -> a Config for each of HEAD_DIMS
+TABLE: dict[str, dict[str, dict[int, tuple[Config, ...]]]] = {}
+
+
+def _entries(*configs: tuple[int, int, int, int]) -> tuple[Config, ...]:
+    return tuple(Config(*config) for config in configs)
+
+
+_SECOND_PASSES = {
+    2: _entries((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 1), (32, 16, 4, 1)),
+    4: _entries((32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+}
+_FP32 = _entries((64, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1))
+_COMMON = dict.fromkeys(("rows", "dbias", "weights", "received"), _SECOND_PASSES)
+
+TABLE["small"] = _COMMON | {
+    "fwd": {
+        2: _entries((128, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 1), (32, 16, 4, 1)),
+        4: _FP32,
+    },
+    "dq": {
+        2: _entries((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
+        4: _FP32,
+    },
+    "dkdv": {
+        2: _entries((64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
+        4: _FP32,
+    },
+    "decode": {
+        2: _entries((16, 128, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
+        4: _entries((16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1)),
+    },
+}
+TABLE["ampere"] = TABLE["small"] | {
+    "fwd": {
+        2: _entries((128, 64, 4, 3), (128, 32, 8, 3), (128, 32, 8, 2), (64, 16, 8, 1)),
+        4: _FP32,
+    },
+    "dq": {
+        2: _entries((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
+        4: _FP32,
+    },
+    "dkdv": {
+        2: _entries((64, 64, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
+        4: _FP32,
+    },
+}
+TABLE["hopper"] = TABLE["ampere"] | {
+    "fwd": {
+        2: _entries((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+        4: _FP32,
+    },
+    "dq": {
+        2: _entries((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 16, 8, 1)),
+        4: _FP32,
+    },
+    "dkdv": {
+        2: _entries((64, 128, 8, 3), (32, 128, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)),
+        4: _FP32,
+    },
+}
+TABLE["cdna"] = TABLE["small"] | {
+    "fwd": {
+        2: _entries((128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+        4: _FP32,
+    },
+    "decode": {
+        2: _entries((16, 64, 4, 2), (16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+        4: _entries((16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+}
+
 
 def choose(arch: str, name: str, size: int, D: int, D_v: int, extras: bool) -> Config:
     """The tile of a pass.
 
     Args:
         arch: "sm_90" and so on, or "interpreter".
-        name: The pass.
+        name: The pass, one of `PASSES`.
         size: Bytes of an element of q.
         D: Head dimension of q and k.
         D_v: Head dimension of v.
-        extras: Whether tiles of a mask, a bias or weights' gradients are loaded too.
+        extras: Whether tiles of a mask, a bias or weights' gradients are loaded too. Their loads
+            are not pipelined: several stages of them would not fit into shared memory.
     """
-    return INTERPRETER
-
-
-def extras(call: object) -> bool:
-    """Whether a call reads tiles beside q, k and v."""
-    x = call[0]  # type: ignore[index]
-    return x.mask is not None or x.bias is not None
+    if arch == "interpreter":
+        return INTERPRETER
+    entry = sum(max(D, D_v) > n for n in HEAD_DIMS)
+    config = TABLE[FAMILIES.get(arch, OTHERS)][name][size][entry]
+    return config._replace(num_stages=1) if extras else config
 
 
 def architecture(device: torch.device) -> str:

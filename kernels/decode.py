@@ -136,7 +136,7 @@ def decode_kernel(x, c, p, f, tile):
         k = load_pointed(k_rows, live, f.D, tile.BLOCK_D)
         # scores
         s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
-        s, _ = edit_scores(
+        s, _capped = edit_scores(
             s, t[:, None], j[None, :], p.T, end, shift, None, bias, slope, x, p, f, True
         )
         # softmax
@@ -278,7 +278,7 @@ def decode_launches(
     )
     tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
     grid = p.B * H_kv * pieces * -(-group_rows // config.BLOCK_M)
-    combine = configs.choose(arch, "combine", q.element_size(), f.D, f.D_V, False)
+    combine = config._replace(num_warps=4, num_stages=1)
     return (
         Launch(decode_kernel, grid, (x, cache), p, f, tile, config),
         Launch(combine_kernel, p.B * p.H * p.T, (x, cache), p, f, tile, combine),

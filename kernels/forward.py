@@ -94,7 +94,7 @@ def attention_fwd_kernel(x, to, p, f, tile):
                 k = load_rows(k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1)
                 # scores
                 s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
-                s, _ = edit_scores(
+                s, _capped = edit_scores(
                     s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, part != 1
                 )
                 # softmax
@@ -199,7 +199,7 @@ def results(inputs: Inputs, options: Options) -> Results:
 def forward_launch(call: Call, to: Results, arch: str) -> Launch:
     """The forward's kernel, grid and tiles."""
     x, p, f = call
-    config = configs.choose(arch, "fwd", x.q.element_size(), f.D, f.D_V, configs.extras(call))
+    config = configs.choose(arch, "fwd", x.q.element_size(), f.D, f.D_V, call.reads_tiles())
     tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
     grid = p.B * p.H * -(-p.T // config.BLOCK_M)
     return Launch(attention_fwd_kernel, grid, (x, to), p, f, tile, config)

@@ -155,7 +155,8 @@ def test_a_compiled_graph_falls_back_without_a_warning() -> None:
         (
             "xla",
             torch.float32,
-            r"backend must be one of \('auto', 'cpu', 'triton', 'cuda', 'reference'\), got 'xla'",
+            r"backend must be one of \('auto', 'cpu', 'triton', 'gluon', 'cuda', 'reference'\), "
+            r"got 'xla'",
         ),
     ],
 )

@@ -283,8 +283,8 @@ def test_quantizable_attention_is_left() -> None:
         (
             {"backend": "gpu"},
             ValueError,
-            "replace: backend must be one of ('auto', 'cpu', 'triton', 'cuda', 'reference'), "
-            "got 'gpu'",
+            "replace: backend must be one of ('auto', 'cpu', 'triton', 'gluon', 'cuda', "
+            "'reference'), got 'gpu'",
         ),
     ],
 )

@@ -1,0 +1,56 @@
+"""The operators under torch.compile, and their registration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import check
+from cases import EVERYTHING, Case, problem
+from dense import Problem
+
+import attnfast
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> tuple:
+    return attnfast.attention(
+        q, k, v, bias=bias, causal=True, softcap=3.0, return_lse=True, backend="triton"
+    )
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+def test_one_graph_forward_and_backward(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.undo()  # the table of backends as it is
+    given = problem(Case(bias="hts", causal=True, softcap=3.0, H_kv=1, T=20, S=30))
+    inputs = given.inputs
+    leaves = [x.detach().requires_grad_() for x in (*inputs[:3], inputs.bias)]
+    out, lse = torch.compile(attend, fullgraph=True, backend=compiler)(*leaves)
+    grads = torch.autograd.grad(out, leaves, given.cotangents.out)
+    names = ("dq", "dk", "dv", "dbias")
+    results = {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, grads, strict=True))}
+    check(results, Problem(inputs, given.options, given.cotangents))
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_registration(varlen: bool) -> None:
+    """Schemas, fakes and real results agree."""
+    case = Case(T=9, S=11, H_kv=1, stats=2, weights="mean", lengths=((4, 5), (3, 2)) * varlen)
+    inputs, options, _ = problem(case)
+    with torch.no_grad():
+        torch.library.opcheck(
+            torch.ops.attnfast.triton_fwd.default,
+            (*inputs, *options),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+def test_it_is_named_whatever_the_device() -> None:
+    assert EVERYTHING.H
+    q = torch.randn(1, 1, 3, 8)
+    with torch.no_grad():
+        out = torch.ops.attnfast.triton_decode(
+            q, q, q, torch.tensor([3]).int(), None, None, None, None, 0.3, -1, -1, 0.0
+        )[0]
+    expected = attnfast.attention(q, q, q, causal=True, scale=0.3, backend="reference")
+    torch.testing.assert_close(out, expected)

@@ -1,0 +1,339 @@
+"""Compile every entry of the Triton tile tables for every architecture, without a GPU.
+
+    python tools/aot.py                    compile with the installed Triton, compare with the table
+    python tools/aot.py --write            and write the table, docs/triton-resources/VERSION.csv
+    python tools/aot.py --arch sm_90 --pass fwd dq --head-dim 128
+
+Kernels are made by the launchers themselves, on a driver that names the target and has no device.
+Held for each: shared memory within the hardware's limit; matrix instructions in 16-bit kernels;
+no spills in the default entries for D <= 128; and no more registers, spills or shared memory than
+the committed table says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from attnfast.kernels import (
+    arguments,
+    backward,
+    bias_gradients,
+    configs,
+    decode,
+    forward,
+    weights,
+)
+from attnfast.kernels.launch import Launch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from attnfast.options import Inputs, Options
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = ROOT / "docs" / "triton-resources"
+NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+SHARED_LIMIT = {
+    "sm_80": 166912,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+}
+MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|OMMA|v_mfma_\w+|v_wmma_\w+)\b")
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+VARIANTS = ("plain", "causal", "everything")
+EVERYTHING_FOR = (2, 128)  # bytes of an element and head dim also compiled with every option
+
+
+class Entry(NamedTuple):
+    """One kernel to compile: what `configs.choose` is asked, and the options of the call."""
+
+    arch: str
+    name: str
+    size: int
+    D: int
+    variant: str
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel needs."""
+
+    arch: str
+    name: str
+    dtype: str
+    D: int
+    variant: str
+    tile: str
+    warps: int
+    stages: int
+    registers: int  # per thread
+    spills: int  # bytes of stack a thread; on AMD, spilled registers
+    shared: int  # bytes
+    matrix: str  # the matrix instruction
+
+
+class NoDevice:
+    """A Triton driver that has a target and nothing else."""
+
+    def __init__(self, arch: str) -> None:
+        name = arch.removeprefix("sm_")
+        self.target = (
+            GPUTarget("cuda", int(name), 32) if name != arch else GPUTarget("hip", arch, 64)
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        """What to compile for."""
+        return self.target
+
+    def get_current_device(self) -> int:
+        """Device 0, which is never asked for anything."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default stream."""
+        return 0
+
+
+def entries() -> Iterator[Entry]:
+    """Every entry of every table, plain and causal; the variant with all options for some."""
+    for arch in ARCHITECTURES:
+        for name in configs.PASSES:
+            for size in DTYPES:
+                for D in configs.HEAD_DIMS:
+                    for variant in variants(name, size, D):
+                        yield Entry(arch, name, size, D, variant)
+
+
+def variants(name: str, size: int, D: int) -> tuple[str, ...]:
+    """Also the causal kernels of the passes that training lives on, and all options for some."""
+    found = ["plain"]
+    if name in ("fwd", "dq", "dkdv") and size == 2 and D <= 128:
+        found.append("causal")
+    if (size, D) == EVERYTHING_FOR:
+        found.append("everything")
+    return tuple(found)
+
+
+def job(entry: Entry) -> Launch:
+    """The launch that a call of this kind makes."""
+    everything = entry.variant == "everything"
+    B, H, T, D = 2, 4, 512, entry.D
+    dtype = DTYPES[entry.size]
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    q, k, v = empty(B, H, T, D), empty(B, H // 2, T, D), empty(B, H // 2, T, D)
+    inputs, options = Inputs(q, k, v), Options(D**-0.5, causal=entry.variant == "causal")
+    if everything:
+        inputs = inputs._replace(
+            mask=empty(B, 1, T, T, dtype=torch.bool),
+            bias=empty(1, H, T, T),
+            alibi_slopes=empty(1, H, dtype=torch.float32),
+            sinks=empty(H, dtype=torch.float32),
+            align=empty(B, dtype=torch.int32),
+            dropout_seed=empty(2, dtype=torch.int64),
+        )
+        options = options._replace(
+            window_left=64, window_right=64, softcap=30.0, dropout_p=0.1, stats=2, weights=2
+        )
+    if entry.name == "dbias" and not everything:
+        inputs = inputs._replace(bias=empty(1, H, T, T))
+    call = arguments.gather(inputs, options, configs.l2_bytes(entry.arch))
+    if entry.name == "fwd":
+        return forward.forward_launch(call, forward.results(inputs, options), entry.arch)
+    rows = empty(B, H, T, dtype=torch.float32)
+    if entry.name == "weights":
+        return weights.weights_launch(call, rows, False, entry.arch)
+    if entry.name == "received":
+        received = empty(B, H, T, dtype=torch.float32)
+        return weights.received_launch(call, received, rows, entry.arch)
+    if entry.name == "decode":
+        lengths, table = empty(B, dtype=torch.int32), None
+        if everything:
+            table = empty(B, 8, dtype=torch.int32)
+        return decode.decode_launches(call, lengths, table, entry.arch)[0]
+    extra = (rows, rows, empty(B, H, T, T)) if everything else (None, None, None)
+    if entry.name == "rows":  # which has products only then
+        extra = (*extra[:2], empty(B, H, T, T))
+    given = backward.given(q, *extra, q, rows, extra[0], False)
+    if entry.name == "dbias":
+        return bias_gradients.bias_launch(call, given, entry.arch)
+    jobs = backward.backward_launches(call, given, backward.results(inputs), entry.arch)
+    return jobs[("rows", "dq", "dkdv").index(entry.name)]
+
+
+def compiled(entry: Entry) -> Resources:
+    """Compile one entry and read what it needs.
+
+    Raises:
+        RuntimeError: It does not compile; one line.
+    """
+    driver.set_active(NoDevice(entry.arch))
+    launch = job(entry)
+    launch.kernel.device_caches.clear()
+    try:
+        kernel = launch.kernel.warmup(*launch.arguments(), grid=(launch.grid,), **launch.options())
+    except Exception as error:
+        message = str(error).strip().splitlines()
+        raise RuntimeError(f"{entry}: {message[-1] if message else type(error).__name__}") from None
+    registers, spills, shared, code = read_binary(kernel)
+    config = launch.config
+    found = MATRIX.search(code)
+    return Resources(
+        entry.arch,
+        entry.name,
+        str(DTYPES[entry.size]).removeprefix("torch."),
+        entry.D,
+        entry.variant,
+        f"{config.BLOCK_M}x{config.BLOCK_N}",
+        config.num_warps,
+        config.num_stages,
+        registers,
+        spills,
+        shared,
+        re.sub(r"_.*_", "_", found[1]) if found else "",
+    )
+
+
+def read_binary(kernel: Any) -> tuple[int, int, int, str]:
+    """Registers, spills, shared memory and the machine code of a compiled kernel."""
+    if "hsaco" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        number = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # noqa: E731
+        return number("vgpr_count"), number("vgpr_spill_count"), kernel.metadata.shared, text
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = run(NVIDIA / "cuobjdump", "-res-usage", file.name)
+        code = run(NVIDIA / "cuobjdump", "-sass", file.name)
+    registers, spills = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("REG", "STACK"))
+    return registers, spills, kernel.metadata.shared, code
+
+
+def run(*command: str | Path) -> str:
+    """A tool's output."""
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def faults(resources: Resources, known: dict[tuple[str, ...], Resources]) -> list[str]:
+    """What an entry does that it must not."""
+    r = resources
+    what = []
+    if r.shared > SHARED_LIMIT[r.arch]:
+        what.append(f"{r.shared} bytes of shared memory, the limit is {SHARED_LIMIT[r.arch]}")
+    if r.spills and r.dtype != "float32" and r.D <= 128 and r.variant != "everything":
+        what.append(f"{r.spills} bytes spilled")
+    if r.dtype != "float32" and not r.matrix:
+        what.append("no matrix instructions")
+    before = known.get(key(r))
+    if before is not None:
+        for field in ("registers", "spills", "shared"):
+            now, then = getattr(r, field), getattr(before, field)
+            if now > then:
+                what.append(f"{field} {now}, the table says {then}")
+    return [f"{' '.join(key(r))} {r.tile}: {x}" for x in what]
+
+
+def key(r: Resources) -> tuple[str, ...]:
+    """What identifies a row."""
+    return r.arch, r.name, r.dtype, str(r.D), r.variant
+
+
+def table_path() -> Path:
+    """The committed table of this Triton's minor version."""
+    return TABLES / f"{'.'.join(triton.__version__.split('.')[:2])}.csv"
+
+
+def read_table() -> dict[tuple[str, ...], Resources]:
+    """The committed table by row key; empty if there is none."""
+    if not table_path().exists():
+        return {}
+    known = {}
+    with table_path().open() as file:
+        for row in csv.DictReader(file):
+            types = Resources.__annotations__
+            values = (int(row[n]) if types[n] == "int" else row[n] for n in Resources._fields)
+            resources = Resources(*values)
+            known[key(resources)] = resources
+    return known
+
+
+def write_table(rows: list[Resources]) -> None:
+    """Write the table of this Triton's version."""
+    TABLES.mkdir(exist_ok=True)
+    with table_path().open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Resources._fields)
+        writer.writerows(rows)
+
+
+def attempt(entry: Entry) -> Resources | str:
+    """`compiled`, with its error as a string."""
+    try:
+        return compiled(entry)
+    except RuntimeError as error:
+        return str(error)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--arch", nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--pass", nargs="*", default=configs.PASSES, dest="passes")
+    parser.add_argument("--head-dim", nargs="*", type=int, default=configs.HEAD_DIMS)
+    parser.add_argument("--variant", nargs="*", default=VARIANTS)
+    parser.add_argument("--bytes", nargs="*", type=int, default=tuple(DTYPES))
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    given = parser.parse_args(arguments)
+    chosen = [
+        entry
+        for entry in entries()
+        if entry.arch in given.arch
+        and entry.name in given.passes
+        and entry.D in given.head_dim
+        and entry.variant in given.variant
+        and entry.size in given.bytes
+    ]
+    known = read_table()
+    rows: list[Resources] = []
+    wrong: list[str] = []
+    with ProcessPoolExecutor(given.workers) as pool:
+        for result in pool.map(attempt, chosen):
+            if isinstance(result, str):
+                wrong.append(result)
+                print(result, flush=True)
+                continue
+            rows.append(result)
+            found = faults(result, {} if given.write else known)
+            wrong += found
+            print(*result, "; ".join(found) and "FAULT", flush=True)
+    if given.write and not wrong:
+        write_table([*(known | {key(r): r for r in rows}).values()])
+    elif not given.write:
+        missing = [" ".join(key(r)) for r in rows if key(r) not in known]
+        if missing:
+            wrong.append(f"{len(missing)} entries are not in {table_path()}: use --write")
+    print(f"\nTriton {triton.__version__}: {len(rows)} kernels compiled, {len(wrong)} faults")
+    for line in wrong:
+        print(line)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
