@@ -33,6 +33,7 @@ from attnfast.kernels import (
     configs,
     decode,
     forward,
+    gluon_forward,
     weights,
 )
 from attnfast.kernels.launch import Launch
@@ -116,6 +117,9 @@ def entries() -> Iterator[Entry]:
                 for D in configs.HEAD_DIMS:
                     for variant in variants(name, size, D):
                         yield Entry(arch, name, size, D, variant)
+    for D in gluon_forward.TILES:
+        for variant in VARIANTS[:2]:
+            yield Entry("sm_90", "gluon", 2, D, variant)
 
 
 def variants(name: str, size: int, D: int) -> tuple[str, ...]:
@@ -154,6 +158,8 @@ def job(entry: Entry) -> Launch:
     if entry.name == "dbias" and not everything:
         inputs = inputs._replace(bias=empty(1, H, T, T))
     call = arguments.gather(inputs, options, configs.l2_bytes(entry.arch))
+    if entry.name == "gluon":
+        return gluon_forward.hopper_launch(call, forward.results(inputs, options))
     if entry.name == "fwd":
         return forward.forward_launch(call, forward.results(inputs, options), entry.arch)
     rows = empty(B, H, T, dtype=torch.float32)
@@ -274,7 +280,10 @@ def read_table() -> dict[tuple[str, ...], Resources]:
 
 
 def write_table(rows: list[Resources]) -> None:
-    """Write the table of this Triton's version."""
+    """Write the table of this Triton's version, in the order of `entries`."""
+    order = [(e.arch, e.name, DTYPES[e.size], e.D, e.variant) for e in entries()]
+    order = {tuple(str(x).removeprefix("torch.") for x in e): i for i, e in enumerate(order)}
+    rows = sorted((r for r in rows if key(r) in order), key=lambda r: order[key(r)])
     TABLES.mkdir(exist_ok=True)
     with table_path().open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -295,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="write the table")
     parser.add_argument("--arch", nargs="*", default=ARCHITECTURES)
-    parser.add_argument("--pass", nargs="*", default=configs.PASSES, dest="passes")
+    parser.add_argument("--pass", nargs="*", default=(*configs.PASSES, "gluon"), dest="passes")
     parser.add_argument("--head-dim", nargs="*", type=int, default=configs.HEAD_DIMS)
     parser.add_argument("--variant", nargs="*", default=VARIANTS)
     parser.add_argument("--bytes", nargs="*", type=int, default=tuple(DTYPES))
@@ -323,8 +332,8 @@ def main(arguments: list[str] | None = None) -> int:
             found = faults(result, {} if given.write else known)
             wrong += found
             print(*result, "; ".join(found) and "FAULT", flush=True)
-    if given.write and not wrong:
-        write_table([*(known | {key(r): r for r in rows}).values()])
+    if given.write:
+        write_table([*(read_table() | {key(r): r for r in rows}).values()])
     elif not given.write:
         missing = [" ".join(key(r)) for r in rows if key(r) not in known]
         if missing:

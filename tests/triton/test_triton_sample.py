@@ -26,10 +26,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cut(case: Case, dtype: torch.dtype) -> Case:
     """The case with few queries and keys, but more than a tile of each."""
+    group = case.H // case.H_kv
     if case.lengths:
         lengths = tuple((min(t, 35), min(s, 20)) for t, s in case.lengths[:3])
-        return replace(case, lengths=lengths, dtype=dtype)
-    group = case.H // case.H_kv
+        return replace(case, lengths=lengths, H=group, H_kv=1, dtype=dtype)
     return replace(case, B=1, H=group, H_kv=1, T=35, S=min(case.S, 37), dtype=dtype)
 
 
@@ -41,7 +41,7 @@ def sample() -> Iterator[Case]:
     for D, D_v in ((1, 40), (40, 1), (80, 96), (512, 8)):
         yield Case("head_dims", B=1, H=1, H_kv=1, T=17, S=18, D=D, D_v=D_v, dtype=bf16)
     for kept in ("bh", "s", "t", "b"):
-        yield Case(f"bias_{kept}", bias=kept, H=2, H_kv=1, T=35, S=20, dtype=fp16)
+        yield Case(f"bias_{kept}", bias=kept, B=1, H=2, H_kv=1, T=35, S=20, dtype=fp16)
 
 
 @pytest.mark.parametrize("case", sample(), ids=str)
