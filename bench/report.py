@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import OURS, ROOT, evidence, plots, results
+from . import OURS, ROOT, environment, evidence, plots, results
 from .results import Row, Run
 from .summary import (
     DTYPE_NAMES,
@@ -80,12 +80,14 @@ def provenance(run: Run) -> str:
     smoke = " Smoke rows: not for publication." if settings["size"] == "smoke" else ""
     rivals = sorted({name for row in run.rows for name in row.get("contestants", ())} - {OURS})
     beside = f" Rivals that took part: {', '.join(rivals)}." if rivals else ""
+    now = environment.sources(settings["backend"])
+    changed = "" if facts["sources"] == now else " The kernels have changed since."
     return (
         f"{device_title(run)}; {machine['architecture']}, {machine['system']};"
         f" {machine['cores']} cores{load}; {_clock(run)}; torch's kernels:"
         f" {facts['torch_isa']}. attnfast {versions['attnfast']} at commit {commit}{dirty} (kernel"
         f" sources {facts['sources']}), {', '.join(others)}; {facts['date'][:10]};"
-        f" {settings['size']} suites.{beside}{smoke}"
+        f" {settings['size']} suites.{beside}{changed}{smoke}"
     )
 
 

@@ -147,7 +147,7 @@ def test_report_fills_the_docs(bench, write_run, command, tmp_path):
     for text in (readme, page):
         assert "ffffffffffff with uncommitted changes" in text
         assert "load before the run 0.25" in text
-        assert "Rivals that took part: torch.sdpa flash." in text
+        assert "Rivals that took part: torch.sdpa flash. The kernels have changed since." in text
     assert "not measured: no C++ compiler" in page
     proven = (tmp_path / "docs" / "evidence.md").read_text()
     assert re.search(
