@@ -7,7 +7,7 @@
 // Work:    weights: one item per (batch entry, head unless averaged, block of queries, range of
 //          keys); received: one item per (batch entry, head, range of keys)
 // Memory:  per thread one column's transposed q, one tile of scores, the item's sums, and for bf16
-//          and fp16 an fp32 copy of the range's keys
+//          and fp16 a copy of the range's keys, in fp32 or on pairs (pairs.h)
 // Threads: every item owns its part of the result and adds heads and queries in their order
 #include <type_traits>
 
@@ -22,17 +22,22 @@ constexpr Index kBlock = 64;            // queries of one item
 constexpr Index kRange = 2 * kMaxKeys;  // keys of one item
 constexpr Index kColumns = kBlock / kColumn;
 
+// bf16 scores come from pairs; three planes of fp32 would not pay for one product.
+template <class Element>
+constexpr bool kPairs = kPlanesOf<Element> == 1;
+
 struct Scratch {
   float *q_t, *s, *keep, *k;
   float* sum;  // weights: [kColumns][kRange][kColumn]; received: [kRange][kLanes]
 
   template <class Element>
   void take(Arena& arena, const Problem& p, Index sums) {
-    const Index k_size = RowsAsFloat<Element>::kPacks ? kRange * round_up(p.D, kLanes) : 0;
-    const Index tile = kMaxKeys * kColumn;
-    arena.reset(Arena::bytes_for<float>(p.D * kColumn) + 2 * Arena::bytes_for<float>(tile) +
+    const Index k_rows = kRange + kTileSize, D_pad = round_up(p.D, kPanel);
+    const Index k_size = RowsAsFloat<Element>::kPacks ? k_rows * D_pad : 0;
+    const Index tile = (kMaxKeys + kTileSize) * kColumn;
+    arena.reset(Arena::bytes_for<float>(D_pad * kColumn) + 2 * Arena::bytes_for<float>(tile) +
                 Arena::bytes_for<float>(k_size) + Arena::bytes_for<float>(sums));
-    q_t = arena.take<float>(p.D * kColumn);
+    q_t = arena.take<float>(D_pad * kColumn);
     s = arena.take<float>(tile);
     keep = arena.take<float>(tile);
     k = arena.take<float>(k_size);
@@ -57,13 +62,44 @@ struct Norms {
   }
 };
 
+template <class Element>
+const float* load_keys(const Element* rows, const Problem& p, Index n, float* to, Index* k_row) {
+  if constexpr (kPairs<Element>) {
+    Peak unused;
+    *k_row = round_up(p.D, kPanel) / 2;
+    pack_rows_in_planes<1>(rows, p.k.t, n, p.D, n, to, *k_row, 0, &unused);
+    return to;
+  } else {
+    return RowsAsFloat<Element>::get(rows, p.k.t, n, p.D, Use::kAlongRows, to, k_row);
+  }
+}
+
+template <class Element>
+void load_queries(const Head<Element>& head, const Column& column, float* to) {
+  const Problem& p = head.problem;
+  const Element* q = head.q + column.t0 * p.q.t;
+  if constexpr (kPairs<Element>) {
+    Peak unused;
+    transpose_column_in_planes<1>(q, p.q.t, column.rows, p.D, 1.0f, to, 0, &unused);
+  } else {
+    transpose_in(q, p.q.t, column.rows, p.D, head.q_factor, to);
+  }
+}
+
 // scratch.s[key][lane] = p before dropout, for keys key .. key + n - 1.
 template <class Element>
 void probability_tile(const Head<Element>& head, const Column& column, const Norms& norms,
                       Index key, Index n, const float* k, Index k_row, const Scratch& scratch) {
   DeadKeys dead;
-  score_tile(head, column, key, n, FloatScores{scratch.q_t, k, k_row, head.problem.D}, scratch.s,
-             nullptr, nullptr, &dead);
+  if constexpr (kPairs<Element>) {
+    const Index panels = (head.problem.D + kPanel - 1) / kPanel;
+    const PairScores<1> scores{
+        {scratch.q_t, kColumn, 0}, {k, k_row, kPanelPairs, 0}, panels, head.q_factor};
+    score_tile(head, column, key, n, scores, scratch.s, nullptr, nullptr, &dead);
+  } else {
+    score_tile(head, column, key, n, FloatScores{scratch.q_t, k, k_row, head.problem.D}, scratch.s,
+               nullptr, nullptr, &dead);
+  }
   const float to_log2 = head.to_log2();
   for (Index lane = 0; lane < kColumn; lane += kLanes) {
     const Vec lse = load(norms.lse + lane);
@@ -86,7 +122,7 @@ void add_weights(const ForwardParams& p, const Head<Element>& head, const Column
                  Index key_begin, Index key_end, const float* k, Index k_row,
                  const Scratch& scratch, float* sum) {
   const Norms norms(p, head, column);
-  transpose_in(head.q + column.t0 * p.q.t, p.q.t, column.rows, p.D, head.q_factor, scratch.q_t);
+  load_queries(head, column, scratch.q_t);
   const float kept = p.dropout_p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p.dropout_p));
   // A row that is NaN anywhere is NaN at all of its keys, as softmax would have it.
   const Index begin = norms.has_nan ? key_begin : max_of(key_begin, column.begin);
@@ -121,8 +157,7 @@ void weights_item(const ForwardParams& p, Index b, Index head_begin, Index head_
     const Index key_end = min_of(key0 + keys, head.S), live = min_of(rows, head.T - t0);
     if (key0 >= key_end || live <= 0) break;  // past the end of this sequence
     if (!k || h % (p.H / p.H_kv) == 0) {
-      k = RowsAsFloat<Element>::get(head.k + key0 * p.k.t, p.k.t, key_end - key0, p.D,
-                                    Use::kAlongRows, scratch.k, &k_row);
+      k = load_keys(head.k + key0 * p.k.t, p, key_end - key0, scratch.k, &k_row);
     }
     for (Index c = 0; c * kColumn < live; ++c) {
       const Column column(head, t0 + c * kColumn, min_of(live - c * kColumn, kColumn));
@@ -149,6 +184,7 @@ void weights(const ForwardParams& p) {
   const int threads = usable_threads(p.num_threads);
 #pragma omp parallel num_threads(threads) if (items > 1 && threads > 1)
   {
+    const TileRegisters registers;
     Arena& arena = thread_arena();
     Scratch scratch;
     scratch.take<Element>(arena, p, kColumns * kRange * kColumn);
@@ -171,15 +207,14 @@ void received_item(const ForwardParams& p, const Head<Element>& head, Index key0
   const Index keys = min_of(kRange, head.S - key0);
   memset(scratch.sum, 0, kRange * kLanes * sizeof(float));
   Index k_row;
-  const float* k = RowsAsFloat<Element>::get(head.k + key0 * p.k.t, p.k.t, keys, p.D,
-                                             Use::kAlongRows, scratch.k, &k_row);
+  const float* k = load_keys(head.k + key0 * p.k.t, p, keys, scratch.k, &k_row);
   for (Index t = 0; t < head.T; t += kColumn) {
     const Column column(head, t, min_of(head.T - t, kColumn));
     const Norms norms(p, head, column);
     const Index begin = norms.has_nan ? key0 : max_of(key0, column.begin);
     const Index end = norms.has_nan ? key0 + keys : min_of(key0 + keys, column.end);
     if (begin >= end) continue;
-    transpose_in(head.q + t * p.q.t, p.q.t, column.rows, p.D, head.q_factor, scratch.q_t);
+    load_queries(head, column, scratch.q_t);
     for_each_tile(begin, end, [&](Index key, Index n) {
       probability_tile(head, column, norms, key, n, k + (key - key0) * k_row, k_row, scratch);
       for (Index j = 0; j < n; ++j) {
@@ -204,6 +239,7 @@ void received(const ForwardParams& p) {
   const int threads = usable_threads(p.num_threads);
 #pragma omp parallel num_threads(threads) if (items > 1 && threads > 1)
   {
+    const TileRegisters registers;
     Arena& arena = thread_arena();
     Scratch scratch;
     scratch.take<Element>(arena, p, kRange * kLanes);
