@@ -2,12 +2,22 @@
 #include "attention_bwd_bias.h"
 #include "attention_bwd_keys.h"
 #include "attention_bwd_queries.h"
+#include "attention_bwd_short.h"
 
 namespace attnfast::cuda {
 namespace {
 
 template <class Element, bool kPlain>
 void run(const BackwardArguments& a, Stream stream) {
+  if constexpr (kPlain && ATTNFAST_HEAD_DIM <= 64) {
+    if (a.p.T <= kShort && a.p.S <= kShort) {
+      return launch_attention_bwd_short<Element, ATTNFAST_HEAD_DIM>(a, stream);
+    }
+  }
+  run_attention_bwd_rows(a, stream);
+  if constexpr (!kPlain) {
+    if (a.p.grad_weights.data) run_attention_weight_rows<ATTNFAST_HEAD_DIM>(a, stream);
+  }
   launch_attention_bwd_keys<Element, ATTNFAST_HEAD_DIM, kPlain>(a, stream);
   launch_attention_bwd_queries<Element, ATTNFAST_HEAD_DIM, kPlain>(a, stream);
   if constexpr (!kPlain) {

@@ -28,6 +28,20 @@ struct OwnTerms {
   ATTNFAST_DEVICE RowTerms operator()(int m, int e) const { return of[2 * m + e / 2]; }
 };
 
+// The same of plain calls, from shared memory.
+struct SharedTerms {
+  RowTerms of[2];
+
+  ATTNFAST_DEVICE SharedTerms(uint32_t norms, uint32_t rows, int t0, int lane) {
+    ATTNFAST_UNROLL for (int r = 0; r < 2; ++r) {
+      const int t = t0 + r * 8 + lane / 4;
+      of[r] = {load_shared<float>(norms + t * 4), load_shared<float>(rows + t * 4), 0.0f};
+    }
+  }
+  ATTNFAST_DEVICE void of_columns(int) {}
+  ATTNFAST_DEVICE RowTerms operator()(int, int e) const { return of[e / 2]; }
+};
+
 template <class Element, int kD, bool kPlain>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false>::kThreads), 1)
     attention_bwd_queries_kernel(ATTNFAST_PARAMS BackwardArguments arguments) {

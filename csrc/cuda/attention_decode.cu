@@ -30,7 +30,7 @@ struct PackedQueries {
   int T, end, columns;
   bool aligned;
   ATTNFAST_DEVICE bool has(int r) const { return r < end; }
-  ATTNFAST_DEVICE const Element* at(int r) const { return data + r / T * h + r % T * t; }
+  ATTNFAST_DEVICE int64_t offset(int r) const { return r / T * h + r % T * t; }
 };
 
 template <class Element>
@@ -42,10 +42,10 @@ struct CachedRows {
   int begin, end, columns;
   bool aligned;
   ATTNFAST_DEVICE bool has(int r) const { return r >= begin && r < end && (!pages || num_pages); }
-  ATTNFAST_DEVICE const Element* at(int r) const {
-    if (!pages) return data + r * stride;
+  ATTNFAST_DEVICE int64_t offset(int r) const {
+    if (!pages) return r * stride;
     const int page = min_of(max_of(load_global(pages + r / page_size), 0), num_pages - 1);
-    return data + page * page_stride + r % page_size * stride;
+    return page * page_stride + r % page_size * stride;
   }
 };
 

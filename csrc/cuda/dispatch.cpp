@@ -68,11 +68,7 @@ void attention_bwd(const BackwardParams& p, const DeviceSeed& dropout, int64_t r
   const bool simple = plain(p) && !p.grad_entropy && !p.grad_weights.data && a.q_aligned &&
                       a.k_aligned && a.v_aligned && a.out_aligned && a.grad_out_aligned &&
                       a.dq_aligned && a.dk_aligned && a.dv_aligned;
-  run_attention_bwd_rows(a, stream);
-  with_head_dim(p, [&](auto head_dim) {
-    if (p.grad_weights.data) run_attention_weight_rows<head_dim()>(a, stream);
-    run_attention_bwd<head_dim()>(a, simple, stream);
-  });
+  with_head_dim(p, [&](auto head_dim) { run_attention_bwd<head_dim()>(a, simple, stream); });
   if (p.dsinks) run_attention_bwd_sinks(a, stream);
 }
 

@@ -102,4 +102,17 @@ struct TermRows {
   }
 };
 
+// The dot product of eight elements of do and of o.
+template <class Element>
+ATTNFAST_DEVICE float dot_of_chunk(const Words4& x, const Words4& y) {
+  const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+  float sum = 0.0f;
+  ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
+    const auto low = [](uint32_t w) { return to_float(Element{static_cast<uint16_t>(w)}); };
+    const auto high = [](uint32_t w) { return to_float(Element{static_cast<uint16_t>(w >> 16)}); };
+    sum += low(xs[i]) * low(ys[i]) + high(xs[i]) * high(ys[i]);
+  }
+  return sum;
+}
+
 }  // namespace attnfast::cuda

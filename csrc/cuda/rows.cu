@@ -3,26 +3,13 @@
 //   dsink = sum over b, t of p_sink (row - dH sink)
 // Grid:   rows: (batch entry, head, block of kRows queries), the padding included; sinks: (head)
 // Memory: registers; sinks: one number per warp in shared memory
-#include "arguments.h"
-#include "head.h"
+#include "gradients.h"
 #include "launch.h"
 
 namespace attnfast::cuda {
 namespace {
 
 constexpr int kThreads = 128, kRows = 64, kLanesPerRow = 8;
-
-template <class Element>
-ATTNFAST_DEVICE float dot_of_chunk(const Words4& x, const Words4& y) {
-  const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
-  float sum = 0.0f;
-  ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
-    const auto low = [](uint32_t w) { return to_float(Element{static_cast<uint16_t>(w)}); };
-    const auto high = [](uint32_t w) { return to_float(Element{static_cast<uint16_t>(w >> 16)}); };
-    sum += low(xs[i]) * low(ys[i]) + high(xs[i]) * high(ys[i]);
-  }
-  return sum;
-}
 
 template <class Element>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)

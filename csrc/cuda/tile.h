@@ -58,7 +58,7 @@ struct Rows {
   bool aligned;  // every row begins at a multiple of 16 bytes
 
   ATTNFAST_DEVICE bool has(int r) const { return r >= begin && r < end; }
-  ATTNFAST_DEVICE const Element* at(int r) const { return data + r * stride; }
+  ATTNFAST_DEVICE int64_t offset(int r) const { return r * stride; }
 };
 
 // Eight elements of a row that begins anywhere.
@@ -81,7 +81,7 @@ ATTNFAST_DEVICE void load_tile(uint32_t tile, const SomeRows& rows, int first) {
     ATTNFAST_NO_UNROLL for (int n = thread_index(); n < kAll; n += kThreads) {
       const int r = n / kChunks, chunk = n % kChunks;
       const bool has = rows.has(first + r);
-      const auto* row = has ? rows.at(first + r) : rows.data;
+      const auto* row = rows.data + (has ? rows.offset(first + r) : 0);
       store_shared(tile + Swizzle<kD>::offset(r, chunk),
                    gather_chunk(row, chunk * 8, has ? rows.columns : 0));
     }
@@ -91,7 +91,7 @@ ATTNFAST_DEVICE void load_tile(uint32_t tile, const SomeRows& rows, int first) {
     const int n = i + thread_index(), r = n / kChunks, chunk = n % kChunks;
     if (kAll % kThreads && n >= kAll) break;
     const int left = rows.has(first + r) ? max_of(rows.columns - chunk * 8, 0) : 0;
-    const auto* from = left ? rows.at(first + r) + chunk * 8 : rows.data;
+    const auto* from = rows.data + (left ? rows.offset(first + r) + chunk * 8 : 0);
     copy_async(tile + Swizzle<kD>::offset(r, chunk), from, min_of(left, 8) * 2);
   }
 }
