@@ -211,7 +211,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
 
 def precision(q: Tensor) -> str:
     """How fp32 products are taken: as torch's own would be on this device."""
-    if q.dtype is not torch.float32 or not q.is_cuda:
+    if q.dtype is not torch.float32 or not q.is_cuda or torch.version.hip is not None:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 

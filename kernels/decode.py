@@ -199,12 +199,12 @@ def combine_kernel(x, c, p, f, tile):
     for i in range(0, pieces, AT_ONCE):
         part = i + tl.arange(0, AT_ONCE)
         live = part < pieces
-        m = tl.load(c.m + at + part * group_rows, mask=live, other=-float("inf"))
-        weight = tl.exp2((m - base) * LOG2_E) if f.NATURAL else tl.exp2(m - base)
+        m_part = tl.load(c.m + at + part * group_rows, mask=live, other=-float("inf"))
+        share = tl.exp2((m_part - base) * LOG2_E) if f.NATURAL else tl.exp2(m_part - base)
         rows = (at + part * group_rows) * f.D_V
         inside = live[:, None] & (dims < f.D_V)[None, :]
         o = tl.load(c.acc + rows[:, None] + dims[None, :], mask=inside, other=0.0)
-        acc += tl.sum(o * weight[:, None], 0)
+        acc += tl.sum(o * share[:, None], 0)
     inverse = tl.where(empty, 0.0, 1.0 / total)
     out = c.out + b.to(tl.int64) * c.out_b + h.to(tl.int64) * c.out_h + t.to(tl.int64) * c.out_t
     tl.store(out + dims, (acc * inverse).to(c.out.dtype.element_ty), mask=dims < f.D_V)

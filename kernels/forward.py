@@ -160,8 +160,9 @@ def attention_fwd_kernel(x, to, p, f, tile):
         unit = 1.0 if f.NATURAL else LN2
         tl.store(at, m * unit, mask=t < T)
         entropy = tl.where(empty, 0.0, tl.log(l) - surprise * inverse * unit)
-        tl.store(at + to.plane.to(tl.int64), entropy, mask=t < T)
-        tl.store(at + 2 * to.plane.to(tl.int64), reach * shrink * inverse, mask=t < T)
+        at = at + to.plane
+        tl.store(at, entropy, mask=t < T)
+        tl.store(at + to.plane, reach * shrink * inverse, mask=t < T)
 
 
 def attention_fwd(inputs: Inputs, options: Options, call: Call, arch: str) -> Results:
