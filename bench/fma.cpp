@@ -8,6 +8,14 @@
 #include <immintrin.h>
 #endif
 
+#ifdef __AVX512F__
+#define KEEP "+v"  // in a register
+#elif defined(__x86_64__)
+#define KEEP "+x"
+#else
+#define KEEP "+w"
+#endif
+
 namespace {
 
 #ifdef __AVX512F__
@@ -21,30 +29,42 @@ constexpr int kChains = 10;  // hide the latency of four cycles on two units, an
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 
+// Ten variables, since elements of an array would not stay in registers.
+#define EACH(STEP) \
+  STEP(s0) STEP(s1) STEP(s2) STEP(s3) STEP(s4) STEP(s5) STEP(s6) STEP(s7) STEP(s8) STEP(s9)
+#define PINNED(s) asm volatile("" : KEEP(s));  // one instruction each, never folded
+
 double fp32_flop(int64_t steps, float* sink) {
-  Vector sums[kChains] = {}, a, b;
-  for (int lane = 0; lane < kLanes; ++lane) a[lane] = 0.999f, b[lane] = 1e-3f;
-  for (int64_t i = 0; i < steps; ++i)
-    for (int c = 0; c < kChains; ++c) {
-      sums[c] = sums[c] * a + b;
-      asm volatile("" : "+x"(sums[c]));  // one instruction each, never folded
-    }
-  for (int c = 0; c < kChains; ++c) *sink += sums[c][0];
+  const Vector a = Vector{} + 0.999f, b = Vector{} + 1e-3f;
+  Vector s0{}, s1{}, s2{}, s3{}, s4{}, s5{}, s6{}, s7{}, s8{}, s9{};
+#define STEP(s)  \
+  s = s * a + b; \
+  PINNED(s)
+  for (int64_t i = 0; i < steps; ++i) {
+    EACH(STEP)
+  }
+#undef STEP
+#define STEP(s) *sink += s[0];
+  EACH(STEP)
+#undef STEP
   return 2.0 * kLanes * kChains * static_cast<double>(steps);
 }
 
 #ifdef __AVX512BF16__
 double bf16_flop(int64_t steps, float* sink) {
-  __m512 sums[kChains];
-  for (auto& x : sums) x = _mm512_setzero_ps();
-  const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f80), b = a;  // 1.0
-  for (int64_t i = 0; i < steps; ++i)
-    for (int c = 0; c < kChains; ++c) {
-      sums[c] = _mm512_dpbf16_ps(sums[c], a, b);
-      asm volatile("" : "+v"(sums[c]));
-    }
-  for (int c = 0; c < kChains; ++c) *sink += _mm512_cvtss_f32(sums[c]);
-  return 4.0 * 16 * kChains * static_cast<double>(steps);
+  const __m512bh one = (__m512bh)_mm512_set1_epi16(0x3f80);
+  Vector s0{}, s1{}, s2{}, s3{}, s4{}, s5{}, s6{}, s7{}, s8{}, s9{};
+#define STEP(s)                                      \
+  s = (Vector)_mm512_dpbf16_ps((__m512)s, one, one); \
+  PINNED(s)
+  for (int64_t i = 0; i < steps; ++i) {
+    EACH(STEP)
+  }
+#undef STEP
+#define STEP(s) *sink += s[0];
+  EACH(STEP)
+#undef STEP
+  return 4.0 * kLanes * kChains * static_cast<double>(steps);
 }
 #endif
 
@@ -52,7 +72,7 @@ template <class Kernel>
 double rate(Kernel kernel, int threads, int64_t steps) {
   double flop = 0, best = 0;
   float sink = 0;
-  for (int round = 0; round < 5; ++round) {
+  for (int round = 0; round < 60; ++round) {
     const auto start = std::chrono::steady_clock::now();
     flop = 0;
 #pragma omp parallel for num_threads(threads) reduction(+ : flop, sink) schedule(static, 1)
