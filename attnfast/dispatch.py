@@ -223,6 +223,15 @@ def refusal(name: str, problem: Problem) -> str | None:
     return "not part of this build"
 
 
+def wants_checks(row: Backend) -> bool:
+    """Whether lengths and pages are to be checked before a backend is called.
+
+    The reference indexes with them; the CUDA kernels clamp them, and raise under
+    ``ATTNFAST_CHECK=1``, which waits for the device. Other backends check by themselves.
+    """
+    return row is REFERENCE or (row is CUDA and os.environ.get("ATTNFAST_CHECK") == "1")
+
+
 def _report_fallback(problem: Problem, function: str) -> None:
     table = rows(problem.device)
     fused = table[: table.index(REFERENCE)]  # those after it run only where they are named

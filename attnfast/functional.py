@@ -307,8 +307,9 @@ def decode_attention(
         options.window_right,
         options.softcap,
     )
-    if row.ops is None:
+    if dispatch.wants_checks(row):
         checks.cache_values(function, inputs)
+    if row.ops is None:
         out, lse = reference_decode(
             *inputs, scale=scale, window_left=left, window_right=right, softcap=softcap
         )
@@ -329,9 +330,9 @@ def run(function: str, inputs: Inputs, options: Options, backend: str) -> Output
     if options.dropout_p > 0 and inputs.dropout_seed is None:
         drawn = torch.randint(1 << 32, (2,), dtype=torch.int64, device=inputs.q.device)
         inputs = inputs._replace(dropout_seed=drawn)
+    if inputs.cu_seqlens_q is not None and dispatch.wants_checks(row):
+        checks.sequence_values(function, inputs, options)
     if row.ops is None:
-        if inputs.cu_seqlens_q is not None:
-            checks.sequence_values(function, inputs, options)
         return reference_attention(inputs, options)
     try:
         return autograd.fused_attention(row.name, inputs, options, problem.requires_grad)

@@ -144,6 +144,16 @@ def test_cu_seqlens_never_lead_out_of_a_tensor() -> None:
         attnfast.varlen_attention(x, x, x, cu, cu, 20, 20, backend="cuda").sum().backward()
 
 
+def test_checks_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNFAST_CHECK", "1")
+    q, cu = torch.randn(20, 2, 32).to(bf16), torch.tensor([0, 25])
+    with pytest.raises(ValueError, match="cu_seqlens_q must end within the 20 rows of q, got 25"):
+        attnfast.varlen_attention(q, q, q, cu, cu, 25, 25, backend="cuda")
+    x, lengths = torch.randn(1, 2, 20, 32).to(bf16), torch.tensor([21])
+    with pytest.raises(ValueError, match=r"cache_seqlens must .*21"):
+        attnfast.decode_attention(x[:, :, :1], x, x, lengths, backend="cuda")
+
+
 DECODED = [
     replace(case, dtype=dtype)
     for case in decode_cases.CASES
