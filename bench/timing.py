@@ -111,10 +111,7 @@ class Race:
             return LONG_S
         reading, peak = self.clock.peak(call)
         self.host_s[name] = reading.host_s
-        if name != OURS or peak is None:  # ours keeps small scratch memory: its larger peak counts
-            self.peaks[name] = peak
-        else:
-            self.peaks[name] = max(peak, self.peaks[name] or 0)
+        self.peaks[name] = peak
         return reading.seconds
 
     def rivals_turn(self) -> None:
