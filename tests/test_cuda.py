@@ -60,6 +60,28 @@ def results_on(case: Case, seed: int, threads: int) -> list[Tensor]:
         return results(case)
 
 
+@pytest.mark.parametrize("long", [300, 40])
+def test_a_sequence_does_not_depend_on_its_neighbours(long: int) -> None:
+    """Alone, where a kernel for short sequences serves it, it has the same out, lse and dq."""
+    alone = problem(Case("", B=1, H_kv=1, T=100, S=100, D=64, dtype=bf16)).inputs
+    q, k, v = (x[0].transpose(0, 1) for x in alone[:3])
+    others = [torch.randn(long, *x.shape[1:]).to(bf16) for x in (q, k, v)]
+    outputs = []
+    for lengths in ((100,), (long, 100)):
+        tensors = [
+            torch.cat([x, y] if len(lengths) > 1 else [y]).requires_grad_()
+            for x, y in zip(others, (q, k, v), strict=True)
+        ]
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        out, lse = attnfast.varlen_attention(
+            *tensors, ends, ends, max(lengths), max(lengths), return_lse=True, backend="cuda"
+        )
+        (dq,) = torch.autograd.grad(out, tensors[:1], torch.ones_like(out))
+        outputs.append((out[-100:], lse[:, -100:], dq[-100:]))
+    for x, y in zip(*outputs, strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("case", [PLAIN, OPTIONS], ids=str)
 def test_layouts(case: Case) -> None:
     """Views of any strides, rows at odd addresses too, give the bits of dense tensors."""

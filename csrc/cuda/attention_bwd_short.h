@@ -57,29 +57,11 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
                                            head.queries_of<Element>(p.grad_out, p.D_v, true), 0);
     commit_copies();
 
-    // Row terms, two lanes for each query
-    const int t = thread_index() / 2;
-    float dot = 0.0f, norm = kInfinity, row = 0.0f;
-    if (t < head.T) {
-      const auto* o = head.rows_of<Element>(p.out, head.h, head.q_begin) + t * p.out.t;
-      const auto* d_o = head.rows_of<Element>(p.grad_out, head.h, head.q_begin) + t * p.grad_out.t;
-      for (int column = thread_index() % 2 * 8; column < p.D_v; column += 16) {
-        dot += dot_of_chunk<Element>(load_global(reinterpret_cast<const Words4*>(o + column)),
-                                     load_global(reinterpret_cast<const Words4*>(d_o + column)));
-      }
-    }
-    dot += shuffle_xor(dot, 1);
-    if (t < head.T && thread_index() % 2 == 0) {
-      const int64_t at = head.row_number(p, t);
-      const float lse = load_global(p.lse + at);
-      if (lse != -kInfinity) {
-        norm = lse * kLog2E;
-        row = -dot + (p.grad_lse ? load_global(p.grad_lse + at) : 0.0f);
-      }
-    }
-    if (thread_index() % 2 == 0) {
-      store_shared(norms + t * 4, norm);
-      store_shared(rows + t * 4, row);
+    for (int t = thread_index() / kLanesPerRow; t < kShort; t += kThreads / kLanesPerRow) {
+      const RowTerms terms = row_terms<Element>(a, head, t, thread_index() % kLanesPerRow);
+      if (thread_index() % kLanesPerRow > 0) continue;
+      store_shared(norms + t * 4, terms.norm);
+      store_shared(rows + t * 4, terms.row);
     }
     wait_copies<0>();
     sync_block();  // tiles and terms are here

@@ -115,4 +115,38 @@ ATTNFAST_DEVICE float dot_of_chunk(const Words4& x, const Words4& y) {
   return sum;
 }
 
+// Query t's row terms, by eight lanes together: `lane` of eight. The same bits in every kernel.
+constexpr int kLanesPerRow = 8;
+
+template <class Element>
+ATTNFAST_DEVICE RowTerms row_terms(const BackwardArguments& a, const Head& head, int t, int lane) {
+  const BackwardParams& p = a.p;
+  const int D_v = static_cast<int>(p.D_v);
+  float dot = 0.0f;
+  for (int column = lane * 8; t < head.T && column < D_v; column += kLanesPerRow * 8) {
+    const auto* o = head.rows_of<Element>(p.out, head.h, head.q_begin) + t * p.out.t;
+    const auto* d_o = head.rows_of<Element>(p.grad_out, head.h, head.q_begin) + t * p.grad_out.t;
+    if (a.out_aligned && a.grad_out_aligned) {
+      dot += dot_of_chunk<Element>(load_global(reinterpret_cast<const Words4*>(o + column)),
+                                   load_global(reinterpret_cast<const Words4*>(d_o + column)));
+    } else {
+      dot += dot_of_chunk<Element>(gather_chunk(o, column, D_v), gather_chunk(d_o, column, D_v));
+    }
+  }
+  for (int lanes = 1; lanes < kLanesPerRow; lanes *= 2) dot += shuffle_xor(dot, lanes);
+  RowTerms terms{kInfinity, 0.0f, 0.0f};
+  if (t >= head.T) return terms;
+  const int64_t at = head.row_number(p, t);
+  const float lse = load_global(p.lse + at);
+  if (lse == -kInfinity) return terms;
+  terms.norm = p.bias.data ? lse : lse * kLog2E;
+  terms.row = -dot + (p.grad_lse ? load_global(p.grad_lse + at) : 0.0f);
+  if (p.grad_entropy) {
+    const float grad = load_global(p.grad_entropy + at);
+    terms.row += grad * (lse - load_global(p.entropy + at));
+    terms.spread = grad * (p.bias.data ? 1.0f : kLn2);
+  }
+  return terms;
+}
+
 }  // namespace attnfast::cuda

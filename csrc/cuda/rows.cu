@@ -9,7 +9,7 @@
 namespace attnfast::cuda {
 namespace {
 
-constexpr int kThreads = 128, kRows = 64, kLanesPerRow = 8;
+constexpr int kThreads = 128, kRows = 64;
 
 template <class Element>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
@@ -18,42 +18,15 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
   const int64_t blocks = a.padded / kRows, bh = block_index() / blocks;
   const int first = static_cast<int>(block_index() % blocks) * kRows;
   const Head head(p, a.rows_q, a.rows_k, bh / p.H, bh % p.H);
-  const auto* out = head.rows_of<Element>(p.out, head.h, head.q_begin);
-  const auto* grad_out = head.rows_of<Element>(p.grad_out, head.h, head.q_begin);
-  const int D_v = static_cast<int>(p.D_v), lane = thread_index() % kLanesPerRow;
+  const int lane = thread_index() % kLanesPerRow;
   for (int r = thread_index() / kLanesPerRow; r < kRows; r += kThreads / kLanesPerRow) {
     const int t = first + r;
-    float dot = 0.0f;
-    for (int column = lane * 8; t < head.T && column < D_v; column += kLanesPerRow * 8) {
-      const Element *x = out + t * p.out.t, *y = grad_out + t * p.grad_out.t;
-      if (a.out_aligned && a.grad_out_aligned) {
-        dot += dot_of_chunk<Element>(load_global(reinterpret_cast<const Words4*>(x + column)),
-                                     load_global(reinterpret_cast<const Words4*>(y + column)));
-      } else {
-        dot += dot_of_chunk<Element>(gather_chunk(x, column, D_v), gather_chunk(y, column, D_v));
-      }
-    }
-    for (int lanes = 1; lanes < kLanesPerRow; lanes *= 2) dot += shuffle_xor(dot, lanes);
+    const RowTerms terms = row_terms<Element>(a, head, t, lane);
     if (lane > 0) continue;
-    float norm = kInfinity, row = 0.0f, spread = 0.0f;
-    if (t < head.T) {
-      const int64_t at = head.row_number(p, t);
-      const float lse = load_global(p.lse + at);
-      if (lse != -kInfinity) {
-        const float to_natural = p.bias.data ? 1.0f : kLn2;
-        norm = p.bias.data ? lse : lse * kLog2E;
-        row = -dot + (p.grad_lse ? load_global(p.grad_lse + at) : 0.0f);
-        if (p.grad_entropy) {
-          const float grad = load_global(p.grad_entropy + at);
-          row += grad * (lse - load_global(p.entropy + at));
-          spread = grad * to_natural;
-        }
-      }
-    }
     const int64_t to = bh * a.padded + t, all = p.B * p.H * a.padded;
-    store_global(a.terms + to, norm);
-    store_global(a.terms + all + to, row);
-    if (p.grad_entropy) store_global(a.terms + 2 * all + to, spread);
+    store_global(a.terms + to, terms.norm);
+    store_global(a.terms + all + to, terms.row);
+    if (p.grad_entropy) store_global(a.terms + 2 * all + to, terms.spread);
   }
 }
 

@@ -1,5 +1,4 @@
-// The primitives on the GPU. sm_75 has neither copies past the registers nor bf16 products: there
-// copy_async is a load and a store, and one m16n8k16 product two of m16n8k8.
+// The primitives on the GPU, sm_80 and later.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -9,12 +8,6 @@
 #define ATTNFAST_DEVICE __device__ __forceinline__
 #define ATTNFAST_UNROLL _Pragma("unroll")
 #define ATTNFAST_NO_UNROLL _Pragma("unroll 1")
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define ATTNFAST_TURING 1
-#else
-#define ATTNFAST_TURING 0
-#endif
 
 namespace attnfast::cuda {
 
@@ -90,32 +83,15 @@ ATTNFAST_DEVICE void store_global(T* p, T x) {
 // 16 bytes to shared memory, `valid` of them from global memory and the rest zero. They are there
 // after commit_copies and wait_copies, for other threads after a barrier too.
 ATTNFAST_DEVICE void copy_async(uint32_t to, const void* from, int valid) {
-#if ATTNFAST_TURING
-  Words4 x{0, 0, 0, 0};
-  if (valid == 16) {
-    x = *static_cast<const Words4*>(from);
-  } else {
-    auto* out = reinterpret_cast<uint16_t*>(&x);
-    for (int i = 0; i < valid / 2; ++i) out[i] = static_cast<const uint16_t*>(from)[i];
-  }
-  store_shared(to, x);
-#else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid)
                : "memory");
-#endif
 }
 // Makes the copies since the last commit one group.
-ATTNFAST_DEVICE void commit_copies() {
-#if !ATTNFAST_TURING
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
+ATTNFAST_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all of this thread's groups but the newest kNewest.
 template <int kNewest>
 ATTNFAST_DEVICE void wait_copies() {
-#if !ATTNFAST_TURING
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
-#endif
 }
 
 // Four 8 x 8 matrices of 2-byte elements, whose rows begin at the addresses of lanes 8i to 8i + 7:
@@ -138,18 +114,6 @@ ATTNFAST_DEVICE void load_matrix_transposed(uint32_t (&r)[4], uint32_t address) 
 template <class Element>
 ATTNFAST_DEVICE void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1) {
-#if ATTNFAST_TURING
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6},"
-      " {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b0));
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6},"
-      " {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[2]), "r"(a[3]), "r"(b1));
-#else
   if constexpr (__is_same(Element, Float16)) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
@@ -163,7 +127,6 @@ ATTNFAST_DEVICE void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], 
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
-#endif
 }
 
 // 2^x, subnormal results flushed to zero, to about 2 ulp.
@@ -182,11 +145,7 @@ ATTNFAST_DEVICE uint32_t pack(float low, float high) {
         : "=r"(x)
         : "f"(low), "f"(high));
   } else {
-#if ATTNFAST_TURING
-    x = 0;
-#else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
-#endif
   }
   return x;
 }
