@@ -29,8 +29,8 @@ def explain(*args: Any, **kwargs: Any) -> str:
     by position) or else of `attention`, and checks them in the same way.
 
     Returns:
-        Several lines with the problem; its options; every backend in the order in which "auto" tries
-        them, accepted or with its reason; the one chosen; what is saved for backward; the
+        Several lines with the problem; its options; every backend in the order in which "auto"
+        tries them, accepted or with its reason; the one chosen; what is saved for backward; the
         workspace; the environment variables that count.
 
     Raises:
