@@ -88,8 +88,17 @@ def _cuda_unsupported(problem: Problem) -> str | None:
         ),
         (widest > CUDA_MAX_HEAD_DIM, f"takes D and D_v up to {CUDA_MAX_HEAD_DIM}, got {widest}"),
     )
-    missing = EMULATOR_MISSING if problem.device.type == "cpu" else None
+    missing = EMULATOR_MISSING if problem.device.type == "cpu" else _too_old(problem.device)
     return next((reason for holds, reason in reasons if holds), missing)
+
+
+def _too_old(device: torch.device) -> str | None:
+    """Why a GPU cannot run the CUDA kernels, or None."""
+    found = triton_backend.capability(device.index or 0)
+    if found >= CUDA_OLDEST:
+        return None
+    oldest, got = (".".join(map(str, x)) for x in (CUDA_OLDEST, found))
+    return f"needs a GPU of compute capability {oldest} or later, got {got}"
 
 
 def _cuda_workspace(problem: Problem) -> tuple[int, int]:
@@ -108,6 +117,7 @@ def _reference_workspace(problem: Problem) -> tuple[int, int]:
 
 
 CUDA_MAX_HEAD_DIM = 256
+CUDA_OLDEST = (8, 0)
 NATIVE_MISSING = ops.load()
 EMULATOR_MISSING = ops.load_emulator()
 

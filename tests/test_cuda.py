@@ -15,7 +15,7 @@ from emulation import EMULATED, NOT_EMULATED, SEEDS, check_case, schedule
 from torch import Tensor
 
 import attnfast
-from attnfast import dispatch, ops
+from attnfast import dispatch, ops, triton_backend
 from attnfast.functional import attention_problem
 from attnfast.options import Inputs
 
@@ -164,6 +164,18 @@ def test_cu_seqlens_never_lead_out_of_a_tensor() -> None:
         cu = torch.tensor(ends, dtype=torch.int32)
         x = q.clone().requires_grad_()
         attnfast.varlen_attention(x, x, x, cu, cu, 20, 20, backend="cuda").sum().backward()
+
+
+def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, options, _ = problem(PLAIN)
+    call = attention_problem(inputs, options)._replace(device=torch.device("cuda"))
+    for capability, reason in {
+        (7, 5): "needs a GPU of compute capability 8.0 or later, got 7.5",
+        (8, 0): None,
+        (12, 0): None,
+    }.items():
+        monkeypatch.setattr(triton_backend, "capability", lambda _, found=capability: found)
+        assert dispatch.CUDA.unsupported(call) == reason
 
 
 def test_checks_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

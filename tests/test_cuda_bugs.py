@@ -80,6 +80,19 @@ def test_bugs_of_small_kernels(kernel: str, bug: str) -> None:
             torch.ops.attnfast.emulator_selftest(kernel, bug)
 
 
+def test_schedules_come_from_the_seed() -> None:
+    """Who runs first into a bug depends on the seed, and on nothing else."""
+
+    def message(seed: int) -> str:
+        with schedule(seed), pytest.raises(RuntimeError) as caught:
+            torch.ops.attnfast.emulator_selftest("collectives", "shared never written")
+        return str(caught.value)
+
+    messages = [message(seed) for seed in range(20)]
+    assert messages == [message(seed) for seed in range(20)]
+    assert len(set(messages)) > 10
+
+
 def test_unknown_kernels_and_sabotage() -> None:
     with pytest.raises(ValueError, match="there is no kernel named nothing"):
         torch.ops.attnfast.emulator_selftest("nothing", "")
