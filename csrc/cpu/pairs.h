@@ -7,7 +7,7 @@
 // One plane holds bf16 numbers. Three planes hold fp32 numbers exactly, x = high + middle + low,
 // each the leading 8 bits of what is left (Henry, Tang, Heinecke, "Leveraging the bfloat16
 // artificial intelligence datatype for higher-precision computations", 2019). Six of the nine
-// products are summed; those left out are below 2 ** -22 of |a b|. Numbers of extreme magnitude are
+// products are summed; those left out are below 2 ** -21 of |a b|. Numbers of extreme magnitude are
 // left to fp32 products (Peak below).
 #pragma once
 #include "elements.h"
@@ -16,8 +16,9 @@
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 
-constexpr Index kFewestQueries =
-    256;  // of a key head, for which three planes are worth their making
+// Queries of a key head from which on three planes are worth their making.
+constexpr Index kFewestQueries = 256;
+
 constexpr Index kPanelPairs = 16;
 constexpr Index kPanel = 2 * kPanelPairs;  // numbers of a row of a panel
 
