@@ -139,7 +139,7 @@ $(RUNTIME): | $(PY)
 	$(call install,requirements/runtime.txt,-r requirements/runtime.txt)
 	$(call done,runtime)
 
-$(TEST) $(LINT) $(WHEEL) $(DOCS) $(DEMO) $(TRITON_LATEST): $(VENV)/.%: | $(RUNTIME)
+$(TEST) $(LINT) $(WHEEL) $(DOCS) $(DEMO) $(BENCH) $(TRITON_LATEST): $(VENV)/.%: | $(RUNTIME)
 	$(call install,requirements/$(firstword $(subst -, ,$*)).txt,--no-deps -r requirements/$(firstword $(subst -, ,$*)).txt)
 	$(call done,$(firstword $(subst -, ,$*)))
 
