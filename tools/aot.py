@@ -56,7 +56,8 @@ SHARED_LIMIT = {
 }
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|OMMA|v_mfma_\w+|v_wmma_\w+)\b")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-VARIANTS = ("plain", "causal", "everything")
+VARIANTS = ("plain", "causal", "everything", "ones")
+UNTILED = ("combine", "dsinks")  # kernels without products
 EVERYTHING_FOR = (2, 128)  # bytes of an element and head dim also compiled with every option
 
 
@@ -117,6 +118,11 @@ def entries() -> Iterator[Entry]:
                 for D in configs.HEAD_DIMS:
                     for variant in variants(name, size, D):
                         yield Entry(arch, name, size, D, variant)
+    for name in (*configs.PASSES, *UNTILED):  # where sizes are 1, Triton takes them for constants
+        yield Entry("sm_90", name, 2, 1, "ones")
+    for arch in ARCHITECTURES:
+        for name in UNTILED:
+            yield Entry(arch, name, 2, 128, "everything")
     for D in gluon_forward.TILES:
         for variant in VARIANTS[:2]:
             yield Entry("sm_90", "gluon", 2, D, variant)
@@ -134,14 +140,14 @@ def variants(name: str, size: int, D: int) -> tuple[str, ...]:
 
 def job(entry: Entry) -> Launch:
     """The launch that a call of this kind makes."""
-    everything = entry.variant == "everything"
-    B, H, T, D = 2, 4, 512, entry.D
+    everything = entry.variant in ("everything", "ones")
+    B, H, H_kv, T, D = (2, 4, 2, 512, entry.D) if entry.variant != "ones" else (1, 1, 1, 1, 1)
     dtype = DTYPES[entry.size]
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    q, k, v = empty(B, H, T, D), empty(B, H // 2, T, D), empty(B, H // 2, T, D)
+    q, k, v = empty(B, H, T, D), empty(B, H_kv, T, D), empty(B, H_kv, T, D)
     inputs, options = Inputs(q, k, v), Options(D**-0.5, causal=entry.variant == "causal")
     if everything:
         inputs = inputs._replace(
@@ -168,17 +174,21 @@ def job(entry: Entry) -> Launch:
     if entry.name == "received":
         received = empty(B, H, T, dtype=torch.float32)
         return weights.received_launch(call, received, rows, entry.arch)
-    if entry.name == "decode":
+    if entry.name in ("decode", "combine"):
         lengths, table = empty(B, dtype=torch.int32), None
         if everything:
             table = empty(B, 8, dtype=torch.int32)
-        return decode.decode_launches(call, lengths, table, entry.arch)[0]
+        jobs = decode.decode_launches(call, lengths, table, entry.arch)
+        return jobs[("decode", "combine").index(entry.name)]
     extra = (rows, rows, empty(B, H, T, T)) if everything else (None, None, None)
     if entry.name == "rows":  # which has products only then
         extra = (*extra[:2], empty(B, H, T, T))
     given = backward.given(q, *extra, q, rows, extra[0], False)
     if entry.name == "dbias":
         return bias_gradients.bias_launch(call, given, entry.arch)
+    if entry.name == "dsinks":
+        dsinks = empty(H, dtype=torch.float32)
+        return bias_gradients.sink_launch(call, given, dsinks, entry.arch)
     jobs = backward.backward_launches(call, given, backward.results(inputs), entry.arch)
     return jobs[("rows", "dq", "dkdv").index(entry.name)]
 
@@ -212,7 +222,7 @@ def compiled(entry: Entry) -> Resources:
         registers,
         spills,
         shared,
-        re.sub(r"_.*_", "_", found[1]) if found else "",
+        found[1].split("_f32")[0] if found else "",
     )
 
 
@@ -242,9 +252,10 @@ def faults(resources: Resources, known: dict[tuple[str, ...], Resources]) -> lis
     what = []
     if r.shared > SHARED_LIMIT[r.arch]:
         what.append(f"{r.shared} bytes of shared memory, the limit is {SHARED_LIMIT[r.arch]}")
-    if r.spills and r.dtype != "float32" and r.D <= 128 and r.variant != "everything":
+    default = r.dtype != "float32" and r.D <= 128 and r.variant in VARIANTS[:2]
+    if r.spills and default:
         what.append(f"{r.spills} bytes spilled")
-    if r.dtype != "float32" and not r.matrix:
+    if r.dtype != "float32" and not r.matrix and r.name not in UNTILED:
         what.append("no matrix instructions")
     before = known.get(key(r))
     if before is not None:
@@ -304,8 +315,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="write the table")
     parser.add_argument("--arch", nargs="*", default=ARCHITECTURES)
-    parser.add_argument("--pass", nargs="*", default=(*configs.PASSES, "gluon"), dest="passes")
-    parser.add_argument("--head-dim", nargs="*", type=int, default=configs.HEAD_DIMS)
+    parser.add_argument(
+        "--pass", nargs="*", default=(*configs.PASSES, *UNTILED, "gluon"), dest="passes"
+    )
+    parser.add_argument("--head-dim", nargs="*", type=int, default=(1, *configs.HEAD_DIMS))
     parser.add_argument("--variant", nargs="*", default=VARIANTS)
     parser.add_argument("--bytes", nargs="*", type=int, default=tuple(DTYPES))
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
@@ -332,6 +345,8 @@ def main(arguments: list[str] | None = None) -> int:
             found = faults(result, {} if given.write else known)
             wrong += found
             print(*result, "; ".join(found) and "FAULT", flush=True)
+            if given.write and len(rows) % 20 == 0:
+                write_table([*(read_table() | {key(r): r for r in rows}).values()])
     if given.write:
         write_table([*(read_table() | {key(r): r for r in rows}).values()])
     elif not given.write:
