@@ -216,7 +216,7 @@ def dq_kernel(x, g, to, p, f, tile):
                     s, probs, dp, dw, kept, term[:, None], dentropy[:, None], g, p, f, edited
                 )
                 if f.SOFTCAP:
-                    ds = ds * (1.0 - capped * capped)
+                    ds = tl.where(ds == 0.0, 0.0, ds * (1.0 - capped * capped))
                 # keys
                 if mask is not None or bias is not None:
                     k = without_dead_rows(k, tl.max((probs != 0.0).to(tl.int32), 0) == 0)
@@ -240,10 +240,13 @@ def dkdv_kernel(x, g, to, p, f, tile):
     key = tl.arange(0, tile.BLOCK_N)
     j = j0 + key
     live_key = j < S
+    # what no query may attend by position is zero: padded queries would meet NaN there
+    first_key, last_key, _inner_first, _inner_last = key_range(j0 * 0, T - 1, S, shift, p, f)
+    attended = (j >= first_key) & (j < last_key)
     k_base = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
-    k = load_rows(k_base, key, p.k_t, live_key, f.D, tile.BLOCK_D, f, True)
+    k = load_rows(k_base, key, p.k_t, attended, f.D, tile.BLOCK_D, f, True)
     v_base = x.v + offset(b, p.v_b, h_kv, p.v_h, k_row + j0, p.v_t)
-    v = load_rows(v_base, key, p.v_t, live_key, f.D_V, tile.BLOCK_DV, f, True)
+    v = load_rows(v_base, key, p.v_t, attended, f.D_V, tile.BLOCK_DV, f, True)
     dk = tl.zeros([tile.BLOCK_N, tile.BLOCK_D], tl.float32)
     dv = tl.zeros([tile.BLOCK_N, tile.BLOCK_DV], tl.float32)
 
@@ -298,7 +301,7 @@ def dkdv_kernel(x, g, to, p, f, tile):
                     s, probs, dp, dw, kept, term[None, :], dentropy[None, :], g, p, f, edited
                 )
                 if f.SOFTCAP:
-                    ds = ds * (1.0 - capped * capped)
+                    ds = tl.where(ds == 0.0, 0.0, ds * (1.0 - capped * capped))
                 # queries
                 if mask is not None or bias is not None:
                     q = without_poison(q, lse, h, x)

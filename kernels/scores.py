@@ -195,7 +195,7 @@ def edit_scores(s, t, j, T, S, shift, mask, bias, slope, x, p, f, BY_POSITION: t
             s -= slope * tl.abs(j - (t + shift)).to(tl.float32)
     if bias is not None:
         at = bias + t.to(tl.int64) * p.bias_t + j.to(tl.int64) * p.bias_s
-        added = tl.load(at, mask=(t < T) & (j < S), other=0.0).to(tl.float32)
+        added = tl.load(at, mask=(t < T) & (j < S), other=-float("inf")).to(tl.float32)
         s = tl.where(added == -float("inf"), added, s + added)
     if mask is not None:
         at = mask + j.to(tl.int64) * p.mask_s

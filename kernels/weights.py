@@ -123,7 +123,8 @@ def received_kernel(x, to, p, f, tile):
         probs = probability_tile(
             x, to.lse, p, f, tile, b, h, j0 * 0 + t0, j0, T, S, q_row, k_row, shift
         )
-        total += tl.sum(probs, 0)
+        live = t0 + tl.arange(0, tile.BLOCK_M) < T
+        total += tl.sum(tl.where(live[:, None], probs, 0.0), 0)
     j = j0 + tl.arange(0, tile.BLOCK_N)
     batch = b * 0 if x.cu_seqlens_k is not None else b
     at = to.received + (batch.to(tl.int64) * p.H + h) * p.rows_k + k_row + j

@@ -57,12 +57,26 @@ def test_decode(case: object, way: str) -> None:
     judge(WAYS[way](call), call)
 
 
+UNATTENDED = (
+    Case("mask", mask="bs"),
+    Case("mask_softcap", mask="bs", bias="ts", softcap=3.0, alibi="h", stats=2),
+    Case("bias", bias="s", masking_bias=True),
+    Case("causal", causal=True, stats=2),
+    Case("window", window=(-1, 3), weights="mean", grads=("out", "weights")),
+)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_unattended_keys_may_hold_anything(value: float) -> None:
-    """A padding mask, forward and all gradients."""
-    given = problem(Case(mask="bs", H=1, H_kv=1, T=20, S=37, dtype=bf16))
+@pytest.mark.parametrize("case", UNATTENDED, ids=lambda case: case.name)
+def test_unattended_keys_may_hold_anything(case: Case, value: float) -> None:
+    """Forward and all gradients; the last tiles of queries and keys are partly padding."""
+    given = problem(replace(case, B=1, H=1, H_kv=1, T=20, S=37, dtype=bf16))
     inputs = given.inputs
-    dead = ~inputs.mask[:, :, 0].unsqueeze(-1)
+    dead = torch.arange(37).view(1, 1, 37, 1) >= {"causal": 20, "window": 23}.get(case.name, 37)
+    if inputs.mask is not None:
+        dead = dead | ~inputs.mask[:, :, 0].unsqueeze(-1)
+    if case.masking_bias:
+        dead = dead | (inputs.bias[:, :, 0] == -torch.inf).unsqueeze(-1)
     poisoned = inputs._replace(
         k=inputs.k.masked_fill(dead, value), v=inputs.v.masked_fill(dead, value)
     )
