@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 import triton
@@ -283,8 +283,8 @@ def read_table() -> dict[tuple[str, ...], Resources]:
     known = {}
     with table_path().open() as file:
         for row in csv.DictReader(file):
-            types = Resources.__annotations__
-            values = (int(row[n]) if types[n] == "int" else row[n] for n in Resources._fields)
+            types = get_type_hints(Resources)
+            values = (types[name](row[name]) for name in Resources._fields)
             resources = Resources(*values)
             known[key(resources)] = resources
     return known

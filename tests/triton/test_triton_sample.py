@@ -44,7 +44,7 @@ def sample() -> Iterator[Case]:
         yield Case(f"bias_{kept}", bias=kept, B=1, H=2, H_kv=1, T=35, S=20, dtype=fp16)
 
 
-@pytest.mark.parametrize("case", sample(), ids=str)
+@pytest.mark.parametrize("case", list(sample()), ids=str)
 def test_case(case: Case) -> None:
     given = problem(case)
     check(run(given, "cpu"), given)
