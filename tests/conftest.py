@@ -1,8 +1,10 @@
-"""Hypothesis profiles, one torch thread per test process, and the summary of instruction sets."""
+"""Hypothesis profiles, one torch thread and a fresh compiler per test, the instruction sets."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -22,6 +24,14 @@ hypothesis.settings.register_profile(
     "long", hypothesis.settings.get_profile("default"), derandomize=False, max_examples=5000
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """What torch.compile remembers of other tests counts towards its limit of recompilations."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -256,7 +256,8 @@ def test_memory_of_a_call(bench):
     _, peak = bench.clock.HostClock(1).peak(lambda: {"out": torch.zeros(count) + 1})
     if peak is None:
         pytest.skip("this system does not tell the peak of resident memory")
-    assert 8 * count <= peak <= 12 * count
+    batch = 1 << 20  # Linux counts resident pages in batches, on each core by itself
+    assert 8 * count - batch <= peak <= 12 * count
 
 
 def refused(*arguments, **variables):

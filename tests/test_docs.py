@@ -185,10 +185,10 @@ def test_help_lists_every_command() -> None:
 
 def test_files_named_in_contributing_exist() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    names = re.findall(r"(?:attnfast|csrc|tests|tools|docs|requirements|\.ci)/[\w./]*\w", text)
+    names = re.findall(r"(?:attnfast|csrc|tests|tools|docs|requirements|\.ci)/[\w./*]*\w", text)
     assert names
     for name in names:
-        assert (ROOT / name).exists(), name
+        assert any(ROOT.glob(name)), name
 
 
 def test_requirements_agree() -> None:
