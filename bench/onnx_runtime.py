@@ -69,6 +69,8 @@ def _session(causal: bool, softcap: float, threads: int) -> Any:
     )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Its threads would wait for work by spinning, on the cores of whoever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
