@@ -115,6 +115,18 @@ def test_extreme_magnitudes(dtype: torch.dtype, name: str) -> None:
         check(run(alone, "cpu"), alone)
 
 
+@pytest.mark.parametrize("dtype", [fp32, torch.bfloat16], ids=str)
+def test_a_sink_that_takes_nearly_all(dtype: torch.dtype) -> None:
+    """The lse rounds to the sink, as without keys, but the keys still have gradients."""
+    given = problem(Case(dtype=dtype, sinks=True, T=270, S=140, D=40, grads=("lse",)))
+    sinks = torch.full_like(given.inputs.sinks, 20.0)
+    given = with_inputs(given, sinks=sinks, k=given.inputs.k / 8)
+    results = run(given, "cpu")
+    assert (results["lse"] == 20.0).any()
+    assert (results["dk"] != 0).any()
+    check(results, given)
+
+
 @pytest.mark.parametrize("which", ["k", "v", "q"])
 @pytest.mark.parametrize("dtype", [fp32, torch.bfloat16], ids=str)
 def test_infinity_among_the_inputs(dtype: torch.dtype, which: str) -> None:
