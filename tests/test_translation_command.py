@@ -20,7 +20,7 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
     pytest.skip(f"{missing[0]} is not installed (`make demo` does it)", allow_module_level=True)
 sys.path.insert(0, str(EXAMPLES))
 
-from translation import catalogues, checkpoint, cli, compare, pairs, tokens
+from translation import budget, catalogues, checkpoint, cli, compare, pairs, tokens
 from translation.settings import Settings
 
 
@@ -153,7 +153,7 @@ def test_results_of_training(trained: Path) -> None:
         assert len(found["texts"]) == 30
         assert 0 <= found["scores"]["bleu"] <= 100
         assert 0 < found["scores"]["chrf"] <= 100
-    assert results["uncached"]["same"] == 30
+    assert results["uncached"]["same"] == results["uncached"]["texts"] == 30
     assert set(results["tokens"]) == {"accuracy", "precision", "recall", "f1", "count"}
     assert [look["step"] for look in results["looks"]] == [0, 20, 40, 60]
     assert len(results["looks"][0]["breadth"]["cross"][0]) == 2
@@ -215,6 +215,61 @@ def test_the_whole_command_on_a_small_file(trained: Path, tmp_path: Path) -> Non
     assert results["losses"] == alone["losses"]
     assert results["looks"] == alone["looks"]
     assert list((tmp_path / "log").iterdir())
+
+
+def test_the_number_of_steps_follows_from_the_time_and_stays(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(budget, "FEWEST", 12)
+    monkeypatch.setattr(budget, "MOST", 14)
+    given = ["train", *TINY, "--threads=1", f"--pairs={trained / 'pairs.tsv'}", "--beam=1"]
+
+    def losses(*more: str, out: str = "out") -> list[float]:
+        assert cli.main([*given, *more, f"--out={tmp_path / out}"]) == 0
+        return json.loads((tmp_path / out / "results.json").read_text())["losses"]
+
+    chosen = losses()
+    assert " 14 steps, from 12 to 14: one takes " in capsys.readouterr().out
+    assert len(chosen) == 14
+    assert chosen == losses("--steps=14", out="given")
+    assert " 14 steps, as asked" in capsys.readouterr().out
+
+    # Stopped early, it goes on to the number decided on, whatever fits by now.
+    monkeypatch.setattr(budget, "MOST", 30)
+    path = tmp_path / "out" / "checkpoint.pt"
+    losses("--steps=11")
+    state = checkpoint.read(path, torch.device("cpu"))
+    assert state["goal"] == 11
+    torch.save({**state, "goal": 14}, path)
+    assert losses("--resume") == chosen
+    assert " 14 steps, as decided when this training began" in capsys.readouterr().out
+
+    monkeypatch.setattr(budget, "RUN", 0.0)
+    assert losses() == chosen[:12]
+
+
+def test_a_comparison_takes_its_steps_from_the_time_and_no_more_than_training(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def made(data: object, settings: object, steps: int, *_: object, **ours: object) -> object:
+        asked.append(steps)
+        both = [compare.Outcome([2.0] * 3, 2.0, slow, 1.0, 9) for slow in (0.5, 1.0)]
+        return dict(zip(("torch", "attnfast"), both, strict=True))
+
+    monkeypatch.setattr(compare, "_both", made)
+    monkeypatch.setattr(budget, "RUN", 420.0)
+    given = ["compare", *TINY, f"--pairs={trained / 'pairs.tsv'}", f"--out={tmp_path}"]
+    for more in ([], ["--steps=40"], ["--compare-steps=70"], ["--compare-steps=7", "--steps=9"]):
+        assert cli.main([*given, *more]) == 0
+    # The slower model's second a step: (420 - a moment - 120) / 5.
+    assert asked[:1] == asked[2:3] == asked[4:5] == asked[6:7] == [50]
+    assert 50 < asked[1] < 60
+    assert asked[3::2] == [40, 70, 7]
 
 
 def interrupted(arguments: list[str]) -> tuple[int, str]:

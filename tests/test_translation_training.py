@@ -23,7 +23,7 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
 sys.path.insert(0, str(EXAMPLES))
 
 from search_demo.errors import UsageError
-from translation import checkpoint, compare, pairs, tokens, train
+from translation import budget, checkpoint, compare, pairs, tokens, train
 from translation.interrupt import Interrupt
 from translation.pairs import Pair
 from translation.settings import Settings
@@ -136,6 +136,65 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     for a, b in zip(whole.looks, second.looks, strict=True):
         for kind in a.breadth:
             assert torch.equal(a.breadth[kind], b.breadth[kind])
+
+
+def test_a_checkpoint_keeps_how_many_steps_were_decided_on(
+    data: tokens.Data, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    first, second = trainer_of(data), trainer_of(data)
+    assert first.goal is None
+    first.goal = 321
+    checkpoint.save(first, path)
+    state = checkpoint.read(path, CPU)
+    checkpoint.restore(state, second)
+    assert second.goal == 321
+    del state["goal"]  # as checkpoints once were
+    checkpoint.restore(state, second)
+    assert second.goal is None
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "each", "steps"),
+    [
+        (60.0, 0.1, 150),  # 3,480 would fit
+        (100.0, 0.4, 136),  # 680
+        (130.0, 0.7, 58),  # 294
+        (130.0, 1.0, 50),  # 170
+        (500.0, 1.0, 50),  # none
+    ],
+)
+def test_the_comparison_gets_a_fifth_of_the_steps_that_fit(
+    elapsed: float, each: float, steps: int
+) -> None:
+    assert budget.compared_steps(elapsed, each) == steps
+
+
+@pytest.mark.parametrize(
+    ("done", "elapsed", "each", "steps"),
+    [
+        (150, 100.0, 0.1, 800),  # 3,230 would fit
+        (150, 200.0, 0.4, 580),
+        (60, 200.0, 0.8, 215),
+        (50, 250.0, 1.0, 150),  # 100
+        (50, 500.0, 1.0, 150),  # none
+        (10, 30.0, 0.5, 670),
+    ],
+)
+def test_training_gets_what_is_left(done: int, elapsed: float, each: float, steps: int) -> None:
+    assert budget.training_steps(done, elapsed, each) == steps
+
+
+@pytest.mark.parametrize("each", [0.02, 0.1, 0.3, 0.5, 0.8])
+def test_a_whole_run_takes_less_than_eight_minutes(each: float) -> None:
+    """From nothing, with processes that take seven seconds to start, and ours a tenth slower."""
+    elapsed = 60 + 2 * 7 + 50 * (each + 1.1 * each)
+    compared = budget.compared_steps(elapsed, 1.1 * each)
+    elapsed += 2 * 7 + compared * (each + 1.1 * each)
+    steps = budget.training_steps(compared, elapsed, 1.1 * each)
+    elapsed += (steps - compared + budget.MEASURING) * 1.1 * each
+    assert steps == 800 or elapsed > 400 or each > 0.7
+    assert elapsed < 480
 
 
 def test_without_its_generators_a_resumed_run_would_differ(

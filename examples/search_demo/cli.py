@@ -10,6 +10,8 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 import attnfast
 from attnfast import replace
-from search_demo import report
+from search_demo import budget, report
 from search_demo.corpus import Document, collect_stdlib, read_queries, read_texts
 from search_demo.encoder import (
     Batch,
@@ -48,11 +50,11 @@ QUERIES = (
     "find files whose names match a pattern",
 )
 TOLERANCE = 1e-5
-PROFILED = 5  # batches, spread over all lengths
+PROFILED, PART = 5, 4  # batches, spread over all lengths; the fourth part of their texts
 LARGEST = 2  # batches whose memory is measured
 MEASURED = f"""\
 Time: both in one process, taking turns batch by batch; gathering statistics is not counted.
-Shares: torch.profiler over {PROFILED} batches of all lengths, torch on its fast path.
+Shares: torch.profiler over 1/{PART} of {PROFILED} batches of all lengths, torch on its fast path.
 Memory: what the {LARGEST} longest batches add, each model in a fresh process."""
 DROPOUT = 0.1
 LONGEST_SENTENCE = 24  # tokens that still make a readable map
@@ -69,6 +71,7 @@ class Job(NamedTuple):
     ids: list[list[int]]  # of the documents, then of the queries
     batches: list[Batch]
     models: dict[str, SentenceEncoder]
+    cut: str  # why texts are cut off where they are; empty where that was asked for
 
 
 class Comparison(NamedTuple):
@@ -131,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
     outcomes = None
     if not options.no_train:
         report.heading(out, "Fine-tuning: which module is a docstring from?")
-        outcomes = _fine_tune(options, job)
+        outcomes = _fine_tune(options, job, out)
         _report_fine_tuning(out, job.folder, outcomes)
     results = {
         "described": described,
@@ -164,7 +167,7 @@ def _prepare(options: argparse.Namespace) -> Job:
     documents = read_texts(options.texts) if options.texts else None
     folder = output_folder(options.out)
     stock = load_encoder(DROPOUT)
-    tokenizer = load_tokenizer(options.max_tokens)
+    tokenizer = load_tokenizer(options.max_tokens or budget.LONGEST)
     documents = documents or collect_stdlib(options.modules)
 
     ours = copy.deepcopy(stock)
@@ -172,8 +175,24 @@ def _prepare(options: argparse.Namespace) -> Job:
     models = {TORCH: stock.to(device), ATTNFAST: ours.to(device)}
     texts = [document.text for document in documents] + queries
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    cut = ""
+    if options.max_tokens is None:
+        each = budget.token_seconds(models, ids, device) * budget.STATISTICS
+        longest = budget.longest_that_fits(list(map(len, ids)), budget.EMBEDDING, each)
+        tokenizer.enable_truncation(longest)
+        ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        cut = _why_cut(longest, sum(map(len, ids)) * each)
     batches = list(length_sorted(ids, options.batch_tokens))
-    return Job(device, folder, documents, queries, tokenizer, ids, batches, models)
+    return Job(device, folder, documents, queries, tokenizer, ids, batches, models, cut)
+
+
+def _why_cut(longest: int, seconds: float) -> str:
+    """One line: after how many tokens texts are cut off, and why."""
+    return (
+        f"texts are cut off after {longest} tokens, from {budget.SHORTEST} to {budget.LONGEST}:"
+        f" embedding twice takes about {seconds:.0f} s then, at most {budget.EMBEDDING:.0f} are"
+        " meant (--max-tokens)"
+    )
 
 
 def _describe(job: Job) -> str:
@@ -186,6 +205,7 @@ def _describe(job: Job) -> str:
         f" {torch.get_num_threads()} threads\n"
         f"{len(job.documents):,} texts and {len(job.queries)} queries,"
         f" {tokens:,} tokens in {len(job.batches)} batches, {1 - tokens / padded:.1%} padding"
+        + (f"\n{job.cut}" if job.cut else "")
     )
 
 
@@ -194,12 +214,21 @@ def _compare(job: Job) -> Comparison:
     with AttentionWatch(job.models[ATTNFAST]) as watch:
         embeddings, seconds = embed(job.models, job.batches, job.device, watch)
     every = -(-len(job.batches) // PROFILED)
-    sample = job.batches[every // 2 :: every]
+    sample = [_part(batch) for batch in job.batches[every // 2 :: every]]
     shares = {
         name: attention_share(model, sample, job.device) for name, model in job.models.items()
     }
-    memory = {name: peak_memory(name, job.batches[-LARGEST:], job.device) for name in job.models}
+    largest = job.batches[-LARGEST:]
+    with ThreadPoolExecutor() as pool:  # the processes share the machine, but no memory
+        peaks = pool.map(lambda name: peak_memory(name, largest, job.device), job.models)
+        memory = dict(zip(job.models, peaks, strict=True))
     return Comparison(embeddings, seconds, shares, memory, watch)
+
+
+def _part(batch: Batch) -> Batch:
+    """The longest of a batch's texts: enough to see how the time divides."""
+    rows = slice(-max(1, len(batch.indices) // PART), None)
+    return Batch(batch.indices[rows], batch.tokens[rows], batch.padding[rows])
 
 
 def _answer(
@@ -244,7 +273,7 @@ def _draw(job: Job, comparison: Comparison, sentence: str, layer: int) -> Path:
     return path
 
 
-def _fine_tune(options: argparse.Namespace, job: Job) -> dict[str, Outcome] | None:
+def _fine_tune(options: argparse.Namespace, job: Job, out: Console) -> dict[str, Outcome] | None:
     """Both models' outcomes; None where the texts have no modules to tell apart."""
     split = split_by_module(job.documents, options.seed)
     if split is None:
@@ -259,6 +288,7 @@ def _fine_tune(options: argparse.Namespace, job: Job) -> dict[str, Outcome] | No
         dropout=DROPOUT,
         seed=options.seed,
         device=job.device,
+        tell=partial(report.plain, out),
     )
 
 

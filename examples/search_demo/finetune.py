@@ -13,6 +13,7 @@ from sklearn.metrics import classification_report
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from search_demo.budget import steps_that_fit
 from search_demo.corpus import Document
 from search_demo.encoder import EMBED_DIM, Batch, SentenceEncoder, length_sorted, pad
 from search_demo.measure import now
@@ -21,6 +22,8 @@ FEWEST = 15  # docstrings that a module needs to be a class
 HELD_OUT = 0.25
 PEAK_RATE, HEAD_RATE, WEIGHT_DECAY, WARM_UP = 2e-4, 2e-3, 0.01, 0.1
 POOL = 8  # batches that are sorted by length together, so that little of a batch is padding
+MINUTE = 60.0  # seconds of it all where the number of steps is left open
+FEWEST_STEPS, MOST_STEPS = 10, 50
 
 
 class Split(NamedTuple):
@@ -115,12 +118,13 @@ def fine_tune(
     ids: Sequence[Sequence[int]],
     split: Split,
     *,
-    steps: int,
+    steps: int | None,
     batch_size: int,
     max_tokens: int,
     dropout: float,
     seed: int,
     device: torch.device,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Outcome]:
     """Fine-tune copies of the encoders on the same batches, taking turns step by step.
 
@@ -131,29 +135,40 @@ def fine_tune(
         encoders: by name; left as they are.
         ids: token ids of the corpus.
         split: labels, training and held-out texts.
-        steps: optimiser steps.
+        steps: optimiser steps; None for as many as fit a minute, measured before the first one.
         batch_size: texts a step.
         max_tokens: texts are cut off here.
         dropout: the probability before the head; the encoders bring their own.
         seed: of the head, the order of texts, the dropout.
         device: where the encoders are.
+        tell: called with a line that says which number of steps was chosen, and why.
     """
+    started = now(device)
     ids = [text[:max_tokens] for text in ids]
     labels = {i: torch.tensor(label) for i, label in split.labels.items()}
     torch.manual_seed(seed)
     head = nn.Linear(EMBED_DIM, len(split.modules)).to(device)
-    models, optimisers, schedules = {}, {}, {}
+    models = {}
     for name, encoder in encoders.items():
         model = Classifier(copy.deepcopy(encoder), len(split.modules), dropout).to(device)
         model.head.load_state_dict(head.state_dict())
         models[name] = model
-        optimisers[name] = torch.optim.AdamW(parameter_groups(model))
-        factor = warm_up_and_decay(steps)
-        schedules[name] = torch.optim.lr_scheduler.LambdaLR(optimisers[name], factor)
     held_out = list(length_sorted([ids[i] for i in split.test], 4096))
     truth = torch.stack([labels[i] for i in split.test])
 
+    evaluation = now(device)
     before = {name: _predict(model, held_out, truth, device)[1] for name, model in models.items()}
+    evaluation = now(device) - evaluation
+    if steps is None:
+        each = _step_seconds(models, ids, labels, split.train, batch_size, seed, device)
+        left = MINUTE - (now(device) - started) - evaluation
+        steps = steps_that_fit(left, each, FEWEST_STEPS, MOST_STEPS)
+        tell(chosen(steps, each, left))
+    optimisers, schedules = {}, {}
+    for name, model in models.items():
+        optimisers[name] = torch.optim.AdamW(parameter_groups(model))
+        factor = warm_up_and_decay(steps)
+        schedules[name] = torch.optim.lr_scheduler.LambdaLR(optimisers[name], factor)
     losses: dict[str, list[float]] = {name: [] for name in models}
     seconds = dict.fromkeys(models, 0.0)
     order = epochs(ids, split.train, batch_size, steps, seed)
@@ -182,6 +197,45 @@ def fine_tune(
         )
         outcomes[name] = Outcome(losses[name], seconds[name], before[name], after, report)
     return outcomes
+
+
+def chosen(steps: int, each: float, left: float) -> str:
+    """One line: the number of steps and why."""
+    return (
+        f"{steps} steps, from {FEWEST_STEPS} to {MOST_STEPS}: one of both models takes"
+        f" {each:.2f} s here, and {left:.0f} s of a minute are left for them (--steps)"
+    )
+
+
+def _step_seconds(
+    models: Mapping[str, Classifier],
+    ids: Sequence[Sequence[int]],
+    labels: Mapping[int, Tensor],
+    train: Sequence[int],
+    size: int,
+    seed: int,
+    device: torch.device,
+) -> float:
+    """Seconds that a step of mean length takes all models, timed on copies that are thrown away.
+
+    Training itself is left as it would be: each of its steps seeds the generators anew.
+    """
+    order = epochs(ids, train, size, -(-len(train) // size), seed)
+    positions = [len(texts) * max(len(ids[i]) for i in texts) for texts in order]  # padded
+    mean = sum(positions) / len(positions)
+    middling = min(range(len(order)), key=lambda i: abs(positions[i] - mean))
+    batch = pad(ids, order[middling]).to(device)
+    target = torch.stack([labels[i] for i in order[middling]]).to(device)
+    seconds = 0.0
+    for model in models.values():
+        model = copy.deepcopy(model)
+        optimiser = torch.optim.AdamW(parameter_groups(model))
+        small = Batch(batch.indices[:2], batch.tokens[:2], batch.padding[:2])
+        _step(model, optimiser, small, target[:2])  # first uses of memory and kernels
+        start = now(device)
+        _step(model, optimiser, batch, target)
+        seconds += now(device) - start
+    return seconds * mean / positions[middling]
 
 
 def _step(

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from search_demo.budget import EMBEDDING, LONGEST, SHORTEST
 from search_demo.encoder import LAYERS, POSITIONS
 from search_demo.errors import UsageError
 
@@ -18,7 +19,7 @@ hits side by side, the largest difference of any embedding, time, memory and att
 draws where words look; fine-tunes both to tell modules apart."""
 EPILOG = """\
 examples:
-  search                                     a few queries of its own, about four minutes
+  search                                     a few queries of its own, in three minutes
   search "how do I read a zip archive"       your question
   search --no-train --modules zipfile,tarfile "open a compressed file"
   search --texts notes.txt "who pays?"       your texts: one a line, or parted by blank lines
@@ -97,9 +98,9 @@ def parser() -> Parser:
     how.add_argument(
         "--max-tokens",
         type=number(3, POSITIONS),
-        default=256,
         metavar="N",
-        help="texts are cut off here (default 256)",
+        help=f"texts are cut off here (default: {LONGEST}, or as few as {SHORTEST} where embedding"
+        f" would take longer than {EMBEDDING:.0f} s)",
     )
     how.add_argument(
         "--batch-tokens",
@@ -111,7 +112,10 @@ def parser() -> Parser:
     tuning = parser.add_argument_group("fine-tuning")
     tuning.add_argument("--no-train", action="store_true", help="leave it out")
     tuning.add_argument(
-        "--steps", type=number(1), default=50, metavar="N", help="optimiser steps (default 50)"
+        "--steps",
+        type=number(1),
+        metavar="N",
+        help="optimiser steps (default: as many as fit a minute, from 10 to 50)",
     )
     tuning.add_argument(
         "--batch-size", type=number(1), default=24, metavar="N", help="texts a step (default 24)"
@@ -119,9 +123,9 @@ def parser() -> Parser:
     tuning.add_argument(
         "--train-tokens",
         type=number(3, POSITIONS),
-        default=96,
+        default=64,
         metavar="N",
-        help="texts are cut off here in fine-tuning (default 96)",
+        help="texts are cut off here in fine-tuning (default 64)",
     )
     tuning.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     results = parser.add_argument_group("results")

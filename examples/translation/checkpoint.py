@@ -31,6 +31,7 @@ def save(trainer: Trainer, path: Path) -> None:
         "model": trainer.model.state_dict(),
         "optimiser": trainer.optimiser.state_dict(),
         "schedule": trainer.schedule.state_dict(),
+        "goal": trainer.goal,
         "losses": trainer.losses,  # their number is the place in the order of the data
         "seconds": trainer.seconds,
         "tokens": trainer.tokens,
@@ -89,6 +90,7 @@ def restore(state: dict[str, Any], trainer: Trainer) -> None:
     trainer.model.load_state_dict(state["model"])
     trainer.optimiser.load_state_dict(state["optimiser"])
     trainer.schedule.load_state_dict(state["schedule"])
+    trainer.goal = state.get("goal")  # which older checkpoints lack
     trainer.losses = list(state["losses"])
     trainer.seconds = list(state["seconds"])
     trainer.tokens = list(state["tokens"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -21,12 +22,13 @@ from search_demo.report import console, heading, plain
 from tokenizers import Tokenizer
 
 import attnfast
-from translation import checkpoint, metrics, report
+from translation import budget, checkpoint, metrics, report
 from translation.catalogues import cached_pairs
-from translation.compare import LAST, Comparison, compare_dropout, compare_exact
+from translation.compare import LAST, UNTIMED, Comparison, compare_dropout, compare_exact
 from translation.decode import translate
 from translation.interrupt import Interrupted
 from translation.look import cross_attention
+from translation.model import Translator
 from translation.options import parser, settings_of
 from translation.pairs import read_pairs, split_pairs
 from translation.picture import draw_cross_attention, draw_habits, draw_losses
@@ -37,6 +39,7 @@ from translation.train import Trainer
 
 CHECKPOINT = "checkpoint.pt"
 SHOWN = 8  # translations
+UNCACHED = 100  # texts that are translated again without the cache
 LONGEST_SENTENCE = 20  # tokens that still make a readable map
 
 
@@ -48,6 +51,12 @@ class Job(NamedTuple):
     device: torch.device
     folder: Path  # for results
     data: Data
+    started: float  # by time.perf_counter
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run began."""
+        return time.perf_counter() - self.started
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
     path = _checkpoint(options, folder)
     if options.resume:
         resumed = checkpoint.read(path, device)
-    job = Job(options, settings, device, folder, _data(options, settings))
+    job = Job(options, settings, device, folder, _data(options, settings), started)
     if resumed is not None:
         checkpoint.check(resumed, path, settings, job.data)
     out = console()
@@ -98,8 +107,9 @@ def run(options: argparse.Namespace) -> int:
             resumed = checkpoint.read(job.folder / CHECKPOINT, device)
     if options.command != "compare":
         trainer = _trainer(job, resumed)
-        heading(out, f"Training, {options.steps} steps")
-        _train(job, trainer)
+        heading(out, "Training")
+        plain(out, _decide_steps(job, trainer))
+        _train_to(job, trainer, trainer.goal)
         results |= _measure(out, job, trainer)
         losses = {ATTNFAST: trainer.losses}
         if compared:
@@ -177,11 +187,14 @@ def _compare(out: Console, job: Job) -> dict[str, Comparison]:
     heading(out, f"The same training twice, without dropout, {steps} steps")
     exact = compare_exact(job.data, job.settings, steps, job.device)
     report.comparison(out, exact, "the losses of every step")
-    steps = min(options.compare_steps, options.steps)
+    each = max(outcome.step_seconds for outcome in exact.outcomes.values())
+    steps = options.compare_steps or budget.compared_steps(job.elapsed, each)
+    steps = min(steps, options.steps or steps)
     heading(out, f"The same training twice, dropout {job.settings.dropout:g}, {steps} steps")
     ours: dict[str, Any] = {}
     if options.command == "all":  # whose training goes on afterwards
         ours["checkpoint"] = str(job.folder / CHECKPOINT)
+        ours["goal"] = options.steps
         ours["watch_every"] = options.watch_every
     if options.logdir is not None:
         ours |= {"logdir": str(options.logdir), "watch_every": options.watch_every}
@@ -204,18 +217,37 @@ def _trainer(job: Job, resumed: dict[str, Any] | None) -> Trainer:
     return trainer
 
 
-def _train(job: Job, trainer: Trainer) -> None:
-    """Train to the end.
+def _decide_steps(job: Job, trainer: Trainer) -> str:
+    """Set the trainer's goal; returns a line that says why it is what it is.
+
+    Raises:
+        Interrupted: by Ctrl-C in the first steps, which are timed; the checkpoint is saved.
+    """
+    if job.options.steps is not None:
+        trainer.goal = job.options.steps
+        return f"{trainer.goal} steps, as asked"
+    if trainer.goal is not None:
+        return f"{trainer.goal} steps, as decided when this training began"
+    if trainer.steps < budget.FIRST:
+        _train_to(job, trainer, budget.FIRST)
+    each = statistics.median(trainer.seconds[UNTIMED:])
+    trainer.goal = budget.training_steps(trainer.steps, job.elapsed, each)
+    return (
+        f"{trainer.goal} steps, from {budget.FEWEST} to {budget.MOST}: one takes {each:.2f} s here,"
+        f" {job.elapsed:.0f} s of {budget.RUN:.0f} are over, and measuring takes"
+        f" {budget.MEASURING * each:.0f} s (--steps)"
+    )
+
+
+def _train_to(job: Job, trainer: Trainer, steps: int) -> None:
+    """Train until so many steps are done.
 
     Raises:
         Interrupted: by Ctrl-C; the checkpoint is saved.
     """
-    path, options = job.folder / CHECKPOINT, job.options
-    if not trainer.train(
-        options.steps,
-        save=lambda: checkpoint.save(trainer, path),
-        save_every=options.save_every,
-    ):
+    path = job.folder / CHECKPOINT
+    save, save_every = lambda: checkpoint.save(trainer, path), job.options.save_every
+    if not trainer.train(steps, save=save, save_every=save_every):
         raise Interrupted(trainer.steps, path)
 
 
@@ -240,8 +272,11 @@ def _measure(out: Console, job: Job, trainer: Trainer) -> dict[str, Any]:
     decoded, uncached = _decode(job, trainer)
     out.print()
     report.text_scores(out, decoded)
-    told = f"{uncached.seconds:.1f} s, {uncached.same} of {len(data.texts)} translations the same"
-    plain(out, f"greedy without the key-value cache: {told}")
+    plain(
+        out,
+        f"greedy, {uncached.texts} texts: {uncached.cached_seconds:.1f} s with the key-value cache,"
+        f" {uncached.seconds:.1f} s without; {uncached.same} translations the same",
+    )
     out.print()
     rows = range(min(SHOWN, len(data.texts)))
     texts = {name: found.texts for name, found in decoded.items()}
@@ -266,6 +301,8 @@ def _measure(out: Console, job: Job, trainer: Trainer) -> dict[str, Any]:
 class Uncached(NamedTuple):
     """Greedy decoding by the whole decoder at every token, against the key-value cache."""
 
+    texts: int
+    cached_seconds: float
     seconds: float
     same: int  # translations
 
@@ -284,11 +321,21 @@ def _decode(job: Job, trainer: Trainer) -> tuple[dict[str, Decoded], Uncached]:
         texts = data.tokenizer.decode_batch(ids)
         scores = metrics.text_scores(texts, references, job.options.lang)
         decoded[name] = Decoded(texts, scores, seconds)
-    started = now(job.device)
-    ids = translate(model, sources, 1, cached=False, label="greedy without cache")
-    seconds = now(job.device) - started
-    same = map(str.__eq__, data.tokenizer.decode_batch(ids), decoded["greedy"].texts)
-    return decoded, Uncached(seconds, sum(same))
+    return decoded, _without_cache(model, sources[:UNCACHED], job.device)
+
+
+def _without_cache(
+    model: Translator, sources: Sequence[Sequence[int]], device: torch.device
+) -> Uncached:
+    """The same texts greedily with and without the cache."""
+    found, seconds = [], []
+    for cached in (True, False):
+        started = now(device)
+        label = f"greedy {'with' if cached else 'without'} cache"
+        found.append(translate(model, sources, 1, cached=cached, label=label))
+        seconds.append(now(device) - started)
+    same = sum(map(list.__eq__, *found))
+    return Uncached(len(sources), *seconds, same)
 
 
 def _draw_sentence(job: Job, trainer: Trainer) -> Path:

@@ -80,8 +80,8 @@ def compare_dropout(
         settings: how, dropout included.
         steps: how long.
         device: where.
-        ours: what attnfast's process does besides: `watch_every`, `logdir` and `checkpoint`, the
-            file that its training can be continued from.
+        ours: what attnfast's process does besides: `watch_every`, `logdir`, `checkpoint`, the
+            file that its training can be continued from, and `goal`, until which step.
     """
     outcomes = _both(data, settings, steps, device, f"dropout {settings.dropout:g}", **ours)
     a, b = outcomes.values()
@@ -157,6 +157,7 @@ def work(folder: Path) -> bool:
     torch.manual_seed(settings.seed)
     logdir = job.get("logdir") and Path(job["logdir"])
     trainer = Trainer(model, data, settings, job.get("watch_every", 0), logdir)
+    trainer.goal = job.get("goal")
     target = job.get("checkpoint")
     before = restart_peak(device)
     whole = trainer.train(

