@@ -17,3 +17,4 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 OURS = "attnfast"  # our name among the contestants of a row
+SDPA = "torch.sdpa flash"  # and that of the kernel of torch's that is its best on a CPU

@@ -5,8 +5,9 @@
     copy    bytes read and written per second, by how many bytes are touched
     launch  seconds of the shortest call of torch that does something
 
-A row's limit is the roofline (Williams, Waterman and Patterson, 2009): its FLOP at the higher of
-the two rates for its dtype, or its bytes at the rate of copying as many, whichever takes longer.
+A row's limit is the roofline (Williams, Waterman and Patterson, 2009): its FLOP at the highest of
+the rates for its dtype and fp32, or its bytes at the rate of copying as many, whichever takes
+longer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from .clock import EventClock, HostClock, clock
 from .grid import DTYPES, Case
 
 SOURCE = Path(__file__).with_name("fma.cpp")
-GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+GEMM_SIZE = {"cpu": (256, 2048), "cuda": (8192, 8192)}  # the smallest and the largest
+GEMM_S = 0.4  # of one product: a CPU may have none of its own for bf16
 COPY_BYTES = {"cpu": (1 << 18, 1 << 22, 1 << 26, 1 << 29), "cuda": (1 << 24, 1 << 27, 1 << 31)}
 FMA_STEPS = 200_000  # about a millisecond: the best of many slices is one that nothing disturbs
 
@@ -50,8 +52,8 @@ def measure(device: torch.device, threads: int, *, dry: bool = False) -> dict[st
         for name in ("float32", "bfloat16", "float16"):
             if name == "float16" and device.type == "cpu":
                 continue
-            size = 128 if dry else GEMM_SIZE[device.type]
-            found["gemm"][name] = _gemm(timer, device, DTYPES[name], size)
+            sizes = (128, 128) if dry else GEMM_SIZE[device.type]
+            found["gemm"][name] = _gemm(timer, device, DTYPES[name], *sizes)
         for size in COPY_BYTES[device.type]:
             found["copy"].append([size, _copy(timer, device, size >> 8 if dry else size)])
         found["launch"] = _launch(timer, device)
@@ -77,10 +79,10 @@ def limit_s(case: Case, ceilings: dict[str, Any] | None) -> float | None:
 
 
 def peak_flops(dtype: str, ceilings: dict[str, Any]) -> float:
-    """The higher of the two rates for a dtype; fp32's where its own is not known."""
-    rates = [ceilings[kind].get(dtype, 0.0) for kind in ("gemm", "fma")]
-    best = max(rates)
-    return float(best) if best > 0 else peak_flops("float32", ceilings)
+    """The highest rate for a dtype; at least fp32's, in which it can be computed."""
+    return float(
+        max(ceilings[kind].get(x, 0.0) for kind in ("gemm", "fma") for x in (dtype, "float32"))
+    )
 
 
 def _best(timer: HostClock | EventClock, call: Any, rounds: int = 7) -> float:
@@ -90,11 +92,15 @@ def _best(timer: HostClock | EventClock, call: Any, rounds: int = 7) -> float:
 
 
 def _gemm(
-    timer: HostClock | EventClock, device: torch.device, dtype: torch.dtype, size: int
+    timer: HostClock | EventClock, device: torch.device, dtype: torch.dtype, size: int, most: int
 ) -> float:
+    """FLOP/s of the largest product, of sizes that double, that does not take too long."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)
-    return 2.0 * size**3 / _best(timer, lambda: torch.mm(a, b, out=out))
+    seconds = _best(timer, lambda: torch.mm(a, b, out=out))
+    if size < most and 8 * seconds < GEMM_S:
+        return _gemm(timer, device, dtype, 2 * size, most)
+    return 2.0 * size**3 / seconds
 
 
 def _copy(timer: HostClock | EventClock, device: torch.device, touched: int) -> float:

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from . import RESULTS, ROOT, compare, environment, evidence, report, results, scaling, show, suites
+from attnfast import ops
+
+from . import (
+    RESULTS,
+    ROOT,
+    compare,
+    environment,
+    evidence,
+    report,
+    results,
+    scaling,
+    show,
+    suites,
+    summary,
+)
+from .budget import LeftOut
 from .grid import DTYPES, OPTIONS, SIZES, SUITES, WORKS, AttentionCase
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {x: x for x in DTYPES}
@@ -65,12 +81,15 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     one = parser.add_argument_group("one question")
     one.add_argument("--shape", type=_shape, metavar="B,H,L,D", help="or B,H,T,S,D")
     one.add_argument("--causal", action="store_true")
-    one.add_argument("--dtype", type=_dtype, default="float32", help="fp32 (default), bf16, fp16")
+    one.add_argument("--dtype", type=_dtype, help="fp32 (default), bf16, fp16")
     one.add_argument("--work", choices=WORKS, help="default: forward, then forward+backward")
     one.add_argument("--option", choices=OPTIONS, default="", help="of attention()")
     many = parser.add_argument_group("suites, where no shape is given")
     many.add_argument("--suite", choices=list(SUITES), action="append", help="default: all")
     many.add_argument("--size", choices=SIZES, help="default: quick")
+    many.add_argument(
+        "--minutes", type=_positive(float), help="for all suites; default: 9.5 for quick, else all"
+    )
     parser.add_argument("--backend", help="ours; default: the first that serves the device")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=_positive(int))
@@ -84,37 +103,31 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     given = {
         name: getattr(options, name)
-        for name in ("size", "backend", "device", "threads", "budget_s")
+        for name in ("size", "backend", "device", "threads", "budget_s", "minutes")
     }
+    _check_question(options)
     if options.shape is not None:
-        if options.suite or options.size:
-            raise ValueError("bench: --shape is a row of its own: leave out --suite and --size")
         given["size"] = "full"
     settings = environment.settings(**given)
     reason = environment.unavailable(settings.backend, settings.device)
     if reason is not None:
         raise ValueError(f"bench: nothing to measure: {reason}")
-    if options.shape is None:
-        chosen = [
-            case for suite in options.suite or SUITES for case in suites.cases(suite, settings.size)
-        ]
-    else:
-        works = [options.work] if options.work else ["forward", "forward+backward"]
-        causal = options.causal or options.option == "window"
-        chosen = [
-            AttentionCase(*options.shape, options.dtype, causal, work, options.option)
-            for work in works
-        ]
+    chosen = _chosen(options, settings)
     facts = environment.facts("timing", settings)
     kept = _kept(options.out, facts) if options.resume else []
-    session = suites.session(settings)
+    done = {(row["suite"], row["id"]) for row in kept}
+    waiting = [case for case in chosen if (case.suite, str(case)) not in done]
+    session = suites.session(settings, waiting)
     facts["ceilings"] = session.ceilings
+    if session.budget is not None:
+        facts["not_timed"] = session.budget.left_out
     rows, failed = list(kept), 0
-    for case in chosen:
-        if any((row["suite"], row["id"]) == (case.suite, str(case)) for row in kept):
-            continue
+    for case in waiting:
         try:
             row = suites.measured(case, session)
+        except LeftOut as reason:
+            print(f"{case}: left out: {reason}", flush=True)
+            continue
         except AssertionError as error:  # results differ: nothing to time
             print(f"{case}: {error}", file=sys.stderr)
             failed += 1
@@ -127,8 +140,36 @@ def _run(options: argparse.Namespace) -> int:
         if options.out is not None:
             results.save(options.out, facts, rows)
     if options.shape is None:
-        show.summary(results.Run(Path("this run"), facts, rows))
+        print("", *summary.overview(results.Run(Path("this run"), facts, rows)), sep="\n\n")
     return 1 if failed else 0
+
+
+def _check_question(options: argparse.Namespace) -> None:
+    """Refuse what says nothing about suites, or about one shape."""
+    if options.shape is not None and (options.suite or options.size or options.minutes):
+        raise ValueError(
+            "bench: --shape is a row of its own: leave out --suite, --size and --minutes"
+        )
+    for name in ("causal", "dtype", "work", "option"):
+        if options.shape is None and getattr(options, name):
+            raise ValueError(f"bench: --{name} is of one question: give its --shape")
+
+
+def _chosen(options: argparse.Namespace, settings: environment.Settings) -> list[Any]:
+    """The rows that were asked for."""
+    if options.shape is None:
+        asked = options.suite or SUITES
+        return [case for suite in asked for case in suites.cases(suite, settings.size)]
+    works = [options.work] if options.work else ["forward", "forward+backward"]
+    causal, dtype = options.causal or options.option == "window", options.dtype or "float32"
+    cases = [AttentionCase(*options.shape, dtype, causal, x, options.option) for x in works]
+    memory = environment.memory_bytes(settings.device)
+    if memory is not None and cases[-1].bytes > memory:
+        raise ValueError(
+            f"bench: --shape needs {summary.size(int(cases[-1].bytes))} for its inputs and results,"
+            f" this machine has {summary.size(memory)}"
+        )
+    return cases
 
 
 def _kept(path: Path | None, facts: dict[str, Any]) -> list[results.Row]:
@@ -158,8 +199,9 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 def _compare(options: argparse.Namespace) -> int:
     before, after = (results.load(path, "timing") for path in (options.before, options.after))
     changes = compare.compare(before, after, options.threshold)
-    show.changes(changes, before, after)
-    return 1 if any(change.regression for change in changes) else 0
+    show.changes(changes, before, after, options.threshold)
+    slower = compare.slower_suites(changes, options.threshold)
+    return 1 if slower or any(change.regression for change in changes) else 0
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,35 +230,41 @@ def _evidence_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _evidence(options: argparse.Namespace) -> int:
     failed = 0
+    if not (options.run or options.results.is_dir()):
+        raise ValueError(f"bench: no evidence in {options.results}; --run makes some")
     if options.run:
         reason = environment.unavailable(options.backend, options.device)
         if reason is not None:
             raise ValueError(f"bench: nothing to run: {reason}")
-        failed = _prove(options)
+        sets: list[str | None] = [None]
+        if options.backend == "cpu" and not os.environ.get("ATTNFAST_CPU_ISA"):
+            sets = [*ops.cpu_isas()]
+        failed = sum(_prove(options, isa) for isa in sets)
     found = evidence.lines(options.results)
-    if not found:
-        raise ValueError(f"bench: no evidence in {options.results}; --run makes some")
     print(evidence.markdown(found)) if options.markdown else show.evidence(found)
     return 1 if failed else 0
 
 
-def _prove(options: argparse.Namespace) -> int:
-    """Run the case tables on a backend; the number of failures."""
+def _prove(options: argparse.Namespace, isa: str | None) -> int:
+    """Run the case tables on a backend, a CPU's by one instruction set; the number of failures."""
     settings = environment.settings(backend=options.backend, device=options.device)
     facts = environment.facts("evidence", settings)
+    facts["kernel"] = isa or facts["kernel"]
     with tempfile.TemporaryDirectory() as folder:
         outcomes = evidence.run(
-            options.backend, options.device, dry=options.dry, log=Path(folder) / "log.txt"
+            options.backend, options.device, dry=options.dry, log=Path(folder) / "log.txt", isa=isa
         )
     how = evidence.stage(options.backend, options.device)
     if not options.dry:
         path = evidence.path(facts, options.backend, how, options.results)
-        results.save(path, facts, evidence.record(options.backend, options.device, outcomes))
+        rows = evidence.record(options.backend, options.device, outcomes, facts["kernel"])
+        results.save(path, facts, rows)
         print(f"wrote {path}")
     failed = [outcome for outcome in outcomes if outcome.failure]
     for outcome in failed:
         print(f"{options.backend} {outcome.item['id']}: {outcome.failure}", file=sys.stderr)
-    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} cases right")
+    name = f"{options.backend}, {facts['kernel']}"
+    print(f"{name}: {len(outcomes) - len(failed)} of {len(outcomes)} cases right")
     return len(failed)
 
 
@@ -273,4 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
         return int(options.execute(options))
     except ValueError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"bench: {error}", file=sys.stderr)
         return 2

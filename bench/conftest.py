@@ -10,7 +10,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from . import RESULTS, environment, results, suites
+from . import RESULTS, environment, results, suites, summary
+from .budget import LeftOut
 from .grid import SUITES, Case
 
 SETTINGS = pytest.StashKey[environment.Settings]()
@@ -54,11 +55,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def session(pytestconfig: pytest.Config) -> Iterator[suites.Session]:
+def session(request: pytest.FixtureRequest) -> Iterator[suites.Session]:
     """What all rows share, the machine's ceilings measured first."""
     before = torch.get_num_threads()
-    found = suites.session(pytestconfig.stash[SETTINGS])
-    pytestconfig.stash[FACTS]["ceilings"] = found.ceilings
+    stash = request.config.stash
+    rows = [item.callspec.params["case"] for item in request.session.items]
+    found = suites.session(stash[SETTINGS], rows)
+    stash[FACTS]["ceilings"] = found.ceilings
+    if found.budget is not None:
+        stash[FACTS]["not_timed"] = found.budget.left_out
     yield found
     torch.set_num_threads(before)
 
@@ -71,16 +76,23 @@ def measure(
     reporter = request.config.pluginmanager.getplugin("terminalreporter")
     capture = request.config.pluginmanager.getplugin("capturemanager")
 
+    def say(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(line)
+
     def run(case: Case) -> None:
         benchmark.group = case.suite
-        race = suites.race(case, session)
+        try:
+            race = suites.race(case, session)
+        except LeftOut as reason:
+            say(f"{case}: left out: {reason}")
+            pytest.skip(f"left out: {reason}")
         benchmark.pedantic(race.our_turn, setup=race.rivals_turn, rounds=race.rounds)
         row = suites.finished(race, session)
         benchmark.extra_info.update(row)
         request.config.stash[ROWS].append(row)
-        with capture.global_and_fixture_disabled():
-            reporter.ensure_newline()
-            reporter.write_line(suites.line(row))
+        say(suites.line(row))
 
     return run
 
@@ -104,7 +116,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     """No dot for a row that has printed its line."""
-    return ("passed", "", "PASSED") if report.when == "call" and report.passed else None
+    if report.when != "call" or report.failed:
+        return None
+    return ("left out", "", "LEFT OUT") if report.skipped else ("passed", "", "PASSED")
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """The last tables: means and extremes of all groups, and the core shapes beside torch."""
+    if config.stash[ROWS]:
+        run = results.Run(Path("this run"), config.stash[FACTS], config.stash[ROWS])
+        terminalreporter.write_line("\n" + "\n\n".join(summary.overview(run)))
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:

@@ -30,6 +30,7 @@ SOURCES = {  # what a backend's kernels are built from; those in Python all lie 
 PYTHON_KERNELS = ("kernels",)
 BUDGET_S = {"smoke": 0.0, "quick": 0.5, "full": 2.0, "gpu": 0.5}  # for the rounds of one row
 MOST_ROUNDS = {"smoke": 1, "quick": 200, "full": 500, "gpu": 100}
+MINUTES = {"quick": 9.5}  # for all suites; the other sizes take as long as they take
 
 
 class Settings(NamedTuple):
@@ -41,6 +42,7 @@ class Settings(NamedTuple):
     threads: int
     budget_s: float  # time for the rounds of one row
     most_rounds: int
+    minutes: float | None = None  # that all suites of the grid would have; None is no limit
 
 
 def settings(environ: Mapping[str, str] = os.environ, **given: Any) -> Settings:
@@ -49,7 +51,8 @@ def settings(environ: Mapping[str, str] = os.environ, **given: Any) -> Settings:
     Args:
         environ: Where to look up ``BENCH_SIZE`` (default quick), ``BENCH_DEVICE`` (default cpu),
             ``BENCH_BACKEND`` (default: the first that serves the device), ``BENCH_THREADS``
-            (default 2), ``BENCH_BUDGET`` (seconds a row; the default depends on the size).
+            (default 2), ``BENCH_BUDGET`` (seconds a row), ``BENCH_ROUNDS`` (at most, of a row) and
+            ``BENCH_MINUTES`` (for all suites), whose defaults depend on the size.
         given: Settings by name that win over the variables; None is not given.
 
     Raises:
@@ -68,12 +71,13 @@ def settings(environ: Mapping[str, str] = os.environ, **given: Any) -> Settings:
         device=device,
         threads=int(_positive(environ, "BENCH_THREADS", 2, int)),
         budget_s=_positive(environ, "BENCH_BUDGET", BUDGET_S[size], float),
-        most_rounds=MOST_ROUNDS[size],
+        most_rounds=int(_positive(environ, "BENCH_ROUNDS", MOST_ROUNDS[size], int)),
+        minutes=_positive(environ, "BENCH_MINUTES", MINUTES.get(size), float),
     )
     return found._replace(**given)
 
 
-def _positive(environ: Mapping[str, str], name: str, default: float, kind: type) -> float:
+def _positive(environ: Mapping[str, str], name: str, default: Any, kind: type) -> Any:
     text = environ.get(name)
     if not text:
         return default
@@ -131,6 +135,16 @@ def machine(device: str = "cpu") -> dict[str, Any]:
             "capability": f"{gpu.major}.{gpu.minor}",
         }
     return facts
+
+
+def memory_bytes(device: str = "cpu") -> int | None:
+    """The memory of a device; None where nobody tells."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def load() -> float | None:

@@ -20,6 +20,8 @@ from .summary import DTYPE_NAMES
 
 STAGES = ("interpreter", "emulator", "compiled", "hardware")
 KINDS = ("forward", "backward", "weights", "decode")
+KINDS_OF = {"gluon": ("forward",)}  # backends that have not all of them
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # of the wheel
 DRY_STEP = 60  # every so-manieth case of a table in a trial, without fp16
 
 
@@ -51,26 +53,33 @@ def plan(backend: str, device: str, *, dry: bool = False) -> list[guard.Item]:
     return sorted(items, key=lambda item: int(item["size"]))
 
 
-def record(backend: str, device: str, outcomes: Iterable[guard.Outcome]) -> list[results.Row]:
+def record(
+    backend: str, device: str, outcomes: Iterable[guard.Outcome], architecture: str
+) -> list[results.Row]:
     """Rows of evidence from the outcomes of a plan's items: one for each kernel.
+
+    Args:
+        backend: Whose kernels they are.
+        device: Of the tensors.
+        outcomes: What became of the items.
+        architecture: What failed cases count against; those that ran say themselves what ran.
 
     Returns:
         Per kernel and stage: ``passed``, the ids of its tests; ``failed``, ids and reasons;
         ``worst``, the largest error as a share of what the accuracy rule allows, with its test and
         result. A failed case counts against every kind of kernel that it may have come from.
     """
-    architecture = environment.architecture(backend, device)
     rows: dict[Kernel, results.Row] = {}
     for outcome in outcomes:
         item = outcome.item
         test = proof.test_id(backend, item["table"], item["index"])
         if outcome.failure is None:
-            kinds = dict(outcome.result)
+            kinds, ran = dict(outcome.result["margins"]), outcome.result["architecture"]
         else:
             failing = ("decode",) if item["table"] == "decode" else ("forward", "backward")
-            kinds = dict.fromkeys(failing)
+            kinds, ran = dict.fromkeys(failing), architecture
         for kind, margin in kinds.items():
-            kernel = Kernel(backend, kind, item["dtype"], architecture)
+            kernel = Kernel(backend, kind, item["dtype"], ran)
             row = rows.setdefault(
                 kernel,
                 {
@@ -97,15 +106,31 @@ def compiled(kernel: Kernel, *, registers: int, spills: int, shared_bytes: int) 
 
 
 def path(facts: dict[str, Any], backend: str, how: str, root: Path = RESULTS) -> Path:
-    """Where a backend's evidence of a stage lies."""
+    """Where a backend's evidence of a stage lies: on a CPU one file for each instruction set."""
     folder = facts["device"] if how == "hardware" else how
-    return root / folder / f"evidence-{backend}.json"
+    name = f"{backend}-{facts['kernel']}" if backend == "cpu" else backend
+    return root / folder / f"evidence-{name}.json"
 
 
 def run(
-    backend: str, device: str, *, dry: bool, log: Path, until: float = float("inf")
+    backend: str,
+    device: str,
+    *,
+    dry: bool,
+    log: Path,
+    until: float = float("inf"),
+    isa: str | None = None,
 ) -> list[guard.Outcome]:
-    """Run a backend's plan, each kernel family in a process of its own."""
+    """Run a backend's plan, each kernel family in a process of its own.
+
+    Args:
+        backend: Whose kernels.
+        device: Of the tensors.
+        dry: A few cases only.
+        log: Where the processes' messages are added.
+        until: ``time.monotonic()`` after which no case is begun.
+        isa: The CPU backend's instruction set; None for the best one.
+    """
     from . import worker
 
     command = worker.command(Path(__file__).with_name("gpu.py"), sys.executable)
@@ -117,7 +142,7 @@ def run(
     for i, items in enumerate(families.values()):  # each has its part of the time that is left
         now = time.monotonic()
         part = limits._replace(until=now + (until - now) / (len(families) - i))
-        outcomes += guard.run(command, items, part, log)
+        outcomes += guard.run(command, items, part, log, {"ATTNFAST_CPU_ISA": isa} if isa else {})
     return outcomes
 
 
@@ -132,7 +157,7 @@ class Line(NamedTuple):
 
 
 def lines(root: Path = RESULTS, tree: Path = ROOT) -> list[Line]:
-    """Every kernel of which there is evidence, and those of backends of which there is none.
+    """Every kernel of which there is evidence, and those of code of which there is none.
 
     Args:
         root: Where the files lie.
@@ -153,13 +178,24 @@ def lines(root: Path = RESULTS, tree: Path = ROOT) -> list[Line]:
             text += _stale(kernel.backend, run_, tree)
             known.setdefault(kernel, {}).setdefault("timed", []).append(text)
     for backend in dispatch.NAMES:
-        if backend != "reference" and not any(kernel.backend == backend for kernel in known):
-            known.update({Kernel(backend, kind, "any", "any"): {} for kind in KINDS})
+        for architecture in CPU_ISAS if backend == "cpu" else ("any",):
+            shown = any(
+                kernel.backend == backend and architecture in ("any", kernel.architecture)
+                for kernel in known
+            )
+            if backend != "reference" and not shown:
+                kinds = KINDS_OF.get(backend, KINDS)
+                known.update({Kernel(backend, kind, "any", architecture): {} for kind in kinds})
     columns = ("proven", "compiled", "hardware", "timed")
     return [
         Line(kernel, *("; ".join(found.get(column, ["-"])) for column in columns))
-        for kernel, found in sorted(known.items())
+        for kernel, found in sorted(known.items(), key=lambda item: _order(item[0]))
     ]
+
+
+def _order(kernel: Kernel) -> tuple[str, ...]:
+    """Backends one after another, and in them what was compiled together."""
+    return kernel.backend, kernel.architecture, kernel.kind, kernel.dtype
 
 
 def _where(run_: results.Run) -> str:

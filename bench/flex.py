@@ -17,10 +17,10 @@ SMALL = 48  # keys
 
 
 def chosen(case: AttentionCase) -> bool:
-    """Whether quick suites wait for it to be compiled for a row: options, causal core shapes."""
+    """Whether quick suites may wait for it to be compiled for a row: options, causal shapes."""
     if case.S <= SMALL:  # smoke
         return case.dtype == "float32" and (case.causal or case.option == "window")
-    return bool(case.option) or (case.causal and case[:5] in CORE)
+    return bool(case.option) or (case.causal and case[:5] in CORE[2:])
 
 
 def missing(device: torch.device) -> str | None:

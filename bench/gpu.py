@@ -74,6 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not options.dry and not torch.cuda.is_available():
         parser.error("no GPU that this torch can use; --dry runs the same plan on the CPU")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     until = time.monotonic() + 60 * options.minutes
     return visit.run(options.out, until, dry=options.dry)
 

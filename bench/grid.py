@@ -1,8 +1,9 @@
 """The grid: which problems are timed, and how much work each of them is.
 
-Every row belongs to a suite, and every suite has four sizes: "quick", under three minutes on two
-cores, which `make bench` runs; "full", which also holds the long contexts; "smoke", tiny rows that
-show that everything works; and "gpu", "full" with the shapes that papers compare GPU kernels at.
+Every row belongs to a suite, and every suite has four sizes: "quick", which `make bench` runs, as
+much of it as fits into the minutes of `budget.py`, so that its rows come in order of value; "full",
+which also holds the long contexts; "smoke", tiny rows that show that everything works; and "gpu",
+"full" with the shapes that papers compare GPU kernels at.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ OPTIONS = (
 )
 OPTION_SHAPES: dict[str, tuple[Shape, ...]] = {
     "smoke": ((2, 4, 48, 48, 16),),
-    "quick": ((4, 12, 512, 512, 64),),
+    "quick": ((2, 12, 512, 512, 64),),
     "full": ((8, 12, 128, 128, 64), (4, 12, 512, 512, 64), (1, 16, 2048, 2048, 64)),
 }
 
@@ -348,27 +349,35 @@ def _of(table: dict[str, Any], size: str) -> Any:
     return table.get(size, table["full"])
 
 
+def is_core(case: Case) -> bool:
+    """Whether a row is what every run has to show: the core shapes, forward and both passes."""
+    wanted = isinstance(case, AttentionCase) and case.suite in ("forward", "forward+backward")
+    return wanted and case[:5] in CORE
+
+
 def attention_cases(work: str, size: str) -> list[AttentionCase]:
     """One of the suites "forward", "backward" and "forward+backward"."""
-    if size == "smoke":
-        shapes: tuple[Shape, ...] = SMOKE
-    else:
-        models = MODELS if work == "forward" or size != "quick" else MODELS[:2]
-        shapes = CORE + models
-        if size in ("full", "gpu"):
-            shapes += LONG
-        if size == "gpu":
-            shapes = PAPERS + shapes
-    if work == "backward" and size == "quick":
-        shapes = CORE[:4]
+    if size == "quick":
+        return _quick_attention_cases(work)
+    shapes = SMOKE if size == "smoke" else CORE + MODELS + LONG
+    if size == "gpu":
+        shapes = PAPERS + shapes
     cases = [
         AttentionCase(*shape, dtype, causal, work)
         for dtype, shape, causal in itertools.product(MEASURED_DTYPES, shapes, (False, True))
     ]
-    if size == "quick":  # long rows: causal only
-        cases = [case for case in cases if case.causal or case.S < 4096]
     extreme = 131072  # keys: causal and bf16 only, or it takes minutes a call
     return [c for c in cases if extreme > c.S or (c.causal and c.dtype == "bfloat16")]
+
+
+def _quick_attention_cases(work: str) -> list[AttentionCase]:
+    """The core shapes, each larger than the one before; what is left of the time is for models."""
+    models = {"forward": MODELS, "forward+backward": MODELS[:2], "backward": ()}[work]
+    core = CORE[:4] if work == "backward" else CORE
+    return [
+        AttentionCase(*shape, dtype, causal, work)
+        for shape, dtype, causal in itertools.product(core + models, MEASURED_DTYPES, (True, False))
+    ]
 
 
 def option_cases(size: str) -> list[AttentionCase]:
@@ -402,11 +411,12 @@ def layer_cases(size: str) -> list[LayerCase]:
     grid = itertools.product(
         MEASURED_DTYPES, _of(LAYERS, size), ("eval", "train"), (False, True), (False, True)
     )
-    return [
+    cases = [
         LayerCase(*layer, dtype, mode, weights, padding)
         for dtype, layer, mode, weights, padding in grid
         if dtype == "float32" or not weights
     ]
+    return sorted(cases, key=lambda x: (x.weights, *_cheapest(x))) if size == "quick" else cases
 
 
 def encoder_cases(size: str) -> list[EncoderCase]:
@@ -414,7 +424,13 @@ def encoder_cases(size: str) -> list[EncoderCase]:
     grid = itertools.product(
         MEASURED_DTYPES, _of(LAYERS, size), ("inference", "step"), (False, True)
     )
-    return [EncoderCase(*layer, dtype, mode, padding) for dtype, layer, mode, padding in grid]
+    cases = [EncoderCase(*layer, dtype, mode, padding) for dtype, layer, mode, padding in grid]
+    return sorted(cases, key=_cheapest) if size == "quick" else cases
+
+
+def _cheapest(case: LayerCase | EncoderCase) -> tuple[bool, int]:
+    """The quick order of layers: all of them without padding, the smallest first."""
+    return case.padding, case.B * case.T * case.E**2
 
 
 SUITES: dict[str, Callable[[str], list[Any]]] = {

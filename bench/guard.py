@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -39,7 +39,13 @@ class Limits(NamedTuple):
     until: float = float("inf")  # time.monotonic() after which no item is begun
 
 
-def run(command: list[str], items: list[Item], limits: Limits, log: Path) -> Iterator[Outcome]:
+def run(
+    command: list[str],
+    items: list[Item],
+    limits: Limits,
+    log: Path,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[Outcome]:
     """Have items done in their order, each with its outcome.
 
     Args:
@@ -47,6 +53,7 @@ def run(command: list[str], items: list[Item], limits: Limits, log: Path) -> Ite
         items: What is to be done.
         limits: When to give up.
         log: Where the processes' messages are added.
+        variables: Of the processes' environment, beside this one's.
     """
     deaths = 0
     child: _Child | None = None
@@ -61,7 +68,7 @@ def run(command: list[str], items: list[Item], limits: Limits, log: Path) -> Ite
             start = time.monotonic()
             failure = None
             if child is None:
-                child = _Child(command, log)
+                child = _Child(command, log, variables or {})
                 failure = child.wait_ready(limits.start_s)
             answer: dict[str, Any] = {}
             if failure is None:
@@ -109,13 +116,14 @@ def serve(work: Callable[[Item], Any], poisoned: Callable[[Exception], bool]) ->
 class _Child:
     """One process and what it says."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, variables: Mapping[str, str]) -> None:
         self.log: IO[bytes] = log.open("ab")
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
+            env={**os.environ, **variables},
             start_new_session=True,  # killed with all its children
         )
         assert self.process.stdout is not None

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import OURS, ROOT, environment, evidence, plots, results
+from . import OURS, ROOT, budget, environment, evidence, plots, results
 from .results import Row, Run
 from .summary import (
     DTYPE_NAMES,
     case_name,
     compared,
+    core,
+    core_table,
     detail_table,
     geometric_mean,
     groups,
@@ -38,10 +40,12 @@ three others remain.
 
 The ratio is the fastest rival's median over ours; its quartiles are over the rounds. "others" are
 the remaining rivals' times over ours. A rival more than four times slower than the fastest runs in
-one round; * marks one whose call is so long that its first stands for its time.
+one round; * marks one whose call is so long that its first stands for its time. The quick suites
+end in time on any machine: there rows get fewer rounds, down to one call of each, and what does not
+fit is listed under "Left out". "Core shapes" are ours beside `F.scaled_dot_product_attention` only.
 
 Rivals: `F.scaled_dot_product_attention` with each of its kernels, FlexAttention compiled (in the
-quick suites for causal core shapes and options), ONNX Runtime's Attention operator, flash_attn,
+quick suites for a few causal shapes and options), ONNX Runtime's Attention operator, flash_attn,
 xformers and flashinfer where they can be had, and plain PyTorch ("eager"); for layers
 `nn.MultiheadAttention` and `nn.TransformerEncoder` with their fast paths, and a layer written by
 hand around `F.scaled_dot_product_attention`. Who did not compete in a row, and why, is in the row's
@@ -136,11 +140,16 @@ def _in_full(row: Row) -> str:
 
 def device_section(run: Run, pictures: list[str]) -> str:
     """All that one run says, as Markdown."""
-    parts = [f"## {device_title(run)}", provenance(run), summary_table(run), losses(run)]
+    parts = [f"## {device_title(run)}", provenance(run), summary_table(run)]
+    parts += [core_table(run)] if core(run) else []
+    parts += [losses(run)]
     parts += [f"![{Path(name).stem}](performance/{name})" for name in pictures]
     parts += ["### Ceilings", ceilings_table(run)]
     for title, rows in groups(run).items():
         parts += [f"### {title[0].upper()}{title[1:]}", detail_table(rows)]
+    if names := budget.named(run.facts):
+        parts += ["### Left out", f"{len(names)} rows did not fit into the time:"]
+        parts += ["\n".join(f"- {x['suite']} `{x['id']}`: {x['reason']}" for x in names)]
     return "\n\n".join(parts)
 
 

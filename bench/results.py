@@ -20,7 +20,12 @@ from typing import Any, NamedTuple
 from . import RESULTS
 
 SCHEMA = 2  # a reader refuses what it does not know
-KINDS = ("timing", "evidence", "scaling")
+FACTS = ("kind", "date", "device", "machine", "settings", "versions", "kernel", "sources", "commit")
+FIELDS = {  # by kind, what readers need of a row
+    "timing": ("id", "suite", "case", "contestants", "ratio"),
+    "evidence": ("backend", "kind", "dtype", "architecture", "stage"),
+    "scaling": ("series", "seconds"),
+}
 
 Row = dict[str, Any]
 
@@ -57,8 +62,7 @@ def load(path: Path, kind: str | None = None) -> Run:
     """Read a file of results, or one of pytest-benchmark that this project's suites wrote.
 
     Raises:
-        ValueError: It cannot be read, holds no rows, is of another schema or of another kind; one
-            line.
+        ValueError: It cannot be read, is not complete, or of another schema or kind; one line.
     """
     try:
         content = json.loads(path.read_text())
@@ -76,7 +80,24 @@ def load(path: Path, kind: str | None = None) -> Run:
     rows = content.pop("rows", None)
     if not rows:
         raise ValueError(f"bench: {path} holds no finished row")
+    if (lacking := _lacking(content, rows)) is not None:
+        raise ValueError(f"bench: {path} is not complete: no {lacking}")
     return Run(path, content, rows)
+
+
+def _lacking(facts: dict[str, Any], rows: Any) -> str | None:
+    """What a file does not tell of what all files tell, or None."""
+    for name in FACTS:
+        if name not in facts:
+            return f"{name!r}"
+    fields = FIELDS.get(facts["kind"])
+    if fields is None:
+        return f"kind of results called {facts['kind']!r}"
+    for i, row in enumerate(rows if isinstance(rows, list) else [rows]):
+        for name in fields:
+            if not isinstance(row, dict) or name not in row:
+                return f"{name!r} in row {i}"
+    return None
 
 
 def found(kind: str, root: Path = RESULTS) -> list[Run]:

@@ -24,7 +24,7 @@ from .problem import Problem, eager, pass_of, problem
 from .timing import Entries
 
 EAGER_LIMIT = 1 << 31  # bytes of scores beyond which nobody would compute them whole
-QUICK_LIMIT = 1 << 28  # and beyond which the quick suites do not wait for it
+QUICK_LIMIT = 1 << 26  # and beyond which the quick suites do not wait for it
 
 
 class Contestant(NamedTuple):

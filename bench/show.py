@@ -6,20 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from . import OURS
-from .compare import Change, means
+from .compare import SHORT_S, Change, means, noise, slower_suites
 from .evidence import Line
 from .results import Row, Run
-from .summary import (
-    case_name,
-    compared,
-    geometric_mean,
-    groups,
-    lost,
-    milliseconds,
-    percent,
-    rate,
-    size,
-)
+from .summary import case_name, milliseconds, percent, rate, size
 
 
 def console() -> Console:
@@ -61,35 +51,8 @@ def row(found: Row) -> None:
         out.print(f"  [dim]{name}: {reason}", highlight=False)
 
 
-def summary(run: Run) -> None:
-    """One line for each group of rows."""
-    made = table(
-        "times as fast as the fastest rival",
-        "",
-        "rows",
-        "geometric mean",
-        "least",
-        "most",
-        "slower in",
-    )
-    for title, rows in groups(run).items():
-        ours = compared(rows)
-        if not ours:
-            continue
-        ratios = [float(row["ratio"]) for row in ours]
-        made.add_row(
-            title,
-            str(len(ours)),
-            f"{geometric_mean(ratios):.2f}x",
-            f"{min(ratios):.2f}x",
-            f"{max(ratios):.2f}x",
-            str(len(lost(ours))),
-        )
-    console().print(made)
-
-
-def changes(found: list[Change], before: Run, after: Run) -> None:
-    """Every row of both runs, then the means of the suites and the regressions."""
+def changes(found: list[Change], before: Run, after: Run, threshold: float) -> None:
+    """Every row of both runs, then the means of the suites, the noise, and the regressions."""
     out = console()
     made = table(
         f"{before.path.name} -> {after.path.name}", "", "before, ms", "after, ms", "ratio",
@@ -110,8 +73,16 @@ def changes(found: list[Change], before: Run, after: Run) -> None:
     devices = {run.facts["device"] for run in (before, after)}
     if len(devices) > 1:
         out.print(f"These are two devices: {', '.join(sorted(devices))}.", highlight=False)
+    found_noise = noise(before, after)
+    out.print(
+        f"Rivals, the same code in both runs: {found_noise.drift:.3f} of the time before, ±"
+        f"{found_noise.short:.1%} where under {SHORT_S * 1e3:g} ms, ±{found_noise.long:.1%} else.",
+        highlight=False,
+    )
     slower = sum(change.regression for change in found)
-    out.print(f"{slower} of {len(found)} rows are slower.", highlight=False)
+    suites = slower_suites(found, threshold)
+    whole = f", and these suites as a whole: {', '.join(suites)}" if suites else ""
+    out.print(f"{slower} of {len(found)} rows are slower{whole}.", highlight=False)
 
 
 def evidence(found: list[Line]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 
+from . import OURS, decode, layers, rivals, varlen
 from . import ceilings as machine_limits
-from . import decode, layers, rivals, varlen
+from .budget import Budget, Share
 from .clock import Clock, clock
 from .environment import Settings, architecture
 from .grid import SUITES, AttentionCase, Case, DecodeCase, EncoderCase, LayerCase, VarlenCase
@@ -32,19 +33,24 @@ class Session(NamedTuple):
     clock: Clock
     ceilings: dict[str, Any] | None
     ours: str | None  # our backend; None: only rivals are measured
+    budget: Budget | None = None  # None: everything is timed, whatever it takes
 
 
-def session(settings: Settings, ours: str | None = "") -> Session:
+def session(settings: Settings, rows: Iterable[Case] = (), ours: str | None = "") -> Session:
     """A session with the machine's ceilings measured first.
 
     Args:
         settings: Of the run.
+        rows: All that will be timed, where ``settings.minutes`` limit them.
         ours: Our backend, or None to time rivals only; by default the settings' backend.
     """
     device = torch.device(settings.device)
     found = machine_limits.measure(device, settings.threads, dry=settings.size == "smoke")
     chosen = settings.backend if ours == "" else ours
-    return Session(settings, device, clock(device, settings.threads), found, chosen)
+    budget = None
+    if settings.minutes is not None:
+        budget = Budget(rows, settings.minutes, settings.most_rounds)
+    return Session(settings, device, clock(device, settings.threads), found, chosen, budget)
 
 
 def cases(suite: str, size: str) -> list[Any]:
@@ -63,8 +69,10 @@ def race(case: Case, session: Session) -> Race:
 
     Raises:
         AssertionError: A rival's results are not ours.
+        LeftOut: The row does not fit into the run's time.
     """
-    settings = session.settings
+    settings, budget = session.settings, session.budget
+    share: Share | None = None if budget is None else budget.share(case)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -74,6 +82,9 @@ def race(case: Case, session: Session) -> Race:
         )
         limit = machine_limits.limit_s(case, session.ceilings)
         limits = Limits(settings.budget_s, settings.most_rounds)
+        if budget and share:
+            entries = budget.trimmed(case, entries, share)
+            limits = budget.limits(share, limits)
         return Race(case, entries, session.clock, limits, limit)
 
 
@@ -82,6 +93,7 @@ def measured(case: Case, session: Session) -> dict[str, Any]:
 
     Raises:
         AssertionError: A rival's results are not ours.
+        LeftOut: The row does not fit into the run's time.
     """
     run = race(case, session)
     for _ in range(run.rounds):
@@ -92,6 +104,8 @@ def measured(case: Case, session: Session) -> dict[str, Any]:
 
 def finished(run: Race, session: Session) -> dict[str, Any]:
     """The row of a race whose rounds are over, with the backend and kernel of ours."""
+    if session.budget is not None:
+        session.budget.learn(run.case, run)
     kernel = None if session.ours is None else architecture(session.ours, session.device.type)
     return {**run.row(), "backend": session.ours, "kernel": kernel}
 
@@ -100,11 +114,12 @@ def line(row: dict[str, Any]) -> str:
     """A row in one line."""
     named = row["contestants"]
     parts = [f"{row['id']}:"]
-    if "attnfast" in named:
-        parts.append(f"{named['attnfast']['median_s'] * 1e3:.3f} ms,")
+    if OURS in named:
+        parts.append(f"{named[OURS]['median_s'] * 1e3:.3f} ms,")
     if row["rival"] is None:
         return " ".join([*parts, "no rival"])
     parts.append(f"{row['rival']} {named[row['rival']]['median_s'] * 1e3:.3f} ms")
     if row["ratio"] is not None:
-        parts.append(f"({row['ratio']:.2f}x)")
+        rounds = named[OURS]["rounds"]
+        parts.append(f"({row['ratio']:.2f}x, {rounds} round{'s' * (rounds > 1)})")
     return " ".join(parts)

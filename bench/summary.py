@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from . import OURS
-from .grid import SUITES
+from . import OURS, SDPA, budget
+from .grid import CORE, SUITES
 from .results import Row, Run
 
 DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -154,6 +154,57 @@ def summary_table(run: Run) -> str:
     return table(header, lines)
 
 
+def core(run: Run) -> dict[tuple[str, str], list[tuple[float, Row]]]:
+    """By dtype and work, torch's time over ours in each core row; of one call where only that is.
+
+    The rival is `F.scaled_dot_product_attention` by its fused kernel, which is what it takes here.
+    """
+    found: dict[tuple[str, str], list[tuple[float, Row]]] = {}
+    for row in run.rows:
+        case, named = row["case"], row["contestants"]
+        shape = tuple(case.get(name) for name in ("B", "H", "T", "S", "D"))
+        if row["suite"] not in ("forward", "forward+backward") or shape not in CORE:
+            continue
+        if OURS in named and SDPA in named:
+            ratio = float(named[SDPA]["median_s"]) / float(named[OURS]["median_s"])
+            found.setdefault((case["dtype"], row["suite"]), []).append((ratio, row))
+    return found
+
+
+def core_table(run: Run) -> str:
+    """The core shapes beside `F.scaled_dot_product_attention`: means and extremes."""
+    lines = []
+    for (dtype, work), rows in core(run).items():
+        least, row = min(rows, key=lambda pair: pair[0])
+        lines.append(
+            [
+                f"{DTYPE_NAMES[dtype]}, {work.replace('+', ' + ')}",
+                f"{len(rows)} of {2 * len(CORE)}",
+                f"**{geometric_mean(ratio for ratio, _ in rows):.2f}x**",
+                f"{least:.2f}x ({case_name(row)})",
+                f"{max(ratio for ratio, _ in rows):.2f}x",
+            ]
+        )
+    header = ["core shapes beside torch's fused", "rows", "geometric mean", "least", "most"]
+    return table(header, lines)
+
+
+def left_out(run: Run) -> str:
+    """Rows that the run had no time for."""
+    names = budget.named(run.facts)
+    if not names:
+        return ""
+    suites = {x["suite"]: sum(y["suite"] == x["suite"] for y in names) for x in names}
+    counts = ", ".join(f"{count} of {suite}" for suite, count in suites.items())
+    return f"Left out, for want of time: {len(names)} rows ({counts})."
+
+
+def overview(run: Run) -> list[str]:
+    """The last words of a run."""
+    parts = [summary_table(run), core_table(run) if core(run) else "", left_out(run)]
+    return [part for part in parts if part]
+
+
 def detail_table(rows: list[Row]) -> str:
     """Every row of a group: medians with spread, ratio, rates, share of the limit, memory."""
     lines = []
@@ -170,10 +221,10 @@ def detail_table(rows: list[Row]) -> str:
         lines.append(
             [
                 case_name(row),
-                milliseconds(ours) if ours else "-",
-                milliseconds(rival) + ("*" if row["rival"] in row["once"] else "")
-                if rival
-                else "-",
+                *(
+                    "-" if x is None else milliseconds(x) + "*" * (name in row["once"])
+                    for name, x in ((OURS, ours), (row["rival"], rival))
+                ),
                 row["rival"] or "-",
                 "-" if row["ratio"] is None else f"{row['ratio']:.2f}x",
                 f"{spread[0]:.2f} to {spread[1]:.2f}" if spread else "",

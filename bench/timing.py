@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,9 +18,11 @@ from . import OURS
 from .clock import Call, Clock, Results
 from .grid import DTYPES, Case, describe
 
+USUAL_ROUNDS = 5  # at least, where there is time for them
 FEWEST_ROUNDS = 3
 LONG_S = 5.0  # a rival's call that takes longer is not repeated: its first is its time
 SLOW = 4.0  # a rival this many times slower than the fastest one runs in one round only
+WARM_S = 0.2  # a call that takes longer is as long when it is warm
 
 # The largest |ours - rival| / |rival| of a result, in Euclidean norms. How exact ours is, the tests
 # say with their accuracy rule; this keeps a kernel that computes something else out of the tables.
@@ -49,70 +52,107 @@ class Entries(NamedTuple):
 class Limits(NamedTuple):
     """How long a row may take."""
 
-    budget_s: float  # for the rounds; at least FEWEST_ROUNDS are run all the same
+    budget_s: float  # for the rounds; USUAL_ROUNDS are run all the same
     most_rounds: int
+    row_s: float = float("inf")  # for all of it: there are fewer rounds rather than more seconds
+    once: bool = False  # no rounds: everybody's first call stands, ours last
 
 
 class Race:
     """One row: compares, warms up, plans the rounds; then each side takes its turn `rounds` times.
 
     Raises:
-        AssertionError: A rival's results are not ours.
+        AssertionError: A rival's results are not ours; if ``limits.once``, in our turn.
     """
 
     def __init__(
         self, case: Case, entries: Entries, clock: Clock, limits: Limits, limit_s: float | None
     ) -> None:
-        self.case, self.absent, self.clock, self.limit_s = (
-            case,
-            dict(entries.absent),
-            clock,
-            limit_s,
-        )
-        gc.collect()  # the last row's tensors are no part of this one's memory
-        first, self.peaks = {}, dict[str, int | None]()
-        results: dict[str, Results] = {}
-        for name, calls in entries.calls.items():
-            try:
-                if name in entries.compiled:
-                    calls[0]()
-                reading, self.peaks[name] = clock.peak(calls[0])
-            except Exception as error:  # a rival may refuse a row in any way
-                if name == OURS:
-                    raise
-                self.absent[name] = f"failed: {str(error).strip().splitlines()[0][:100]}"
-                continue
-            first[name], results[name] = reading.seconds, reading.results
+        self.case, self.entries, self.clock, self.limit_s = case, entries, clock, limit_s
+        self.absent, self.limits = dict(entries.absent), limits
+        self.first: dict[str, float] = {}
+        self.peaks: dict[str, int | None] = {}
+        self.results: dict[str, Results] = {}
+        self.differences: dict[str, dict[str, float]] = {}
         self.host_s: dict[str, float] = {}
-        self.rivals = [name for name in first if name != OURS]
-        truth = results[OURS if OURS in results else self.rivals[0]]
-        self.differences = {
-            name: disagreement(truth, results[name], name, case.dtype) for name in self.rivals
-        }
-        results.clear()
+        self.samples: dict[str, list[float]] = {}
+        self.calls: dict[str, list[Call]] = {}
+        self.replayed: dict[str, bool] = {}
+        self.guests: list[str] = []
+        self.disturbed: set[int] = set()  # rounds in which somebody had to wait for a core
+        self.compile_s, self.turn, self.rounds = 0.0, 0, 1
+        gc.collect()  # the last row's tensors are no part of this one's memory
+        start = time.perf_counter()
+        for name in entries.calls:
+            if not (limits.once and name == OURS):
+                self._first_call(name)
+        self.rivals = [name for name in self.first if name != OURS]
+        if limits.once:
+            self.once = list(self.rivals)
+            self.samples = {name: [self.first[name]] for name in self.rivals}
+            return
+        self._compare()
         entries.ready()
-        self.once = [name for name in self.rivals if first[name] > LONG_S]
-        racing = [name for name in first if name not in self.once]
-        second = {name: self._second(name, entries.calls[name][-1], limits) for name in racing}
-        self.calls = {name: [clock.prepared(x) for x in entries.calls[name]] for name in racing}
-        self.replayed = {name: self.calls[name][0] is not entries.calls[name][0] for name in racing}
-        self.samples = {name: [first[name]] if name in self.once else [] for name in first}
+        self.once = [name for name in self.rivals if self.first[name] > LONG_S]
+        self._plan(start)
+
+    def _first_call(self, name: str) -> None:
+        """Call a contestant for the first time, and keep what it gives."""
+        calls = self.entries.calls[name]
+        try:
+            if name in self.entries.compiled:
+                start = time.perf_counter()
+                calls[0]()
+                self.compile_s += time.perf_counter() - start
+            reading, self.peaks[name] = self.clock.peak(calls[0])
+        except Exception as error:  # a rival may refuse a row in any way
+            if name == OURS:
+                raise
+            self.absent[name] = f"failed: {str(error).strip().splitlines()[0][:100]}"
+            return
+        self.first[name], self.results[name] = reading.seconds, reading.results
+        if self.limits.once and reading.disturbed:
+            self.disturbed.add(0)
+
+    def _compare(self) -> None:
+        """Hold the rivals' results to ours, and let go of all of them."""
+        if not self.results:
+            return
+        truth = self.results[OURS if OURS in self.results else self.rivals[0]]
+        for name in self.rivals:
+            found = disagreement(truth, self.results[name], name, self.case.dtype)
+            self.differences[name] = found
+        self.results.clear()
+
+    def _plan(self, start: float) -> None:
+        """Decide who runs in every round, and how many rounds there are."""
+        racing = [name for name in self.first if name not in self.once]
+        second = {name: self._second(name) for name in racing}
+        for name in racing:
+            self.calls[name] = [self.clock.prepared(x) for x in self.entries.calls[name]]
+            self.replayed[name] = self.calls[name][0] is not self.entries.calls[name][0]
+        self.samples = {n: [self.first[n]] if n in self.once else [] for n in self.first}
         fastest = min((second[name] for name in second if name != OURS), default=0.0)
         self.guests = [n for n in second if n != OURS and fastest and second[n] > SLOW * fastest]
-        regular = sum(s for name, s in second.items() if name not in self.guests)
-        planned = max(FEWEST_ROUNDS, int(limits.budget_s / regular))
-        self.rounds = min(limits.most_rounds, planned)
-        self.turn = 0
-        self.disturbed: set[int] = set()  # rounds in which somebody had to wait for a core
+        regular = sum(s for name, s in second.items() if name not in self.guests) or LONG_S
+        rounds = max(USUAL_ROUNDS, int(self.limits.budget_s / regular))
+        left = self.limits.row_s - (time.perf_counter() - start)
+        fitting = max(1.0, left / regular)
+        self.rounds = int(min(self.limits.most_rounds, rounds, fitting))
 
-    def _second(self, name: str, call: Call, limits: Limits) -> float:
+    def _second(self, name: str) -> float:
         """Seconds of a second, warm call, which also shows memory and the host's share."""
-        if limits.most_rounds == 1:
-            return LONG_S
-        reading, peak = self.clock.peak(call)
+        hurried = self.limits.row_s < float("inf") and self.first[name] > WARM_S
+        if hurried or self.limits.most_rounds == 1:
+            return self.first[name]
+        reading, peak = self.clock.peak(self.entries.calls[name][-1])
         self.host_s[name] = reading.host_s
         self.peaks[name] = peak
         return reading.seconds
+
+    def typical_s(self) -> dict[str, float]:
+        """Every contestant's median, for predictions."""
+        return {name: statistics.median(x) for name, x in self.samples.items() if x}
 
     def rivals_turn(self) -> None:
         """One call of every rival that takes part in this round."""
@@ -124,6 +164,12 @@ class Race:
         """Our call of this round, its last."""
         if OURS in self.calls:
             self._sample(OURS)
+        elif self.limits.once:
+            if OURS in self.entries.calls:
+                self._first_call(OURS)
+                self.samples[OURS] = [self.first[OURS]]
+                self.once.append(OURS)
+            self._compare()
         self.turn += 1
 
     def _sample(self, name: str) -> None:

@@ -115,7 +115,8 @@ def _evidence(visit: Visit) -> None:
         until = visit.share(EVIDENCE_SHARE / (len(visit.backends) - i))
         outcomes = evidence.run(backend, visit.device, dry=visit.dry, log=visit.log, until=until)
         done = [x for x in outcomes if x.failure != "no time left"]
-        rows = evidence.record(backend, visit.device, done)
+        ran = environment.architecture(backend, visit.device)
+        rows = evidence.record(backend, visit.device, done, ran)
         if rows:
             path = visit.out / f"evidence-{backend}.json"
             results.save(path, visit.facts("evidence", backend), rows)

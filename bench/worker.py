@@ -16,7 +16,8 @@ def work(item: guard.Item) -> Any:
     """Do one item, as ``item["task"]`` says."""
     if item["task"] == "case":
         judged = proof.run(item["backend"], item["device"], item["table"], item["index"])
-        return judged.margins
+        ran = environment.architecture(item["backend"], item["device"])
+        return {"architecture": ran, "margins": judged.margins}
     if item["task"] == "available":
         return environment.unavailable(item["backend"], item["device"])
     settings = Settings(**item["settings"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,31 @@ def test_every_suite_runs_from_end_to_end(bench, tmp_path):
     assert set(content["commit_info"]) == {"id", "dirty"}
 
 
+def test_the_quick_suites_run_within_their_minutes(bench, tmp_path):
+    """What `make bench` does, with one round for each row and less time."""
+    own, minutes = tmp_path / "results.json", 0.4
+    variables = {"BENCH_SIZE": "quick", "BENCH_ROUNDS": "1", "BENCH_THREADS": "1"}
+    arguments = ["pytest", "bench", "-q", "--benchmark-quiet", f"--results={own}"]
+    done = run(*arguments, **variables, BENCH_MINUTES=str(minutes))
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(own.read_text())
+    cases = [case for suite in bench.grid.SUITES for case in bench.suites.cases(suite, "quick")]
+    timed = [(row["suite"], row["id"]) for row in content["rows"]]
+    left_out = [(x["suite"], x["id"]) for x in content["not_timed"]]
+    assert sorted(timed + left_out) == sorted((case.suite, str(case)) for case in cases)
+    assert {suite for suite, _ in timed} == set(bench.grid.SUITES)
+    for row in content["rows"]:
+        assert row["contestants"]["attnfast"]["rounds"] == 1
+        assert len(row["contestants"]) > 1, row["absent"]
+    assert f": left out: {content['not_timed'][0]['reason']}" in done.stdout
+    last = done.stdout.splitlines()[-40:]
+    assert any(
+        re.match(r"\| core shapes beside torch's fused +\| +rows \| geometric", x) for x in last
+    )
+    assert any(re.match(r"\| fp32, forward +\| +\d+ of 12 \| +\*\*[\d.]+x\*\*", x) for x in last)
+    assert any(x.startswith(f"Left out, for want of time: {len(left_out)} rows (") for x in last)
+
+
 def test_grid_covers_the_shapes_that_matter(bench):
     full = [case for suite in ("forward", "backward", "forward+backward")
             for case in bench.suites.cases(suite, "full")]  # fmt: skip
@@ -150,10 +176,10 @@ def rounds_of(bench, seconds, budget_s=2.0, most_rounds=500, limit_s=None):
 
 def test_contestants_take_turns(bench):
     calls, row = rounds_of(bench, {"attnfast": 0.1, "a": 0.3, "b": 0.2}, limit_s=0.05)
-    assert calls == ["attnfast", "a", "b"] * 2 + ["a", "b", "attnfast"] * 3
+    assert calls == ["attnfast", "a", "b"] * 2 + ["a", "b", "attnfast"] * 5
     assert row["rival"] == "b"
     assert row["ratio"] == pytest.approx(2.0)
-    assert row["contestants"]["a"]["rounds"] == 3
+    assert row["contestants"]["a"]["rounds"] == 5
     assert row["contestants"]["attnfast"]["share"] == pytest.approx(0.5)
     assert row["contestants"]["attnfast"]["peak_bytes"] == 1000
     assert row["once"] == []
@@ -199,7 +225,7 @@ def test_many_rounds_for_short_calls(bench):
 
 def test_giants_run_once_and_slow_rivals_in_one_round(bench):
     calls, row = rounds_of(bench, {"attnfast": 1.0, "a": 30.0})
-    assert calls == ["attnfast", "a"] + ["attnfast"] * 4
+    assert calls == ["attnfast", "a"] + ["attnfast"] * 6
     assert row["once"] == ["a"]
     assert row["ratio"] == pytest.approx(30.0)
     assert row["contestants"]["a"]["rounds"] == 1
@@ -207,6 +233,45 @@ def test_giants_run_once_and_slow_rivals_in_one_round(bench):
     assert calls.count("slow") == 3
     assert row["contestants"]["slow"]["rounds"] == 1
     assert row["contestants"]["a"]["rounds"] == 6
+
+
+def test_a_core_shape_for_which_there_is_no_time_is_called_once(bench):
+    clock = FakeClock(bench, {"attnfast": 4.0, "a": 6.0})
+    entries = bench.timing.Entries({name: [clock.call(name)] for name in clock.seconds}, {})
+    case = bench.grid.AttentionCase(1, 1, 8, 8, 8, "float32", False, "forward")
+    limits = bench.timing.Limits(0.5, 200, row_s=10.0, once=True)
+    race = bench.timing.Race(case, entries, clock, limits, None)
+    assert clock.calls == ["a"], "ours is called in its turn"
+    assert race.rounds == 1
+    race.rivals_turn()
+    race.our_turn()
+    row = race.row()
+    assert clock.calls == ["a", "attnfast"]
+    assert row["ratio"] == pytest.approx(1.5)
+    assert row["once"] == ["a", "attnfast"]
+    assert row["differences"] == {"a": {"out": 0.0}}
+    assert row["contestants"]["attnfast"]["peak_bytes"] == 1000
+    wrong = {
+        "attnfast": [clock.call("attnfast")],
+        "a": [lambda: {"out": torch.zeros(3), "name": "a"}],
+    }
+    race = bench.timing.Race(case, bench.timing.Entries(wrong, {}), clock, limits, None)
+    with pytest.raises(AssertionError, match="out differs from a"):
+        race.our_turn()
+
+
+def test_a_row_has_as_many_rounds_as_fit(bench, monkeypatch):
+    """Of the row's seconds the first calls are taken; a long call is not called to warm up."""
+    clock = FakeClock(bench, {"attnfast": 0.5, "a": 1.0})
+    spent = lambda: sum(clock.seconds[name] for name in clock.calls)  # noqa: E731
+    monkeypatch.setattr(bench.timing.time, "perf_counter", spent)
+    entries = bench.timing.Entries({name: [clock.call(name)] for name in clock.seconds}, {})
+    case = bench.grid.AttentionCase(1, 1, 8, 8, 8, "float32", False, "forward")
+    for row_s, rounds in ((8.0, 4), (4.0, 1), (1.0, 1), (100.0, 5)):
+        clock.calls.clear()
+        limits = bench.timing.Limits(0.5, 200, row_s=row_s)
+        assert bench.timing.Race(case, entries, clock, limits, None).rounds == rounds
+        assert clock.calls == ["attnfast", "a"]
 
 
 def test_a_rival_that_fails_is_named(bench):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -207,22 +208,25 @@ def test_a_case_is_judged_by_the_accuracy_rule(bench, monkeypatch):
 def evidence_file(bench, tmp_path):
     """Writes evidence of the outcomes of some cases; returns their rows."""
 
-    def write(failures=(), how="cpu", **changes):
+    def write(failures=(), how="cpu", isa="avx2", **changes):
+        def margins(i):
+            return {"forward": [0.1 * i, "out"], "backward": [0.2, "dq"]}
+
         items = bench.evidence.plan("cpu", "cpu", dry=True)
         outcomes = [
             bench.guard.Outcome(
                 item,
-                None if i in failures else {"forward": [0.1 * i, "out"], "backward": [0.2, "dq"]},
+                None if i in failures else {"architecture": isa, "margins": margins(i)},
                 "crash: SIGSEGV" if i in failures else None,
                 0.1,
             )
             for i, item in enumerate(items)
             if item["table"] == "attention" and item["dtype"] == "float32"
         ]
-        rows = bench.evidence.record("cpu", how, outcomes)
+        rows = bench.evidence.record("cpu", how, outcomes, isa)
         settings = bench.environment.settings({}, size="quick")
-        facts = {**bench.environment.facts("evidence", settings), **changes}
-        bench.results.save(tmp_path / "a" / "evidence-cpu.json", facts, rows)
+        facts = {**bench.environment.facts("evidence", settings), "kernel": isa, **changes}
+        bench.results.save(bench.evidence.path(facts, "cpu", "hardware", tmp_path), facts, rows)
         return rows
 
     return write
@@ -232,24 +236,82 @@ def test_evidence_counts_cases_and_keeps_the_worst(bench, evidence_file, tmp_pat
     forward, backward = evidence_file(failures=(0,))
     assert forward["kind"] == "forward"
     assert backward["kind"] == "backward"
-    assert forward["architecture"] == torch.ops.attnfast.cpu_isa()
+    assert forward["architecture"] == "avx2"
     assert forward["failed"][0]["reason"] == "crash: SIGSEGV"
     assert forward["failed"][0]["test"].startswith("tests/test_table.py::test_cpu[")
     assert forward["worst"]["result"] == "out"
     assert forward["worst"]["margin"] > 0.1
     lines = bench.evidence.lines(tmp_path)
-    by_name = {(line.kernel.backend, line.kernel.kind): line for line in lines}
-    text = by_name["cpu", "forward"].hardware
+    by_name = {line.kernel[:2] + line.kernel[3:]: line for line in lines}
+    text = by_name["cpu", "forward", "avx2"].hardware
     total = len(forward["passed"]) + 1
     assert f"{total - 1} of {total} cases of tests/test_table.py::test_cpu" in text
     assert "stale" not in text
-    assert by_name["cpu", "forward"].proven == by_name["cpu", "forward"].timed == "-"
-    assert by_name["triton", "forward"].hardware == "-", "no evidence is shown as none"
+    assert by_name["cpu", "forward", "avx2"].proven == "-"
+    assert by_name["cpu", "forward", "avx2"].timed == "-"
+    assert by_name["triton", "forward", "any"].hardware == "-", "no evidence is shown as none"
+
+
+def test_evidence_of_each_instruction_set_is_kept(bench, evidence_file, tmp_path):
+    evidence_file(isa="portable", device="old", commit={"id": "a" * 40, "dirty": False})
+    evidence_file(isa="avx2", device="new", commit={"id": "b" * 40, "dirty": False})
+    evidence_file(isa="amx", device="new", commit={"id": "c" * 40, "dirty": True}, sources="0" * 16)
+    evidence_file(isa="avx2", device="new", commit={"id": "d" * 40, "dirty": False})
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json"))
+    assert files == [
+        "new/evidence-cpu-amx.json", "new/evidence-cpu-avx2.json", "old/evidence-cpu-portable.json"
+    ]  # fmt: skip
+    lines = {
+        line.kernel.architecture: line.hardware
+        for line in bench.evidence.lines(tmp_path)
+        if (line.kernel.backend, line.kernel.kind) == ("cpu", "forward")
+    }
+    assert lines.keys() == set(bench.evidence.CPU_ISAS)
+    assert lines["portable"].startswith("old: ")
+    assert "aaaaaaaaa, 20" in lines["portable"]
+    assert "ddddddddd, 20" in lines["avx2"], "a new run takes the place of the old one"
+    assert "bbb" not in lines["avx2"]
+    assert "ccccccccc+, " in lines["amx"]
+    assert lines["amx"].endswith("(stale)")
+    assert lines["avx512"] == lines["avx512_bf16"] == "-"
+
+
+def test_every_instruction_set_of_the_machine_is_proven(bench, tmp_path):
+    """A few cases of the tables; what a process says that it ran is what is on record."""
+    program = (
+        "import bench.evidence as e, bench.cli as c; e.DRY_STEP = 300; plan = e.plan;"
+        "e.plan = lambda *given, **how: plan(*given, dry=True);"
+        f"c.main(['evidence', '--run', '--results', {str(tmp_path)!r}])"
+    )
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environ.pop("ATTNFAST_CPU_ISA", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [bench.results.load(path, "evidence") for path in tmp_path.rglob("*.json")]
+    sets = torch.ops.attnfast.cpu_isas().split(",")
+    assert {run.facts["kernel"] for run in runs} == set(sets)
+    for run in runs:
+        name = run.facts["kernel"]
+        assert run.path.name == f"evidence-cpu-{name}.json"
+        assert {row["architecture"] for row in run.rows} == {name}
+        assert {"forward", "backward", "decode"} <= {row["kind"] for row in run.rows}
+        assert not any(row["failed"] for row in run.rows)
+        assert f"cpu, {name}: " in done.stdout
+
+
+def test_kernels_that_do_not_exist_have_no_line(bench, tmp_path):
+    kinds = [x.kernel.kind for x in bench.evidence.lines(tmp_path) if x.kernel.backend == "gluon"]
+    kernels = (ROOT / "kernels" / "backend.py").read_text()
+    assert kinds == ["forward"]
+    assert "def gluon_fwd" in kernels
+    assert not re.search("def gluon_(bwd|decode|weights)", kernels), "then it has more kinds"
 
 
 def test_evidence_of_other_sources_is_stale(bench, evidence_file, tmp_path):
     evidence_file(sources="0" * 16)
-    assert "(stale)" in bench.evidence.lines(tmp_path)[0].hardware
+    assert any("(stale)" in line.hardware for line in bench.evidence.lines(tmp_path))
 
 
 def test_sources_of_a_backend(bench, tmp_path):
@@ -321,7 +383,8 @@ def test_dry_run(bench, tmp_path):
     [
         (("--minutes", "5"), "--out DIR is needed"),
         (("--out", "x", "--minutes", "-1"), "must be a positive number, got '-1'"),
-        (("--out", "x"), "no GPU that this torch can use"),
+        (("--out", "/dev/null/x", "--dry"), "--out: "),
+        (("--out", "/dev/null/x"), "no GPU that this torch can use"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,7 +123,7 @@ def test_report_fills_the_docs(bench, write_run, command, tmp_path):
         return 8.0 if case.get("causal") else 2.0
 
     (tmp_path / "README.md").write_text(MARKED)
-    write_run(ratio)
+    write_run(ratio, not_timed=[{"suite": "varlen", "id": "x", "reason": "too long"}])
     texts = []
     for _ in range(2):
         code, _, err = command("report", "--root", tmp_path)
@@ -135,7 +136,7 @@ def test_report_fills_the_docs(bench, write_run, command, tmp_path):
     assert readme.startswith("# Title\n\n<!-- bench:begin -->\n")
     assert readme.endswith("<!-- bench:end -->\n\nThe rest.\n")
     assert "old" not in readme
-    assert re.search(r"\| 1, 16, 4096, 128 +(\| +- / 8.0 ){4}\|", readme)
+    assert re.search(r"\| 1, 16, 4096, 128 +(\| +2.0 / 8.0 ){4}\|", readme)
     assert re.search(r"\| 8, 12, 512, 64 +(\| +2.0 / 8.0 ){4}\|", readme)
     causal = [case.causal for case in bench.grid.SUITES["forward"]("quick")]
     mean = 2 * 4 ** (sum(causal) / len(causal))
@@ -149,6 +150,12 @@ def test_report_fills_the_docs(bench, write_run, command, tmp_path):
         assert "load before the run 0.25" in text
         assert "Rivals that took part: torch.sdpa flash. The kernels have changed since." in text
     assert "not measured: no C++ compiler" in page
+    line = (
+        r"\| bf16, forward \+ backward +\| 12 of 12 \|"
+        r" +\*\*4.00x\*\* \| +2.00x \(1, 8, 128, 64\) \| 8.00x"
+    )
+    assert re.search(line, page), "the core shapes"
+    assert "### Left out\n\n1 rows did not fit into the time:\n\n- varlen `x`: too long" in page
     proven = (tmp_path / "docs" / "evidence.md").read_text()
     assert re.search(
         r"\| cpu, avx2, decode, bf16 +\| - +\| - +\| - +\| a-cpu: 10 rows, fff", proven
@@ -211,10 +218,34 @@ def test_files_that_cannot_be_read(write_run, command, tmp_path):
         ('{"schema": 99}', "has schema 99, this code reads 2"),
         ('{"schema": 2, "kind": "evidence", "rows": [1]}', "evidence results, timing are needed"),
         ('{"schema": 2, "kind": "timing", "rows": []}', "holds no finished row"),
+        ('{"schema": 2, "kind": "timing", "rows": [{}]}', "is not complete: no 'date'"),
+        ("\x00\xff", "cannot read"),
     ):
         bad.write_text(text)
         assert message in refused(command, "compare", good, bad)
+        assert message in refused(command, "compare", bad, good)
         assert message in refused(command, "report", bad)
+    whole = json.loads(good.read_text())
+    for rows, message in (
+        ([1], "no 'id' in row 0"),
+        ({"a": 1}, "no 'id' in row 0"),
+        (
+            [whole["rows"][0], {"id": "x", "suite": "decode", "case": {}}],
+            "no 'contestants' in row 1",
+        ),
+    ):
+        bad.write_text(json.dumps({**whole, "rows": rows}))
+        assert message in refused(command, "compare", good, bad)
+    assert "cannot read" in refused(command, "report", tmp_path)
+    assert "cannot read" in refused(command, "scaling", "--from", tmp_path / "none.json")
+
+
+def test_bad_evidence_is_refused(write_run, command, tmp_path):
+    assert "no evidence in" in refused(command, "evidence", "--results", tmp_path / "none")
+    folder = tmp_path / "results" / "a-cpu"
+    folder.mkdir(parents=True)
+    (folder / "evidence-cpu.json").write_text('{"schema": 1}')
+    assert "has schema 1" in refused(command, "evidence", "--results", folder.parent)
 
 
 def test_two_runs_of_the_same_speed_are_no_regression(write_run, command):
@@ -277,6 +308,18 @@ def test_a_run_of_another_device_is_not_resumed(write_run, command):
         (("run", "--shape", "1,2,3"), "must be B,H,L,D or B,H,T,S,D, got '1,2,3'"),
         (("run", "--shape", "1,2,0,4"), "must be B,H,L,D or B,H,T,S,D, got '1,2,0,4'"),
         (("run", "--shape", "1,2,3,4", "--size", "full"), "--shape is a row of its own"),
+        (("run", "--shape", "1,2,three,4"), "must be B,H,L,D or B,H,T,S,D, got '1,2,three,4'"),
+        (("run", "--shape", "64,64,1000000,64"), "for its inputs and results, this machine has"),
+        (("run", "--shape", "1,2,3,4", "--minutes", "1"), "--shape is a row of its own"),
+        (("run", "--causal"), "--causal is of one question: give its --shape"),
+        (("run", "--dtype", "bf16"), "--dtype is of one question: give its --shape"),
+        (("run", "--option", "moustache"), "invalid choice: 'moustache'"),
+        (("run", "--size", "huge"), "invalid choice: 'huge'"),
+        (("run", "--budget", "nan"), "must be positive, got 'nan'"),
+        (("run", "--shape", "1,2,3,4", "--backend", "triton"), "nothing to measure: attention"),
+        (("evidence", "--run", "--backend", "tpu"), "nothing to run: attention: backend"),
+        (("compare", "a.json", "b.json", "--threshold", "-1"), "must be positive, got '-1'"),
+        (("paint",), "invalid choice: 'paint'"),
         (("run", "--dtype", "int8"), "must be fp32, bf16 or fp16, got 'int8'"),
         (("run", "--threads", "-1"), "must be positive, got '-1'"),
         (("run", "--suite", "all"), "invalid choice: 'all'"),
