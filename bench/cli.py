@@ -212,8 +212,11 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    for path in report.report(options.files, options.root):
-        print(f"wrote {path}")
+    written, newest = report.report(options.files, options.root)
+    pages = [path for path in written if path.suffix == ".md"]
+    pictures = len(written) - len(pages)
+    print(f"wrote {', '.join(map(str, pages))} and {pictures} pictures. The newest run:")
+    print("", *summary.overview(newest), sep="\n\n")
     return 0
 
 

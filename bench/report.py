@@ -166,7 +166,8 @@ tables of the tests there: how many passed, and the largest error as a share of 
 rule allows. *Stale* is what is older than the sources of its backend. A "+" after a commit: with
 uncommitted changes.
 
-`python -m bench evidence --run --backend NAME` runs the tables on this machine and adds its line.
+`python -m bench evidence --run` runs the tables on this machine, by every CPU instruction set that
+it has (`--backend NAME`: by another backend), and adds their lines.
 """
 
 
@@ -262,11 +263,14 @@ def newest(folder: Path) -> list[Run]:
     return list(chosen.values())
 
 
-def report(files: list[Path], root: Path = ROOT) -> list[Path]:
+def report(files: list[Path], root: Path = ROOT) -> tuple[list[Path], Run]:
     """Write the report of these files, or of the newest of each device.
+
+    Returns:
+        What was written, and the newest run of it.
 
     Raises:
         ValueError: As `newest` and `write` say.
     """
-    runs = [results.load(path, "timing") for path in files]
-    return write(runs or newest(root / "bench" / "results"), root)
+    runs = [results.load(path, "timing") for path in files] or newest(root / "bench" / "results")
+    return write(runs, root), runs[0]

@@ -126,8 +126,10 @@ def test_report_fills_the_docs(bench, write_run, command, tmp_path):
     write_run(ratio, not_timed=[{"suite": "varlen", "id": "x", "reason": "too long"}])
     texts = []
     for _ in range(2):
-        code, _, err = command("report", "--root", tmp_path)
+        code, out, err = command("report", "--root", tmp_path)
         assert code == 0, err
+        assert "docs/performance.md, " in out
+        assert out.splitlines()[-1] == "Left out, for want of time: 1 rows (1 of varlen)."
         texts.append(
             [(tmp_path / name).read_text() for name in ("README.md", "docs/performance.md")]
         )
