@@ -31,6 +31,8 @@ SUITE_S = {
 DUEL = (OURS, SDPA)  # who has to be in a core row
 PART = 8  # a row outside the core takes at most its suite's seconds over this
 CORE_PART = 100  # and a core row may take as much as this part, whatever comes after it
+CAUTION = 1.2  # times what later core rows are predicted to take is kept for them
+OVER = 4  # one call each of a core row may go over the suite's end by its seconds over this
 FIELD_S = 0.5  # a round of all contestants that is no question
 WAIT_S = 1.0  # rivals that are slower by far are waited for so long
 COMPILE_S = 15.0  # of FlexAttention, before it was seen
@@ -107,13 +109,13 @@ class Budget:
         if is_core(case):
             duel = self.round_s(case, DUEL)
             later = [x for x in self.waiting if x.suite == case.suite and is_core(x)]
-            kept = sum(self.round_s(x, DUEL) for x in later)
+            kept = CAUTION * sum(self.round_s(x, DUEL) for x in later)
             spare = max(duel + max(0.0, left - kept - duel) / 2, whole / CORE_PART)
             seconds = min(left, spare)
             if (need <= FIELD_S and calls * need <= left) or calls * need <= seconds / 4:
                 return Share(seconds)
-            if duel <= left:
-                return Share(seconds, once=calls * duel > seconds, duel=True)
+            if duel <= min(left + whole / OVER, self._longest(case.suite)):
+                return Share(max(seconds, duel), once=calls * duel > seconds, duel=True)
         else:
             seconds = min(left, max(whole, left) / PART)
             if calls * need <= seconds:
@@ -129,9 +131,12 @@ class Budget:
 
     def _left(self, suite: str) -> float:
         """Seconds that a suite has; what others did not use is more for it, to an end."""
+        return min(self.ends[suite] - self.now(), self._longest(suite))
+
+    def _longest(self, suite: str) -> float:
+        """Seconds that a suite may take yet at most."""
         now = self.now()
-        began = self.began.setdefault(suite, now)
-        return min(self.ends[suite], began + self.longest) - now
+        return self.began.setdefault(suite, now) + self.longest - now
 
     def call_s(self, case: Case) -> dict[str, float]:
         """One call of each contestant that was timed in the suite, predicted by FLOP."""
