@@ -188,13 +188,14 @@ def versions(device: str = "cpu") -> dict[str, str]:
 
 def commit() -> dict[str, Any]:
     """The commit, and whether the measured files differ from it; None without a repository."""
-    head = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--", *MEASURED)
+    head = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--", *MEASURED)
     return {"id": head, "dirty": None if changes is None else bool(changes)}
 
 
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(ROOT), *arguments]
+def git(*arguments: str, tree: Path = ROOT) -> str | None:
+    """What git says of a tree; None without git, or a repository there."""
+    command = ["git", "-C", str(tree), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

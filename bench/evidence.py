@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from attnfast import dispatch
 
 from . import RESULTS, ROOT, environment, guard, proof, results, summary
+from . import compiled as compiled_kernels
 from .summary import DTYPE_NAMES
 
 STAGES = ("interpreter", "emulator", "compiled", "hardware")
@@ -177,6 +178,8 @@ def lines(root: Path = RESULTS, tree: Path = ROOT) -> list[Line]:
         for kernel, text in _timed(run_).items():
             text += _stale(kernel.backend, run_, tree)
             known.setdefault(kernel, {}).setdefault("timed", []).append(text)
+    for key, text in compiled_kernels.read(tree).items():
+        known.setdefault(Kernel(*key), {}).setdefault("compiled", []).append(text)
     for backend in dispatch.NAMES:
         for architecture in CPU_ISAS if backend == "cpu" else ("any",):
             shown = any(
