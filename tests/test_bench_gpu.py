@@ -415,6 +415,15 @@ def test_dry_run(bench, tmp_path):
     json.loads((tmp_path / "timing.json").read_text())
 
 
+def test_make_gpu_runs_this_script():
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    for dry, end in (("1", " --dry"), ("0", ""), ("", "")):
+        command = ["make", "-n", "gpu", f"DRY={dry}", "OUT=x", "MINUTES=4"]
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"{done.stdout.strip()}|".endswith(f" bench/gpu.py --out x --minutes 4{end}|")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
