@@ -164,26 +164,8 @@ def fine_tune(
         left = MINUTE - (now(device) - started) - evaluation
         steps = steps_that_fit(left, each, FEWEST_STEPS, MOST_STEPS)
         tell(chosen(steps, each, left))
-    optimisers, schedules = {}, {}
-    for name, model in models.items():
-        optimisers[name] = torch.optim.AdamW(parameter_groups(model))
-        factor = warm_up_and_decay(steps)
-        schedules[name] = torch.optim.lr_scheduler.LambdaLR(optimisers[name], factor)
-    losses: dict[str, list[float]] = {name: [] for name in models}
-    seconds = dict.fromkeys(models, 0.0)
     order = epochs(ids, split.train, batch_size, steps, seed)
-    with tqdm(order, desc="fine-tuning twice", unit=" steps", mininterval=0.5) as bar:
-        for step, indices in enumerate(bar):
-            batch = pad(ids, indices).to(device)
-            target = torch.stack([labels[i] for i in indices]).to(device)
-            for name in list(models)[:: 1 if step % 2 == 0 else -1]:
-                torch.manual_seed(seed + step)
-                start = now(device)
-                loss = _step(models[name], optimisers[name], batch, target)
-                seconds[name] += now(device) - start
-                schedules[name].step()
-                losses[name].append(loss)
-            bar.set_postfix({name: f"{values[-1]:.3f}" for name, values in losses.items()})
+    losses, seconds = _train(models, ids, labels, order, seed, device)
     outcomes = {}
     for name, model in models.items():
         predicted, after = _predict(model, held_out, truth, device)
@@ -236,6 +218,37 @@ def _step_seconds(
         _step(model, optimiser, batch, target)
         seconds += now(device) - start
     return seconds * mean / positions[middling]
+
+
+def _train(
+    models: Mapping[str, Classifier],
+    ids: Sequence[Sequence[int]],
+    labels: Mapping[int, Tensor],
+    order: Sequence[list[int]],
+    seed: int,
+    device: torch.device,
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """A step of every model for each batch of `order`; losses and seconds, by the model's name."""
+    optimisers, schedules = {}, {}
+    for name, model in models.items():
+        optimisers[name] = torch.optim.AdamW(parameter_groups(model))
+        factor = warm_up_and_decay(len(order))
+        schedules[name] = torch.optim.lr_scheduler.LambdaLR(optimisers[name], factor)
+    losses: dict[str, list[float]] = {name: [] for name in models}
+    seconds = dict.fromkeys(models, 0.0)
+    with tqdm(order, desc="fine-tuning twice", unit=" steps", mininterval=0.5) as bar:
+        for step, indices in enumerate(bar):
+            batch = pad(ids, indices).to(device)
+            target = torch.stack([labels[i] for i in indices]).to(device)
+            for name in list(models)[:: 1 if step % 2 == 0 else -1]:
+                torch.manual_seed(seed + step)
+                start = now(device)
+                loss = _step(models[name], optimisers[name], batch, target)
+                seconds[name] += now(device) - start
+                schedules[name].step()
+                losses[name].append(loss)
+            bar.set_postfix({name: f"{values[-1]:.3f}" for name, values in losses.items()})
+    return losses, seconds
 
 
 def _step(

@@ -108,7 +108,8 @@ def run(options: argparse.Namespace) -> int:
     if options.command != "compare":
         trainer = _trainer(job, resumed)
         heading(out, "Training")
-        plain(out, _decide_steps(job, trainer))
+        trainer.goal, why = _steps(job, trainer)
+        plain(out, f"{trainer.goal} steps, {why}")
         _train_to(job, trainer, trainer.goal)
         results |= _measure(out, job, trainer)
         losses = {ATTNFAST: trainer.losses}
@@ -217,23 +218,21 @@ def _trainer(job: Job, resumed: dict[str, Any] | None) -> Trainer:
     return trainer
 
 
-def _decide_steps(job: Job, trainer: Trainer) -> str:
-    """Set the trainer's goal; returns a line that says why it is what it is.
+def _steps(job: Job, trainer: Trainer) -> tuple[int, str]:
+    """How many steps to train in all, and why so many.
 
     Raises:
         Interrupted: by Ctrl-C in the first steps, which are timed; the checkpoint is saved.
     """
     if job.options.steps is not None:
-        trainer.goal = job.options.steps
-        return f"{trainer.goal} steps, as asked"
+        return job.options.steps, "as asked"
     if trainer.goal is not None:
-        return f"{trainer.goal} steps, as decided when this training began"
+        return trainer.goal, "as decided when this training began"
     if trainer.steps < budget.FIRST:
         _train_to(job, trainer, budget.FIRST)
     each = statistics.median(trainer.seconds[UNTIMED:])
-    trainer.goal = budget.training_steps(trainer.steps, job.elapsed, each)
-    return (
-        f"{trainer.goal} steps, from {budget.FEWEST} to {budget.MOST}: one takes {each:.2f} s here,"
+    return budget.training_steps(trainer.steps, job.elapsed, each), (
+        f"from {budget.FEWEST} to {budget.MOST}: one takes {each:.2f} s here,"
         f" {job.elapsed:.0f} s of {budget.RUN:.0f} are over, and measuring takes"
         f" {budget.MEASURING * each:.0f} s (--steps)"
     )
@@ -328,14 +327,14 @@ def _without_cache(
     model: Translator, sources: Sequence[Sequence[int]], device: torch.device
 ) -> Uncached:
     """The same texts greedily with and without the cache."""
-    found, seconds = [], []
+    found, seconds = {}, {}
     for cached in (True, False):
         started = now(device)
         label = f"greedy {'with' if cached else 'without'} cache"
-        found.append(translate(model, sources, 1, cached=cached, label=label))
-        seconds.append(now(device) - started)
-    same = sum(map(list.__eq__, *found))
-    return Uncached(len(sources), *seconds, same)
+        found[cached] = translate(model, sources, 1, cached=cached, label=label)
+        seconds[cached] = now(device) - started
+    same = sum(map(list.__eq__, found[True], found[False]))
+    return Uncached(len(sources), seconds[True], seconds[False], same)
 
 
 def _draw_sentence(job: Job, trainer: Trainer) -> Path:
