@@ -4,6 +4,7 @@
     python -m bench compare A.json B.json   two runs, row by row
     python -m bench report                  docs/performance.md, the plots and the README's table
     python -m bench evidence                which kernel was proven and timed where
+    python -m bench tune                    the tiles of the Triton kernels, on a GPU
     pytest bench -k decode                  the same rows for users of pytest-benchmark
     python3 bench/gpu.py --out DIR          all of it on a machine with a GPU
 

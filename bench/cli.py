@@ -24,6 +24,7 @@ from . import (
     show,
     suites,
     summary,
+    tune,
 )
 from .budget import LeftOut
 from .grid import DTYPES, OPTIONS, SIZES, SUITES, WORKS, AttentionCase
@@ -298,11 +299,24 @@ def _scaling(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pass", nargs="*", choices=tune.PASSES, default=[], dest="passes")
+    parser.add_argument("--head-dim", nargs="*", type=_positive(int), default=[])
+    parser.add_argument("--bytes", nargs="*", type=int, choices=tuple(tune.DTYPES), default=[])
+    parser.add_argument("--out", type=Path, default=tune.PATH, help="default: %(default)s")
+    parser.add_argument("--minutes", type=_positive(float), default=60.0, help="default: 60")
+
+
+def _tune(options: argparse.Namespace) -> int:
+    return tune.run(options.passes, options.head_dim, options.bytes, options.out, options.minutes)
+
+
 COMMANDS = (
     Command("run", "time suites, or one shape", _run_arguments, _run),
     Command("compare", "two runs, row by row; exit code 1: slower", _compare_arguments, _compare),
     Command("report", "write docs, plots and the README's table", _report_arguments, _report),
     Command("evidence", "which kernel was proven and timed where", _evidence_arguments, _evidence),
+    Command("tune", "write the tiles of the Triton kernels, on a GPU", _tune_arguments, _tune),
     Command("scaling", "measure how time grows, and write docs", _scaling_arguments, _scaling),
 )
 

@@ -1,5 +1,7 @@
 """Tile sizes by architecture, pass and head dimension: a table, no tuning inside a call.
 
+What ``python -m bench tune`` measured on a GPU (tuned.py) goes before what was reckoned here.
+
 Every entry is compiled ahead of time for its architecture by ``make aot``, which holds it to the
 shared memory of the hardware and to the committed table of resources (docs/triton.md).
 """
@@ -10,6 +12,8 @@ import functools
 from typing import NamedTuple
 
 import torch
+
+from .tuned import TUNED
 
 
 class Config(NamedTuple):
@@ -22,6 +26,7 @@ class Config(NamedTuple):
 
 
 INTERPRETER = Config(64, 64, 4, 1)
+trial: dict[str, Config] = {}  # by pass, a tile that ``python -m bench tune`` tries
 
 # What architectures have in common here is their shared memory and their matrix instructions.
 FAMILIES = {
@@ -60,7 +65,7 @@ _COMMON = dict.fromkeys(("rows", "weights", "received"), _SECOND_PASSES) | {
 
 TABLE["small"] = _COMMON | {
     "fwd": {
-        2: _entries((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 1), (32, 16, 4, 1)),
+        2: _entries((128, 64, 8, 2), (128, 32, 8, 3), (64, 32, 4, 1), (32, 16, 4, 1)),
         4: _FP32,
     },
     "dq": {
@@ -106,12 +111,16 @@ TABLE["hopper"] = TABLE["ampere"] | {
 }
 TABLE["blackwell"] = TABLE["hopper"] | {
     "fwd": {
-        2: _entries((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+        2: _entries((128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
         4: _FP32,
     },
     "dkdv": {
         2: _entries((64, 128, 8, 3), (32, 128, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
         4: _FP32,
+    },
+    "received": {
+        2: _entries((64, 128, 8, 1), (64, 64, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+        4: _SECOND_PASSES[4],
     },
 }
 TABLE["cdna"] = TABLE["small"] | {
@@ -146,11 +155,22 @@ def choose(arch: str, name: str, size: int, D: int, D_v: int, extras: bool) -> C
         extras: Whether tiles of a mask, a bias or weights' gradients are loaded too. Their loads
             are not pipelined: several stages of them would not fit into shared memory.
     """
-    if arch == "interpreter":
+    if name in trial:
+        config = trial[name]
+    elif arch == "interpreter":
         return INTERPRETER
-    entry = sum(max(D, D_v) > n for n in HEAD_DIMS)
-    config = TABLE[FAMILIES.get(arch, OTHERS)][name][size][entry]
+    else:
+        dim = HEAD_DIMS[sum(max(D, D_v) > n for n in HEAD_DIMS)]
+        config = entry(arch, name, size, dim)
     return config._replace(num_stages=1) if extras else config
+
+
+def entry(arch: str, name: str, size: int, D: int) -> Config:
+    """The tables' entry for one of `HEAD_DIMS`: what was measured, or else the family's."""
+    measured = TUNED.get((arch, name, size, D))
+    if measured is not None:
+        return Config(*measured)
+    return TABLE[FAMILIES.get(arch, OTHERS)][name][size][HEAD_DIMS.index(D)]
 
 
 def architecture(device: torch.device) -> str:
