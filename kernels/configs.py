@@ -70,11 +70,15 @@ TABLE["small"] = _COMMON | {
     },
     "dq": {
         2: _entries((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
-        4: _FP32,
+        4: (*_FP32[:3], Config(8, 16, 4, 1)),
     },
     "dkdv": {
         2: _entries((32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
-        4: _FP32,
+        4: (*_FP32[:3], Config(16, 8, 4, 1)),
+    },
+    "dbias": {
+        2: _COMMON["dbias"][2],
+        4: (*_SECOND_PASSES[4][:3], Config(8, 16, 4, 1)),
     },
     "decode": {
         2: _entries((16, 128, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
@@ -82,6 +86,7 @@ TABLE["small"] = _COMMON | {
     },
 }
 TABLE["ampere"] = TABLE["small"] | {
+    "dbias": _COMMON["dbias"],
     "fwd": {
         2: _entries((128, 64, 4, 3), (128, 32, 8, 3), (128, 32, 8, 2), (64, 16, 8, 1)),
         4: _FP32,
@@ -124,6 +129,7 @@ TABLE["blackwell"] = TABLE["hopper"] | {
     },
 }
 TABLE["cdna"] = TABLE["small"] | {
+    "dbias": _COMMON["dbias"],
     "fwd": {
         2: _entries((128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
         4: _FP32,

@@ -84,6 +84,17 @@ def test_unattended_keys_may_hold_anything(case: Case, value: float) -> None:
     check(run(given, "cpu"), given)
 
 
+def test_tiles_of_eight_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least that the backward's tiles are anywhere: fp32 with D of 512 in 99 KB."""
+    for name in ("dq", "dkdv", "dbias"):
+        tile = configs.choose("sm_89", name, 4, 512, 512, False)
+        assert min(tile[:2]) == 8
+        monkeypatch.setitem(configs.trial, name, tile)
+    case = Case("D512", B=1, H=2, H_kv=1, T=21, S=26, D=300, bias="hts", causal=True, dtype=fp32)
+    given = problem(case)
+    check(run(given, "cpu"), given)
+
+
 def test_every_run_gives_the_same_bits() -> None:
     given = problem(cut(EVERYTHING, fp32))
     first, second = run(given, "cpu"), run(given, "cpu")
