@@ -112,7 +112,9 @@ def unsupported(problem: Any) -> str | None:
         if not interpreted():
             return "takes CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1"
         if imported_without_interpreter():
-            return "Triton was imported before TRITON_INTERPRET=1 was set"
+            return (
+                "Triton was imported before TRITON_INTERPRET=1 was set: set it before Python starts"
+            )
         return None
     if NO_COMPILER is not None and not interpreted():
         return NO_COMPILER
@@ -129,6 +131,7 @@ def gluon_unsupported(problem: Any) -> str | None:
     tensors = problem.mask or problem.bias or problem.alibi or problem.sinks or problem.align
     plain = options._replace(scale=1.0, causal=False, deterministic=False, align_bottom_right=False)
     reasons = (
+        (problem.device.type == "cpu", "runs on GPUs only: Triton cannot interpret Gluon"),
         (problem.kind != "attention", f"takes attention only, got {problem.kind}"),
         (
             problem.dtype not in (torch.bfloat16, torch.float16),

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import attnfast
+from attnfast import __main__ as about
 from attnfast import dispatch, triton_backend
 from attnfast.options import Options
 
@@ -83,6 +84,27 @@ def test_a_compiler_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.delenv("CC")
     assert triton_backend.no_compiler() is None
+
+
+@pytest.mark.parametrize("name", ["MISSING", "NO_COMPILER"])
+def test_what_is_missing_is_refused_and_said(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By every call on a GPU, and by python -m attnfast without one."""
+    monkeypatch.setattr(triton_backend, name, "something is missing: install it")
+    assert dispatch.TRITON.unsupported(PROBLEM) == "something is missing: install it"
+    about.main([])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("triton")]
+    assert len(said) == 1
+    assert "something is missing: install it" in said[0]
+
+
+def test_gluon_needs_a_gpu() -> None:
+    on_cpu = PROBLEM._replace(device=torch.device("cpu"))
+    assert triton_backend.gluon_unsupported(on_cpu) == (
+        "runs on GPUs only: Triton cannot interpret Gluon"
+    )
+    assert triton_backend.gluon_unsupported(PROBLEM) is None
 
 
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
