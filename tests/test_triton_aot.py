@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools import aot
+from tools import aot, aot_docs
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = aot.Resources(
-    "sm_90", "fwd", "bfloat16", 128, "plain", "128x128", 8, 2, 248, 0, 163840, "HGMMA"
+    "sm_90", "fwd", "bfloat16", 128, "plain", "128x128", 8, 2, 248, 0, 163840, "HGMMA", "0a1b2c3d"
 )
 
 
@@ -74,3 +77,168 @@ def test_a_kernel_that_does_not_compile_is_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(aot, "compiled", broken)
     entry = next(aot.entries())
     assert aot.attempt(entry) == f"{entry}: no"
+
+
+def test_the_reason_is_the_cause_and_not_the_place() -> None:
+    error = ValueError("at 13:11:\n    mask = at_head()\n           ^")
+    error.__cause__ = TypeError("cannot convert None\n")
+    assert aot.reason(error) == "cannot convert None"
+    assert aot.reason(ValueError("at 1:2:\n    x = y\n       ^")) == "x = y"
+    assert aot.reason(KeyError()) == "KeyError"
+
+
+def test_a_killed_compiler_is_a_fault_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "attempt", kill_this_process)
+    found = list(aot.results([next(aot.entries())], workers=1))
+    assert len(found) == 1
+    assert "the compiler's process was killed" in str(found[0])
+
+
+def kill_this_process(entry: aot.Entry) -> str:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return "still alive"
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_parts_are_everything_once(parts: int) -> None:
+    found = [[e for e in aot.entries() if aot.in_part(e, (n + 1, parts))] for n in range(parts)]
+    assert sorted(entry for part in found for entry in part) == sorted(aot.entries())
+    for part in found:
+        assert len(part) > len(list(aot.entries())) / parts / 2
+        assert {entry.arch for entry in part} == set(aot.ARCHITECTURES)
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "1/", "a/b", "-1/4"])
+def test_a_part_that_makes_no_sense(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="must be N/M with 1 <= N <= M"):
+        aot.part_of(text)
+    assert aot.part_of("2/8") == (2, 8)
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The path of a table of nothing."""
+    monkeypatch.setattr(aot, "TABLES", tmp_path)
+    return aot.table_path()
+
+
+def resources(entry: aot.Entry, **changes: object) -> aot.Resources:
+    """A row of an entry that is current, without compiling."""
+    arch, name, dtype, D, variant = aot.entry_key(entry)
+    aot.driver.set_active(aot.NoDevice(arch))
+    tile = aot.tile_of(aot.job(entry).config)
+    row = aot.Resources(
+        *(arch, name, dtype, int(D), variant, *tile), 64, 0, 512, "HMMA", aot.fingerprint(name)
+    )
+    return row._replace(**changes)
+
+
+def missing(*arguments: str) -> list[aot.Entry]:
+    """What --missing leaves to compile."""
+    given = aot.parser().parse_args(["--missing", *arguments])
+    return aot.chosen_entries(given, aot.read_table())
+
+
+def test_only_what_is_missing_or_older_is_compiled(table: Path) -> None:
+    asked = ("--arch", "sm_80", "--pass", "fwd", "--bytes", "2", "--variant", "plain")
+    every = missing(*asked)
+    assert len(every) == 4
+    assert not table.exists()
+    rows = [resources(entry) for entry in every]
+    aot.write_table(rows[:1])
+    assert missing(*asked) == every[1:]
+    aot.write_table([rows[2]])
+    assert missing(*asked) == [every[1], every[3]], "rows are added to those that are there"
+    aot.write_table([rows[1], rows[3]])
+    assert missing(*asked) == []
+    assert list(aot.read_table().values()) == rows, "in the order of entries"
+    aot.write_table([rows[0]._replace(source="00000000"), rows[3]._replace(tile="16x16")])
+    assert missing(*asked) == [every[0], every[3]]
+
+
+def test_a_run_that_ends_early_leaves_its_rows(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def some(chosen: list[aot.Entry], workers: int) -> object:
+        yield from (resources(entry) for entry in chosen[: aot.WRITE_EVERY])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(aot, "results", some)
+    with pytest.raises(KeyboardInterrupt):
+        aot.main(["--write", "--arch", "sm_80", "--bytes", "2"])
+    assert len(aot.read_table()) == aot.WRITE_EVERY
+    assert [path.name for path in table.parent.iterdir()] == [table.name]
+
+
+def test_without_write_what_is_missing_is_a_fault(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(aot, "results", lambda chosen, workers: map(resources, chosen))
+    asked = ["--arch", "sm_80", "--pass", "decode", "--bytes", "2"]
+    assert aot.main(asked) == 1
+    assert "entries are not in" in capsys.readouterr().out
+    assert not table.exists()
+    assert aot.main(["--write", *asked]) == 0
+    assert aot.main(asked) == 0
+
+
+def test_comments_do_not_change_a_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "decode.py"
+    plain = Path(aot.decode.__file__).read_text()
+    before = aot.fingerprint.__wrapped__("decode")
+    monkeypatch.setattr(aot.decode, "__file__", str(copy))
+    for text, same in (
+        (plain, True),
+        ("# a line of it\n\n" + plain.replace("\n\n", "\n    # more\n\n"), True),
+        (plain + "X = 1\n", False),
+    ):
+        copy.write_text(text)
+        assert (aot.fingerprint.__wrapped__("decode") == before) is same
+
+
+def test_committed_tables_have_entries_that_exist_and_no_faults() -> None:
+    keys = {aot.entry_key(entry) for entry in aot.entries()}
+    for path in aot.TABLES.glob("*.csv"):
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        types = aot.get_type_hints(aot.Resources)
+        for row in rows:
+            made = aot.Resources(*(types[name](row[name]) for name in aot.Resources._fields))
+            assert aot.key(made) in keys, path
+            assert aot.faults(made, {}) == [], path
+
+
+def test_the_page_is_as_the_tables_say() -> None:
+    assert aot_docs.main(["--check"]) == 0
+
+
+def test_the_page_is_written_from_the_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "docs" / "triton-resources"
+    folder.mkdir(parents=True)
+    for version, registers in (("3.9", 248), ("3.10", 250)):
+        with (folder / f"{version}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(aot.Resources._fields)
+            writer.writerow(GOOD._replace(registers=registers))
+            writer.writerow(GOOD._replace(arch="sm_80", spills=24, matrix="HMMA", shared=512))
+    page = tmp_path / "docs" / "triton.md"
+    page.write_text("before\n")
+    assert aot_docs.main([], tmp_path) == 2
+    assert "lacks the marks" in capsys.readouterr().err
+    page.write_text(f"before\n{aot_docs.BEGIN}old\n{aot_docs.END}after\n")
+    assert aot_docs.main(["--check"], tmp_path) == 1
+    assert "old" in page.read_text()
+    assert aot_docs.main([], tmp_path) == 0
+    assert aot_docs.main(["--check"], tmp_path) == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "| 3.10 | sm_90 | 1 | 160 KB | HGMMA | 0 of 1 | 0 of 1 |" in text
+    assert "| 3.9 | sm_80 | 1 | 0 KB | HMMA | 1 of 1 | 1 of 1 |" in text
+    assert (
+        "| fwd, bf16, 128 | 128x128, 8 w, 250 r, 160 KB |"
+        " 128x128, 8 w, 248 r, 0 KB, spills 24 |" in text
+    ), "of the newest Triton alone"

@@ -2,8 +2,12 @@
 
     python tools/aot.py                    compile with the installed Triton, compare with the table
     python tools/aot.py --write            and write the table, docs/triton-resources/VERSION.csv
+    python tools/aot.py --write --missing  only what the table lacks, or has of older sources
+    python tools/aot.py --sample 2/8       the second of eight parts, the same ones every time
     python tools/aot.py --arch sm_90 --pass fwd dq --head-dim 128
 
+A table is written as kernels are compiled, so a run that is killed goes on with ``--missing``;
+tools/aot_docs.py then writes docs/triton.md's tables.
 Kernels are made by the launchers themselves, on a driver that names the target and has no device.
 Held for each: shared memory within the hardware's limit; matrix instructions in 16-bit kernels;
 no spills in the default entries for D <= 128; and no more registers, spills or shared memory than
@@ -14,13 +18,16 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import hashlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -59,6 +66,22 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 VARIANTS = ("plain", "causal", "everything", "ones")
 UNTILED = ("combine", "dsinks")  # kernels without products
 EVERYTHING_FOR = (2, 128)  # bytes of an element and head dim also compiled with every option
+WRITE_EVERY = 10  # kernels
+# What kernels are made from beside the file that is named, for the fingerprint in the table.
+SHARED_SOURCES = ("arguments", "launch", "scores")
+MODULES = {
+    "fwd": forward,
+    "rows": backward,
+    "dq": backward,
+    "dkdv": backward,
+    "dbias": bias_gradients,
+    "dsinks": bias_gradients,
+    "weights": weights,
+    "received": weights,
+    "decode": decode,
+    "combine": decode,
+    "gluon": gluon_forward,
+}
 
 
 class Entry(NamedTuple):
@@ -86,6 +109,10 @@ class Resources(NamedTuple):
     spills: int  # bytes of stack a thread; on AMD, spilled registers
     shared: int  # bytes
     matrix: str  # the matrix instruction
+    source: str  # `fingerprint` of what it was compiled from
+
+
+Table = dict[tuple[str, ...], Resources]  # by `key`
 
 
 class NoDevice:
@@ -205,10 +232,8 @@ def compiled(entry: Entry) -> Resources:
     try:
         kernel = launch.kernel.warmup(*launch.arguments(), grid=(launch.grid,), **launch.options())
     except Exception as error:
-        message = str(error).strip().splitlines()
-        raise RuntimeError(f"{entry}: {message[-1] if message else type(error).__name__}") from None
+        raise RuntimeError(f"{entry}: {reason(error)}") from None
     registers, spills, shared, code = read_binary(kernel)
-    config = launch.config
     found = MATRIX.search(code)
     return Resources(
         entry.arch,
@@ -216,14 +241,34 @@ def compiled(entry: Entry) -> Resources:
         str(DTYPES[entry.size]).removeprefix("torch."),
         entry.D,
         entry.variant,
-        f"{config.BLOCK_M}x{config.BLOCK_N}",
-        config.num_warps,
-        config.num_stages,
+        *tile_of(launch.config),
         registers,
         spills,
         shared,
         found[1].split("_f32")[0] if found else "",
+        fingerprint(entry.name),
     )
+
+
+def reason(error: BaseException) -> str:
+    """What an error is about, in one line: Triton points at code, and says why in the cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).strip().splitlines() if line.strip(" ^")]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+@functools.cache
+def fingerprint(name: str) -> str:
+    """8 hex digits that change with the code a pass is compiled from, comments left out."""
+    folder = Path(configs.__file__).parent
+    own = Path(MODULES[name].__file__)
+    lines = []
+    for path in (own, *(folder / f"{module}.py" for module in SHARED_SOURCES)):
+        code = path.read_text(encoding="utf-8").splitlines()
+        lines += [line.partition("  #")[0].rstrip() for line in code]
+    kept = [line for line in lines if line and not line.lstrip().startswith("#")]
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:8]
 
 
 def read_binary(kernel: Any) -> tuple[int, int, int, str]:
@@ -246,7 +291,7 @@ def run(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def faults(resources: Resources, known: dict[tuple[str, ...], Resources]) -> list[str]:
+def faults(resources: Resources, known: Table) -> list[str]:
     """What an entry does that it must not."""
     r = resources
     what = []
@@ -271,12 +316,23 @@ def key(r: Resources) -> tuple[str, ...]:
     return r.arch, r.name, r.dtype, str(r.D), r.variant
 
 
+def entry_key(entry: Entry) -> tuple[str, ...]:
+    """What identifies an entry's row."""
+    dtype = str(DTYPES[entry.size]).removeprefix("torch.")
+    return entry.arch, entry.name, dtype, str(entry.D), entry.variant
+
+
+def tile_of(config: configs.Config) -> tuple[str, int, int]:
+    """A tile as the table has it."""
+    return f"{config.BLOCK_M}x{config.BLOCK_N}", config.num_warps, config.num_stages
+
+
 def table_path() -> Path:
     """The committed table of this Triton's minor version."""
     return TABLES / f"{'.'.join(triton.__version__.split('.')[:2])}.csv"
 
 
-def read_table() -> dict[tuple[str, ...], Resources]:
+def read_table() -> Table:
     """The committed table by row key; empty if there is none."""
     if not table_path().exists():
         return {}
@@ -290,16 +346,19 @@ def read_table() -> dict[tuple[str, ...], Resources]:
     return known
 
 
-def write_table(rows: list[Resources]) -> None:
-    """Write the table of this Triton's version, in the order of `entries`."""
-    order = [(e.arch, e.name, DTYPES[e.size], e.D, e.variant) for e in entries()]
-    order = {tuple(str(x).removeprefix("torch.") for x in e): i for i, e in enumerate(order)}
-    rows = sorted((r for r in rows if key(r) in order), key=lambda r: order[key(r)])
+def write_table(rows: Iterable[Resources]) -> None:
+    """Add rows to the table of this Triton's version, in the order of `entries`."""
+    order = {entry_key(entry): i for i, entry in enumerate(entries())}
+    known = read_table() | {key(r): r for r in rows}
+    kept = sorted((r for r in known.values() if key(r) in order), key=lambda r: order[key(r)])
     TABLES.mkdir(exist_ok=True)
-    with table_path().open("w", newline="") as file:
+    path = table_path()
+    unfinished = path.with_suffix(".new")
+    with unfinished.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Resources._fields)
-        writer.writerows(rows)
+        writer.writerows(kept)
+    unfinished.replace(path)
 
 
 def attempt(entry: Entry) -> Resources | str:
@@ -310,20 +369,43 @@ def attempt(entry: Entry) -> Resources | str:
         return str(error)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write the table")
-    parser.add_argument("--arch", nargs="*", default=ARCHITECTURES)
-    parser.add_argument(
-        "--pass", nargs="*", default=(*configs.PASSES, *UNTILED, "gluon"), dest="passes"
-    )
-    parser.add_argument("--head-dim", nargs="*", type=int, default=(1, *configs.HEAD_DIMS))
-    parser.add_argument("--variant", nargs="*", default=VARIANTS)
-    parser.add_argument("--bytes", nargs="*", type=int, default=tuple(DTYPES))
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    given = parser.parse_args(arguments)
-    chosen = [
+def results(chosen: Sequence[Entry], workers: int) -> Iterator[Resources | str]:
+    """What became of entries, as they are done; those of a worker that was killed in words."""
+    with ProcessPoolExecutor(workers) as pool:
+        futures: dict[Future[Resources | str], Entry] = {pool.submit(attempt, e): e for e in chosen}
+        for future in as_completed(futures):
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                yield f"{futures[future]}: the compiler's process was killed"
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """``"2/8"`` as numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not N/M with 1 <= N <= M.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"must be N/M with 1 <= N <= M, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def in_part(entry: Entry, part: tuple[int, int]) -> bool:
+    """Whether an entry belongs to part N of M: by its name alone, so that parts stay as they are.
+
+    A pass's architectures follow one another through the parts: each part has all of them.
+    """
+    arch = ARCHITECTURES.index(entry.arch)
+    name = " ".join(entry_key(entry)[1:])
+    digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    return (digest + arch) % part[1] == part[0] - 1
+
+
+def chosen_entries(given: argparse.Namespace, known: Table) -> list[Entry]:
+    """The entries that the command line asks for."""
+    found = [
         entry
         for entry in entries()
         if entry.arch in given.arch
@@ -331,28 +413,60 @@ def main(arguments: list[str] | None = None) -> int:
         and entry.D in given.head_dim
         and entry.variant in given.variant
         and entry.size in given.bytes
+        and in_part(entry, given.sample)
     ]
+    if not given.missing:
+        return found
+    return [entry for entry in found if not is_current(entry, known)]
+
+
+def is_current(entry: Entry, known: Table) -> bool:
+    """Whether the table has an entry as the sources are now, tile included."""
+    row = known.get(entry_key(entry))
+    if row is None or row.source != fingerprint(entry.name):
+        return False
+    driver.set_active(NoDevice(entry.arch))
+    config = job(entry).config
+    return tile_of(config) == (row.tile, row.warps, row.stages)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    made = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    made.add_argument("--write", action="store_true", help="write the table")
+    made.add_argument("--missing", action="store_true", help="only what the table lacks")
+    made.add_argument("--sample", type=part_of, default=(1, 1), metavar="N/M")
+    made.add_argument("--arch", nargs="*", default=ARCHITECTURES)
+    made.add_argument("--pass", nargs="*", default=tuple(MODULES), dest="passes")
+    made.add_argument("--head-dim", nargs="*", type=int, default=(1, *configs.HEAD_DIMS))
+    made.add_argument("--variant", nargs="*", default=VARIANTS)
+    made.add_argument("--bytes", nargs="*", type=int, default=tuple(DTYPES))
+    made.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    given = parser().parse_args(arguments)
     known = read_table()
+    chosen = chosen_entries(given, known)
     rows: list[Resources] = []
     wrong: list[str] = []
-    with ProcessPoolExecutor(given.workers) as pool:
-        for result in pool.map(attempt, chosen):
-            if isinstance(result, str):
-                wrong.append(result)
-                print(result, flush=True)
-                continue
-            rows.append(result)
-            found = faults(result, {} if given.write else known)
-            wrong += found
-            print(*result, "; ".join(found) and "FAULT", flush=True)
-            if given.write and len(rows) % 20 == 0:
-                write_table([*(read_table() | {key(r): r for r in rows}).values()])
+    for result in results(chosen, given.workers):
+        if isinstance(result, str):
+            wrong.append(result)
+            print(result, flush=True)
+            continue
+        rows.append(result)
+        found = faults(result, {} if given.write else known)
+        wrong += found
+        print(*result, "; ".join(found) and "FAULT", flush=True)
+        if given.write and len(rows) % WRITE_EVERY == 0:
+            write_table(rows)
     if given.write:
-        write_table([*(read_table() | {key(r): r for r in rows}).values()])
-    elif not given.write:
-        missing = [" ".join(key(r)) for r in rows if key(r) not in known]
-        if missing:
-            wrong.append(f"{len(missing)} entries are not in {table_path()}: use --write")
+        write_table(rows)
+    elif missing := [r for r in rows if key(r) not in known]:
+        wrong.append(f"{len(missing)} entries are not in {table_path()}: use --write")
     print(f"\nTriton {triton.__version__}: {len(rows)} kernels compiled, {len(wrong)} faults")
     for line in wrong:
         print(line)
