@@ -43,6 +43,23 @@ def test_sample() -> None:
     assert " passed" in done.stdout
 
 
+def collected(*arguments: str) -> list[str]:
+    """The ids of tests that a run would have."""
+    where = "tests/triton/test_triton_bounds.py"
+    done = interpreted(
+        "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", where, *arguments
+    )
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_parts_are_all_tests_once() -> None:
+    every = collected()
+    parts = [collected("--part", f"{n}/2") for n in (1, 2)]
+    assert len(every) > 20
+    assert sorted(parts[0] + parts[1]) == sorted(every)
+    assert min(map(len, parts)) > 5
+
+
 REFUSALS = (
     ({"dtype": torch.float64}, "takes float32, bfloat16 and float16, got float64"),
     ({"D": 513}, "takes D and D_v up to 512, got 513"),
