@@ -11,6 +11,8 @@ TRITON ?= 3.9
 RESULTS ?= device
 OUT ?= build/gpu
 MINUTES ?= 30
+# CPU kernels for the instruction sets of this machine; the wheel has all.
+export ATTNFAST_ISAS ?= native
 
 # A file in .venv whose name holds the checksum of the requirements it stands for.
 stamp = $(VENV)/.$(1)-$(firstword $(shell cksum < $(2)))
@@ -84,6 +86,7 @@ bench: build $(TEST) $(BENCH)  ## time attnfast beside all others (quick suites;
 gpu:  ## on a machine with a GPU: prove and time everything; OUT=build/gpu MINUTES=30, DRY=1 tries it on the CPU
 	$(or $(wildcard $(PY)),python3) bench/gpu.py --out $(OUT) --minutes $(MINUTES) $(if $(filter-out 0,$(DRY)),--dry)
 
+wheel: export ATTNFAST_ISAS = all
 wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, and the sources, in dist/
 	@rm -rf build/lib* build/bdist* build/wheel dist *.egg-info
 	$(BUILD) --wheel --outdir build/wheel

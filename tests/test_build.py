@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -135,15 +136,48 @@ def test_no_code_for_one_instruction_set_runs_at_load(isa: str) -> None:
         assert ".init_array" not in sections, path.name
 
 
-def test_lower_instruction_sets_are_linked_first() -> None:
-    """Of an inline function in several objects the first is taken: every CPU must have its code."""
+@pytest.mark.parametrize(
+    ("asked", "built"),
+    [
+        ("all", ["portable", "avx2", "avx512", "avx512_bf16", "amx"]),
+        ("avx512 avx2", ["portable", "avx2", "avx512"]),
+        ("native", [isa for isa in reversed(ops.cpu_isas()) if isa not in ("lanes16", "tiles16")]),
+    ],
+)
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere there is one set")
+def test_the_instruction_sets_that_are_asked_for(asked: str, built: list[str]) -> None:
+    program = (
+        "import runpy, setuptools; setuptools.setup = lambda **_: None;"
+        " print(*runpy.run_path('setup.py')['ISAS'])"
+    )
+    done = run(sys.executable, "-c", program, ATTNFAST_ISAS=asked)
+    assert done.stdout.split() == built, done.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere there is one set")
+def test_an_unknown_instruction_set() -> None:
+    done = run(sys.executable, "setup.py", "build_ext", ATTNFAST_ISAS="avx2 sse9")
+    assert only_line(done).endswith("out of portable avx2 avx512 avx512_bf16 amx, got 'sse9'")
+
+
+def linked_objects() -> list[str]:
+    """What the library was last linked from, in order."""
     text = (OBJECTS.parent / "build.ninja").read_text()
     linked = re.search(r"build _native\.so: link (.*)", text)
     assert linked is not None
+    return linked[1].split()
+
+
+def linked_isas() -> list[str]:
+    """The instruction set of every kernel's object."""
+    return [name.split(".")[1] for name in linked_objects() if "kernels_" in name]
+
+
+def test_lower_instruction_sets_are_linked_first() -> None:
+    """Of an inline function in several objects the first is taken: every CPU must have its code."""
     order = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
-    isas = [name.split(".")[1] for name in linked[1].split() if "kernels_" in name]
-    assert isas == sorted(isas, key=order.index)
-    once = [i for i, name in enumerate(linked[1].split()) if "kernels_" not in name]
+    assert linked_isas() == sorted(linked_isas(), key=order.index)
+    once = [i for i, name in enumerate(linked_objects()) if "kernels_" not in name]
     assert once == list(range(len(once)))
 
 
@@ -153,7 +187,8 @@ def test_the_wheel(tmp_path: Path) -> None:
         *("egg_info", "--egg-base", base, "build", "--build-base", base),
         *("bdist_wheel", "--bdist-dir", f"{base}/bdist", "--dist-dir", base),
     )
-    done = run(sys.executable, "setup.py", "-q", *command)
+    isas = " ".join(dict.fromkeys(linked_isas()))
+    done = run(sys.executable, "setup.py", "-q", *command, ATTNFAST_ISAS=isas)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert re.fullmatch(rf"attnfast-{attnfast.__version__}-py3-none-linux_\w+\.whl", wheel.name)

@@ -17,11 +17,12 @@ struct Row {
 #define ATTNFAST_ROW(isa, runs) \
   {{#isa, isa::attention_fwd, isa::attention_bwd, isa::attention_decode}, runs}
 
-// Best first.
+// Best first, of those that the build has (setup.py says which).
 const Row* table(int* count) {
 #if defined(__x86_64__)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                               __builtin_cpu_supports("f16c");
+  [[maybe_unused]] static const bool has_avx2 = __builtin_cpu_supports("avx2") &&
+                                                __builtin_cpu_supports("fma") &&
+                                                __builtin_cpu_supports("f16c");
   [[maybe_unused]] static const bool has_avx512 =
       has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -29,14 +30,22 @@ const Row* table(int* count) {
       has_avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   static const Row rows[] = {
-#if defined(ATTNFAST_EMULATED_ISAS)
-      ATTNFAST_ROW(tiles16, has_avx2),
-      ATTNFAST_ROW(lanes16, has_avx2),
-      ATTNFAST_ROW(avx2, has_avx2),
-#elif defined(__x86_64__)
+#if defined(ATTNFAST_WITH_amx)
       ATTNFAST_ROW(amx, has_avx512_bf16 && has_tile_registers()),
+#endif
+#if defined(ATTNFAST_WITH_avx512_bf16)
       ATTNFAST_ROW(avx512_bf16, has_avx512_bf16),
+#endif
+#if defined(ATTNFAST_WITH_avx512)
       ATTNFAST_ROW(avx512, has_avx512),
+#endif
+#if defined(ATTNFAST_WITH_tiles16)
+      ATTNFAST_ROW(tiles16, has_avx2),
+#endif
+#if defined(ATTNFAST_WITH_lanes16)
+      ATTNFAST_ROW(lanes16, has_avx2),
+#endif
+#if defined(ATTNFAST_WITH_avx2)
       ATTNFAST_ROW(avx2, has_avx2),
 #endif
       ATTNFAST_ROW(portable, true),
