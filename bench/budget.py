@@ -32,6 +32,7 @@ DUEL = (OURS, SDPA)  # who has to be in a core row
 PART = 8  # a row outside the core takes at most its suite's seconds over this
 CORE_PART = 100  # and a core row may take as much as this part, whatever comes after it
 CAUTION = 1.2  # times what later core rows are predicted to take is kept for them
+NEW = 2.0  # times the FLOP of any row before: predictions are not trusted
 OVER = 4  # one call each of a core row may go over the suite's end by its seconds over this
 FIELD_S = 0.5  # a round of all contestants that is no question
 WAIT_S = 1.0  # rivals that are slower by far are waited for so long
@@ -118,7 +119,7 @@ class Budget:
                 return Share(max(seconds, duel), once=calls * duel > seconds, duel=True)
         else:
             seconds = min(left, max(whole, left) / PART)
-            if calls * need <= seconds:
+            if (1 if self._is_new(case) else calls) * need <= seconds:
                 return Share(seconds)
         if not any(suite == case.suite for suite, _, _ in self.timed):
             return Share(whole / PART)  # something of every suite
@@ -128,6 +129,16 @@ class Budget:
         )
         self.left_out.append({"suite": case.suite, "id": str(case), "reason": reason})
         raise LeftOut(reason)
+
+    def _is_new(self, case: Case) -> bool:
+        """Whether a row is larger by far than those timed: its prediction may be much too long."""
+        rows = [
+            row
+            for (suite, dtype, _), timed in self.timed.items()
+            if (suite, dtype) == (case.suite, case.dtype)
+            for row in timed
+        ]
+        return case.flop > NEW * max((row.flop for row in rows), default=0.0)
 
     def _left(self, suite: str) -> float:
         """Seconds that a suite has; what others did not use is more for it, to an end."""

@@ -163,6 +163,28 @@ def test_a_fast_machine_leaves_nothing_out(bench, monkeypatch):
     assert all(len(row["once"]) == 0 for row in core_rows(bench, rows))
 
 
+def test_a_long_prediction_from_a_tiny_row_is_tried_once(bench):
+    """A tiny row that was disturbed, or is all overhead, must not end its suite."""
+    cases = bench.suites.cases("decode", "quick")
+    time_ = SimpleNamespace(seconds=0.0)
+    budget = bench.budget.Budget(cases, 9.5, 200, lambda: time_.seconds)
+    budget.share(cases[0])
+
+    def learn(case, seconds):
+        times = {"attnfast": seconds, SDPA: seconds}
+        race = SimpleNamespace(typical_s=lambda: times, compile_s=0.0)
+        budget.learn(case, race)
+
+    learn(cases[0], 0.05)
+    large = next(case for case in cases if case.flop > 20 * cases[0].flop)
+    assert 4 * budget.round_s(large) > budget.seconds["decode"] / bench.budget.PART
+    assert budget.share(large).seconds > budget.round_s(large)
+    learn(large, 3.0)
+    same = large._replace(paged=not large.paged)
+    with pytest.raises(bench.budget.LeftOut, match="a round would take about 6 s"):
+        budget.share(same)
+
+
 def test_a_slow_rival_is_not_waited_for(bench, monkeypatch):
     rows, _, _ = run(bench, monkeypatch, Machine(bench, SLOW))
     long = next(row for row in rows if row["id"] == "8x12x512x64-full-bfloat16-forward")
