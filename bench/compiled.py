@@ -1,16 +1,17 @@
 """What compilers said of the Triton kernels: the tables that ``tools/aot.py --write`` leaves.
 
-A table says nothing of when it was made: that is the commit that last changed it, and it is stale
-where the kernels differ from that commit's.
+Each row of a table has the fingerprint of the sources that it was compiled from, and is stale where
+they have another now. Commit and date are those of the table's last change.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 from pathlib import Path
 from typing import Any
 
-from .environment import PYTHON_KERNELS, git
+from .environment import git
 
 FOLDER = Path("docs") / "triton-resources"
 KERNELS = {  # by their names in the tables, the backend and the kind of kernel of evidence
@@ -26,6 +27,17 @@ KERNELS = {  # by their names in the tables, the backend and the kind of kernel 
     "combine": ("triton", "decode"),
     "gluon": ("gluon", "forward"),
 }
+# By the same names the file in kernels/, and what all of them are compiled from as well: as in
+# tools/aot.py, which cannot be asked without Triton.
+FILES = {
+    **dict.fromkeys(("rows", "dq", "dkdv"), "backward"),
+    **dict.fromkeys(("dbias", "dsinks"), "bias_gradients"),
+    **dict.fromkeys(("weights", "received"), "weights"),
+    **dict.fromkeys(("decode", "combine"), "decode"),
+    "fwd": "forward",
+    "gluon": "gluon_forward",
+}
+SHARED = ("arguments", "launch", "scores")
 Key = tuple[str, str, str, str]  # backend, kind, dtype, architecture
 
 
@@ -47,7 +59,7 @@ def read(tree: Path) -> dict[Key, str]:
                 groups.setdefault((backend, kind, row["dtype"], row["arch"]), []).append(row)
             made = _when(path.relative_to(tree), tree)
             for key, rows in groups.items():
-                text = f"{_most(rows)}, Triton {path.stem}, {made}"
+                text = f"{_most(rows)}, Triton {path.stem}, {made}{_stale(rows, tree)}"
                 found[key] = f"{found[key]}; {text}" if key in found else text
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"bench: cannot read {path}: {error!r}") from None
@@ -64,10 +76,27 @@ def _most(rows: list[dict[str, Any]]) -> str:
 
 
 def _when(path: Path, tree: Path) -> str:
-    """The commit of a table, its date, and whether the kernels have changed since."""
+    """The commit of a table and its date."""
     known = git("log", "-1", "--format=%H %cs", "--", path.as_posix(), tree=tree)
     if not known:
         return "unknown commit"
     commit, date = known.split()
-    changed = git("diff", "--stat", commit, "--", *PYTHON_KERNELS, tree=tree)
-    return f"{commit[:9]}, {date}{' (stale)' if changed else ''}"
+    return f"{commit[:9]}, {date}"
+
+
+def _stale(rows: list[dict[str, Any]], tree: Path) -> str:
+    """How many of the variants were compiled from other sources."""
+    count = sum(row["source"] != fingerprint(row["name"], tree) for row in rows)
+    if count in (0, len(rows)):
+        return " (stale)" if count else ""
+    return f" ({count} of {len(rows)} stale)"
+
+
+def fingerprint(name: str, tree: Path) -> str:
+    """8 hex digits that change with the code a kernel is compiled from, comments left out."""
+    lines = []
+    for file in (FILES[name], *SHARED):
+        code = (tree / "kernels" / f"{file}.py").read_text(encoding="utf-8").splitlines()
+        lines += [line.partition("  #")[0].rstrip() for line in code]
+    kept = [line for line in lines if line and not line.lstrip().startswith("#")]
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:8]

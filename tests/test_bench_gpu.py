@@ -336,25 +336,33 @@ def test_evidence_of_a_compiler(bench, tmp_path):
 
 
 def test_compilers_tables_are_evidence(bench, tmp_path):
-    """By the commit that made a table, and stale where the kernels have changed since."""
+    """With the commit of the table, and stale where the kernels are others than were compiled."""
+    compiled = importlib.import_module("bench.compiled")
     tree = tmp_path / "tree"
-    table, kernel = tree / "docs" / "triton-resources" / "3.9.csv", tree / "kernels" / "forward.py"
-    for path in (table, kernel):
-        path.parent.mkdir(parents=True)
-    columns = "arch,name,dtype,D,variant,tile,warps,stages,registers,spills,shared,matrix"
+    table, kernels = tree / "docs" / "triton-resources" / "3.9.csv", tree / "kernels"
+    for path in (table.parent, kernels):
+        path.mkdir(parents=True)
+    for name in ("forward", "backward", "gluon_forward", *compiled.SHARED):
+        (kernels / f"{name}.py").write_text(f"{name} = 1\n")
+    columns = "arch,name,dtype,D,variant,tile,warps,stages,registers,spills,shared,matrix,source"
     rows = (
         "fwd,bfloat16,64,plain,t,8,3,175,0,900,H",
         "fwd,bfloat16,64,causal,t,8,3,213,16,800,H",
         "dq,bfloat16,64,plain,t,8,3,99,0,1,H",
         "gluon,float16,64,plain,t,8,3,240,0,1,H",
     )
-    table.write_text("\n".join([columns, *(f"sm_90,{row}" for row in rows)]))
-    kernel.write_text("one")
+
+    def write(changed=()):
+        sources = ["00000000" if i in changed else compiled.fingerprint(row.split(",")[0], tree)
+                   for i, row in enumerate(rows)]  # fmt: skip
+        lines = [f"sm_90,{row},{source}" for row, source in zip(rows, sources, strict=True)]
+        table.write_text("\n".join([columns, *lines]))
 
     def found(kind="forward", backend="triton"):
         lines = bench.evidence.lines(tmp_path / "none", tree)
         return [x for x in lines if (x.kernel.backend, x.kernel.kind) == (backend, kind)]
 
+    write()
     [line] = found()
     assert (line.kernel.dtype, line.kernel.architecture) == ("bfloat16", "sm_90")
     most = "2 variants, up to 213 registers, 16 B spilled, 900 B shared, Triton 3.9, "
@@ -365,11 +373,26 @@ def test_compilers_tables_are_evidence(bench, tmp_path):
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     assert re.fullmatch(f"{most}{head[:9]}, 20[\\d-]+", found()[0].compiled)
     assert len(found("backward")) == len(found("forward", "gluon")) == 1
-    kernel.write_text("two")
+    (kernels / "forward.py").write_text("forward = 1  # said better\n")
+    assert not found()[0].compiled.endswith("stale)"), "comments are not compiled"
+    write(changed=[1])
+    assert found()[0].compiled.endswith("(1 of 2 stale)")
+    (kernels / "forward.py").write_text("forward = 2\n")
     assert found()[0].compiled.endswith("(stale)")
-    table.write_text(f"{columns}\nsm_90,paint,float16,64,plain,t,8,3,240,0,1,H\n")
+    assert not found("backward")[0].compiled.endswith("stale)")
+    table.write_text(f"{columns}\nsm_90,paint,float16,64,plain,t,8,3,240,0,1,H,00000000\n")
     with pytest.raises(ValueError, match=r"cannot read .*3\.9\.csv: KeyError"):
         found()
+
+
+def test_fingerprints_are_those_of_the_compiler(bench, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(ROOT)
+    aot = importlib.import_module("tools.aot")
+    compiled = importlib.import_module("bench.compiled")
+    assert compiled.FILES.keys() == compiled.KERNELS.keys() == aot.MODULES.keys()
+    for name in aot.MODULES:
+        assert compiled.fingerprint(name, ROOT) == aot.fingerprint(name)
 
 
 def test_the_last_table_has_at_most_60_lines(bench):
