@@ -110,9 +110,21 @@ def _onednn_takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or bias.shape == weight.shape[:1])
         and bool(torch.backends.mkldnn.enabled)
         and not torch._C._is_any_autocast_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch.autograd.forward_ad._current_level < 0
+        and not is_watched()
+    )
+
+
+def is_watched() -> bool:
+    """Whether functorch, a dispatch mode, forward-mode derivatives, the compiler or a tracer look.
+
+    They are to see the operators that they know.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from . import extras
+from . import extras, inference
 from . import requirements as require
 from .cache import KVCache
 from .functional import attention, decode_attention
@@ -218,6 +218,12 @@ class MultiheadAttention(nn.MultiheadAttention):
                 is_causal = False
             else:
                 attn_mask = None
+        if query is key and key is value and kv_cache is None and inference.takes(self, query):
+            mode = (1 if average_attn_weights else 2) if need_weights else 0
+            masks = (key_padding_mask, attn_mask)
+            short = inference.self_attention(self, query, *masks, is_causal, mode)
+            if short is not None:
+                return short
 
         q, k, v = self._project(query, key, value)
         appended = 0

@@ -145,7 +145,37 @@ FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "decode": _decode_fake,
 }
 
+
+def _self_attention_fake(
+    packed: Tensor,
+    heads: int,
+    batch_first: bool,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    weights: int,
+) -> tuple[Tensor, Tensor]:
+    first, second, width = packed.shape
+    B, T = (first, second) if batch_first else (second, first)
+    shape = ((0,), (B, T, T), (B, heads, T, T))[weights]
+    return packed.new_empty((first, second, width // 3)), packed.new_empty(shape)
+
+
+def _define_self_attention() -> Callable[..., Any]:
+    """The CPU's operator for a layer without gradients, see attnfast/inference.py."""
+    name = "cpu_self_attention"
+    _LIBRARY.define(
+        f"{name}(Tensor packed, int heads, bool batch_first, Tensor? mask, Tensor? bias,"
+        " bool causal, int weights) -> (Tensor out, Tensor weights)"
+    )
+    op: Callable[..., Any] = getattr(torch.ops.attnfast, name).default
+    torch.library.register_fake(f"attnfast::{name}", _self_attention_fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, _refusing_gradients(op), "Autograd", with_keyset=True)
+    return op
+
+
 CPU = define("cpu")
+SELF_ATTENTION = _define_self_attention()
 CUDA = define("cuda")
 _LIBRARY.define("cpu_isa() -> str")
 _LIBRARY.define("cpu_isas() -> str")

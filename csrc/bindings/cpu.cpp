@@ -6,7 +6,9 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cmath>
 #include <limits>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -19,6 +21,7 @@ namespace {
 using namespace attnfast::bindings;
 using attnfast::BackwardParams;
 using attnfast::DecodeParams;
+using attnfast::DType;
 using attnfast::ForwardParams;
 using attnfast::MutableView;
 using attnfast::Problem;
@@ -192,6 +195,14 @@ void run_step(const ForwardParams& p) {
   attnfast::cpu::kernels().attention_decode(step);
 }
 
+void run_forward(const ForwardParams& p) {
+  if (is_a_step(p)) {
+    run_step(p);
+  } else {
+    attnfast::cpu::kernels().attention_fwd(p);
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fwd(ATTNFAST_INPUTS) {
   ForwardParams p;
   SmallTensors small;
@@ -235,12 +246,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fwd(ATTNFAST_INPUTS) {
     p.weights = MutableView{probabilities.mutable_data_ptr(), H * p.T * p.S, p.T * p.S, p.S, 1,
                             dtype_of(probabilities)};
   }
-  if (is_a_step(p)) {
-    run_step(p);
-  } else {
-    attnfast::cpu::kernels().attention_fwd(p);
-  }
+  run_forward(p);
   return {out, lse, statistics, received, probabilities};
+}
+
+// A layer's self-attention without gradients, from its packed projection (B, T, 3, H, D), or
+// (T, B, 3, H, D), to the merged heads (B, T, H, D) or (T, B, H, D): cpu_fwd without ten views.
+std::tuple<Tensor, Tensor> cpu_self_attention(const Tensor& packed, int64_t heads, bool batch_first,
+                                              OptionalTensor mask, OptionalTensor bias, bool causal,
+                                              int64_t weights) {
+  STD_TORCH_CHECK(
+      packed.dim() == 3 && heads > 0 && packed.size(2) % (3 * heads) == 0 && packed.is_contiguous(),
+      "attention: packed must be contiguous, with 3 * heads * D features");
+  ForwardParams p;
+  const int64_t width = packed.size(2) / 3, D = width / heads;
+  p.B = packed.size(batch_first ? 0 : 1), p.T = p.S = packed.size(batch_first ? 1 : 0);
+  p.H = p.H_kv = heads, p.D = p.D_v = D;
+  const int64_t b = (batch_first ? p.T : 1) * width, t = (batch_first ? 1 : p.B) * width;
+  const DType type = dtype_of(packed);
+  const auto* data = static_cast<const char*>(packed.const_data_ptr());
+  const int64_t bytes = width * (type == DType::kFloat32 ? 4 : 2);
+  p.q = View{data, 3 * b, D, 3 * t, 1, type};
+  p.k = View{data + bytes, 3 * b, D, 3 * t, 1, type};
+  p.v = View{data + 2 * bytes, 3 * b, D, 3 * t, 1, type};
+  p.mask = read(mask), p.bias = read(bias);
+  p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(D))), p.causal = causal;
+  p.num_threads = threads_for(p.B * p.H * p.T * p.S * 2 * D);
+
+  Tensor out = empty(packed, packed.scalar_type(), {packed.size(0), packed.size(1), width});
+  Tensor probabilities = weights == 0   ? nothing(packed)
+                         : weights == 1 ? empty(packed, packed.scalar_type(), {p.B, p.T, p.S})
+                                        : empty(packed, packed.scalar_type(), {p.B, p.H, p.T, p.S});
+  const std::unique_ptr<float[]> lse(new float[p.B * p.H * p.T]);
+  p.out = MutableView{out.mutable_data_ptr(), b, D, t, 1, type};
+  p.lse = lse.get(), p.lse_stride_b = p.H * p.T, p.lse_stride_h = p.T;
+  p.weights_mode = static_cast<Weights>(weights);
+  const int64_t square = p.T * p.S, per_head = weights == 2 ? square : 0;
+  if (weights) {
+    p.weights = MutableView{probabilities.mutable_data_ptr(),
+                            weights == 1 ? square : p.H * square,
+                            per_head,
+                            p.S,
+                            1,
+                            type};
+  }
+  run_forward(p);
+  return {out, probabilities};
 }
 
 const float* rows_of(const OptionalTensor& x, std::vector<Tensor>* kept, const Tensor& lse) {
@@ -371,6 +422,7 @@ STABLE_TORCH_LIBRARY_IMPL(attnfast, CPU, m) {
   m.impl("cpu_fwd", TORCH_BOX(&cpu_fwd));
   m.impl("cpu_bwd", TORCH_BOX(&cpu_bwd));
   m.impl("cpu_decode", TORCH_BOX(&cpu_decode));
+  m.impl("cpu_self_attention", TORCH_BOX(&cpu_self_attention));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnfast, CompositeExplicitAutograd, m) {

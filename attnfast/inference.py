@@ -1,0 +1,94 @@
+"""A layer's self-attention without gradients in one operator.
+
+Of a small layer's time most is spent on the way: arguments checked, a dozen views made. Where a
+`MultiheadAttention` uses none of its extras and nobody watches, it calls one operator instead that
+takes the packed projection and gives the merged heads, bit for bit what the long way gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, ops
+from .autograd import call
+from .linear import is_watched, linear
+from .module_inputs import split_masks
+
+
+def takes(module: Any, query: Tensor) -> bool:
+    """Whether self-attention of a checked query may go the short way."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(query) is Tensor
+        and query.dim() == 3
+        and query.is_cpu
+        and query.dtype in dispatch.FUSED_DTYPES
+        and module.in_proj_weight is not None
+        and not (module.training and module.dropout)
+        and module.num_kv_heads == module.num_heads
+        and module.bias_k is None
+        and not module.add_zero_attn
+        and module.window is None
+        and module.softcap is None
+        and module.similarity == "dot"
+        and not (module.alibi or module._has_sinks or module.collect_stats)
+        and dispatch.requested(module.backend)[0] in ("auto", "cpu")
+        and dispatch.NATIVE_MISSING is None
+        and not is_watched()
+    )
+
+
+def self_attention(
+    module: Any,
+    query: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    causal: bool,
+    weights: int,
+) -> tuple[Tensor, Tensor | None] | None:
+    """What the layer returns for ``query`` as query, key and value, where `takes` says yes.
+
+    Args:
+        module: the layer.
+        query: ``(B, T, E)`` with ``batch_first``, else ``(T, B, E)``.
+        key_padding_mask: see `MultiheadAttention.forward`.
+        attn_mask: see `MultiheadAttention.forward`.
+        causal: query t attends keys up to t.
+        weights: 0 none, 1 their mean over the heads, 2 all.
+
+    Returns:
+        The output and the weights; None where the long way has to decide what is wrong.
+    """
+    mask = bias = None
+    if attn_mask is not None or key_padding_mask is not None:
+        batch, length = query.shape[:2] if module.batch_first else query.shape[1::-1]
+        sizes = (batch, module.num_heads, length, length)
+        mask, bias = (_as_4d(x) for x in split_masks(attn_mask, key_padding_mask, sizes))
+        if not (_is_plain(mask) and _is_plain(bias)):
+            return None
+    packed = linear(query, module.in_proj_weight, module.in_proj_bias)
+    if packed.dtype not in dispatch.FUSED_DTYPES or not packed.is_contiguous():
+        return None
+    out, probabilities = call(
+        ops.SELF_ATTENTION,
+        packed,
+        module.num_heads,
+        module.batch_first,
+        mask,
+        bias,
+        causal,
+        weights,
+    )
+    return module.out_proj(out), probabilities if weights else None
+
+
+def _as_4d(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dim() == 4 else x[(None,) * (4 - x.dim())]
+
+
+def _is_plain(x: Tensor | None) -> bool:
+    return x is None or (type(x) in (Tensor, nn.Parameter) and x.is_cpu)
