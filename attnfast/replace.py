@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from . import dispatch
+from . import dispatch, padding
 from .linear import use_torch_linear
 from .module import MultiheadAttention, abandon, adopt
 
@@ -23,7 +23,7 @@ class ReplaceReport(NamedTuple):
     replaced: tuple[str, ...]
     left: tuple[tuple[str, str], ...]  # name, reason
     layers: tuple[str, ...]  # encoder layers that now call their attention in inference too
-    encoders: tuple[str, ...]  # encoders that now keep padding masks instead of nesting tensors
+    encoders: tuple[str, ...]  # encoders that now skip padding with our attention
 
     def __str__(self) -> str:
         found = len(self.replaced) + len(self.left)
@@ -38,7 +38,7 @@ class ReplaceReport(NamedTuple):
         if self.layers:
             lines.append(f"  inference path goes through the attention: {_listed(self.layers)}")
         if self.encoders:
-            lines.append(f"  padding masks kept, no nested tensors: {_listed(self.encoders)}")
+            lines.append(f"  padding skipped by jagged nested tensors: {_listed(self.encoders)}")
         return "\n".join(lines)
 
 
@@ -57,9 +57,11 @@ def replace(
     subclasses those that ``subclasses`` names; others, and modules whose ``forward`` was overridden
     on the instance, are left and reported. ``nn.TransformerEncoderLayer``,
     whose inference path otherwise bypasses its attention, is made to call it (by a forward hook
-    that does nothing), and ``nn.TransformerEncoder`` to keep padding masks
-    (``use_nested_tensor = False``); this is also done where the attention already was ours. The
-    result can be copied and pickled, and `restore` undoes it all. Calling it again changes nothing.
+    that does nothing). ``nn.TransformerEncoder``, where it skips padding in inference by itself
+    (``use_nested_tensor``, now False), does so by two hooks: in evaluation, without gradients, on
+    the CPU, with a bool ``src_key_padding_mask`` alone, where there is enough padding to gain by
+    it. This is also done where the attention already was ours. The result can be copied and
+    pickled, and `restore` undoes it all. Calling it again changes nothing.
 
     Args:
         model: any module, itself a ``torch.nn.MultiheadAttention`` or holding some; may hold none.
@@ -108,6 +110,7 @@ def replace(
         ):
             module.use_nested_tensor = False
             setattr(module, _USED_NESTED, True)
+            padding.skip(module)
             encoders.append(name)
     report = ReplaceReport(tuple(replaced), tuple(left), tuple(layers), tuple(encoders))
     if verbose:
@@ -150,6 +153,7 @@ def restore(model: nn.Module) -> int:
             restored += 1
         if state.pop(_USED_NESTED, False):
             state["use_nested_tensor"] = True
+            padding.keep(module)
         hooks = module._forward_hooks
         for key in [key for key, hook in hooks.items() if hook is _call_self_attention]:
             del hooks[key]

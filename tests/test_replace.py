@@ -386,7 +386,7 @@ def test_the_report_of_an_encoder() -> None:
     assert report.encoders == ("0",)
     assert str(report).splitlines()[-2:] == [
         "  inference path goes through the attention: 0.layers.0, 0.layers.1",
-        "  padding masks kept, no nested tensors: 0",
+        "  padding skipped by jagged nested tensors: 0",
     ]
 
 
