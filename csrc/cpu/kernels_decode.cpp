@@ -1,18 +1,19 @@
 // Attention of a few new queries over a cache, split over the keys (Flash-Decoding, Dao et al.,
 // 2023).
 //
-//   o = softmax(scale * q k^T, causal, windowed, biased, capped) v        lse = logsumexp of the
-//   scores query t stands at cache_seqlens[b] - T + t and attends the keys up to there
+// Query t stands at cache_seqlens[b] - T + t and attends the keys up to there:
 //
-// Work:    one item per (batch entry, key head, at most kMaxRows of the T * H / H_kv query rows
-// that
-//          share its keys, piece of the keys); then one per query row, to combine the pieces in
-//          order
-// Memory:  per item m, l and o of its rows; per thread the item's q and one block of scores; keys
-// and
-//          values are read once, where they lie, converted in registers
+//   o = softmax(scale * q k^T, causal, windowed, biased, capped) v
+//   lse = logsumexp of the scores
+//
+// Work: one item per (batch entry, key head, at most kMaxRows of the T * H / H_kv query rows that
+// share its keys, piece of the keys); then one per query row, to combine the pieces in order.
+//
+// Memory: per item m, l and o of its rows; per thread the item's q and one block of scores. Keys
+// and values are read once, where they lie, and converted in registers.
+//
 // Threads: how keys are cut into pieces depends on the sequence's own length alone, and so do the
-// results
+// results.
 #include <omp.h>
 
 #include <type_traits>
