@@ -1,4 +1,4 @@
-"""Projections by oneDNN: torch.nn.functional.linear's results, and its alone where that matters."""
+"""Projections by oneDNN or in fp32: torch.nn.functional.linear's results, or itself."""
 
 from __future__ import annotations
 
@@ -32,8 +32,26 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(projections, "_onednn", listed)
     monkeypatch.setattr(projections, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(projections, "_half_is_slow", lambda _: False)
     monkeypatch.setattr(projections, "WORTH_IT", 0)
     monkeypatch.setattr(projections, "WORTH_IT_WITH_GRADIENTS", 0)
+    return seen
+
+
+@pytest.fixture
+def converted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Convert every bf16 or fp16 product, on every machine; the shapes of those are listed."""
+    seen: list[tuple[int, ...]] = []
+    plain = projections._in_fp32
+
+    def listed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append((*x.shape, weight.shape[0]))
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(projections, "_in_fp32", listed)
+    monkeypatch.setattr(projections, "_half_is_slow", lambda _: True)
+    monkeypatch.setattr(projections, "_mkl_is_slow", lambda: False)
+    monkeypatch.setattr(projections, "WORTH_CONVERTING", 0)
     return seen
 
 
@@ -70,6 +88,65 @@ def test_results_and_derivatives(
             continue
         bound = 2 * (y - e).abs().max() + 4 * torch.finfo(torch.float32).eps * e.abs().max()
         assert (x - e).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lead", [(5,), (2, 3, 4), (0, 4)], ids=str)
+def test_half_precision_in_fp32(
+    converted: list[tuple[int, ...]], lead: tuple[int, ...], bias: bool, dtype: torch.dtype
+) -> None:
+    """Rounded once: no result is farther from the exact one than half a unit of its last place."""
+    args = [None if x is None else x.to(dtype) for x in operands(*lead, bias=bias)]
+    leaves = [None if x is None else x.clone().requires_grad_() for x in args]
+    exact = [None if x is None else x.double().requires_grad_() for x in args]
+    y, expected = linear(*leaves), F.linear(*exact)
+    grad = torch.randn(expected.shape).to(dtype)
+    given, wanted = ([x for x in xs if x is not None] for xs in (leaves, exact))
+    grads = torch.autograd.grad(y, given, grad)
+    expected_grads = torch.autograd.grad(expected, wanted, grad.double())
+    forward = [
+        (*lead, 24, 40),
+        (*lead, 40, 24),
+        (40, lead[0] * lead[1] * lead[2] if len(lead) > 2 else lead[0], 24),
+    ]
+    assert converted == ([] if 0 in lead else forward)
+    for x, e in zip((y, *grads), (expected, *expected_grads), strict=True):
+        assert x.dtype == dtype
+        assert x.shape == e.shape
+        if e.numel():
+            ulp = torch.finfo(dtype).eps * e.abs()
+            assert ((x - e).abs() <= 0.51 * ulp + 1e-5 * e.abs().max()).all()
+
+
+def test_half_precision_second_derivatives(converted: list[tuple[int, ...]]) -> None:
+    args = [None if x is None else x.bfloat16() for x in operands(5)]
+    ours = derivatives(linear, args)
+    exact = derivatives(F.linear, [None if x is None else x.double() for x in args])
+    assert len(converted) > 3
+    for x, e in zip(ours, exact, strict=True):
+        assert (x - e).abs().max() <= 0.02 * e.abs().max()
+
+
+def test_half_precision_of_other_kinds_is_torchs(converted: list[tuple[int, ...]]) -> None:
+    x, weight = torch.ones(5, 24).bfloat16(), torch.ones(40, 24).bfloat16()
+    with torch.autocast("cpu"):
+        linear(x, weight, None)
+    linear(x[0], weight, None)
+    torch.compile(linear, fullgraph=True, backend="eager")(x, weight, None)
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(x, weight.float(), None)
+    assert not converted
+    linear(x, weight, None)
+    assert converted
+
+
+def test_the_layer_in_half_precision(converted: list[tuple[int, ...]]) -> None:
+    module = attnfast.MultiheadAttention(32, 4, batch_first=True).bfloat16()
+    x = torch.randn(2, 5, 32).bfloat16()
+    module(x, x, x)[0].sum().backward()
+    assert converted[:2] == [(2, 5, 32, 96), (2, 5, 32, 32)]
+    assert len(converted) == 5
 
 
 def test_transposed_inputs(products: list[tuple[int, ...]]) -> None:
