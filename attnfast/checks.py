@@ -203,11 +203,12 @@ def decode_call(
     window_left = window_right = -1
     if window is not None:
         window_left, window_right = require.window_sides(function, window)
-    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "bias": bias, "sinks": sinks}
-    for name, x in given.items():
-        if x is not None:
-            why = "decoding has none (detach it, or run under torch.no_grad())"
-            require.without_gradient(function, name, x, why)
+    if torch.is_grad_enabled():
+        given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "bias": bias, "sinks": sinks}
+        for name, x in given.items():
+            if x is not None:
+                why = "decoding has none (detach it, or run under torch.no_grad())"
+                require.without_gradient(function, name, x, why)
     options = Options(
         D**-0.5 if scale is None else require.scale_factor(function, scale),
         True,

@@ -299,7 +299,7 @@ def decode_attention(
         bias,
     )
     row = dispatch.select(decode_problem(inputs, options), backend, function=function)
-    if torch.onnx.is_in_onnx_export():
+    if _in_onnx_export():
         row = dispatch.REFERENCE
     scale, left, right, softcap = (
         options.scale,
@@ -325,7 +325,7 @@ def run(function: str, inputs: Inputs, options: Options, backend: str) -> Output
     """Choose a backend and run a checked call of ``attention`` or ``varlen_attention``."""
     problem = attention_problem(inputs, options)
     row = dispatch.select(problem, backend, function=function)
-    if torch.onnx.is_in_onnx_export():  # ONNX has no operator of ours: the reference's are known
+    if _in_onnx_export():  # ONNX has no operator of ours: the reference's are known
         row = dispatch.REFERENCE
     if options.dropout_p > 0 and inputs.dropout_seed is None:
         drawn = torch.randint(1 << 32, (2,), dtype=torch.int64, device=inputs.q.device)
@@ -338,6 +338,12 @@ def run(function: str, inputs: Inputs, options: Options, backend: str) -> Output
         return autograd.fused_attention(row.name, inputs, options, problem.requires_grad)
     except RuntimeError as error:
         raise checks.value_error(function, error) from None
+
+
+def _in_onnx_export() -> bool:
+    """Torch's answer, which costs microseconds, only asked where a program is captured."""
+    captured = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return captured and torch.onnx.is_in_onnx_export()
 
 
 def attention_problem(inputs: Inputs, options: Options) -> dispatch.Problem:

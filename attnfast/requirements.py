@@ -201,7 +201,7 @@ def indices(
         sizes = ", ".join("*" if size is None else str(size) for size in shape)
         sizes = f"({sizes},)" if len(shape) == 1 else f"({sizes})"
         fail(function, name, f"{what} = {sizes}", tuple(x.shape))
-    return x.to(torch.int32)
+    return x if x.dtype is torch.int32 else x.to(torch.int32)
 
 
 def boundaries(function: str, name: str, x: Tensor, q: Tensor) -> Tensor:
