@@ -87,6 +87,8 @@ gpu:  ## on a machine with a GPU: prove and time everything; OUT=build/gpu MINUT
 	$(or $(wildcard $(PY)),python3) bench/gpu.py --out $(OUT) --minutes $(MINUTES) $(if $(filter-out 0,$(DRY)),--dry)
 
 wheel: export ATTNFAST_ISAS = all
+wheel: export ATTNFAST_CUDA ?= 1
+wheel: export ATTNFAST_CUDA_ARCHS ?= 75 80 90 100 120
 wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, and the sources, in dist/
 	@rm -rf build/lib* build/bdist* build/wheel dist *.egg-info
 	$(BUILD) --wheel --outdir build/wheel

@@ -73,10 +73,7 @@ def backend(name: str) -> dict[str, Any]:
         for row in table
         if row.name == name
     }
-    refusals = {
-        device: dispatch.refusal(name, plain_problem(device)) or absent(device)
-        for device in served or ("cpu",)
-    }
+    refusals = {device: refusal(name, device) or absent(device) for device in served or ("cpu",)}
     devices = [device for device, reason in refusals.items() if reason is None]
     result: dict[str, Any] = {
         "name": name,
@@ -84,10 +81,27 @@ def backend(name: str) -> dict[str, Any]:
         "devices": devices,
         "reason": None if devices else "; ".join(dict.fromkeys(map(str, refusals.values()))),
         "details": served[devices[0]].details() if devices else None,
+        "dtypes": [dispatch.dtype_name(x) for x in dtypes(name, devices[0])] if devices else [],
     }
     if name == "cpu" and devices:
         result |= {"instruction_set": ops.cpu_isa(), "instruction_sets": ops.cpu_isas()}
     return result
+
+
+def dtypes(name: str, device: str) -> list[torch.dtype]:
+    """The dtypes in which a backend takes a plain call on a device."""
+    return [
+        dtype
+        for dtype in dispatch.FUSED_DTYPES
+        if dispatch.refusal(name, plain_problem(device, dtype)) is None
+    ]
+
+
+def refusal(name: str, device: str) -> str | None:
+    """Why a backend takes a plain call on a device in no dtype, or None."""
+    if dtypes(name, device):
+        return None
+    return dispatch.refusal(name, plain_problem(device, torch.float16))  # which all could take
 
 
 def absent(device: str) -> str | None:
@@ -97,12 +111,12 @@ def absent(device: str) -> str | None:
     return None
 
 
-def plain_problem(device: str) -> dispatch.Problem:
-    """A small fp32 call without options: what refuses it refuses everything."""
+def plain_problem(device: str, dtype: torch.dtype) -> dispatch.Problem:
+    """A small call without options: what refuses it in every dtype refuses everything."""
     return dispatch.Problem(
         kind="attention",
         device=torch.device(device),
-        dtype=torch.float32,
+        dtype=dtype,
         B=1,
         H=1,
         H_kv=1,
@@ -127,6 +141,8 @@ def as_text(report: dict[str, Any]) -> str:
         others = [x for x in row.get("instruction_sets", []) if x != row["instruction_set"]]
         if others:
             state += f" (ATTNFAST_CPU_ISA can choose {', '.join(others)})"
+        if row["available"] and len(row["dtypes"]) < len(dispatch.FUSED_DTYPES):
+            state += f" ({', '.join(row['dtypes'])} only)"
         lines.append(f"{row['name']:<10} {state}")
     return "\n".join(lines)
 

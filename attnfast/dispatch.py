@@ -81,24 +81,47 @@ def _cpu_workspace(problem: Problem) -> tuple[int, int]:
 def _cuda_unsupported(problem: Problem) -> str | None:
     """The first reason that holds; whether the kernels are there at all comes last."""
     widest = max(problem.D, problem.D_v)
-    reasons = (
-        (
-            problem.dtype not in HALF,
-            f"takes bfloat16 and float16, got {dtype_name(problem.dtype)}",
-        ),
-        (widest > CUDA_MAX_HEAD_DIM, f"takes D and D_v up to {CUDA_MAX_HEAD_DIM}, got {widest}"),
-    )
-    missing = EMULATOR_MISSING if problem.device.type == "cpu" else _too_old(problem.device)
-    return next((reason for holds, reason in reasons if holds), missing)
+    if problem.dtype not in HALF:
+        return f"takes bfloat16 and float16, got {dtype_name(problem.dtype)}"
+    if widest > CUDA_MAX_HEAD_DIM:
+        return f"takes D and D_v up to {CUDA_MAX_HEAD_DIM}, got {widest}"
+    if problem.device.type == "cpu":
+        return _gpu_refuses(problem, widest, _emulated_capability()) or EMULATOR_MISSING
+    index = problem.device.index or 0
+    reason = _gpu_refuses(problem, widest, triton_backend.capability(index))
+    return reason or cuda_unusable(index)
 
 
-def _too_old(device: torch.device) -> str | None:
-    """Why a GPU cannot run the CUDA kernels, or None."""
-    found = triton_backend.capability(device.index or 0)
-    if found >= CUDA_OLDEST:
+def _gpu_refuses(problem: Problem, widest: int, found: tuple[int, int]) -> str | None:
+    """What a GPU of that compute capability cannot do."""
+    if found >= CUDA_AMPERE:
         return None
     oldest, got = (".".join(map(str, x)) for x in (CUDA_OLDEST, found))
-    return f"needs a GPU of compute capability {oldest} or later, got {got}"
+    if found < CUDA_OLDEST:
+        return f"needs a GPU of compute capability {oldest} or later, got {got}"
+    if problem.dtype == torch.bfloat16:
+        return f"takes float16 only on a GPU of compute capability {got}, got bfloat16"
+    if problem.requires_grad and widest > CUDA_TURING_GRADIENTS:
+        return (
+            f"has gradients for D and D_v up to {CUDA_TURING_GRADIENTS} on a GPU of compute"
+            f" capability {got}, got {widest}"
+        )
+    return None
+
+
+def _emulated_capability() -> tuple[int, int]:
+    """That of the GPU which the emulator plays, ``ATTNFAST_EMULATOR_ARCH``."""
+    major, minor = divmod(int(os.environ.get("ATTNFAST_EMULATOR_ARCH", "80")), 10)
+    return major, minor
+
+
+@torch.compiler.assume_constant_result
+def cuda_unusable(index: int) -> str | None:
+    """Why the driver or the GPU cannot run the kernels as they were built, or None."""
+    if index not in _cuda_unusable:
+        asked = IN_LIBRARY and torch.cuda.is_available()
+        _cuda_unusable[index] = (torch.ops.attnfast.cuda_unusable(index) or None) if asked else None
+    return _cuda_unusable[index]
 
 
 def _cuda_workspace(problem: Problem) -> tuple[int, int]:
@@ -117,7 +140,8 @@ def _reference_workspace(problem: Problem) -> tuple[int, int]:
 
 
 CUDA_MAX_HEAD_DIM = 256
-CUDA_OLDEST = (8, 0)
+CUDA_OLDEST, CUDA_AMPERE = (7, 5), (8, 0)  # between them: no bf16 products, less shared memory
+CUDA_TURING_GRADIENTS = 128
 NATIVE_MISSING = ops.load()
 EMULATOR_MISSING = ops.load_emulator()
 
@@ -133,7 +157,7 @@ CUDA = Backend(
     _cuda_unsupported,
     ops.CUDA,
     _cuda_workspace,
-    lambda: "sm_80 and later" if ops.EMULATOR == "0" else "emulated",
+    lambda: "sm_75 and later" if ops.EMULATOR == "0" else "emulated",
 )
 TRITON = Backend(
     "triton",
@@ -160,7 +184,7 @@ REFERENCE = Backend(
 # The emulator of the CUDA kernels and Triton's interpreter come after the reference, which accepts
 # everything: they serve CPU tensors only where they are named.
 EMULATED: tuple[Backend, ...] = () if ops.EMULATOR == "0" else (CUDA,)
-# The CUDA kernels come after Triton's as long as no GPU has measured them, where they were built.
+# The CUDA kernels, where they were built.
 IN_LIBRARY = torch._C._dispatch_has_kernel_for_dispatch_key("attnfast::cuda_fwd", "CUDA")
 COMPILED = (CUDA,) if IN_LIBRARY else ()
 
@@ -169,14 +193,39 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "cuda": (TRITON, *COMPILED, REFERENCE, GLUON),
 }
 OTHER_DEVICES = (REFERENCE,)
+
+# Why a row stands where it does: the rule, until measurements on a GPU say otherwise, is that the
+# backend that takes more calls comes first.
+REASONS: dict[str, dict[str, str]] = {
+    "cpu": {
+        "cpu": "compiled for CPUs, and takes every call in the three fused dtypes",
+        "reference": "takes what all others refuse",
+        "triton": "interpreted, for tests: only where it is named",
+        "cuda": "emulated, for tests: only where it is named",
+    },
+    "cuda": {
+        "triton": "takes the most: float32 too, and D up to 512; no GPU has yet measured that the"
+        " CUDA kernels are faster",
+        "cuda": "needs neither Triton nor a C compiler, and takes float16 on compute capability"
+        " 7.5, which Triton's row refuses",
+        "reference": "takes what all others refuse",
+        "gluon": "experimental: only where it is named",
+    },
+}
 OPS = {row.name: row.ops for table in BACKENDS.values() for row in table if row.ops is not None}
 
 _warned: set[str] = set()
+_cuda_unusable: dict[int, str | None] = {}
 
 
 def rows(device: torch.device) -> tuple[Backend, ...]:
     """The backends that serve a device, in the order in which ``auto`` tries them."""
     return BACKENDS.get(device.type, OTHER_DEVICES)
+
+
+def place(device: torch.device, name: str) -> str:
+    """Why the backend of that name stands where it does in a device's table."""
+    return REASONS.get(device.type, {}).get(name, "the device has no other backend")
 
 
 def select(problem: Problem, backend: str = "auto", *, function: str = "attention") -> Backend:

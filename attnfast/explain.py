@@ -30,7 +30,8 @@ def explain(*args: Any, **kwargs: Any) -> str:
 
     Returns:
         Several lines with the problem; its options; every backend in the order in which "auto"
-        tries them, accepted or with its reason; the one chosen; what is saved for backward; the
+        tries them, accepted or with its reason; the one chosen, and why it comes before those
+        that follow; what is saved for backward; the
         workspace; the environment variables that count.
 
     Raises:
@@ -82,8 +83,9 @@ def describe(function: str, problem: Problem, backend: str = "auto") -> str:
     for other in order:
         lines.append(f"  {other:<10} {reasons[other] or f'accepted ({details(other, problem)})'}")
     if name == "auto":
-        lines.append(f"chosen: {accepted[0]}, the first that accepts")
         chosen = accepted[0]
+        lines.append(f"chosen: {chosen}, the first that accepts")
+        lines.append(f"its place: {dispatch.place(problem.device, chosen)}")
     elif reasons[name] is None:
         lines.append(f"chosen: {name}, named by {source}")
         chosen = name

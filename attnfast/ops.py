@@ -179,6 +179,7 @@ SELF_ATTENTION = _define_self_attention()
 CUDA = define("cuda")
 _LIBRARY.define("cpu_isa() -> str")
 _LIBRARY.define("cpu_isas() -> str")
+_LIBRARY.define("cuda_unusable(int device) -> str")
 
 
 def load() -> str | None:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .functional import attention
+from . import dispatch
+from .functional import attention, attention_problem
 from .options import Inputs, Options
 from .reference import reference_attention
 
@@ -63,11 +64,14 @@ class Verdict(NamedTuple):
 
 
 def run(backends: list[tuple[str, str]]) -> Iterator[Verdict]:
-    """Check backends, given as (name, device type), on every case and dtype."""
+    """Check backends, given as (name, device type), on every case and dtype they take."""
     for backend, device in backends:
         for case in CASES:
             for dtype in DTYPES:
-                yield check(backend, case, dtype, device)
+                inputs, options, _ = problem(case, dtype, device)
+                call = attention_problem(_with_leaves(inputs)[0], options)
+                if dispatch.refusal(backend, call) is None:
+                    yield check(backend, case, dtype, device)
 
 
 def check(backend: str, case: Case, dtype: torch.dtype, device: str) -> Verdict:

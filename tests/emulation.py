@@ -53,6 +53,20 @@ def check_case(case: Case) -> None:
 def schedule(seed: int, threads: int = 1) -> Iterator[None]:
     """Run kernels on the schedule of that seed, on so many host threads."""
     names = {"ATTNFAST_EMULATOR_SEED": str(seed), "ATTNFAST_EMULATOR_THREADS": str(threads)}
+    with environment(names):
+        yield
+
+
+@contextmanager
+def architecture(number: int) -> Iterator[None]:
+    """Have the emulator play a GPU of that architecture, 75 for sm_75."""
+    with environment({"ATTNFAST_EMULATOR_ARCH": str(number)}):
+        yield
+
+
+@contextmanager
+def environment(names: dict[str, str]) -> Iterator[None]:
+    """With these environment variables set."""
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     try:

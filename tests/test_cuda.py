@@ -11,7 +11,7 @@ import decode_cases
 import pytest
 import torch
 from cases import CASES, EVERYTHING, Case, bf16, fp16, problem, run
-from emulation import EMULATED, NOT_EMULATED, SEEDS, check_case, schedule
+from emulation import EMULATED, NOT_EMULATED, SEEDS, architecture, check_case, schedule
 from torch import Tensor
 
 import attnfast
@@ -40,6 +40,64 @@ def test_table(case: Case) -> None:
     """Each case on one of six schedules."""
     with schedule(zlib.crc32(str(case).encode()) % len(SEEDS)):
         check_case(case)
+
+
+def on_turing(case: Case) -> bool:
+    """Whether the kernels take a case on sm_75."""
+    return case.dtype == fp16 and (not case.grads or max(case.D, case.D_v) <= 128)
+
+
+TURING = [case for case in TABLE if on_turing(case)]
+# Where its 64 KB of shared memory ask for other kernels or tiles, with options and without.
+FORMS = [
+    Case(f"{name}{D}", B=1, H_kv=1, T=T, S=T, D=D, dtype=fp16, grads=grads, softcap=softcap)
+    for D, grads in ((64, ("out",)), (96, ("out",)), (128, ("out",)), (192, ()), (256, ()))
+    for name, softcap in (("plain", 0.0), ("options", 5.0))
+    for T in (100, 150)
+]
+
+
+@pytest.mark.parametrize("case", [*TURING[:: 3 * EVERY], *FORMS[::EVERY]], ids=str)
+def test_table_on_turing(case: Case) -> None:
+    with architecture(75), schedule(zlib.crc32(str(case).encode()) % len(SEEDS)):
+        check_case(case)
+
+
+@pytest.mark.parametrize("D", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_shared_memory_is_enough_where_there_is_least(D: int, softcap: float) -> None:
+    """The emulator refuses what exceeds an architecture's limit, as CUDA does: 99 KB on sm_86."""
+    with architecture(86):
+        results(Case("86", B=1, H=1, H_kv=1, T=40, S=40, D=D, dtype=bf16, softcap=softcap))
+
+
+def test_what_turing_refuses() -> None:
+    inputs, options, _ = problem(PLAIN)
+    call = attention_problem(inputs, options)._replace(requires_grad=True)
+    bf16_only = "takes float16 only on a GPU of compute capability 7.5, got bfloat16"
+    gradients = "has gradients for D and D_v up to 128 on a GPU of compute capability 7.5, got 192"
+    half = call._replace(dtype=fp16)
+    with architecture(75):
+        assert dispatch.refusal("cuda", call) == bf16_only
+        assert dispatch.refusal("cuda", half) is None
+        assert dispatch.refusal("cuda", half._replace(D_v=192)) == gradients
+        assert dispatch.refusal("cuda", half._replace(D_v=192, requires_grad=False)) is None
+        with pytest.raises(ValueError, match=bf16_only):
+            attnfast.attention(*inputs[:3], backend="cuda")
+    assert dispatch.refusal("cuda", call._replace(D_v=192)) is None
+
+
+def test_raw_operators_refuse_as_well_on_turing() -> None:
+    """A kernel without code there would leave its outputs as they are."""
+    inputs, options, _ = problem(PLAIN)
+    wide, _, grads = problem(Case("wide", B=1, H=1, H_kv=1, T=9, S=9, D=192, dtype=fp16))
+    with torch.no_grad(), architecture(75):
+        with pytest.raises(RuntimeError, match=r"compute capability 7\.5 take float16 only"):
+            ops.CUDA.fwd(*inputs, *options)
+        out, lse, *_ = ops.CUDA.fwd(*wide, *options)
+        gradients = (grads.out, None, None, None, out, lse, None, False, False)
+        with pytest.raises(RuntimeError, match=r"gradients need D and D_v up to 128"):
+            ops.CUDA.bwd(*gradients, *wide, *options)
 
 
 def results(case: Case, inputs: Inputs | None = None) -> list[Tensor]:
@@ -170,7 +228,8 @@ def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, options, _ = problem(PLAIN)
     call = attention_problem(inputs, options)._replace(device=torch.device("cuda"))
     for capability, reason in {
-        (7, 5): "needs a GPU of compute capability 8.0 or later, got 7.5",
+        (7, 0): "needs a GPU of compute capability 7.5 or later, got 7.0",
+        (7, 5): "takes float16 only on a GPU of compute capability 7.5, got bfloat16",
         (8, 0): None,
         (12, 0): None,
     }.items():
@@ -202,6 +261,15 @@ def test_decode(case: decode_cases.Case, way: str) -> None:
     """Cache slots past the lengths hold NaN."""
     call = decode_cases.make(case)
     decode_cases.judge(decode_cases.WAYS[way](call, backend="cuda"), call)
+
+
+@pytest.mark.parametrize("D", [64, 256])
+def test_decode_on_turing(D: int) -> None:
+    """Where the cache's tiles are half as large, for its shared memory."""
+    case = decode_cases.Case("turing", lengths=(129, 300), D=D, D_v=D, dtype=fp16)
+    call = decode_cases.make(case)
+    with architecture(75):
+        decode_cases.judge(decode_cases.decode_paged(call, backend="cuda"), call)
 
 
 @pytest.mark.parametrize("way", decode_cases.WAYS)

@@ -260,11 +260,23 @@ std::tuple<Tensor, Tensor> cuda_decode(const Tensor& q, const Tensor& k_cache,
   return {out, lse};
 }
 
+#ifndef ATTNFAST_EMULATOR
+// Why the GPU of that index cannot run the kernels, or "".
+std::string cuda_unusable(int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  return attnfast::cuda::unusable();
+}
+#endif
+
 }  // namespace
 
 #ifdef ATTNFAST_EMULATOR
 STABLE_TORCH_LIBRARY_IMPL(attnfast, CPU, m) {
 #else
+STABLE_TORCH_LIBRARY_IMPL(attnfast, CompositeExplicitAutograd, m) {
+  m.impl("cuda_unusable", TORCH_BOX(&cuda_unusable));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(attnfast, CUDA, m) {
 #endif
   m.impl("cuda_fwd", TORCH_BOX(&cuda_fwd));

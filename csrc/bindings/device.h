@@ -28,6 +28,7 @@ class DeviceCall {
     const char* threads = std::getenv("ATTNFAST_EMULATOR_THREADS");
     session_.host_threads =
         threads ? std::atoi(threads) : static_cast<int>(torch::stable::get_num_threads());
+    session_.gpu = emulator::asked_for();
   }
   void* stream() { return &session_; }
 

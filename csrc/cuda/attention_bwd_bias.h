@@ -37,6 +37,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
     attention_bwd_bias_kernel(ATTNFAST_PARAMS BackwardArguments arguments) {
   using Shape = BiasShape<kD>;
   constexpr int kM = Shape::kM, kN = Shape::kN, kThreads = Shape::kThreads;
+  if (!has_code<Element, Shape::kSharedBytes <= kTuringShared>()) return;
   const BackwardParams& p = arguments.p;
   const BiasSizes& sizes = arguments.bias;
 

@@ -4,9 +4,8 @@
 // Grid:   (batch entry, key head, block of kStay keys)
 // Memory: the keys' k and v in shared memory, and a ring of q, do and their row terms, of all query
 //         heads that share the key head; s, dP, dk, dv in registers
-// Limits: D and D_v up to kD; bf16, fp16. Beyond 128, where dk and dv together exceed the
-// registers,
-//         one launch makes each.
+// Limits: D and D_v up to kD; bf16, fp16. Beyond 128 (sm_75: 96) one launch makes each of dk and
+//         dv, which together exceed the registers
 #pragma once
 #include "gradients.h"
 #include "launch.h"
@@ -31,12 +30,13 @@ struct MovingTerms {
   ATTNFAST_DEVICE RowTerms operator()(int, int e) const { return of[e % 2]; }
 };
 
-template <class Element, int kD, bool kPlain, bool kWantsK, bool kWantsV>
-ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true>::kThreads), 1)
+template <class Element, int kD, bool kPlain, bool kWantsK, bool kWantsV, bool kSmall>
+ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>::kThreads), 1)
     attention_bwd_keys_kernel(ATTNFAST_PARAMS BackwardArguments arguments) {
-  using Shape = BackwardShape<kD, kPlain, true>;
+  using Shape = BackwardShape<kD, kPlain, true, kSmall>;
   constexpr int kStay = Shape::kStay, kMove = Shape::kMove, kThreads = Shape::kThreads;
   constexpr int kRowTiles = Shape::kRowTiles;
+  if (!has_code<Element, Shape::kOnTuring, !kSmall>()) return;
   const BackwardParams& p = arguments.p;
 
   // Indices
@@ -165,21 +165,25 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true>::kThread
 
 template <class Element, int kD, bool kPlain>
 void launch_attention_bwd_keys(const BackwardArguments& arguments, Stream stream) {
-  using Shape = BackwardShape<kD, kPlain, true>;
-  static_assert(Shape::kSharedBytes <= kSharedLimit);
-  BackwardArguments a = arguments;
-  a.blocks = (a.p.S + Shape::kStay - 1) / Shape::kStay;
-  const auto run = [&](const char* name, auto kernel) {
-    launch<BackwardArguments>(kernel_name<Element, kD, kPlain>(name), kernel,
-                              a.p.B * a.p.H_kv * a.blocks, Shape::kThreads, Shape::kSharedBytes,
-                              stream, a);
-  };
-  if constexpr (kD <= 128) {
-    run("attention_bwd_keys", attention_bwd_keys_kernel<Element, kD, kPlain, true, true>);
-  } else {
-    run("attention_bwd_keys dk", attention_bwd_keys_kernel<Element, kD, kPlain, true, false>);
-    run("attention_bwd_keys dv", attention_bwd_keys_kernel<Element, kD, kPlain, false, true>);
-  }
+  with_shape<Element, kD, kPlain, true>(stream, [&](auto small) {
+    constexpr bool kSmall = decltype(small)::value;
+    using Shape = BackwardShape<kD, kPlain, true, kSmall>;
+    BackwardArguments a = arguments;
+    a.blocks = (a.p.S + Shape::kStay - 1) / Shape::kStay;
+    const auto run = [&](const char* name, auto kernel) {
+      launch<BackwardArguments>(kernel_name<Element, kD, kPlain>(name), kernel,
+                                a.p.B * a.p.H_kv * a.blocks, Shape::kThreads, Shape::kSharedBytes,
+                                stream, a);
+    };
+    if constexpr (kD <= (kSmall ? 96 : 128)) {
+      run("attention_bwd_keys", attention_bwd_keys_kernel<Element, kD, kPlain, true, true, kSmall>);
+    } else {
+      run("attention_bwd_keys dk",
+          attention_bwd_keys_kernel<Element, kD, kPlain, true, false, kSmall>);
+      run("attention_bwd_keys dv",
+          attention_bwd_keys_kernel<Element, kD, kPlain, false, true, kSmall>);
+    }
+  });
 }
 
 }  // namespace attnfast::cuda

@@ -42,12 +42,13 @@ struct SharedTerms {
   ATTNFAST_DEVICE RowTerms operator()(int, int e) const { return of[e / 2]; }
 };
 
-template <class Element, int kD, bool kPlain>
-ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false>::kThreads), 1)
+template <class Element, int kD, bool kPlain, bool kSmall>
+ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>::kThreads), 1)
     attention_bwd_queries_kernel(ATTNFAST_PARAMS BackwardArguments arguments) {
-  using Shape = BackwardShape<kD, kPlain, false>;
+  using Shape = BackwardShape<kD, kPlain, false, kSmall>;
   constexpr int kStay = Shape::kStay, kMove = Shape::kMove, kThreads = Shape::kThreads;
   constexpr int kRowTiles = Shape::kRowTiles;
+  if (!has_code<Element, Shape::kOnTuring, !kSmall>()) return;
   const BackwardParams& p = arguments.p;
 
   // Indices
@@ -142,14 +143,16 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false>::kThrea
 
 template <class Element, int kD, bool kPlain>
 void launch_attention_bwd_queries(const BackwardArguments& arguments, Stream stream) {
-  using Shape = BackwardShape<kD, kPlain, false>;
-  static_assert(Shape::kSharedBytes <= kSharedLimit);
-  BackwardArguments a = arguments;
-  a.blocks = (a.p.T + Shape::kStay - 1) / Shape::kStay;
-  launch<BackwardArguments>(kernel_name<Element, kD, kPlain>("attention_bwd_queries"),
-                            attention_bwd_queries_kernel<Element, kD, kPlain>,
-                            a.p.B * a.p.H * a.blocks, Shape::kThreads, Shape::kSharedBytes, stream,
-                            a);
+  with_shape<Element, kD, kPlain, false>(stream, [&](auto small) {
+    constexpr bool kSmall = decltype(small)::value;
+    using Shape = BackwardShape<kD, kPlain, false, kSmall>;
+    BackwardArguments a = arguments;
+    a.blocks = (a.p.T + Shape::kStay - 1) / Shape::kStay;
+    launch<BackwardArguments>(kernel_name<Element, kD, kPlain>("attention_bwd_queries"),
+                              attention_bwd_queries_kernel<Element, kD, kPlain, kSmall>,
+                              a.p.B * a.p.H * a.blocks, Shape::kThreads, Shape::kSharedBytes,
+                              stream, a);
+  });
 }
 
 }  // namespace attnfast::cuda

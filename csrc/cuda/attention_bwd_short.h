@@ -27,6 +27,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
     attention_bwd_short_kernel(ATTNFAST_PARAMS BackwardArguments a) {
   using Shape = ShortShape<kD>;
   constexpr int kPart = Shape::kPart, kThreads = Shape::kThreads;
+  if (!has_code<Element, Shape::kSharedBytes <= kTuringShared>()) return;
   const BackwardParams& p = a.p;
 
   // Indices

@@ -14,11 +14,14 @@
 namespace attnfast::cuda {
 namespace {
 
-template <int kD>
+// kSmall: half the warps and keys, for the shared memory of sm_75.
+template <int kD, bool kSmall>
 struct DecodeShape {
-  static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
-  static constexpr int kRows = 16, kKeys = static_cast<int>(kKeyTile), kOwnKeys = kKeys / kWarps;
+  static constexpr int kWarps = kSmall ? 2 : 4, kThreads = kWarps * kWarpSize;
+  static constexpr int kRows = 16, kOwnKeys = 16, kKeys = kWarps * kOwnKeys;
   static constexpr int kSharedBytes = (kRows + 2 * kKeys) * kD * 2;
+  static constexpr bool kOnTuring = kSharedBytes <= kTuringShared;
+  static_assert(kKeyTile % kKeys == 0 && (kSmall ? kOnTuring : kSharedBytes <= kSharedLimit));
   static_assert(kWarps * kRows * kD * 4 <= 2 * kKeys * kD * 2, "sums take the place of k and v");
 };
 
@@ -66,12 +69,13 @@ ATTNFAST_DEVICE CachedRows<Element> cached(const DecodeParams& p, const View& x,
           aligned};
 }
 
-template <class Element, int kD>
-ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD>::kThreads), 1)
+template <class Element, int kD, bool kSmall>
+ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
     attention_decode_kernel(ATTNFAST_PARAMS DecodeArguments a) {
-  using Shape = DecodeShape<kD>;
+  using Shape = DecodeShape<kD, kSmall>;
   constexpr int kRows = Shape::kRows, kKeys = Shape::kKeys, kThreads = Shape::kThreads;
   constexpr int kN = Shape::kOwnKeys / 8;
+  if (!has_code<Element, Shape::kOnTuring, !kSmall>()) return;
   const DecodeParams& p = a.p;
 
   // Indices
@@ -221,14 +225,16 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD>::kThreads), 1)
   }
 }
 
-template <class Element>
+template <class Element, bool kSmall = false>
 void run(const DecodeArguments& arguments, Stream stream) {
-  using Shape = DecodeShape<ATTNFAST_HEAD_DIM>;
-  static_assert(Shape::kSharedBytes <= kSharedLimit);
+  using Shape = DecodeShape<ATTNFAST_HEAD_DIM, kSmall>;
+  if constexpr (!Shape::kOnTuring && std::is_same_v<Element, Float16>) {
+    if (on_turing(stream)) return run<Element, true>(arguments, stream);
+  }
   DecodeArguments a = arguments;
   a.row_blocks = (a.p.H / a.p.H_kv * a.p.T + Shape::kRows - 1) / Shape::kRows;
   launch<DecodeArguments>(kernel_name<Element, ATTNFAST_HEAD_DIM, false>("attention_decode"),
-                          attention_decode_kernel<Element, ATTNFAST_HEAD_DIM>,
+                          attention_decode_kernel<Element, ATTNFAST_HEAD_DIM, kSmall>,
                           a.p.B * a.p.H_kv * a.row_blocks * a.splits, Shape::kThreads,
                           Shape::kSharedBytes, stream, a);
 }

@@ -24,6 +24,8 @@ struct ForwardShape {
   static constexpr int kM = kWarps * kRowTiles * 16;
   static constexpr int kN = (kPlain ? kD < 96 || kD == 192 : kD <= 128) ? 64 : 32;  // no spills
   static constexpr int kSharedBytes = (kM + 2 * kN) * kD * 2;
+  // Where not, for its shared memory or, at 128, its registers, the form with options serves.
+  static constexpr bool kOnTuring = kSharedBytes <= kTuringShared && !(kPlain && kD == 128);
 };
 
 // The running softmax of a lane's rows, two for each row tile: row 2 * m + half.
@@ -46,6 +48,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   using Shape = ForwardShape<kD, kPlain>;
   constexpr int kM = Shape::kM, kN = Shape::kN, kThreads = Shape::kThreads;
   constexpr int kRowTiles = Shape::kRowTiles, kRows = 2 * kRowTiles;
+  if (!has_code<Element, Shape::kOnTuring>()) return;
   const ForwardParams& p = arguments.p;
 
   // Indices
@@ -223,6 +226,9 @@ template <class Element, int kD, bool kPlain>
 void launch_attention_fwd(const ForwardArguments& arguments, Stream stream) {
   using Shape = ForwardShape<kD, kPlain>;
   static_assert(Shape::kSharedBytes <= kSharedLimit);
+  if constexpr (!Shape::kOnTuring) {
+    if (on_turing(stream)) return launch_attention_fwd<Element, kD, false>(arguments, stream);
+  }
   ForwardArguments a = arguments;
   a.query_blocks = (a.p.T + Shape::kM - 1) / Shape::kM;
   launch<ForwardArguments>(

@@ -16,6 +16,7 @@ template <class Element, int kD>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ProbabilityShape<kD>::kThreads), 1)
     attention_weights_kernel(ATTNFAST_PARAMS ForwardArguments a) {
   using Shape = ProbabilityShape<kD>;
+  if (!has_code<Element>()) return;
   const ForwardParams& p = a.p;
   const bool mean = p.weights_mode == Weights::kMean;
   const int64_t key_blocks = (p.S + Shape::kN - 1) / Shape::kN, index = block_index();
@@ -55,6 +56,7 @@ template <class Element, int kD>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ProbabilityShape<kD>::kThreads), 1)
     attention_received_kernel(ATTNFAST_PARAMS ForwardArguments a) {
   using Shape = ProbabilityShape<kD>;
+  if (!has_code<Element>()) return;
   const ForwardParams& p = a.p;
   const int64_t key_blocks = (p.S + Shape::kN - 1) / Shape::kN, bh = block_index() / key_blocks;
   const int s0 = static_cast<int>(block_index() % key_blocks) * Shape::kN;
@@ -81,6 +83,7 @@ template <class Element, int kD>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ProbabilityShape<kD>::kThreads), 1)
     attention_weight_rows_kernel(ATTNFAST_PARAMS BackwardArguments a) {
   using Shape = ProbabilityShape<kD>;
+  if (!has_code<Element>()) return;
   const BackwardParams& p = a.p;
   const int64_t bh = block_index() / a.blocks;
   const int t_block = static_cast<int>(block_index() % a.blocks) * Shape::kM;
@@ -121,7 +124,7 @@ template <class Element>
 void run(const ForwardArguments& arguments, Stream stream) {
   constexpr int kD = ATTNFAST_HEAD_DIM;
   using Shape = ProbabilityShape<kD>;
-  static_assert(Shape::kSharedBytes <= kSharedLimit);
+  static_assert(Shape::kSharedBytes <= kTuringShared);
   ForwardArguments a = arguments;
   a.query_blocks = (a.p.T + Shape::kM - 1) / Shape::kM;
   const int64_t key_blocks = (a.p.S + Shape::kN - 1) / Shape::kN;

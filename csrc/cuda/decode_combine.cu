@@ -14,6 +14,7 @@ constexpr int kThreads = 128;
 template <class Element>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
     decode_combine_kernel(ATTNFAST_PARAMS DecodeArguments a) {
+  if (!has_code<Element>()) return;
   const DecodeParams& p = a.p;
   const int64_t row = block_index(), rows = p.B * p.H * p.T;
   const int64_t b = row / p.T / p.H, h = row / p.T % p.H, t = row % p.T;
@@ -47,6 +48,10 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
 }
 
 }  // namespace
+
+std::string unusable() {
+  return unusable(reinterpret_cast<const void*>(decode_combine_kernel<Float16>));
+}
 
 void run_decode_combine(const DecodeArguments& a, Stream stream) {
   const bool half = a.p.q.dtype == DType::kFloat16;

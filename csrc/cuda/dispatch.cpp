@@ -5,6 +5,7 @@
 
 #include "arguments.h"
 #include "kernels.h"
+#include "launch_kernel.h"
 
 namespace attnfast::cuda {
 namespace {
@@ -25,6 +26,19 @@ bool plain(const Problem& p) {
          !(p.dropout_p > 0.0) && p.scale > 0.0f;
 }
 
+// What dispatch.py refuses with these reasons, before it comes to this.
+template <class Params>
+void refuse_on_turing(const Params& p, bool backward, Stream stream) {
+  if (p.q.dtype != DType::kBFloat16 && !(backward && p.D > 128) && !(backward && p.D_v > 128)) {
+    return;
+  }
+  if (!on_turing(stream)) return;
+  throw std::runtime_error(p.q.dtype == DType::kBFloat16
+                               ? "attention: GPUs of compute capability 7.5 take float16 only"
+                               : "attention: gradients need D and D_v up to 128 on GPUs of"
+                                 " compute capability 7.5");
+}
+
 // Calls run(std::integral_constant) with the smallest head dim that there is for D and D_v.
 template <class Params, class Run>
 void with_head_dim(const Params& p, Run run) {
@@ -43,6 +57,7 @@ void with_head_dim(const Params& p, Run run) {
 
 void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
                    int64_t rows_k, Stream stream) {
+  refuse_on_turing(p, false, stream);
   ForwardArguments a{p, dropout, rows_q, rows_k};
   a.q_aligned = aligned(p.q, p.D), a.k_aligned = aligned(p.k, p.D);
   a.v_aligned = aligned(p.v, p.D_v), a.out_aligned = aligned(p.out, p.D_v);
@@ -58,6 +73,7 @@ int64_t backward_scratch(const BackwardParams& p) { return 3 * p.B * p.H * padde
 
 void attention_bwd(const BackwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
                    int64_t rows_k, const int64_t (&bias_sizes)[4], float* scratch, Stream stream) {
+  refuse_on_turing(p, true, stream);
   BackwardArguments a{p, dropout, rows_q, rows_k, {}, scratch, padded_rows(p.T)};
   a.bias = {bias_sizes[0], bias_sizes[1], bias_sizes[2], bias_sizes[3]};
   a.q_aligned = aligned(p.q, p.D), a.k_aligned = aligned(p.k, p.D);
@@ -77,6 +93,7 @@ int64_t decode_scratch(const DecodeParams& p) {
 }
 
 void attention_decode(const DecodeParams& p, float* scratch, Stream stream) {
+  refuse_on_turing(p, false, stream);
   const int64_t splits = most_splits(p.S), rows = p.B * p.H * p.T;
   auto* softmax = reinterpret_cast<Floats2*>(scratch);
   DecodeArguments a{p, splits, 0, scratch + 2 * splits * rows, softmax};

@@ -4,28 +4,43 @@
 #pragma once
 #include "arguments.h"
 #include "head.h"
+#include "launch.h"
 #include "scores.h"
 #include "tile.h"
 
 namespace attnfast::cuda {
 
 // Rows that stay (kKeys: keys with their dk and dv, else queries with their dq), and those that
-// move past them.
-template <int kD, bool kPlain, bool kKeys>
+// move past them. kSmall: fewer of either, for the shared memory of sm_75.
+template <int kD, bool kPlain, bool kKeys, bool kSmall>
 struct BackwardShape {
-  static constexpr int kWarps = kD > 128 || (kPlain && kD <= 64) ? 4 : 8;
+  static constexpr int kWarps = kD > 128 || kSmall || (kPlain && kD <= 64) ? 4 : 8;
   static constexpr int kRowTiles = kPlain && kD <= 64 ? 2 : 1;  // of 16 rows, per warp
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kStay = kWarps * kRowTiles * 16;
   static constexpr int kMove = kKeys && !kPlain && kD == 128 ? 16 : 32;  // 32 would spill
-  static constexpr int kStages = kD > 192 ? 1 : 2;   // of moving rows, so that all fits 99 KB
+  // Of moving rows, so that all fits into 99 KB, or 64.
+  static constexpr int kStages = kD > (kSmall ? 96 : 192) ? 1 : 2;
   static constexpr int kStayBytes = kStay * kD * 2;  // of one of two tiles
   static constexpr int kMoveBytes = kMove * kD * 2;
   // With the queries' norm, row and spread, where it is they that move.
   static constexpr int kTermBytes = kMove * 4;
   static constexpr int kStageBytes = 2 * kMoveBytes + 3 * kTermBytes;
   static constexpr int kSharedBytes = 2 * kStayBytes + kStages * kStageBytes;
+  static constexpr bool kOnTuring = kSharedBytes <= kTuringShared;
+  static_assert(kSmall ? kOnTuring : kSharedBytes <= kSharedLimit);
 };
+
+// Calls run(std::bool_constant), true on sm_75 where only small shapes fit. Head dims that not even
+// these fit are refused there, by dispatch.cpp.
+template <class Element, int kD, bool kPlain, bool kKeys, class Run>
+void with_shape(Stream stream, Run run) {
+  constexpr bool kFits = BackwardShape<kD, kPlain, kKeys, false>::kOnTuring;
+  if constexpr (!kFits && kD <= 128 && std::is_same_v<Element, Float16>) {
+    if (on_turing(stream)) return run(std::true_type());
+  }
+  run(std::false_type());
+}
 
 // Of one query: what is subtracted from its scores, lse in their units, +inf where it has no key;
 // the `row` above; and dH for scores in units.

@@ -1,6 +1,8 @@
 // The CUDA kernels' entry points. They take the parameter structs of params.h with device pointers,
 // and a stream; they check nothing but what CUDA returns, and wait for nothing.
 #pragma once
+#include <string>
+
 #include "../params.h"
 
 namespace attnfast::cuda {
@@ -13,6 +15,9 @@ struct DeviceSeed {
   const int64_t* seed = nullptr;
   int64_t stride = 1;
 };
+
+// Why the current device cannot run the kernels of this build, or "".
+std::string unusable();
 
 // out, lse and, where wanted, max_logit, entropy, reach, received and weights. D and D_v up to 256;
 // the tensors have rows_q and rows_k rows, with varlen of all sequences together.

@@ -14,6 +14,7 @@ constexpr int kThreads = 128, kRows = 64;
 template <class Element>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
     attention_bwd_rows_kernel(ATTNFAST_PARAMS BackwardArguments a) {
+  if (!has_code<Element>()) return;
   const BackwardParams& p = a.p;
   const int64_t blocks = a.padded / kRows, bh = block_index() / blocks;
   const int first = static_cast<int>(block_index() % blocks) * kRows;

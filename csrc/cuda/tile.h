@@ -55,7 +55,7 @@ struct Rows {
   int64_t stride;  // of a row, in elements
   int begin, end;
   int columns;   // of a row; the tile's other columns are zero
-  bool aligned;  // every row begins at a multiple of 16 bytes
+  bool aligned;  // every row begins at a multiple of 16 bytes, and ends at one
 
   ATTNFAST_DEVICE bool has(int r) const { return r >= begin && r < end; }
   ATTNFAST_DEVICE int64_t offset(int r) const { return r * stride; }
@@ -90,9 +90,9 @@ ATTNFAST_DEVICE void load_tile(uint32_t tile, const SomeRows& rows, int first) {
   ATTNFAST_UNROLL for (int i = 0; i < kAll; i += kThreads) {
     const int n = i + thread_index(), r = n / kChunks, chunk = n % kChunks;
     if (kAll % kThreads && n >= kAll) break;
-    const int left = rows.has(first + r) ? max_of(rows.columns - chunk * 8, 0) : 0;
-    const auto* from = rows.data + (left ? rows.offset(first + r) + chunk * 8 : 0);
-    copy_async(tile + Swizzle<kD>::offset(r, chunk), from, min_of(left, 8) * 2);
+    const bool has = rows.has(first + r) && chunk * 8 < rows.columns;
+    const auto* from = rows.data + (has ? rows.offset(first + r) + chunk * 8 : 0);
+    copy_async(tile + Swizzle<kD>::offset(r, chunk), from, has ? 16 : 0);
   }
 }
 

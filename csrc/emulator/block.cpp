@@ -226,9 +226,9 @@ void Block::count(const Place& place, const std::vector<uint64_t>& addresses, in
 }
 
 void Block::copy(uint32_t to, const void* from, int bytes, int valid, const Place& place) {
-  if (const char* fault = shared_.begin_copy(to, bytes, running_)) {
-    fail(place, "shared address " + std::to_string(to) + " " + fault);
-  }
+  const char* fault =
+      gpu().turing() ? shared_.write(to, bytes, running_) : shared_.begin_copy(to, bytes, running_);
+  if (fault) fail(place, "shared address " + std::to_string(to) + " " + fault);
   if (valid > 0) {
     const auto number = reinterpret_cast<uintptr_t>(from);
     if (number % bytes) fail(place, "a misaligned copy of " + std::to_string(bytes) + " bytes");
@@ -236,11 +236,17 @@ void Block::copy(uint32_t to, const void* from, int bytes, int valid, const Plac
       fail(place, std::string(fault) + ": " + launch_->memory->describe(from, valid));
     }
   }
+  if (valid && valid != bytes) fail(place, "a copy of part of " + std::to_string(bytes) + " bytes");
   if (launch_->counting) {
     const auto number = reinterpret_cast<uintptr_t>(from);
     if (valid) warps_[warp()].accesses.add(lane(), place, Space::kGlobal, number, bytes);
     const Place shared{"copy_async:shared", place.file, place.line};
     warps_[warp()].accesses.add(lane(), shared, Space::kShared, to, bytes);
+  }
+  if (gpu().turing()) {
+    std::memcpy(shared_.at(to), from, valid);
+    std::memset(shared_.at(to) + valid, 0, bytes - valid);
+    return;
   }
   copies_.push_back({to, from, bytes, valid, running_, false});
   lanes_[running_].open.push_back(copies_.size() - 1);

@@ -28,6 +28,14 @@ struct Sabotage {
   int64_t amount = 0;  // bytes to shift an address by; bits to flip in it
 };
 
+// What GPUs differ in, as far as the kernels can tell.
+struct Gpu {
+  int arch = 80;                 // 75 for sm_75
+  int shared_limit = 163 << 10;  // of a block, in bytes
+
+  bool turing() const { return arch < 80; }
+};
+
 // The same for all blocks of a launch.
 struct Launch {
   std::string kernel;
@@ -35,6 +43,7 @@ struct Launch {
   int64_t blocks = 0;
   std::function<void()> body;
   const Memory* memory = nullptr;
+  Gpu gpu;
   uint64_t seed = 0;
   Sabotage sabotage;
   bool counting = false;
@@ -51,6 +60,7 @@ class Block {
   int lane() const { return running_ % kWarp; }
   int64_t index() const { return index_; }
   int64_t blocks() const { return launch_->blocks; }
+  const Gpu& gpu() const { return launch_->gpu; }
   Counts& counts() { return counts_; }
 
   // Notes where the running lane is; false if sabotage has this call left out.
@@ -91,6 +101,7 @@ class Block {
   void count(const Place& place, const std::vector<uint64_t>& addresses, int bytes);
 
   // `bytes` to shared memory, the first `valid` from global memory and the rest zero.
+  // On sm_75 it is an ordinary access.
   void copy(uint32_t to, const void* from, int bytes, int valid, const Place& place);
   void commit();
   void wait_copies(int newest, const Place& place);

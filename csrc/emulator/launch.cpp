@@ -6,6 +6,8 @@
 #include <mutex>
 #include <thread>
 
+#include "../cuda/launch_kernel.h"
+
 namespace attnfast::emulator {
 
 Settings& settings() {
@@ -18,11 +20,37 @@ Counts& counted() {
   return instance;
 }
 
+Gpu asked_for() {
+  const char* asked = std::getenv("ATTNFAST_EMULATOR_ARCH");
+  const int arch = asked ? std::atoi(asked) : 80;
+  switch (arch) {
+    case 75:
+      return {arch, 64 << 10};
+    case 80:
+      return {arch, 163 << 10};
+    case 86:
+    case 89:
+    case 120:
+      return {arch, 99 << 10};
+    case 90:
+    case 100:
+      return {arch, 227 << 10};
+    default:
+      throw std::invalid_argument("emulator: there is no sm_" + std::to_string(arch));
+  }
+}
+
 void run_blocks(Launch launch, const Session& session) {
   if (launch.threads % kWarp) throw std::runtime_error("emulator: blocks consist of whole warps");
+  if (launch.shared_bytes > session.gpu.shared_limit) {
+    throw std::runtime_error("emulator: " + launch.kernel + " asks for " +
+                             std::to_string(launch.shared_bytes) + " bytes of shared memory, sm_" +
+                             std::to_string(session.gpu.arch) + " has " +
+                             std::to_string(session.gpu.shared_limit));
+  }
   const char* seed = std::getenv("ATTNFAST_EMULATOR_SEED");
   launch.seed = seed ? std::strtoull(seed, nullptr, 10) : 0;
-  launch.memory = &session.memory;
+  launch.memory = &session.memory, launch.gpu = session.gpu;
   launch.sabotage = settings().sabotage, launch.counting = settings().counting;
 
   std::atomic<int64_t> next{0};
@@ -52,3 +80,10 @@ void run_blocks(Launch launch, const Session& session) {
 }
 
 }  // namespace attnfast::emulator
+
+namespace attnfast::cuda {
+
+bool on_turing(void* stream) { return static_cast<emulator::Session*>(stream)->gpu.turing(); }
+std::string unusable(const void*) { return ""; }
+
+}  // namespace attnfast::cuda

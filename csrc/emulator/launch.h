@@ -10,8 +10,13 @@ namespace attnfast::emulator {
 // What stands for a stream: the memory of the call, and what has been asked of the emulator.
 struct Session {
   Memory memory;
+  Gpu gpu;
   int host_threads = 1;
 };
+
+// The GPU to play: ATTNFAST_EMULATOR_ARCH, one of 75, 80, 86, 89, 90, 100 and 120; else 80.
+//   Raises std::invalid_argument for others.
+Gpu asked_for();
 
 // Set from outside between launches.
 struct Settings {

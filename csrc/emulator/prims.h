@@ -15,6 +15,13 @@
 
 namespace attnfast::cuda {
 
+// As on the GPU, but every form is compiled.
+template <class Element, bool kOnTuring = true, bool kElsewhere = true>
+bool has_code() {
+  const bool turing = emulator::Block::current().gpu().turing();
+  return turing ? std::is_same_v<Element, Float16> && kOnTuring : kElsewhere;
+}
+
 inline emulator::Block& block() { return emulator::Block::current(); }
 
 inline int thread_index() { return block().thread(); }
@@ -167,6 +174,9 @@ void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
   } mine{d, a, {b0, b1}};
   const emulator::Place place{"multiply_accumulate", file, line};
   if (!block().enter(place)) return;
+  if (block().gpu().turing() && !std::is_same_v<Element, Float16>) {
+    block().fail(place, "sm_75 multiplies no bf16");
+  }
   block().meet(place, &mine, [](void** all) {
     constexpr bool kHalf = std::is_same_v<Element, Float16>;
     const auto low = [](uint32_t x) { return emulator::widen<kHalf>(x & 0xFFFF); };
@@ -184,7 +194,7 @@ void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
       }
       for (int r = 0; r < 4; ++r) D[g + r / 2 * 8][t + r % 2] = lane.d[r];
     }
-    emulator::multiply_accumulate(A, B, D);
+    emulator::multiply_accumulate(A, B, D, block().gpu().turing() ? 4 : 8);
     for (int i = 0; i < kWarpSize; ++i) {
       const auto& lane = *static_cast<Argument*>(all[i]);
       const int g = i / 4, t = i % 4 * 2;

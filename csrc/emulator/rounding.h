@@ -53,16 +53,16 @@ inline float toward_zero(double x) {
   return float_of_bits(bits_of_float(nearest) - 1);
 }
 
-// D += A B. Tensor cores add eight products to the accumulator at a time and drop what does not
-// fit, instead of rounding (Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of NVIDIA tensor
-// cores, PeerJ Computer Science 7:e330, 2021).
+// D += A B. Tensor cores add eight products (on sm_75, four) to the accumulator at a time and drop
+// what does not fit, instead of rounding (Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of
+// NVIDIA tensor cores, PeerJ Computer Science 7:e330, 2021).
 inline void multiply_accumulate(const float (&A)[16][16], const float (&B)[16][8],
-                                float (&D)[16][8]) {
+                                float (&D)[16][8], int at_a_time) {
   for (int i = 0; i < 16; ++i) {
-    for (int first = 0; first < 16; first += 8) {
+    for (int first = 0; first < 16; first += at_a_time) {
       double sum[8];
       for (int j = 0; j < 8; ++j) sum[j] = D[i][j];
-      for (int k = first; k < first + 8; ++k) {
+      for (int k = first; k < first + at_a_time; ++k) {
         for (int j = 0; j < 8; ++j) sum[j] += static_cast<double>(A[i][k]) * B[k][j];
       }
       for (int j = 0; j < 8; ++j) D[i][j] = toward_zero(sum[j]);

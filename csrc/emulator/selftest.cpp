@@ -112,6 +112,21 @@ uint32_t matrix_sum(const std::vector<uint32_t>& in, int t) {
   return sum;
 }
 
+// Products of two fixed matrices, added up by the lanes. fp16 unless the bug "bf16" is planted,
+// which sm_75 does not have.
+void products(const Arguments a) {
+  const int t = thread_index();
+  const uint32_t one = has("bf16") ? 0x3F803F80u : 0x3C003C00u, x[4] = {one, one, one, one};
+  float d[4] = {};
+  if (has("bf16")) {
+    multiply_accumulate<BFloat16>(d, x, one, one);
+  } else {
+    multiply_accumulate<Float16>(d, x, one, one);
+  }
+  store_global(a.out + t, static_cast<uint32_t>(d[0] + d[1] + d[2] + d[3]));
+}
+uint32_t product_sum(const std::vector<uint32_t>&, int) { return 4 * 16; }
+
 // A sum over each warp, and accesses and collectives that go wrong.
 //   Bugs: "read past the end", "read before the beginning", "write past the end", "write to an
 //   input", "misaligned", "shared out of bounds", "shared never written", "copy past the end",
@@ -163,6 +178,7 @@ constexpr SmallKernel kKernels[] = {
     {"ring", ring, ring_sum},
     {"matrices", matrices, matrix_sum},
     {"collectives", collectives, warp_sum},
+    {"products", products, product_sum},
 };
 
 }  // namespace
@@ -175,6 +191,7 @@ void run_selftest(const std::string& name, const std::string& bug) {
   std::vector<uint32_t> in(kRounds * kThreads * 4), out(kThreads, 0xFFFFFFFFu);
   for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<uint32_t>(i * 2654435761u >> 8);
   Session session;
+  session.gpu = asked_for();
   session.memory.allow(in.data(), in.size() * 4, false, "in");
   session.memory.allow(out.data(), out.size() * 4, true, "out");
   planted = &bug;

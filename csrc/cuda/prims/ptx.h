@@ -1,4 +1,4 @@
-// The primitives on the GPU, sm_80 and later.
+// The primitives on the GPU: sm_80 and later, and sm_75 by what it has instead.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -10,6 +10,20 @@
 #define ATTNFAST_NO_UNROLL _Pragma("unroll 1")
 
 namespace attnfast::cuda {
+
+// Whether this pass compiles for sm_75, which has neither bf16 products nor cp.async.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kTuring = true;
+#else
+constexpr bool kTuring = false;
+#endif
+
+// Whether a kernel has code in this pass: it is empty where the host never launches it, on sm_75
+// with bf16 or in a form that is not for it (!kOnTuring), elsewhere in a form that is for sm_75.
+template <class Element, bool kOnTuring = true, bool kElsewhere = true>
+ATTNFAST_DEVICE constexpr bool has_code() {
+  return kTuring ? __is_same(Element, Float16) && kOnTuring : kElsewhere;
+}
 
 ATTNFAST_DEVICE int thread_index() { return threadIdx.x; }
 ATTNFAST_DEVICE int64_t block_index() { return blockIdx.x; }
@@ -80,18 +94,27 @@ ATTNFAST_DEVICE void store_global(T* p, T x) {
   *p = x;
 }
 
-// 16 bytes to shared memory, `valid` of them from global memory and the rest zero. They are there
-// after commit_copies and wait_copies, for other threads after a barrier too.
+// 16 bytes to shared memory, from global memory, or zeros if `valid` is 0 instead of 16. They are
+// there after commit_copies and wait_copies, for other threads after a barrier too; on sm_75 at
+// once.
 ATTNFAST_DEVICE void copy_async(uint32_t to, const void* from, int valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid)
-               : "memory");
+  if constexpr (kTuring) {
+    Words4 x{0, 0, 0, 0};
+    if (valid) x = load_global(static_cast<const Words4*>(from));
+    store_shared(to, x);
+  } else {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid)
+                 : "memory");
+  }
 }
 // Makes the copies since the last commit one group.
-ATTNFAST_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+ATTNFAST_DEVICE void commit_copies() {
+  if constexpr (!kTuring) asm volatile("cp.async.commit_group;" ::: "memory");
+}
 // Waits for all of this thread's groups but the newest kNewest.
 template <int kNewest>
 ATTNFAST_DEVICE void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+  if constexpr (!kTuring) asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 }
 
 // Four 8 x 8 matrices of 2-byte elements, whose rows begin at the addresses of lanes 8i to 8i + 7:
@@ -110,11 +133,24 @@ ATTNFAST_DEVICE void load_matrix_transposed(uint32_t (&r)[4], uint32_t address) 
                : "memory");
 }
 
+// d[16 x 8] += a[16 x 8] b[8 x 8] in fp16, all that sm_75 has (PTX ISA, mma.m16n8k8).
+ATTNFAST_DEVICE void multiply_accumulate_eight(float (&d)[4], uint32_t a0, uint32_t a1,
+                                               uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6},"
+      " {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
 // d[16 x 8] += a[16 x 16] b[16 x 8], products of Element summed in float (PTX ISA, mma.m16n8k16).
 template <class Element>
 ATTNFAST_DEVICE void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1) {
-  if constexpr (__is_same(Element, Float16)) {
+  if constexpr (kTuring) {
+    multiply_accumulate_eight(d, a[0], a[1], b0);
+    multiply_accumulate_eight(d, a[2], a[3], b1);
+  } else if constexpr (__is_same(Element, Float16)) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
         " {%8, %9}, {%0, %1, %2, %3};"
@@ -136,6 +172,12 @@ ATTNFAST_DEVICE float exp2_fast(float x) {
   return y;
 }
 
+// The upper half of a float, rounded to nearest: cvt for sm_75, which has none for bf16.
+ATTNFAST_DEVICE uint32_t round_to_bf16(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+
 // Two floats rounded to nearest as one word, `low` in its lower half.
 template <class Element>
 ATTNFAST_DEVICE uint32_t pack(float low, float high) {
@@ -144,6 +186,8 @@ ATTNFAST_DEVICE uint32_t pack(float low, float high) {
     asm("{ .reg .b16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h}; }"
         : "=r"(x)
         : "f"(low), "f"(high));
+  } else if constexpr (kTuring) {
+    x = round_to_bf16(low) | round_to_bf16(high) << 16;
   } else {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
   }

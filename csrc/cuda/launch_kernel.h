@@ -1,0 +1,26 @@
+// The host's side of a launch, without a kernel in it: what CUDA returns becomes an exception that
+// says which kernel, how configured, why not, and what to do.
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace attnfast::cuda {
+
+struct Configuration {
+  std::string name;  // "attention_fwd<bf16, 64, plain>"
+  int64_t blocks;
+  int threads, shared_bytes;
+};
+
+// Launches a kernel on the current device, unless there are no blocks; `arguments` are pointers to
+// its parameters.
+//   Raises std::runtime_error where CUDA refuses.
+void launch_kernel(const void* kernel, const Configuration& with, void* stream, void** arguments);
+
+// Why the current device cannot run this build's kernels, of which `any` is one; "" if it can.
+std::string unusable(const void* any);
+
+// Whether the stream's GPU is one of sm_75, which gives a block 64 KB of shared memory.
+bool on_turing(void* stream);
+
+}  // namespace attnfast::cuda
