@@ -44,7 +44,7 @@ def test_the_steps_that_fit(seconds: float, each: float, steps: int) -> None:
 def test_texts_are_cut_off_no_more_than_the_time_asks_for() -> None:
     lengths = [300, 100, 70, 5]
     # 256 + 100 + 70 + 5 = 431, 112 + 100 + 70 + 5 = 287, 96 + 96 + 70 + 5 = 267
-    for seconds, longest in ((431.0, 256), (430.9, 240), (287.0, 112), (286.9, 96), (1.0, 64)):
+    for seconds, longest in ((431.0, 256), (430.9, 240), (287.0, 112), (286.9, 96), (1.0, 48)):
         assert budget.longest_that_fits(lengths, seconds, 1.0) == longest
 
 
@@ -107,8 +107,8 @@ def test_a_slow_machine_cuts_texts_off_and_says_so(
     given = ["--texts", str(texts), "--out", str(tmp_path / "out"), "cat"]
     assert cli.main(given) == 0
     printed = capsys.readouterr().out
-    assert "texts are cut off after 64 tokens, from 64 to 256: embedding twice takes " in printed
-    assert "1 texts and 1 queries, 67 tokens in 1 batches" in printed
+    assert "texts are cut off after 48 tokens, from 48 to 256: embedding twice takes " in printed
+    assert "1 texts and 1 queries, 51 tokens in 1 batches" in printed
     assert cli.main([*given, "--max-tokens", "80"]) == 0
     printed = capsys.readouterr().out
     assert "texts are cut off" not in printed

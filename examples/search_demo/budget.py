@@ -9,8 +9,8 @@ import torch
 from search_demo.encoder import SentenceEncoder, pad
 from search_demo.measure import now
 
-EMBEDDING = 75.0  # seconds for embedding everything twice
-LONGEST, SHORTEST, APART = 256, 64, 16  # tokens after which a text may be cut off
+EMBEDDING = 60.0  # seconds for embedding everything twice
+LONGEST, SHORTEST, APART = 256, 48, 16  # tokens after which a text may be cut off
 STATISTICS = 1.1  # breadth and focus cost a tenth beside both models' passes
 SAMPLE = 16  # texts whose embedding is timed
 
@@ -29,7 +29,7 @@ def longest_that_fits(lengths: Sequence[int], seconds: float, each: float) -> in
         each: seconds that a token takes.
 
     Returns:
-        The largest of 64, 80, ..., 256 with which they fit, and 64 where none is.
+        The largest of 48, 64, ..., 256 with which they fit, and 48 where none is.
     """
     for longest in range(LONGEST, SHORTEST, -APART):
         if each * sum(min(length, longest) for length in lengths) <= seconds:
