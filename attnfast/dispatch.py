@@ -115,13 +115,16 @@ def _emulated_capability() -> tuple[int, int]:
     return major, minor
 
 
-@torch.compiler.assume_constant_result
 def cuda_unusable(index: int) -> str | None:
     """Why the driver or the GPU cannot run the kernels as they were built, or None."""
     if index not in _cuda_unusable:
         asked = IN_LIBRARY and torch.cuda.is_available()
         _cuda_unusable[index] = (torch.ops.attnfast.cuda_unusable(index) or None) if asked else None
     return _cuda_unusable[index]
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler with this package.
+cuda_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _cuda_workspace(problem: Problem) -> tuple[int, int]:
