@@ -2,9 +2,9 @@
 // Algorithm 1).
 //   o = softmax(scale * q k^T + bias) v        lse = logsumexp of the scores
 // Grid:   (batch entry, head, block of kM queries); the last queries, with causal the longest,
-// first Memory: q, one tile of k and one of v in shared memory: v arrives during q k^T, the next k
-// during
-//         the softmax and p v; s, p, acc, m, l in registers
+//         come first
+// Memory: q, one tile of k and one of v in shared memory: v arrives during q k^T, the next k
+//         during the softmax and p v; s, p, acc, m, l in registers
 // Limits: D and D_v up to kD; bf16, fp16
 #pragma once
 #include "arguments.h"
