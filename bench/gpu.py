@@ -6,13 +6,15 @@
 It needs torch, and Triton and numpy where kernels do; our wheel or a source build. In this order:
 
 1. the environment;
-2. the case tables of the tests on every GPU backend of ours that is present, smallest cases first;
-3. compute-sanitizer on a few of them, where the tool is installed;
-4. the timing grid beside all rivals, in order of value, until the minutes are used.
+2. the CUDA kernels on the GPU beside the same on their emulator, which is built where g++ is;
+3. the case tables of the tests on every GPU backend of ours that is present, smallest cases first;
+4. compute-sanitizer on a few of them, where the tool is installed;
+5. the timing grid beside all rivals, in order of value, until the minutes are used.
 
 Whatever may crash or hang runs in a guarded process and costs its own row only. Without kernels of
-ours it still measures rivals and ceilings. DIR then holds `timing.json`, `evidence-<backend>.json`
-of each backend, `log.txt` and `summary.txt`, the last table, of at most 60 lines.
+ours it still measures rivals and ceilings. DIR then holds `timing.json`, `crosscheck.json`,
+`evidence-<backend>.json` of each backend, `log.txt` and `summary.txt`, the last table, of at most
+60 lines.
 """
 
 from __future__ import annotations

@@ -60,11 +60,12 @@ def run(backend: str, device: str, table: str, index: int) -> Judged:
     Raises:
         AssertionError: A result is beyond the rule; one line for each.
     """
-    accuracy = _module("accuracy")
+    accuracy = module("accuracy")
+    case = _cases(table)[index]
     if table == "decode":
-        results, problem = _decode(backend, device, index)
+        results, problem = decode(backend, device, *case)
     else:
-        results, problem = _attention(backend, device, index)
+        results, problem = attention(backend, device, case)
     margins = accuracy.margins(results, problem)
     wrong = {name: margin for name, margin in margins.items() if not margin <= 1.0}
     if wrong:
@@ -85,9 +86,10 @@ def _kind(table: str, result: str) -> str:
     return "backward" if result.startswith("d") else "forward"
 
 
-def _attention(backend: str, device: str, index: int) -> tuple[dict[str, torch.Tensor], Any]:
-    cases = _module("cases")
-    problem = cases.problem(cases.CASES[index])
+def attention(backend: str, device: str, case: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """The results of a ``cases.Case``, on the CPU, and its problem."""
+    cases = module("cases")
+    problem = cases.problem(case)
     moved = problem._replace(
         inputs=_moved(problem.inputs, device), cotangents=_moved(problem.cotangents, device)
     )
@@ -95,16 +97,16 @@ def _attention(backend: str, device: str, index: int) -> tuple[dict[str, torch.T
     return {name: x.cpu() for name, x in results.items()}, problem
 
 
-def _decode(backend: str, device: str, index: int) -> tuple[dict[str, torch.Tensor], Any]:
-    decode = _module("decode_cases")
-    case, way = _cases("decode")[index]
-    call = decode.make(case)
+def decode(backend: str, device: str, case: Any, way: str) -> tuple[dict[str, torch.Tensor], Any]:
+    """The results of a ``decode_cases.Case``, on the CPU, and its problem of attention."""
+    cases = module("decode_cases")
+    call = cases.make(case)
     options = {
         name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in call.options.items()
     }
     moved = _moved(call._replace(options=None), device)._replace(options=options)
-    out, lse = decode.WAYS[way](moved, backend=backend)
-    return {"out": out.cpu(), "lse": lse.cpu()}, decode.equivalent(call)
+    out, lse = cases.WAYS[way](moved, backend=backend)
+    return {"out": out.cpu(), "lse": lse.cpu()}, cases.equivalent(call)
 
 
 def _moved(fields: Any, device: str) -> Any:
@@ -114,9 +116,9 @@ def _moved(fields: Any, device: str) -> Any:
 
 def _cases(table: str) -> Any:
     if table == "attention":
-        return _module("cases").CASES
-    decode = _module("decode_cases")
-    dtypes = _module("cases").DTYPES
+        return module("cases").CASES
+    decode = module("decode_cases")
+    dtypes = module("cases").DTYPES
     return [
         (replace(case, dtype=dtype), way)
         for case in decode.CASES
@@ -125,7 +127,7 @@ def _cases(table: str) -> Any:
     ]
 
 
-def _module(name: str) -> Any:
+def module(name: str) -> Any:
     """A module of the tests."""
     folder = str(ROOT / "tests")
     if folder not in sys.path:

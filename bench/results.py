@@ -6,6 +6,7 @@ sources). ``kind`` says what ``rows`` hold:
 
     timing      rows of `timing.Race.row`, and ``ceilings``
     evidence    rows of `evidence.Record`
+    crosscheck  rows of `crosscheck.run`
     scaling     points of `scaling.measure`, and ``ceilings``
 
 They lie in ``bench/results/<device>/``.
@@ -24,6 +25,7 @@ FACTS = ("kind", "date", "device", "machine", "settings", "versions", "kernel", 
 FIELDS = {  # by kind, what readers need of a row
     "timing": ("id", "suite", "case", "contestants", "ratio"),
     "evidence": ("backend", "kind", "dtype", "architecture", "stage"),
+    "crosscheck": ("id", "dtype", "failure", "margin"),
     "scaling": ("series", "seconds"),
 }
 

@@ -13,10 +13,11 @@ import torch
 
 from attnfast import dispatch
 
-from . import OURS, ROOT, environment, evidence, guard, results, suites, worker
+from . import OURS, ROOT, crosscheck, environment, evidence, guard, results, suites, worker
 from .summary import DTYPE_NAMES, case_name
 
-EVIDENCE_SHARE = 0.4  # of the time; the grid gets what is left
+CROSSCHECK_SHARE = 0.15  # of the time
+EVIDENCE_SHARE = 0.4  # of what is left; the grid gets the rest
 SANITIZER_SHARE = 0.1
 ROW_S = 120.0
 SANITIZED = 4  # cases per backend, the largest of the smallest tenth
@@ -84,6 +85,7 @@ def run(out: Path, until: float, *, dry: bool) -> int:
     """
     visit = Visit(out, until, dry=dry)
     _environment(visit)
+    _crosscheck(visit)
     _evidence(visit)
     _sanitize(visit)
     _grid(visit)
@@ -106,6 +108,31 @@ def _environment(visit: Visit) -> None:
         if reason is not None:
             visit.lines.append(f"  {backend}: {reason}"[:200])
     for line in visit.lines:
+        visit.say(line)
+
+
+def _crosscheck(visit: Visit) -> None:
+    """The emulator of the CUDA kernels beside the GPU; in a dry run, two of its schedules."""
+    until = visit.share(CROSSCHECK_SHARE)
+    reason = None if visit.dry else visit.refusals.get("cuda", "not part of this build")
+    emulator = None
+    if reason is None:
+        emulator, reason = crosscheck.library(visit.log, build=not visit.dry)
+    if emulator is None:
+        visit.lines.append(f"cuda, emulator and GPU: not compared: {reason}"[:200])
+        visit.say(visit.lines[-1])
+        return
+    if reason is not None:
+        visit.lines.append(f"cuda, emulator: an older library serves, the newest is {reason}")
+    architecture = None if visit.dry else environment.architecture("cuda", visit.device)
+    pair = crosscheck.sides(emulator, architecture)
+    items = crosscheck.plan(dry=visit.dry, turing=architecture == "sm_75")
+    rows = crosscheck.run(visit.command, pair, items, visit.log, until)
+    if rows:
+        results.save(visit.out / "crosscheck.json", visit.facts("crosscheck", "cuda"), rows)
+    visit.failures += [f"{row['id']}: {row['failure']}" for row in rows if row["failure"]]
+    for line in crosscheck.lines(pair, rows, len(items)):
+        visit.lines.append(line)
         visit.say(line)
 
 

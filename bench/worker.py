@@ -1,4 +1,4 @@
-"""The process that does guarded work: first calls, cases of the tests, ceilings, rows."""
+"""The process that does guarded work: first calls, cases, the cross-check, ceilings, rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import ceilings, environment, guard, proof, suites
+from . import ceilings, crosscheck, environment, guard, proof, suites
 from .clock import clock
 from .environment import Settings
 
@@ -18,6 +18,8 @@ def work(item: guard.Item) -> Any:
         judged = proof.run(item["backend"], item["device"], item["table"], item["index"])
         ran = environment.architecture(item["backend"], item["device"])
         return {"architecture": ran, "margins": judged.margins}
+    if item["task"] == "crosscheck":
+        return crosscheck.work(item)
     if item["task"] == "available":
         return environment.unavailable(item["backend"], item["device"])
     settings = Settings(**item["settings"])

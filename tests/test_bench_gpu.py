@@ -195,7 +195,7 @@ def test_a_case_is_judged_by_the_accuracy_rule(bench, monkeypatch):
     judged = bench.proof.run("cpu", "cpu", "attention", 0)
     assert judged.margins.keys() == {"forward", "backward"}
     assert all(0 <= margin <= 1 for margin, _ in judged.margins.values())
-    cases = bench.proof._module("cases")
+    cases = bench.proof.module("cases")
     right = cases.run
     monkeypatch.setattr(
         cases, "run", lambda *given: {name: x + 0.01 for name, x in right(*given).items()}
@@ -436,6 +436,13 @@ def test_dry_run(bench, tmp_path):
     assert {"forward", "backward", "decode"} <= {row["kind"] for row in proven.rows}
     assert all(not row["failed"] for row in proven.rows)
     json.loads((tmp_path / "timing.json").read_text())
+    if not (ROOT / "build" / "emulator" / "_emulator.so").exists():
+        assert "cuda, emulator and GPU: not compared: not built: make emulator" in summary
+        return
+    compared = bench.results.load(tmp_path / "crosscheck.json", "crosscheck").rows
+    assert len(compared) >= 5
+    assert all(row["same"] == 1 for row in compared), "a schedule changes no bit"
+    assert "cuda, schedule 0 and schedule 1, bf16: " in summary
 
 
 def test_make_gpu_runs_this_script():
