@@ -3,7 +3,9 @@
     python tools/support_matrix.py            print it
     python tools/support_matrix.py --write    put it into the README
 
-Every cell is a backend's own answer to a call with that feature. All backends must be available.
+Every cell is a backend's own answer to a call with that feature, in float32 or, where it does not
+take that, in bfloat16. All backends must be available; the CUDA kernels answer whether or not they
+were built.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def options(**changes: Any) -> dict[str, Any]:
 
 
 FEATURES: dict[str, list[dict[str, Any]]] = {
-    "float32": [{}],
+    "float32": [{"dtype": torch.float32}],
     "bfloat16, float16": [{"dtype": torch.bfloat16}, {"dtype": torch.float16}],
     "float64": [{"dtype": torch.float64}],
     "gradients": [{"requires_grad": True}],
@@ -76,25 +78,34 @@ def matrix() -> str:
         ValueError: A backend refuses even a plain call on this machine; one line.
     """
     columns = [
-        (device, row)
-        for device, table in dispatch.BACKENDS.items()
-        for row in table[: table.index(dispatch.REFERENCE)]
-    ] + [("cpu", dispatch.REFERENCE)]
-    for device, row in columns:
-        reason = row.unsupported(problem(device, {}))
-        if reason is not None:
-            raise ValueError(f"support matrix: {row.name} is not available here: {reason}")
+        (device, row, plain(device, row))
+        for device, row in (
+            ("cpu", dispatch.CPU),
+            ("cuda", dispatch.TRITON),
+            ("cuda", dispatch.CUDA),
+            ("cpu", dispatch.REFERENCE),
+        )
+    ]
     reasons: list[str] = []
     lines = []
     for feature, calls in FEATURES.items():
         cells = []
-        for device, row in columns:
-            refused = [row.unsupported(problem(device, call)) for call in calls]
+        for device, row, base in columns:
+            refused = [row.unsupported(problem(device, base | call)) for call in calls]
             cells.append(cell([reason for reason in refused if reason], reasons))
         lines.append(f"| {feature} | {' | '.join(cells)} |")
     notes = [f"{i}. {reason}" for i, reason in enumerate(reasons, 1)]
-    head = " | ".join(f"`{row.name}`" for _, row in columns)
+    head = " | ".join(f"`{row.name}`" for _, row, _ in columns)
     return "\n".join([f"| | {head} |", "| --- |" + " --- |" * len(columns), *lines, "", *notes])
+
+
+def plain(device: str, row: dispatch.Backend) -> dict[str, Any]:
+    """What changes a plain call into one that the backend takes: its dtype, or nothing."""
+    dtypes: tuple[dict[str, Any], ...] = ({}, {"dtype": torch.bfloat16})
+    answers = [row.unsupported(problem(device, dtype)) for dtype in dtypes]
+    if None not in answers:
+        raise ValueError(f"support matrix: {row.name} is not available here: {answers[0]}")
+    return dtypes[answers.index(None)]
 
 
 def cell(refused: list[str], reasons: list[str]) -> str:
