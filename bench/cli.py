@@ -268,7 +268,10 @@ def _prove(options: argparse.Namespace, isa: str | None) -> int:
     for outcome in failed:
         print(f"{options.backend} {outcome.item['id']}: {outcome.failure}", file=sys.stderr)
     name = f"{options.backend}, {facts['kernel']}"
-    print(f"{name}: {len(outcomes) - len(failed)} of {len(outcomes)} cases right")
+    taken = [outcome for outcome in outcomes if not evidence.refused(outcome)]
+    print(f"{name}: {len(taken) - len(failed)} of {len(taken)} cases right")
+    if (text := evidence.refusals(outcomes)) is not None:
+        print(f"{name}: {text}")
     return len(failed)
 
 

@@ -19,7 +19,7 @@ import attnfast
 from attnfast import dispatch
 
 from . import ROOT
-from .grid import SIZES
+from .grid import DTYPES, SIZES
 
 MEASURED = ("attnfast", "bench/*.py", "csrc", "kernels", "setup.py")  # what the dirty flag watches
 SOURCES = {  # what a backend's kernels are built from; those in Python all lie in one folder
@@ -94,12 +94,16 @@ def unavailable(backend: str, device: str = "cpu") -> str | None:
     """Why a backend cannot be measured here, in one line, or None."""
     if device == "cuda" and not torch.cuda.is_available():
         return "no GPU that this torch can use"
-    x = torch.zeros(1, 1, 1, 8, device=device)
-    try:
-        attnfast.attention(x, x, x, backend=backend)
-    except (RuntimeError, ValueError) as error:
-        return " ".join(str(error).split())
-    return None
+    reason = ""
+    for dtype in DTYPES.values():  # one that it takes is enough
+        x = torch.zeros(1, 1, 1, 8, device=device, dtype=dtype)
+        try:
+            attnfast.attention(x, x, x, backend=backend)
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+        else:
+            return None
+    return reason
 
 
 def architecture(backend: str, device: str = "cpu") -> str:

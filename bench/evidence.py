@@ -68,10 +68,13 @@ def record(
     Returns:
         Per kernel and stage: ``passed``, the ids of its tests; ``failed``, ids and reasons;
         ``worst``, the largest error as a share of what the accuracy rule allows, with its test and
-        result. A failed case counts against every kind of kernel that it may have come from.
+        result. A failed case counts against every kind of kernel that it may have come from; one
+        that the backend refuses, as it may, is in no row.
     """
     rows: dict[Kernel, results.Row] = {}
     for outcome in outcomes:
+        if refused(outcome):
+            continue
         item = outcome.item
         test = proof.test_id(backend, item["table"], item["index"])
         if outcome.failure is None:
@@ -145,6 +148,18 @@ def run(
         part = limits._replace(until=now + (until - now) / (len(families) - i))
         outcomes += guard.run(command, items, part, log, {"ATTNFAST_CPU_ISA": isa} if isa else {})
     return outcomes
+
+
+def refused(outcome: guard.Outcome) -> str | None:
+    """Why the backend refused an item, or None."""
+    reason: str | None = (outcome.result or {}).get("refused")
+    return reason
+
+
+def refusals(outcomes: Iterable[guard.Outcome]) -> str | None:
+    """How many items the backend refused, and its reasons; None if it took all."""
+    reasons = [reason for reason in map(refused, outcomes) if reason]
+    return f"{len(reasons)} refused: {'; '.join(sorted(set(reasons)))}" if reasons else None
 
 
 class Line(NamedTuple):

@@ -155,6 +155,8 @@ def _evidence(visit: Visit) -> None:
             )
             visit.say(visit.lines[-1])
         visit.failures += [f"{backend} {x.item['id']}: {x.failure}" for x in done if x.failure]
+        if (text := evidence.refusals(done)) is not None:
+            visit.lines.append(f"{backend}: {text}"[:200])
         if len(done) < len(outcomes):
             visit.lines.append(
                 f"{backend}: {len(outcomes) - len(done)} cases not run: no time left"
@@ -205,20 +207,27 @@ def _grid(visit: Visit) -> None:
     facts["ceilings"] = outcome.result
     visit.lines += _ceiling_lines(outcome.result)
     rows: list[results.Row] = []
+    refused: list[guard.Outcome] = []
     items = rows_by_value(visit)
     for item in items:
         item["ceilings"] = outcome.result
     for done in guard.run(visit.command, items, limits, visit.log):
         if done.failure == "no time left":
-            visit.lines.append(f"grid: {len(rows)} of {len(items)} rows, then no time was left")
+            ran = len(rows) + len(refused)
+            visit.lines.append(f"grid: {ran} of {len(items)} rows, then no time was left")
             break
         if done.failure:
             visit.failures.append(f"{done.item['suite']} {done.item['id']}: {done.failure}")
             visit.say(visit.failures[-1])
             continue
+        if evidence.refused(done):
+            refused.append(done)
+            continue
         rows.append(done.result)
         visit.say(suites.line(done.result))
         results.save(visit.out / "timing.json", facts, rows)
+    if (text := evidence.refusals(refused)) is not None:
+        visit.lines.append(f"grid: of {len(items)} rows {text}"[:200])
     visit.lines += [_row_line(row) for row in rows]
 
 

@@ -13,7 +13,17 @@ from .environment import Settings
 
 
 def work(item: guard.Item) -> Any:
-    """Do one item, as ``item["task"]`` says."""
+    """Do one item, as ``item["task"]`` says; where the backend refuses it, ``{"refused": why}``."""
+    try:
+        return _work(item)
+    except ValueError as error:
+        _, refusal, reason = str(error).partition(" cannot run this call: ")
+        if item["task"] not in ("case", "row") or not refusal:
+            raise
+        return {"refused": reason}
+
+
+def _work(item: guard.Item) -> Any:
     if item["task"] == "case":
         judged = proof.run(item["backend"], item["device"], item["table"], item["index"])
         ran = environment.architecture(item["backend"], item["device"])

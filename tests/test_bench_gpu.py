@@ -204,6 +204,38 @@ def test_a_case_is_judged_by_the_accuracy_rule(bench, monkeypatch):
         bench.proof.run("cpu", "cpu", "attention", 0)
 
 
+def test_what_a_backend_refuses_is_no_failure(bench, tmp_path):
+    """The CUDA kernels, on their emulator, take no fp32 and no D above 256."""
+    emulator = ROOT / "build" / "emulator" / "_emulator.so"
+    if not emulator.exists():
+        pytest.skip("the emulator of the CUDA kernels is not built: make emulator")
+    plan = bench.evidence.plan("cuda", "cpu")
+    fp32, bf16 = (next(x for x in plan if x["dtype"] == name) for name in ("float32", "bfloat16"))
+    wide = next(x for x in plan if "D512:" in x["id"] and x["dtype"] == "bfloat16")
+    settings = bench.environment.settings({}, size="smoke", threads=1)._asdict()
+    row = {"task": "row", "suite": "forward", "index": 0, "ceilings": None, "settings": settings}
+    asked = {"task": "available", "backend": "cuda", "device": "cpu"}
+    first, *cases, timed = bench.guard.run(
+        [sys.executable, str(ROOT / "bench" / "gpu.py"), "--worker"],
+        [asked, fp32, bf16, wide, row | {"id": "row", "backend": "cuda"}],
+        bench.guard.Limits(start_s=120, item_s=60, deaths=1),
+        tmp_path / "log.txt",
+        {"ATTNFAST_EMULATOR": str(emulator), "OMP_NUM_THREADS": "1"},
+    )
+    assert (first.result, first.failure) == (None, None)
+    assert not any(x.failure for x in (*cases, timed)), cases
+    reasons = ["takes bfloat16 and float16, got float32", "takes D and D_v up to 256, got 512"]
+    assert [bench.evidence.refused(x) for x in cases] == [reasons[0], None, reasons[1]]
+    assert bench.evidence.refused(timed) == reasons[0]
+    assert bench.evidence.refusals(cases) == f"2 refused: {reasons[1]}; {reasons[0]}"
+    assert bench.evidence.refusals([cases[1]]) is None
+    rows = bench.evidence.record("cuda", "cpu", cases, "none")
+    assert {(row["dtype"], row["kind"]) for row in rows} <= {
+        ("bfloat16", "forward"), ("bfloat16", "backward")
+    }  # fmt: skip
+    assert not any(row["failed"] for row in rows)
+
+
 @pytest.fixture
 def evidence_file(bench, tmp_path):
     """Writes evidence of the outcomes of some cases; returns their rows."""
