@@ -221,7 +221,7 @@ def test_another_architectures_rounding_is_within_the_bound(bench, emulator, tmp
     assert [row["id"] for row in rows] == [item["id"] for item in items]
     assert not any(row["failure"] for row in rows), rows
     assert any(row["margin"] > 0 for row in rows)
-    assert all(0.9 < row["same"] <= 1 for row in rows)
+    assert all(0.8 < row["same"] <= 1 for row in rows)
     [line] = bench.crosscheck.lines(tuple(sides), rows, len(items))
     assert line.startswith(f"cuda, sm_80 and sm_75, fp16: {len(items)} cases agree, 0 do not, 9")
 

@@ -11,7 +11,7 @@ import decode_cases
 import pytest
 import torch
 from cases import CASES, EVERYTHING, Case, bf16, fp16, problem, run
-from emulation import EMULATED, NOT_EMULATED, SEEDS, architecture, check_case, schedule
+from emulation import EMULATED, NOT_EMULATED, SEEDS, architecture, check_case, places, schedule
 from torch import Tensor
 
 import attnfast
@@ -111,6 +111,16 @@ def test_no_schedule_changes_a_bit(case: Case) -> None:
     first, *others = (results_on(case, seed, threads=1 + seed % 2) for seed in SEEDS)
     for other in others:
         assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
+
+
+def test_kernels_read_the_dropout_seed() -> None:
+    """From memory: the host, which does not wait for the device, cannot know it."""
+    for dropout_p in (0.0, 0.3):
+        case = replace(PLAIN, dropout_p=dropout_p)
+        found = places(lambda case=case: results(case))
+        kernels = [place for place in found if place.op == "load_global"]
+        assert kernels
+        assert any(place.file == "philox.h" for place in kernels) == (dropout_p > 0)
 
 
 def results_on(case: Case, seed: int, threads: int) -> list[Tensor]:
