@@ -1,9 +1,9 @@
 // Attention backward for queries, one warp per 16 or 32 of them: dk and dv's counterpart, so that
 // neither needs atomics and both repeat bit for bit.
 //   s = q k^T    dP = do v^T    dq += scale dx k
-// Grid:   (batch entry, head, block of kStay queries); the last queries, with causal the longest,
-// first Memory: the queries' q and do in shared memory, and a ring of k and v; s, dP, dq in
-// registers Limits: D and D_v up to kD; bf16, fp16
+// Grid:   (batch entry, head, block of kStay queries); the last ones, with causal longest, first
+// Memory: the queries' q and do in shared memory, and a ring of k and v; s, dP, dq in registers
+// Limits: D and D_v up to kD; bf16, fp16
 #pragma once
 #include "gradients.h"
 #include "launch.h"

@@ -1,7 +1,7 @@
 // Attention backward of short sequences in one launch: where T and S are at most 128, the time of
 // launches and of reading q, k, v and do twice is what counts.
-//   delta = rowsum(do o)    s^T, dP^T -> dk, dv    s, dP -> dq        (as the kernels for any
-//   length)
+//   delta = rowsum(do o)    s^T, dP^T -> dk, dv    s, dP -> dq
+//   (as the kernels for any length)
 // Grid:   (batch entry, key head)
 // Memory: all of the head's k and v, and a query head's q and do with their row terms, in shared
 //         memory; warps have 16 keys each, then 16 queries each, and dk, dv, dq in registers
