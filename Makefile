@@ -65,7 +65,7 @@ test-cuda: emulator $(TEST)  ## every test of the CUDA kernels, on the CPU
 
 test-triton: build $(TEST) $(TRITON_LATEST)  ## every test of the Triton kernels, in Triton's interpreter
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal \
-	  tests/triton $(ARGS)
+	  tests/triton_kernels $(ARGS)
 
 aot: build $(TRITON_LATEST) build/triton-3.6/.installed  ## compile the Triton kernels for every architecture, without a GPU; TRITON=3.6 or 3.9
 	PYTHONPATH=$(if $(filter 3.6,$(TRITON)),build/triton-3.6) $(PY) tools/aot.py $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,22 @@ hypothesis.settings.register_profile(
     "long", hypothesis.settings.get_profile("default"), derandomize=False, max_examples=5000
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``make test-triton ARGS="--part 1/4"``: every test belongs to one of the parts."""
+    parser.addoption("--part", default="1/1", metavar="N/M", help="the N-th of M parts")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of the part that was asked for."""
+    part, parts = map(int, config.getoption("--part").split("/"))
+    digests = [int(hashlib.sha256(item.name.encode()).hexdigest(), 16) for item in items]
+    chosen = [digest % parts == part - 1 for digest in digests]
+    config.hook.pytest_deselected(
+        items=[x for x, here in zip(items, chosen, strict=True) if not here]
+    )
+    items[:] = [x for x, here in zip(items, chosen, strict=True) if here]
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ def interpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_sample() -> None:
     done = interpreted(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton/test_triton_sample.py"
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_kernels/test_triton_sample.py"
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
@@ -45,7 +45,7 @@ def test_sample() -> None:
 
 def collected(*arguments: str) -> list[str]:
     """The ids of tests that a run would have."""
-    where = "tests/triton/test_triton_bounds.py"
+    where = "tests/triton_kernels/test_triton_bounds.py"
     done = interpreted(
         "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", where, *arguments
     )

@@ -6,7 +6,6 @@ where they are imported. `make test-triton` runs all of it, tests/test_triton.py
 
 from __future__ import annotations
 
-import hashlib
 import os
 
 import hypothesis
@@ -44,11 +43,6 @@ if INTERPRETED:
     hypothesis.settings.load_profile("interpreter")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """``make test-triton ARGS="--part 1/4"``: every test belongs to one of the parts."""
-    parser.addoption("--part", default="1/1", metavar="N/M", help="the N-th of M parts")
-
-
 @pytest.fixture(autouse=True)
 def triton_in_place_of_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors are Triton's, and values are checked as the CPU's operators check them."""
@@ -61,14 +55,11 @@ def triton_in_place_of_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep one in so many; numpy, which interprets, warns of what a GPU does silently: 1 / 0."""
     kept, left_out = [], []
-    part, parts = map(int, config.getoption("--part", "1/1").split("/"))
     for i, item in enumerate(items):
         item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
         name = getattr(item, "originalname", item.name)
         module = item.path.stem
         few = i % ONE_IN.get(module, 1) and item.name != name  # what has no parameters stays
-        digest = int(hashlib.sha256(item.name.encode()).hexdigest(), 16)
-        elsewhere = digest % parts != part - 1
-        (left_out if few or elsewhere or name in LEFT_OUT else kept).append(item)
+        (left_out if few or name in LEFT_OUT else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
