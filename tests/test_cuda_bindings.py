@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_cuda_launch import CODES
+from test_cuda_launch import TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC, BUILT = ROOT / "csrc", ROOT / "build" / "emulator"
@@ -27,19 +27,8 @@ TORCH_CALLS = {"guard", "unguard", "stream", "empty", "fill_", "aten::zero_", "a
                "from", "aten::select"}  # fmt: skip
 
 HEADER = (
-    """
-#pragma once
-#include <cstddef>
-#include <cstdint>
-#include <cstdlib>
-#include <string>
-enum cudaError_t {"""
-    + ", ".join(f"{name} = {code}" for name, code in CODES.items())
-    + """};
-typedef void* cudaStream_t;
-struct dim3 { unsigned x; explicit dim3(unsigned n) : x(n) {} };
-struct cudaFuncAttributes {};
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+    TYPES
+    + """
 void record(const char* function, void* stream);
 int current_device();
 inline cudaError_t heard(const char* function, void* stream = nullptr) {
@@ -48,8 +37,6 @@ inline cudaError_t heard(const char* function, void* stream = nullptr) {
   return failing && std::string(failing) == function ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "words"; }
-inline const char* cudaGetErrorName(cudaError_t) { return "name"; }
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int) {
   return heard("cudaFuncSetAttribute");
 }

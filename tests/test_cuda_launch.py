@@ -35,7 +35,7 @@ CODES = {
     "cudaErrorLaunchFailure": 719,
     "cudaErrorStreamCaptureUnsupported": 900,
 }
-HEADER = (
+TYPES = (
     """
 #pragma once
 #include <cstddef>
@@ -49,6 +49,13 @@ typedef void* cudaStream_t;
 struct dim3 { unsigned x; explicit dim3(unsigned n) : x(n) {} };
 struct cudaFuncAttributes {};
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline const char* cudaGetErrorString(cudaError_t) { return "words"; }
+inline const char* cudaGetErrorName(cudaError_t) { return "name"; }
+"""
+)
+HEADER = (
+    TYPES
+    + """
 inline int last = 0;
 inline cudaError_t say(const char* function) {
   const std::string failing = std::getenv("FAILING");
@@ -57,8 +64,6 @@ inline cudaError_t say(const char* function) {
   return static_cast<cudaError_t>(code);
 }
 inline cudaError_t cudaGetLastError() { const int x = last; last = 0; return cudaError_t(x); }
-inline const char* cudaGetErrorString(cudaError_t) { return "words"; }
-inline const char* cudaGetErrorName(cudaError_t) { return "name"; }
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return say("attribute"); }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return say("any"); }
 inline cudaError_t cudaGetDevice(int* x) { *x = 0; return say("device"); }
