@@ -38,7 +38,7 @@ def problem(line: str, switches: set[str]) -> str | None:
         return None
     program, *rest = words
     if program == "make":
-        return make_problem(rest)
+        return make_problem(rest, switches)
     if program == "pip":
         return pip_problem(rest)
     if program in ("python", ".venv/bin/python", "torchrun"):
@@ -50,11 +50,11 @@ def problem(line: str, switches: set[str]) -> str | None:
     return f"no check for {program}: teach {Path(__file__).name}"
 
 
-def make_problem(words: list[str]) -> str | None:
-    """Targets must be in the Makefile, and variables be known to it."""
+def make_problem(words: list[str], switches: set[str]) -> str | None:
+    """Targets must be in the Makefile, and variables be known to it or to what it runs."""
     for word in words:
         assigned = ASSIGNMENT.fullmatch(word)
-        if assigned and assigned[1] not in MAKE_VARIABLES:
+        if assigned and assigned[1] not in MAKE_VARIABLES | switches:
             return f"make does not know {assigned[1]}"
         if not assigned and word not in TARGETS:
             return f"make has no target {word}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,29 +50,99 @@ def test_architectures(tmp_path: Path, archs: str) -> None:
     assert done.stderr.endswith(f"got '{archs}'\n")
 
 
-def test_kernels_are_named_by_their_templates() -> None:
-    keys = "void attnfast::cuda::attention_bwd_keys_kernel<attnfast::cuda::Float16, 256, false, "
-    assert cuda_resources.kernel(
-        keys + "true, false>(attnfast::cuda::BackwardArguments)"
-    ) == Kernel("attention_bwd_keys<fp16, 256, options, dk>", 256)
-    forward = "void attnfast::cuda::attention_fwd_kernel<attnfast::cuda::BFloat16, 64, true>(...)"
-    assert cuda_resources.kernel(forward) == Kernel("attention_fwd<bf16, 64, plain>", 64)
-    sinks = "attnfast::cuda::(anonymous namespace)::attention_bwd_sinks_kernel(...)"
-    assert cuda_resources.kernel(sinks) == Kernel("attention_bwd_sinks", 0)
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("attention_fwd_kernel<BFloat16, 64, true>", "attention_fwd<bf16, 64, plain>"),
+        (
+            "attention_bwd_keys_kernel<Float16, 256, false, true, false, false>",
+            "attention_bwd_keys<fp16, 256, options, dk>",
+        ),
+        (
+            "attention_bwd_keys_kernel<Float16, 128, true, false, true, true>",
+            "attention_bwd_keys<fp16, 128, plain, small, dv>",
+        ),
+        (
+            "attention_bwd_keys_kernel<Float16, 64, true, true, true, false>",
+            "attention_bwd_keys<fp16, 64, plain>",
+        ),
+        ("attention_decode_kernel<Float16, 256, true>", "attention_decode<fp16, 256, small>"),
+        ("attention_bwd_short_kernel<BFloat16, 64>", "attention_bwd_short<bf16, 64>"),
+        ("attention_bwd_rows_kernel<Float16>", "attention_bwd_rows<fp16>"),
+        ("attention_bwd_sinks_kernel", "attention_bwd_sinks"),
+    ],
+)
+def test_kernels_are_named_by_their_templates(template: str, name: str) -> None:
+    qualified = re.sub(r"(BFloat16|Float16)", r"attnfast::cuda::\1", template)
+    signature = f"void attnfast::cuda::(anonymous namespace)::{qualified}(attnfast::cuda::X)"
+    head_dim = re.search(r", (\d+)", template)
+    found = cuda_resources.kernel(signature)
+    assert found == Kernel(name, int(head_dim[1]) if head_dim else 0)
 
 
-def test_spills_and_missing_instructions_are_faults() -> None:
-    sound, spilling = Usage(200, 0, (8, 8, 8)), Usage(255, 16, (8, 8, 8))
+def test_shared_memory_is_known_without_the_dtype() -> None:
+    known = cuda_resources.shared_bytes()
+    assert known["attention_fwd<64, plain>"] == (128 + 2 * 64) * 64 * 2
+    assert known["attention_bwd_keys<128, options, small, dk>"] <= 64 << 10
+    assert Kernel("attention_fwd<bf16, 64, plain>", 64).without_dtype() in known
+
+
+def test_what_breaks_the_rules_is_a_fault() -> None:
+    code, none = (8, 8, 8, 8), (0, 0, 0, 0)
+    sound, spilling = Usage(200, 0, code, 9000), Usage(255, 16, code)
     usages = {
-        Kernel("a<bf16, 128>", 128): {"sm_80": sound, "sm_90": spilling},
+        Kernel("a<bf16, 128>", 128): {
+            "sm_80": sound,
+            "sm_90": spilling,
+            "sm_75": Usage(8, 0, none),
+        },
         Kernel("b<bf16, 256>", 256): {"sm_80": spilling},
-        Kernel("c<bf16, 64>", 64): {"sm_80": Usage(100, 0, (8, 8, 0))},
-        Kernel("rows", 0): {"sm_80": Usage(50, 0, (0, 0, 0))},
+        Kernel("c<bf16, 64>", 64): {"sm_80": Usage(100, 0, (8, 8, 0, 8))},
+        Kernel("d<fp16, 64>", 64): {"sm_75": sound, "sm_120": Usage(99, 0, code, 100 << 10)},
+        Kernel("e<fp16, 96, small>", 96): {"sm_75": Usage(8, 0, none), "sm_80": sound},
+        Kernel("f<fp16, 96, small>", 96): {
+            "sm_75": Usage(9, 0, (8, 8, 0, 8)),
+            "sm_80": Usage(8, 0, none),
+        },
+        Kernel("rows", 0): {"sm_80": Usage(50, 0, (0, 0, 0, 8)), "sm_75": Usage(8, 0, none)},
+        Kernel("g<bf16, 64>", 64): {"sm_80": Usage(8, 0, none), "sm_75": sound},
     }
     assert list(cuda_resources.wrong(usages)) == [
         "a<bf16, 128> on sm_90 spills 16 bytes",
-        "c<bf16, 64> on sm_80 lacks one of ('HMMA', 'LDSM', 'LDGSTS'): (8, 8, 0)",
+        "c<bf16, 64> on sm_80 has {'HMMA': 8, 'LDSM': 8, 'LDGSTS': 0, 'STG': 8}",
+        "d<fp16, 64> on sm_75 has {'HMMA': 8, 'LDSM': 8, 'LDGSTS': 8, 'STG': 8}",
+        f"d<fp16, 64> on sm_120 needs {100 << 10} bytes of shared memory, of 99 KB",
+        "e<fp16, 96, small> on sm_75 has no code",
+        "e<fp16, 96, small> on sm_80 has code that is never run",
+        "rows on sm_75 has no code",
+        "g<bf16, 64> on sm_80 has no code",
+        "g<bf16, 64> on sm_75 has code that is never run",
+        "g<bf16, 64> on sm_75 has {'HMMA': 8, 'LDSM': 8, 'LDGSTS': 8, 'STG': 8}",
     ]
+
+
+def test_the_committed_table_is_of_all_architectures_and_without_faults() -> None:
+    """Read back from the file: the library of the wheel is built for these."""
+    usages: cuda_resources.Usages = {}
+    with cuda_resources.TABLE.open() as file:
+        for row in csv.DictReader(file):
+            head_dim = re.search(r"(?<= )\d+", row["kernel"])
+            each = Kernel(row["kernel"], int(head_dim[0]) if head_dim else 0)
+            numbers = [int(row[name]) for name in cuda_resources.INSTRUCTIONS[:-1]]
+            usages.setdefault(each, {})[row["architecture"]] = Usage(
+                int(row["registers"]), int(row["spilled"]), (*numbers, 1), int(row["shared"])
+            )
+    assert not list(cuda_resources.wrong(usages))
+    assert cuda_resources.architectures(usages) == [f"sm_{x}" for x in (75, 80, 90, 100, 120)]
+    makefile = (ROOT / "Makefile").read_text()
+    assert "ATTNFAST_CUDA_ARCHS ?= 75 80 90 100 120" in makefile
+    shared = cuda_resources.shared_bytes()
+    for each, by_arch in usages.items():
+        if each.head_dim:
+            assert {usage.shared for usage in by_arch.values()} == {shared[each.without_dtype()]}
+    assert cuda_resources.csv_of(usages) == cuda_resources.TABLE.read_text()
+    page = cuda_resources.PAGE.read_text()
+    assert cuda_resources.table(usages) in page
 
 
 def test_the_library_with_cuda_loads_without_it() -> None:
@@ -85,4 +157,4 @@ def test_the_library_with_cuda_loads_without_it() -> None:
         [sys.executable, "-c", code], env=os.environ | {"ATTNFAST_NATIVE": str(library)},
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.stdout.startswith("['triton', 'cuda', 'reference']"), done.stderr
+    assert done.stdout.startswith("['triton', 'cuda', 'reference', 'gluon']"), done.stderr

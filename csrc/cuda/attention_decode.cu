@@ -8,22 +8,12 @@
 //         then add up by way of shared memory
 // Limits: D and D_v up to ATTNFAST_HEAD_DIM; bf16, fp16
 #include "arguments.h"
+#include "decode_shape.h"
 #include "launch.h"
 #include "scores.h"
 
 namespace attnfast::cuda {
 namespace {
-
-// kSmall: half the warps and keys, for the shared memory of sm_75.
-template <int kD, bool kSmall>
-struct DecodeShape {
-  static constexpr int kWarps = kSmall ? 2 : 4, kThreads = kWarps * kWarpSize;
-  static constexpr int kRows = 16, kOwnKeys = 16, kKeys = kWarps * kOwnKeys;
-  static constexpr int kSharedBytes = (kRows + 2 * kKeys) * kD * 2;
-  static constexpr bool kOnTuring = kSharedBytes <= kTuringShared;
-  static_assert(kKeyTile % kKeys == 0 && (kSmall ? kOnTuring : kSharedBytes <= kSharedLimit));
-  static_assert(kWarps * kRows * kD * 4 <= 2 * kKeys * kD * 2, "sums take the place of k and v");
-};
 
 // Queries of the heads that share a key head, and keys of a cache, contiguous or in pages.
 template <class Element>

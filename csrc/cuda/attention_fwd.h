@@ -10,6 +10,7 @@
 #include "arguments.h"
 #include "head.h"
 #include "launch.h"
+#include "prims/opaque.h"
 #include "scores.h"
 #include "tile.h"
 
@@ -26,6 +27,22 @@ struct ForwardShape {
   static constexpr int kSharedBytes = (kM + 2 * kN) * kD * 2;
   // Where not, for its shared memory or, at 128, its registers, the form with options serves.
   static constexpr bool kOnTuring = kSharedBytes <= kTuringShared && !(kPlain && kD == 128);
+};
+
+// A thread's place in the block: its warp's first query and rows of q, its lane. Found anew for
+// every tile: kept, it takes registers that D = 128 lacks (sm_90 spilled 152 bytes).
+template <int kD, bool kPlain>
+struct ForwardPlace {
+  static constexpr int kWarpRows = ForwardShape<kD, kPlain>::kRowTiles * 16;
+  int lane, t0;
+  uint32_t q_rows;
+
+  ATTNFAST_DEVICE ForwardPlace(int t_block, uint32_t q_tile) {
+    const int thread = opaque(thread_index()), warp = thread / kWarpSize;
+    lane = thread % kWarpSize;
+    t0 = t_block + warp * kWarpRows;
+    q_rows = q_tile + warp * kWarpRows * kD * 2;
+  }
 };
 
 // The running softmax of a lane's rows, two for each row tile: row 2 * m + half.
@@ -57,8 +74,6 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   const int t_block = static_cast<int>(query_blocks - 1 - index % query_blocks) * kM;
   const Head head(p, arguments.rows_q, arguments.rows_k, bh / p.H, bh % p.H);
   if (t_block >= head.T) return;
-  const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
-  const int t0 = t_block + warp * kRowTiles * 16;  // the warp's first query
   const int t_last = min_of(t_block + kM, head.T) - 1;
   const int key_begin = head.first_key(t_block) / kN * kN, key_end = head.end_key(t_last);
   const ScoreOptions options(p, head);
@@ -67,7 +82,6 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   // Shared memory
   const uint32_t q_tile = shared_memory(), k_tile = q_tile + kM * kD * 2;
   const uint32_t v_tile = k_tile + kN * kD * 2;
-  const uint32_t q_rows = q_tile + warp * kRowTiles * 16 * kD * 2;  // the warp's
   const int D_v = static_cast<int>(p.D_v);
   const auto q = head.queries_of<Element>(p.q, p.D, arguments.q_aligned);
   const auto k = head.keys_of<Element>(p.k, p.D, arguments.k_aligned);
@@ -88,6 +102,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   }
   commit_copies();
   for (int s0 = key_begin; s0 < key_end; s0 += kN) {
+    const auto [lane, t0, q_rows] = ForwardPlace<kD, kPlain>(t_block, q_tile);
     wait_copies<0>();
     sync_block();  // q and k are here, and no warp reads v any more
     load_tile<kD, kN, kThreads, !kPlain>(v_tile, v, s0);
@@ -167,9 +182,10 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
     }
     add_registers_times_rows<Element, kD, !kPlain>(acc, s, v_tile, live, lane);
   }
-  if (t0 >= head.T) return;
 
   // Rows
+  const auto [lane, t0, q_rows] = ForwardPlace<kD, kPlain>(t_block, q_tile);
+  if (t0 >= head.T) return;
   const float to_natural = kPlain ? p.scale : options.to_natural();
   const float keep = dropout_factor(p);
   float norm[kRows];

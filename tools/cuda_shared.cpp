@@ -1,0 +1,59 @@
+// Prints what the CUDA kernels are launched with: name, threads and bytes of shared memory of every
+// tile shape, a line each; cuda_resources.py runs it. Nothing is launched.
+#include <cstdio>
+#include <string>
+
+#include "cuda/attention_bwd_bias.h"
+#include "cuda/attention_bwd_keys.h"
+#include "cuda/attention_bwd_queries.h"
+#include "cuda/attention_bwd_short.h"
+#include "cuda/attention_fwd.h"
+#include "cuda/decode_shape.h"
+#include "cuda/probabilities.h"
+
+namespace attnfast::cuda {
+
+template <class Shape>
+void say(const std::string& name, int head_dim, const char* form = "") {
+  std::printf("%s<%d%s> %d %d\n", name.c_str(), head_dim, form, Shape::kThreads,
+              Shape::kSharedBytes);
+}
+
+template <int kD, bool kPlain, bool kSmall>
+void say_backward(const char* form) {
+  using Keys = BackwardShape<kD, kPlain, true, kSmall>;
+  say<BackwardShape<kD, kPlain, false, kSmall>>("attention_bwd_queries", kD, form);
+  for (const char* part : {"", ", dk", ", dv"}) {
+    say<Keys>("attention_bwd_keys", kD, (std::string(form) + part).c_str());
+  }
+}
+
+template <int kD>
+void say_all() {
+  say<ForwardShape<kD, true>>("attention_fwd", kD, ", plain");
+  say<ForwardShape<kD, false>>("attention_fwd", kD, ", options");
+  for (const char* name : {"attention_weights", "attention_received", "attention_weight_rows"}) {
+    say<ProbabilityShape<kD>>(name, kD);
+  }
+  say_backward<kD, true, false>(", plain");
+  say_backward<kD, false, false>(", options");
+  if constexpr (kD <= 128) {
+    say_backward<kD, true, true>(", plain, small");
+    say_backward<kD, false, true>(", options, small");
+  }
+  say<BiasShape<kD>>("attention_bwd_bias", kD);
+  if constexpr (kD <= 64) say<ShortShape<kD>>("attention_bwd_short", kD);
+  say<DecodeShape<kD, false>>("attention_decode", kD);
+  say<DecodeShape<kD, true>>("attention_decode", kD, ", small");
+}
+
+}  // namespace attnfast::cuda
+
+int main() {
+  attnfast::cuda::say_all<32>();
+  attnfast::cuda::say_all<64>();
+  attnfast::cuda::say_all<96>();
+  attnfast::cuda::say_all<128>();
+  attnfast::cuda::say_all<192>();
+  attnfast::cuda::say_all<256>();
+}
