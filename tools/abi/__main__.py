@@ -1,8 +1,8 @@
 """Install the wheel in fresh environments, without a compiler, and check it there.
 
-Each environment is one Python and one torch: the oldest that the wheel promises to serve and the
-newest on the registry. On the way a wheel is built from the source distribution. Needs about 6 GB
-of disk and a network; `make test-abi` runs it.
+Each environment is one Python and one torch: the oldest that the wheel promises to serve, the
+newest on the registry and some between. On the way a wheel is built from the source distribution.
+Needs about 6 GB of disk and a network; `make test-abi` runs it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from . import environments, table
 from .environments import NEWEST, Environment, Failure
 
 ROOT = Path(__file__).resolve().parents[2]
-OLDEST = "2.10"
+OLDEST, BETWEEN = "2.10", ("2.11", "2.13")  # those between under the last Python only
 SPACE_GB = 6
 
 
@@ -45,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         passed = result["sdist"]["outcome"] == "passed"
     result["environments"] = []
     for version in options.python:
-        for torch in options.torch:
+        between = BETWEEN if version == options.python[-1] else ()
+        for torch in options.torch or (OLDEST, *between, NEWEST):
             row = one(version, torch, wheel, options, compiler)
             passed = passed and row.outcome == "passed"
             result["environments"].append(environments.row(row))
@@ -62,9 +63,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--torch",
         nargs="+",
-        default=[OLDEST, NEWEST],
         metavar="VERSION",
-        help=f"such as 2.10, or {NEWEST} (default: {OLDEST} {NEWEST})",
+        help=f"such as {OLDEST}, or {NEWEST} (default: {OLDEST} {NEWEST}, and"
+        f" {' '.join(BETWEEN)} under the last Python)",
     )
     parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="holds the wheel")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "abi", help="for the venvs")
