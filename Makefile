@@ -26,7 +26,7 @@ DEMO := $(call stamp,demo,requirements/demo.txt)
 TRITON_LATEST := $(call stamp,triton,requirements/triton.txt)
 EDITABLE := $(call stamp,editable,pyproject.toml)
 
-# Python compiles a module when it is first imported: compiling all of torch here would take half a minute.
+# Python compiles a module when it is first imported; compiling all of them here took a minute of three.
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
 # $(1) what is installed, $(2) pip's arguments: one line when it fails, the rest in a log.
 install = @echo "installing $(1)" && $(PIP) $(2) 2> $(VENV)/pip.log || { \

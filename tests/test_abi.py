@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools.abi import __main__ as tools_abi
 from tools.abi import environments, pythons, stubs, table
 from tools.abi.__main__ import main
 from tools.abi.environments import Environment, Failure
@@ -190,3 +191,25 @@ def test_stand_ins_carry_the_names_and_versions_wanted(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout == "200\n", done.stderr
     assert sorted(path.name for path in (tmp_path / "stubs").iterdir()) == made
+
+
+def test_which_environments_are_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The oldest torch and the newest under both Pythons, those between under the last."""
+    tried: list[tuple[str, str]] = []
+
+    def one(version: str, torch: str, *_: object) -> Environment:
+        tried.append((version, torch))
+        return Environment(version, torch, 0, "passed", "24 of 24", "avx2", [], 0.0, 0.0)
+
+    monkeypatch.setattr(tools_abi, "one", one)
+    for name in ("a.whl", "a.tar.gz"):
+        (tmp_path / name).touch()
+    common = ["--dist", str(tmp_path), "--work", str(tmp_path), "--no-sdist"]
+    assert main(common) == 0
+    assert tried == [
+        ("3.10", "2.10"), ("3.10", "newest"),
+        ("3.13", "2.10"), ("3.13", "2.11"), ("3.13", "2.13"), ("3.13", "newest"),
+    ]  # fmt: skip
+    tried.clear()
+    assert main([*common, "--python", "3.12", "--torch", "2.12"]) == 0
+    assert tried == [("3.12", "2.12")]

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,14 +25,6 @@ def run(*arguments, timeout=240, **variables):
     return subprocess.run(
         command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=timeout
     )
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """The modules of the benchmarks, which are not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    names = ("clock", "environment", "grid", "rivals", "suites", "timing")
-    return SimpleNamespace(**{name: importlib.import_module(f"bench.{name}") for name in names})
 
 
 def test_every_suite_runs_from_end_to_end(bench, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,14 +12,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SDPA = "torch.sdpa flash"
 QUICK_S = 570
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """The modules of the benchmarks, which are not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    names = ("budget", "clock", "environment", "grid", "suites", "timing")
-    return SimpleNamespace(**{name: importlib.import_module(f"bench.{name}") for name in names})
 
 
 class Machine:

@@ -7,12 +7,10 @@ into another place of memory, and single rounds are disturbed.
 
 from __future__ import annotations
 
-import importlib
 import math
 import random
 import statistics
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -20,14 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("forward", "backward", "decode", "module", "encoder")
 ROWS = 40  # of each suite
 QUIET, BUSY = 0.01, 0.03  # standard deviations of a contestant's time from one run to the next
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """The modules of the benchmarks, which are not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    names = ("compare", "results", "timing")
-    return SimpleNamespace(**{name: importlib.import_module(f"bench.{name}") for name in names})
 
 
 def true_times(rng):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,14 +13,6 @@ from cases import Case, bf16, fp16
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "emulator" / "_emulator.so"
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """The modules of the benchmarks, which are not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    names = ("crosscheck", "proof", "results", "visit", "worker")
-    return SimpleNamespace(**{name: importlib.import_module(f"bench.{name}") for name in names})
 
 
 @pytest.fixture

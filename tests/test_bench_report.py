@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,14 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKED = "# Title\n\n<!-- bench:begin -->\nold\n<!-- bench:end -->\n\nThe rest.\n"
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """The modules of the benchmarks, which are not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    names = ("cli", "grid", "report", "results", "summary")
-    return SimpleNamespace(**{name: importlib.import_module(f"bench.{name}") for name in names})
 
 
 def measured(ours_s, rival_s, once=(), spread=0.01):

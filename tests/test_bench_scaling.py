@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("matplotlib")
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """The modules of the benchmarks, which are not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    names = ("cli", "environment", "model", "results", "scaling")
-    return SimpleNamespace(**{name: importlib.import_module(f"bench.{name}") for name in names})
 
 
 def shape(bench, **changes):

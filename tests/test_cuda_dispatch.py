@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,12 +98,22 @@ def test_the_library_is_asked_once_per_gpu(
 
 
 def test_asking_does_not_break_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_cuda_unusable", {0: None, 1: "broken"})
+    """The first time too, when an operator is called that answers with words."""
+    library = torch.library.Library("attnfast", "IMPL")
+    library.impl("cuda_unusable", lambda i: "broken" if i else "", "CompositeExplicitAutograd")
+    monkeypatch.setattr(dispatch, "IN_LIBRARY", True)
+    monkeypatch.setattr(dispatch, "_cuda_unusable", {})
+    cuda = SimpleNamespace(is_available=lambda: True)  # to others there is no GPU
+    monkeypatch.setattr(dispatch, "torch", SimpleNamespace(cuda=cuda, ops=torch.ops))
 
     def run(x: torch.Tensor) -> torch.Tensor:
         return x + sum(dispatch.cuda_unusable(i) is None for i in range(2))
 
-    assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+    try:
+        assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+        assert dispatch._cuda_unusable == {0: None, 1: "broken"}
+    finally:
+        library._destroy()
 
 
 class TestReport:

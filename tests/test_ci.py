@@ -1,0 +1,37 @@
+"""What .ci/run asks for."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("commits", ["0", "15", "16", "231", None], ids=str)
+def test_what_is_asked_for(tmp_path: Path, commits: str | None) -> None:
+    """With stand-ins for make and git, which knows no commits outside a clone."""
+    for name, script in (
+        ("make", 'echo "$@"'),
+        ("git", "exit 128" if commits is None else f"echo {commits}"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        [ROOT / ".ci" / "run"], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    asked = [re.sub(r"^--no-print-directory ", "", line) for line in done.stdout.splitlines()]
+    part = f"{int(commits or 0) % 16 + 1}/16"
+    assert asked == [
+        "lint docs",
+        f"aot TRITON=3.9 ARGS=--sample {part}",
+        f"aot TRITON=3.6 ARGS=--sample {part}",
+        f"test-triton ARGS=--part {part}",
+        "test-cuda",
+        "test",
+    ]
