@@ -88,7 +88,8 @@ int main(int, char** argv) {
   try {
     launch_kernel(nullptr, {"attention_fwd<bf16, 64, plain>", blocks, 128, shared}, nullptr,
                   nullptr);
-    std::printf("usable: %s; turing: %d", unusable(nullptr).c_str(), on_turing(nullptr));
+    std::printf("usable: %s; shared: %d; turing: %d", unusable(nullptr).c_str(),
+                shared_limit(nullptr), on_turing(nullptr));
   } catch (const std::runtime_error& error) {
     std::printf("raised: %s", error.what());
   }
@@ -131,8 +132,8 @@ def run(
 
 
 def test_nothing_is_said_where_cuda_is_content(program: Path) -> None:
-    assert run(program) == "usable: ; turing: 0; left: 0"
-    assert run(program, limit=65536) == "usable: ; turing: 1; left: 0"
+    assert run(program) == "usable: ; shared: 166912; turing: 0; left: 0"
+    assert run(program, limit=65536) == "usable: ; shared: 65536; turing: 1; left: 0"
 
 
 def test_no_blocks_are_no_launch(program: Path) -> None:

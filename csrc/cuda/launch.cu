@@ -74,7 +74,7 @@ std::string unusable(const void* any) {
   return error == cudaSuccess ? "" : said_of(error);
 }
 
-bool on_turing(void*) {
+int shared_limit(void*) {
   int device = 0, bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
@@ -84,8 +84,10 @@ bool on_turing(void*) {
     throw std::runtime_error("attention: asking for a GPU's shared memory failed: " +
                              said_of(error));
   }
-  return bytes < 99 << 10;
+  return bytes;
 }
+
+bool on_turing(void* stream) { return shared_limit(stream) < 99 << 10; }
 
 }  // namespace attnfast::cuda
 

@@ -20,7 +20,9 @@ void launch_kernel(const void* kernel, const Configuration& with, void* stream, 
 // Why the current device cannot run this build's kernels, of which `any` is one; "" if it can.
 std::string unusable(const void* any);
 
-// Whether the stream's GPU is one of sm_75, which gives a block 64 KB of shared memory.
+// The most shared memory that a block can have on the stream's GPU, in bytes.
+int shared_limit(void* stream);
+// Whether that GPU is one of sm_75, which gives a block 64 KB.
 bool on_turing(void* stream);
 
 }  // namespace attnfast::cuda

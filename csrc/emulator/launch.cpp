@@ -83,6 +83,7 @@ void run_blocks(Launch launch, const Session& session) {
 
 namespace attnfast::cuda {
 
+int shared_limit(void* stream) { return static_cast<emulator::Session*>(stream)->gpu.shared_limit; }
 bool on_turing(void* stream) { return static_cast<emulator::Session*>(stream)->gpu.turing(); }
 std::string unusable(const void*) { return ""; }
 
