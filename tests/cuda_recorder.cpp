@@ -231,7 +231,7 @@ struct Inputs {
   double softcap = 0.0, dropout_p = 0.0;
   int64_t weights = 0, stats = 0, max_seqlen_q = 0, max_seqlen_k = 0;
 
-  // kind: plain, options or packed.
+  // kind: plain, options, packed or short.
   Inputs(const std::string& kind, int device)
       : q(tensor(device, kBf16, {2, 4, 70, 64})),
         k(tensor(device, kBf16, {2, 2, 130, 64})),
@@ -249,6 +249,9 @@ struct Inputs {
       k = v = tensor(device, kBf16, {1, 2, 130, 64});
       cu_seqlens_q = cu_seqlens_k = tensor(device, kInt64, {4});
       stats = 2, max_seqlen_q = 50, max_seqlen_k = 100;
+    } else if (kind == "short") {
+      q = tensor(device, kBf16, {2, 4, 70, 128});
+      k = v = tensor(device, kBf16, {2, 2, 100, 128});
     }
   }
 };
@@ -265,10 +268,10 @@ void forward(const std::string& kind, int device) {
 void backward(const std::string& kind, int device) {
   const Inputs x(kind, device);
   const bool options = kind == "options";
-  const int64_t B = x.q.size(0);
-  const Tensor out = tensor(device, kBf16, {B, 4, 70, 64}), lse = tensor(device, kFp32, {B, 4, 70});
+  const int64_t B = x.q.size(0), D = x.q.size(3);
+  const Tensor out = tensor(device, kBf16, {B, 4, 70, D}), lse = tensor(device, kFp32, {B, 4, 70});
   // As sum() gives it: one number at every place.
-  const Tensor ones(made({B, 4, 70, 64}, {0, 0, 0, 0}, kBf16, kGpu, device));
+  const Tensor ones(made({B, 4, 70, D}, {0, 0, 0, 0}, kBf16, kGpu, device));
   OptionalTensor grad_lse, grad_weights;
   if (options) {
     grad_lse = tensor(device, kBf16, {B, 4, 70});

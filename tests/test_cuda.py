@@ -63,6 +63,57 @@ def test_table_on_turing(case: Case) -> None:
         check_case(case)
 
 
+# Backward in one launch beyond D = 64, where CASES have few of its forms.
+ONE_LAUNCH = [
+    replace(case, D=D, dtype=dtype)
+    for D in (80, 96, 128)
+    for dtype in (bf16, fp16)
+    for case in (
+        Case("causal", B=2, H=1, H_kv=1, T=100, S=120, causal=True),
+        Case("window", B=1, H=1, H_kv=1, T=128, S=77, window=(20, 9), align="bottom_right"),
+        Case("grouped", B=1, H=6, H_kv=2, T=70, S=128, grads=("out", "lse")),
+        Case("packed", lengths=((5, 70), (128, 100), (0, 9), (33, 0)), H=3, H_kv=1, causal=True),
+    )
+]
+
+
+@pytest.mark.parametrize("case", ONE_LAUNCH[::EVERY], ids=str)
+def test_backward_in_one_launch(case: Case) -> None:
+    with schedule(zlib.crc32(str(case).encode()) % len(SEEDS)):
+        check_case(case)
+
+
+@pytest.mark.parametrize(
+    ("arch", "D", "T", "S", "one"),
+    [
+        (75, 32, 20, 30, True),
+        (75, 64, 20, 30, False),
+        (75, 128, 20, 30, False),
+        (80, 64, 128, 128, True),
+        (80, 64, 129, 128, False),
+        (80, 64, 128, 129, False),
+        (80, 80, 20, 30, True),
+        (80, 128, 128, 128, True),
+        (80, 128, 129, 1, False),
+        (80, 130, 20, 30, False),
+        (86, 96, 20, 30, True),
+        (86, 128, 20, 30, False),
+        (89, 128, 20, 30, False),
+        (90, 128, 20, 30, True),
+        (100, 128, 20, 30, True),
+        (120, 96, 20, 30, True),
+        (120, 100, 20, 30, False),
+    ],
+)
+def test_where_backward_is_one_launch(arch: int, D: int, T: int, S: int, one: bool) -> None:
+    """By the lengths, and by the shared memory that the GPU gives a block."""
+    case = Case(B=1, H=1, H_kv=1, T=T, S=S, D=D, dtype=fp16)
+    with architecture(arch):
+        files = {place.file for place in places(lambda: check_case(case))}
+    assert ("attention_bwd_short.h" in files) == one
+    assert ("rows.cu" in files) != one
+
+
 @pytest.mark.parametrize("D", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_shared_memory_is_enough_where_there_is_least(D: int, softcap: float) -> None:
@@ -129,9 +180,10 @@ def results_on(case: Case, seed: int, threads: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("long", [300, 40])
-def test_a_sequence_does_not_depend_on_its_neighbours(long: int) -> None:
-    """Alone, where a kernel for short sequences serves it, it has the same out, lse and dq."""
-    alone = problem(Case("", B=1, H_kv=1, T=100, S=100, D=64, dtype=bf16)).inputs
+@pytest.mark.parametrize("D", [64, 96, 128])
+def test_a_sequence_does_not_depend_on_its_neighbours(D: int, long: int) -> None:
+    """Alone, where a kernel for short sequences serves it, it has the same results."""
+    alone = problem(Case("", B=1, H_kv=1, T=100, S=100, D=D, dtype=bf16)).inputs
     q, k, v = (x[0].transpose(0, 1) for x in alone[:3])
     others = [torch.randn(long, *x.shape[1:]).to(bf16) for x in (q, k, v)]
     outputs = []
@@ -144,8 +196,8 @@ def test_a_sequence_does_not_depend_on_its_neighbours(long: int) -> None:
         out, lse = attnfast.varlen_attention(
             *tensors, ends, ends, max(lengths), max(lengths), return_lse=True, backend="cuda"
         )
-        (dq,) = torch.autograd.grad(out, tensors[:1], torch.ones_like(out))
-        outputs.append((out[-100:], lse[:, -100:], dq[-100:]))
+        grads = torch.autograd.grad(out, tensors, torch.ones_like(out))
+        outputs.append((out[-100:], lse[:, -100:], *(grad[-100:] for grad in grads)))
     for x, y in zip(*outputs, strict=True):
         assert torch.equal(x, y)
 

@@ -45,7 +45,8 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
 }
 inline cudaError_t cudaGetDevice(int* x) { *x = current_device(); return heard("cudaGetDevice"); }
 inline cudaError_t cudaDeviceGetAttribute(int* x, int, int) {
-  *x = 166912;
+  const char* bytes = std::getenv("SHARED");
+  *x = bytes ? std::atoi(bytes) : 166912;
   return heard("cudaDeviceGetAttribute");
 }
 inline cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t stream) {
@@ -154,6 +155,7 @@ KERNELS = {
         "attention_bwd_queries", "attention_bwd_bias", "attention_bwd_sinks",
     ],
     ("backward", "packed"): ["attention_bwd_short"],
+    ("backward", "short"): ["attention_bwd_short"],
     ("decode", "contiguous"): ["attention_decode", "decode_combine"],
     ("decode", "paged"): ["attention_decode", "decode_combine"],
 }  # fmt: skip
@@ -186,6 +188,16 @@ def test_everything_happens_on_the_tensors_device_and_then_the_old_one_is_curren
     assert {event.place for event in events if event.place} == {f"gpu {device}"}
 
 
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+def test_a_gpu_without_the_shared_memory_gets_other_kernels(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, kilobytes: int
+) -> None:
+    """D = 128, of which short sequences' kernel takes 129 KB."""
+    monkeypatch.setenv("SHARED", str(kilobytes << 10))
+    _, kernels = recorder.events("backward", "short", 2)
+    assert kernels == KERNELS["backward", "plain" if kilobytes == 99 else "short"]
+
+
 @each_call
 def test_nothing_is_called_that_waits_or_that_a_capture_forbids(
     recorder: Recorder, call: str, kind: str
@@ -194,7 +206,7 @@ def test_nothing_is_called_that_waits_or_that_a_capture_forbids(
     assert {event.name for event in events} <= CUDA_CALLS | TORCH_CALLS
     copies = [event for event in events if event.name == "aten::copy_"]
     assert len(copies) == len([event for event in events if event.name == "from"])
-    wanted = {"plain": 0, "contiguous": 1, "paged": 2, "packed": 2}
+    wanted = {"plain": 0, "short": 0, "contiguous": 1, "paged": 2, "packed": 2}
     assert len(copies) == wanted.get(kind, {"forward": 3, "backward": 6}.get(call))
 
 

@@ -128,6 +128,9 @@ OPTIONS = replace(EVERYTHING, dtype=fp16, H=2, H_kv=1, T=140, S=130)
 CASES = {
     "plain": Case("plain", B=1, H_kv=1, T=150, S=200, D=64, dtype=bf16, causal=True),
     "short": Case("short", B=1, H=2, H_kv=1, T=100, S=120, D=64, dtype=bf16, causal=True),
+    "short, wide": Case(
+        "wide", B=1, H_kv=1, T=70, S=50, D=128, dtype=fp16, window=(40, 20), align="bottom_right"
+    ),
     "options": OPTIONS,
     "weights": Case(
         "weights",

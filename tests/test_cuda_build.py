@@ -84,6 +84,7 @@ def test_shared_memory_is_known_without_the_dtype() -> None:
     known = cuda_resources.shared_bytes()
     assert known["attention_fwd<64, plain>"] == (128 + 2 * 64) * 64 * 2
     assert known["attention_bwd_keys<128, options, small, dk>"] <= 64 << 10
+    assert known["attention_bwd_short<96>"] <= 99 << 10 < known["attention_bwd_short<128>"]
     assert Kernel("attention_fwd<bf16, 64, plain>", 64).without_dtype() in known
 
 
@@ -104,6 +105,11 @@ def test_what_breaks_the_rules_is_a_fault() -> None:
             "sm_75": Usage(9, 0, (8, 8, 0, 8)),
             "sm_80": Usage(8, 0, none),
         },
+        Kernel("short<bf16, 128>", 128): {
+            "sm_80": Usage(200, 0, code, 129 << 10),
+            "sm_86": Usage(200, 0, code, 129 << 10),
+            "sm_120": Usage(8, 0, none, 129 << 10),
+        },
         Kernel("rows", 0): {"sm_80": Usage(50, 0, (0, 0, 0, 8)), "sm_75": Usage(8, 0, none)},
         Kernel("g<bf16, 64>", 64): {"sm_80": Usage(8, 0, none), "sm_75": sound},
     }
@@ -114,6 +120,7 @@ def test_what_breaks_the_rules_is_a_fault() -> None:
         f"d<fp16, 64> on sm_120 needs {100 << 10} bytes of shared memory, of 99 KB",
         "e<fp16, 96, small> on sm_75 has no code",
         "e<fp16, 96, small> on sm_80 has code that is never run",
+        f"short<bf16, 128> on sm_86 needs {129 << 10} bytes of shared memory, of 99 KB",
         "rows on sm_75 has no code",
         "g<bf16, 64> on sm_80 has no code",
         "g<bf16, 64> on sm_75 has code that is never run",

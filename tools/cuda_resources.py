@@ -252,16 +252,18 @@ def wrong(usages: Usages) -> Iterator[str]:
         for arch, usage in by_arch.items():
             turing = arch == TURING
             at = f"{each.name} on {arch}"
+            limit = SHARED_KB.get(arch, LEAST_SHARED_KB)
+            too_large = usage.shared > limit << 10
             if usage.empty:  # rightly: what host code never launches there
-                if not (("bf16" in each.name or each.head_dim) and not small if turing else small):
+                never = ("bf16" in each.name or each.head_dim) and not small if turing else small
+                if not (never or too_large):
                     yield f"{at} has no code"
                 continue
             if (turing and "bf16" in each.name) or (small and not turing):
                 yield f"{at} has code that is never run"
             if usage.spills and each.head_dim <= WITHOUT_SPILLS:
                 yield f"{at} spills {usage.spills} bytes"
-            limit = SHARED_KB.get(arch, LEAST_SHARED_KB)
-            if usage.shared > limit << 10:
+            if too_large:
                 yield f"{at} needs {usage.shared} bytes of shared memory, of {limit} KB"
             mma, ldmatrix, copies, _ = usage.instructions
             if each.head_dim and not (mma and ldmatrix and bool(copies) != turing):

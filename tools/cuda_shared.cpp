@@ -42,7 +42,7 @@ void say_all() {
     say_backward<kD, false, true>(", options, small");
   }
   say<BiasShape<kD>>("attention_bwd_bias", kD);
-  if constexpr (kD <= 64) say<ShortShape<kD>>("attention_bwd_short", kD);
+  if constexpr (kD <= 128) say<ShortShape<kD>>("attention_bwd_short", kD);
   say<DecodeShape<kD, false>>("attention_decode", kD);
   say<DecodeShape<kD, true>>("attention_decode", kD, ", small");
 }

@@ -9,10 +9,10 @@ namespace {
 
 template <class Element, bool kPlain>
 void run(const BackwardArguments& a, Stream stream) {
-  if constexpr (kPlain && ATTNFAST_HEAD_DIM <= 64) {
+  if constexpr (kPlain && ATTNFAST_HEAD_DIM <= 128) {
     constexpr int kBytes = ShortShape<ATTNFAST_HEAD_DIM>::kSharedBytes;
-    const bool fits = kBytes <= kTuringShared || !on_turing(stream);
-    if (fits && a.p.T <= kShort && a.p.S <= kShort) {
+    const auto fits = [&] { return kBytes <= kTuringShared || kBytes <= shared_limit(stream); };
+    if (a.p.T <= kShort && a.p.S <= kShort && fits()) {
       return launch_attention_bwd_short<Element, ATTNFAST_HEAD_DIM>(a, stream);
     }
   }

@@ -22,7 +22,11 @@ bool has_code() {
   return turing ? std::is_same_v<Element, Float16> && kOnTuring : kElsewhere;
 }
 
+inline bool has_shared(int bytes) { return bytes <= emulator::Block::current().gpu().shared_limit; }
+
 inline emulator::Block& block() { return emulator::Block::current(); }
+
+inline void fail(ATTNFAST_CALLER) { block().fail({"fail", file, line}, "no code here"); }
 
 inline int thread_index() { return block().thread(); }
 inline int64_t block_index() { return block().index(); }

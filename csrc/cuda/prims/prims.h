@@ -5,7 +5,7 @@
 //   shared      shared_memory  load_shared  store_shared  load_matrix  load_matrix_transposed
 //   global      load_global  store_global
 //   copies      copy_async  commit_copies  wait_copies
-//   forms       has_code
+//   forms       has_code  has_shared  fail
 //   arithmetic  multiply_accumulate  exp2_fast  pack  unpack  multiply_high
 //
 // Shared memory is addressed by 32-bit numbers, never by pointers. What only some architectures
@@ -36,8 +36,8 @@ struct alignas(16) Words4 {
 
 constexpr int kWarpSize = 32;
 
-// The most shared memory of a block: on sm_80 and later, of which sm_86, sm_89 and sm_120 have no
-// more, and on sm_75.
+// The most shared memory of a block: what sm_80 and all later ones give, of which sm_86, sm_89 and
+// sm_120 have no more, and what sm_75 gives.
 constexpr int kSharedLimit = 99 << 10, kTuringShared = 64 << 10;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();

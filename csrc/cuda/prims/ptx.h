@@ -18,12 +18,28 @@ constexpr bool kTuring = true;
 constexpr bool kTuring = false;
 #endif
 
+// The most shared memory of a block where this pass's code runs. sm_80's also runs on sm_86 and
+// sm_89, which have less: there the host decides.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900 || \
+    (__CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200)
+constexpr int kPassShared = 227 << 10;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+constexpr int kPassShared = 163 << 10;
+#else
+constexpr int kPassShared = kTuring ? kTuringShared : kSharedLimit;
+#endif
+
 // Whether a kernel has code in this pass: it is empty where the host never launches it, on sm_75
 // with bf16 or in a form that is not for it (!kOnTuring), elsewhere in a form that is for sm_75.
 template <class Element, bool kOnTuring = true, bool kElsewhere = true>
 ATTNFAST_DEVICE constexpr bool has_code() {
   return kTuring ? __is_same(Element, Float16) && kOnTuring : kElsewhere;
 }
+
+// Whether a block can have this much shared memory here. A kernel that needs more has no code but
+// fail(), an error of the launch, should one architecture's PTX run on another that has more.
+ATTNFAST_DEVICE constexpr bool has_shared(int bytes) { return bytes <= kPassShared; }
+ATTNFAST_DEVICE void fail() { asm volatile("trap;"); }
 
 ATTNFAST_DEVICE int thread_index() { return threadIdx.x; }
 ATTNFAST_DEVICE int64_t block_index() { return blockIdx.x; }
