@@ -44,6 +44,9 @@ struct BackwardScratch {
   float* ds_pairs;          // [kKeys / 2][kColumn], pairs of keys
   float* k_clean;           // [kKeys / 2][D_pad], transposed
   float* keys;              // a packed head
+
+  Prefetcher next_tile = {};  // of k, v, dk and dv
+  Index next_tile_lines = 0;  // asked for with each column
 };
 
 // How large each part is; the same list sizes the arena and hands out its memory.
@@ -121,7 +124,7 @@ struct BackwardTiles {
   const BackwardParams& p;
   float* rows;  // `row` of every query, laid out like lse
 
-  static constexpr Index kBlock = RowsAsFloat<Element>::kPacks ? 128 : 64;  // queries of a block
+  Index block_rows = queries_per_block(p);  // queries of a block
   static constexpr bool kPacks = RowsAsFloat<Element>::kPacks;
 
   Index row_offset(const Head<Element>& head, Index t) const {
@@ -261,7 +264,7 @@ struct BackwardTiles {
   }
 
   Index columns_per_block() const {
-    return (min_of(kBlock, max_of(p.T, 1)) + kColumn - 1) / kColumn;
+    return (min_of(block_rows, max_of(p.T, 1)) + kColumn - 1) / kColumn;
   }
 
   // Calls body(item, scratch) for every item, in parallel.

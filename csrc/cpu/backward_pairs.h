@@ -76,12 +76,7 @@ struct BackwardPairs : BackwardTiles<Element> {
   using Tiles::grad_out;
   using Tiles::p;
 
-  static constexpr Index kBlock = 128;  // queries of a block
   static constexpr Index kDsPlane = kKeys / 2 * kColumn;
-
-  Index columns_per_block() const {
-    return (min_of(kBlock, max_of(p.T, 1)) + kColumn - 1) / kColumn;
-  }
 
   Index q_t_plane() const { return round_up(p.D, kPanel) / 2 * kColumn; }
   Index do_t_plane() const { return round_up(p.D_v, kPanel) / 2 * kColumn; }

@@ -28,11 +28,11 @@ using Parts = std::conditional_t<kPlanes != 0, BackwardPairs<Element, kPlanes ? 
 template <class Element, int kPlanes>
 struct Backward : Parts<Element, kPlanes> {
   using Tiles = Parts<Element, kPlanes>;
+  using Tiles::block_rows;
   using Tiles::column_of;
   using Tiles::columns_per_block;
   using Tiles::grad_out;
   using Tiles::gradient_tile;
-  using Tiles::kBlock;
   using Tiles::kept;
   using Tiles::kPacks;
   using Tiles::load_block;
@@ -136,7 +136,7 @@ struct Backward : Parts<Element, kPlanes> {
       if constexpr (kPlanes > 0) {
         pairs_key_tile(head, t0, n, key, stop - key, keys, to, s);
       } else {
-        key_tile(head, t0, n, key, stop - key, to, s);
+        key_tile(head, t0, n, key, stop - key, end, to, s);
       }
       key = stop;
     }
@@ -153,8 +153,9 @@ struct Backward : Parts<Element, kPlanes> {
     }
   }
 
+  // The last tile of the block ends with key key_end - 1.
   void key_tile(const Head<Element>& head, Index t0, Index rows_in_block, Index key, Index n,
-                const Outputs& to, BackwardScratch& s) const {
+                Index key_end, const Outputs& to, BackwardScratch& s) const {
     Index k_row = s.D_pad, v_row = s.D_v_pad;
     const float *k, *v;
     if (kPacks && s.k_head) {
@@ -165,8 +166,20 @@ struct Backward : Parts<Element, kPlanes> {
       v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, n, p.D_v, Use::kAlongRows,
                                     s.v_tile, &v_row);
     }
+    s.next_tile.clear();
+    if (outgrows_cache(p, head.S)) {
+      const Index next = min_of(kKeys, key_end - key - n);
+      if (k != s.k_tile) s.next_tile.add(k + n * k_row, k_row, next, p.D);
+      if (v != s.v_tile) s.next_tile.add(v + n * v_row, v_row, next, p.D_v);
+      if (to.dkv) {
+        s.next_tile.add(to.dk + (key + n) * to.dk_row, to.dk_row, next, p.D);
+        s.next_tile.add(to.dv + (key + n) * to.dv_row, to.dv_row, next, p.D_v);
+      }
+      s.next_tile_lines = (s.next_tile.lines() + s.num_columns - 1) / s.num_columns;
+    }
     Index first = s.num_columns, last = 0;  // columns that see a key of the tile
     for (Index c = 0; c < s.num_columns; ++c) {
+      s.next_tile.advance(s.next_tile_lines);
       const Column column = column_of(head, t0, rows_in_block, c);
       const Index begin = max_of(key, column.begin), end = min_of(key + n, column.end);
       if (begin >= end) continue;
@@ -285,19 +298,19 @@ struct Backward : Parts<Element, kPlanes> {
     const Index group = p.H / p.H_kv;
     for (Index g = 0; g < group; ++g) {
       const Head<Element> head(p, b, h_kv * group + g);
-      for (Index t0 = 0; t0 < head.T; t0 += kBlock) {
-        query_block(head, t0, min_of(kBlock, head.T - t0), key_begin, key_end, keys, to, s);
+      for (Index t0 = 0; t0 < head.T; t0 += block_rows) {
+        query_block(head, t0, min_of(block_rows, head.T - t0), key_begin, key_end, keys, to, s);
       }
     }
   }
 
   template <class Body>
   void each_block(const ScratchPlan& plan, Body body) const {
-    const Index blocks = (p.T + kBlock - 1) / kBlock;
+    const Index blocks = (p.T + block_rows - 1) / block_rows;
     parallel(p.B * p.H * blocks, plan, [&](Index item, BackwardScratch& s) {
-      const Index head_index = item / blocks, t0 = (blocks - 1 - item % blocks) * kBlock;
+      const Index head_index = item / blocks, t0 = (blocks - 1 - item % blocks) * block_rows;
       const Head<Element> head(p, head_index / p.H, head_index % p.H);
-      if (t0 < head.T) body(head, t0, min_of(kBlock, head.T - t0), s);
+      if (t0 < head.T) body(head, t0, min_of(block_rows, head.T - t0), s);
     });
   }
 
@@ -413,12 +426,12 @@ void attention_bwd(const BackwardParams& p) {
     if constexpr (kPlanes == 0) {
       in_fp32.gradients(nullptr);
     } else if constexpr (kPlanes == 1) {
-      Backward<Element, kPlanes>{{{p, buffer.get()}}}.gradients(nullptr);
+      Backward<Element, kPlanes>{{{p, buffer.get(), kTallBlock}}}.gradients(nullptr);
     } else if (p.T * (p.H / p.H_kv) < kFewestQueries) {
       in_fp32.gradients(nullptr);
     } else {
       const std::unique_ptr<bool[]> in_range(new bool[heads]), out_of_range(new bool[heads]);
-      const Backward<Element, kPlanes> in_planes{{{p, buffer.get()}}};
+      const Backward<Element, kPlanes> in_planes{{{p, buffer.get(), kTallBlock}}};
       in_planes.find_in_range(in_range.get());
       bool all = true;
       for (Index i = 0; i < heads; ++i) all &= in_range[i], out_of_range[i] = !in_range[i];

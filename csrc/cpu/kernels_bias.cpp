@@ -16,10 +16,10 @@ namespace {
 template <class Element>
 struct BiasGradient : BackwardTiles<Element> {
   using Tiles = BackwardTiles<Element>;
+  using Tiles::block_rows;
   using Tiles::column_of;
   using Tiles::columns_per_block;
   using Tiles::gradient_tile;
-  using Tiles::kBlock;
   using Tiles::load_block;
   using Tiles::p;
   using Tiles::parallel;
@@ -31,7 +31,7 @@ struct BiasGradient : BackwardTiles<Element> {
     const MutableView& to = p.dbias;
     const bool per_b = to.b != 0, per_h = to.h != 0, per_t = to.t != 0, per_s = to.d != 0;
     const Index batches = per_b ? p.B : 1, heads = per_h ? p.H : 1;
-    const Index blocks = per_t ? (p.T + kBlock - 1) / kBlock : 1;
+    const Index blocks = per_t ? (p.T + block_rows - 1) / block_rows : 1;
     const Index ranges = per_s ? (p.S + kKeysPerItem - 1) / kKeysPerItem : 1;
     const Index key_rows = per_s ? kKeysPerItem : 1;
     ScratchPlan plan{columns_per_block()};
@@ -45,15 +45,15 @@ struct BiasGradient : BackwardTiles<Element> {
       for (Index b = per_b ? b0 : 0; b < (per_b ? b0 + 1 : p.B); ++b) {
         for (Index h = per_h ? h0 : 0; h < (per_h ? h0 + 1 : p.H); ++h) {
           const Head<Element> head(p, b, h);
-          const Index t_begin = per_t ? block * kBlock : 0;
-          const Index t_end = per_t ? min_of(t_begin + kBlock, head.T) : head.T;
-          for (Index t0 = t_begin; t0 < t_end; t0 += kBlock) {
-            sum_bias_block(head, t0, min_of(kBlock, t_end - t0), key_begin, min_of(key_end, head.S),
-                           per_s, s);
+          const Index t_begin = per_t ? block * block_rows : 0;
+          const Index t_end = per_t ? min_of(t_begin + block_rows, head.T) : head.T;
+          for (Index t0 = t_begin; t0 < t_end; t0 += block_rows) {
+            sum_bias_block(head, t0, min_of(block_rows, t_end - t0), key_begin,
+                           min_of(key_end, head.S), per_s, s);
           }
         }
       }
-      write_bias_block(b0, h0, block * kBlock, key_begin, key_end - key_begin, per_t, per_s, s);
+      write_bias_block(b0, h0, block * block_rows, key_begin, key_end - key_begin, per_t, per_s, s);
     });
   }
 
@@ -90,7 +90,7 @@ struct BiasGradient : BackwardTiles<Element> {
                         BackwardScratch& s) const {
     const MutableView& to = p.dbias;
     const Index rows_per_column = per_s ? kKeysPerItem : 1, columns = columns_per_block();
-    const Index count = per_s ? keys : 1, queries = per_t ? min_of(kBlock, p.T - t0) : 1;
+    const Index count = per_s ? keys : 1, queries = per_t ? min_of(block_rows, p.T - t0) : 1;
     for (Index i = 0; i < queries; ++i) {
       for (Index j = 0; j < count; ++j) {
         float sum = 0.0f;
@@ -149,7 +149,7 @@ struct BiasGradient : BackwardTiles<Element> {
 void bias_gradient(const BackwardParams& p, float* rows) {
   if (!p.dbias.data && !p.dsinks) return;
   with_element(p.q.dtype, [&](auto* element) {
-    const BiasGradient<std::remove_pointer_t<decltype(element)>> gradient{{p, rows}};
+    const BiasGradient<std::remove_pointer_t<decltype(element)>> gradient{{p, rows, kTallBlock}};
     if (p.dbias.data) gradient.bias();
     if (p.dsinks) gradient.sinks();
   });

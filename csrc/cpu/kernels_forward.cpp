@@ -25,7 +25,7 @@ namespace {
 constexpr float kLazyRise = 8.0f;
 
 // Cache lines of the next item asked for with each tile, and the most rows of an item for which
-// that is done.
+// that is done. Items with more rows ask for their own next tile.
 constexpr Index kLinesPerTile = 256;
 constexpr Index kPrefetchRows = 256;
 
@@ -129,7 +129,8 @@ struct Scratch {
   float *k, *v;              // a packed tile
   float *p_pairs, *v_clean;  // [planes][kMaxKeys / 2][kColumn]; a tile of v
   ColumnState* columns;
-  Prefetcher next;
+  Prefetcher next_item, next_tile;
+  Index next_tile_lines = 0;  // asked for with each column
 
   // Hands out the memory, or only sums it up.
   template <class Element, int kPlanes>
@@ -185,12 +186,12 @@ KeyTile load_keys(const Head<Element>& head, Index key, Index n,
                      scratch.v ? scratch.v - layout.v_offset(key) : nullptr, kMaxKeys);
 }
 
-// Keys per tile: a block of k and v rows should stay in the first-level cache. Tile registers take
-// what the second level holds.
+// Keys per tile: about what the first-level cache holds of k or v. Tile registers take what the
+// second level holds.
 template <int kPlanes>
 Index keys_per_tile(const Problem& p) {
   if (kPlanes) return kPairKeys;
-  const Index fits = (24 << 10) / (sizeof(float) * max_of(max_of(p.D, p.D_v), 1));
+  const Index fits = (36 << 10) / (sizeof(float) * max_of(max_of(p.D, p.D_v), 1));
   return min_of(max_of(fits / kTileRows * kTileRows, 4 * kTileRows), kMaxKeys);
 }
 
@@ -223,7 +224,8 @@ void tile_step(const ForwardParams& p, const Head<Element>& head, const Column& 
     const FloatScores scores{state.q_t, k, tile.k_row, p.D};
     score_tile(head, column, first, n, scores, scratch.s, nullptr, tile_max, &dead);
   }
-  scratch.next.advance(kLinesPerTile);
+  scratch.next_item.advance(kLinesPerTile);
+  scratch.next_tile.advance(scratch.next_tile_lines);
   rescale<kStats>(state, tile_max, head.to_log2(), p.D_v);
   const bool drops = p.dropout_p > 0.0;
   const Index lead = kPlanes ? skip % kPanel : 0;  // keys of the first panel that come before
@@ -341,17 +343,28 @@ bool query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
       end = max_of(end, column.end);
     }
   }
-  // With pairs, tiles begin with a panel and the parts of one with a tile register's rows, or with
-  // a pair; keys too many are masked by their position.
+  // A sequence has the same tiles whatever the block. With pairs, they begin with a panel and the
+  // parts of one with a tile register's rows, or with a pair; keys too many are masked by their
+  // position.
   constexpr Index kUnit = kPlanes ? (kHasTiles ? kTileSize : 2) : 1;
-  if (kPlanes) begin -= begin % kPanel;
   const Index most = keys_per_tile<kPlanes>(p);
-  const Index tiles = max_of((end - begin + most - 1) / most, 1);
+  const Index origin = head.live_begin - (kPlanes ? head.live_begin % kPanel : 0);
+  const Index span = max_of(head.live_end - origin, 1), tiles = (span + most - 1) / most;
   const Index step =
-      min_of(round_up((end - begin + tiles - 1) / tiles, kPlanes ? kPanel : kTileRows), most);
+      min_of(round_up((span + tiles - 1) / tiles, kPlanes ? kPanel : kTileRows), most);
+  begin -= (begin - origin) % step;
+  const bool in_rows = packed.most || !packed.layout.packs();  // one tile follows the other
+  const bool asks_ahead = !kPlanes && in_rows && outgrows_cache(p, head.S);
   for (Index key = begin; key < end; key += step) {
     const Index n = min_of(step, end - key);
     const KeyTile tile = load_keys(head, key, n, packed, scratch);
+    scratch.next_tile.clear();
+    if (asks_ahead) {
+      const Index next = min_of(step, end - key - n);
+      scratch.next_tile.add(tile.k + n * tile.k_row, tile.k_row, next, p.D);
+      scratch.next_tile.add(tile.v + n * tile.v_row, tile.v_row, next, p.D_v);
+      scratch.next_tile_lines = (scratch.next_tile.lines() + num_columns - 1) / num_columns;
+    }
     for (Index c = 0; c < num_columns; ++c) {
       const Column column(head, t0 + c * kColumn, min_of(rows - c * kColumn, kColumn));
       Index first = max_of(key, column.begin), last = min_of(key + n, column.end);
@@ -388,8 +401,7 @@ auto query_block_for(const ForwardParams& p) {
 
 template <class Element, int kPlanes>
 void forward(const ForwardParams& p) {
-  // Blocks are taller where k and v are packed, so that each copy serves more queries.
-  const Index block = kPlanes || RowsAsFloat<Element>::kPacks ? 128 : 64;
+  const Index block = kPlanes ? kTallBlock : queries_per_block(p);
   const Index blocks = (p.T + block - 1) / block, group = p.H / p.H_kv;
   const Index items = p.B * p.H * blocks;
   if (items == 0) return;
@@ -421,9 +433,9 @@ void forward(const ForwardParams& p) {
         const Index head_index = first * group + item / blocks;
         const Index t0 = (blocks - 1 - item % blocks) * block;
         const Head<Element> head(p, head_index / p.H, head_index % p.H);
-        scratch.next.clear();
+        scratch.next_item.clear();
         if (prefetches && t0 == 0 && head_index + 1 < p.B * p.H)
-          prefetch_head<Element>(p, head_index + 1, &scratch.next);
+          prefetch_head<Element>(p, head_index + 1, &scratch.next_item);
         if (t0 >= head.T) continue;
         const Index rows = min_of(block, head.T - t0);
         if constexpr (kPlanes > 1) {

@@ -6,6 +6,7 @@
 // where there is a bias they are in natural units, since log2 e times a huge negative bias would
 // overflow to -inf.
 #pragma once
+#include "arena.h"
 #include "elements.h"
 #include "gemm.h"
 #include "math.h"
@@ -407,22 +408,22 @@ struct RowsAsFloat<float> {
   }
 };
 
-// Asks for the rows of the next work item a few cache lines at a time, between the products of this
-// one.
+// Asks for rows that are wanted soon a few cache lines at a time, between the products of those
+// that are there.
 class Prefetcher {
  public:
-  void clear() { count_ = next_ = 0; }
+  void clear() { count_ = next_ = lines_ = 0; }
 
   template <class Element>
   void add(const Element* rows, Index stride, Index n, Index D) {
-    if (n > 0)
-      ranges_[count_++] = {reinterpret_cast<const char*>(rows),
-                           stride * Index(sizeof(Element)),
-                           n,
-                           D * Index(sizeof(Element)),
-                           0,
-                           0};
+    if (n <= 0 || D <= 0) return;
+    const Index bytes = D * Index(sizeof(Element));
+    ranges_[count_++] = {
+        reinterpret_cast<const char*>(rows), stride * Index(sizeof(Element)), n, bytes, 0, 0};
+    lines_ += n * ((bytes + 63) / 64);
   }
+
+  Index lines() const { return lines_; }
 
   void advance(Index lines) {
     for (; lines > 0 && next_ < count_; --lines) {
@@ -442,6 +443,24 @@ class Prefetcher {
   };
   Range ranges_[8];
   int count_ = 0, next_ = 0;
+  Index lines_ = 0;
 };
+
+// Bytes of a key head that a second-level cache surely keeps; of larger ones the next tile is asked
+// for ahead.
+constexpr Index kCachedBytes = 256 << 10;
+
+inline bool outgrows_cache(const Problem& p, Index S) {
+  return (p.D + p.D_v) * S * Index(sizeof(float)) > kCachedBytes;
+}
+
+// Queries of a block: tall ones read k and v less often, low ones are more to share out. No bit of
+// a result depends on it.
+constexpr Index kTallBlock = 128, kLowBlock = 64;
+
+inline Index queries_per_block(const Problem& p) {
+  const Index tall = p.B * p.H * ((p.T + kTallBlock - 1) / kTallBlock);
+  return tall < 4 * usable_threads(p.num_threads) ? kLowBlock : kTallBlock;
+}
 
 }  // namespace attnfast::cpu::ATTNFAST_ISA
