@@ -70,6 +70,25 @@ def test_faults(changes: dict[str, object], fault: str | None) -> None:
         assert found[0] == f"sm_90 fwd bfloat16 128 plain 128x128: {fault}"
 
 
+@pytest.mark.parametrize(
+    ("changes", "spilling_is_a_fault"),
+    [
+        ({}, True),
+        ({"dtype": "float32", "matrix": ""}, True),
+        ({"variant": "causal", "D": 64}, True),
+        ({"D": 256}, False),
+        ({"variant": "everything"}, False),
+    ],
+    ids=str,
+)
+def test_which_kernels_must_not_spill(
+    changes: dict[str, object], spilling_is_a_fault: bool
+) -> None:
+    assert aot.faults(GOOD._replace(**changes), {}) == []
+    found = aot.faults(GOOD._replace(**changes, spills=8), {})
+    assert bool(found) == spilling_is_a_fault
+
+
 def test_a_kernel_that_does_not_compile_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(entry: aot.Entry) -> aot.Resources:
         raise RuntimeError(f"{entry}: no")

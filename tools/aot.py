@@ -297,7 +297,7 @@ def faults(resources: Resources, known: Table) -> list[str]:
     what = []
     if r.shared > SHARED_LIMIT[r.arch]:
         what.append(f"{r.shared} bytes of shared memory, the limit is {SHARED_LIMIT[r.arch]}")
-    default = r.dtype != "float32" and r.D <= 128 and r.variant in VARIANTS[:2]
+    default = r.D <= 128 and r.variant in VARIANTS[:2]
     if r.spills and default:
         what.append(f"{r.spills} bytes spilled")
     if r.dtype != "float32" and not r.matrix and r.name not in UNTILED:

@@ -55,8 +55,7 @@ def cell(row: Row | None) -> str:
 
 def is_default(row: Row) -> bool:
     """Whether it must not spill, see ``aot.faults``."""
-    plain = row["variant"] in ("plain", "causal")
-    return plain and row["dtype"] != "float32" and int(row["D"]) <= 128
+    return row["variant"] in ("plain", "causal") and int(row["D"]) <= 128
 
 
 def summary(tables: dict[str, list[Row]]) -> str:
@@ -79,7 +78,7 @@ def summary(tables: dict[str, list[Row]]) -> str:
                 ]
             )
     header = ["Triton", "architecture", "kernels", "most shared memory", "matrix instructions"]
-    return markdown([*header, "spill: plain, causal, bf16, D to 128", "spill: all"], lines)
+    return markdown([*header, "spill: plain, causal, D to 128", "spill: all"], lines)
 
 
 def detail(rows: list[Row], variant: str) -> str:
