@@ -4,8 +4,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-PYTHONS := $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.10)
-COMPILERS := $(if $(filter default,$(origin CXX)),g++ clang++ c++,$(firstword $(CXX)))
+PYTHONS := python3.11 python3 python3.12 python3.13 python3.10
+# The compiler's command for a recipe; without CXX the first that there is, as in setup.py.
+COMPILER = $(if $(filter default,$(origin CXX)),$$(command -v g++ || command -v clang++ || echo c++),$(CXX))
 WORKERS ?= 2
 TRITON ?= 3.9
 RESULTS ?= device
@@ -39,7 +40,7 @@ PLATFORM := manylinux_2_34_$(shell uname -m)
 
 ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  LD_PRELOAD="$(foreach l,asan ubsan,$$($(firstword $(COMPILERS)) -print-file-name=lib$(l).so))"
+  LD_PRELOAD="$(foreach l,asan ubsan,$$($(COMPILER) -print-file-name=lib$(l).so))"
 ASAN_TESTS := tests/test_table.py tests/test_layouts.py tests/test_decode.py
 
 .PHONY: help demo translate test test-cuda test-triton aot lint bench gpu wheel test-abi docs asan venv build emulator cuda clean
@@ -61,7 +62,7 @@ test: build emulator $(TEST) $(DEMO) $(BENCH) $(TRITON_LATEST)  ## run the tests
 
 test-cuda: emulator $(TEST)  ## every test of the CUDA kernels, on the CPU
 	OMP_NUM_THREADS=1 ATTNFAST_EMULATOR=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal \
-	  tests/test_cuda.py tests/test_cuda_bugs.py $(ARGS)
+	  tests/test_cuda.py tests/test_cuda_large_scores.py tests/test_cuda_bugs.py $(ARGS)
 
 test-triton: build $(TEST) $(TRITON_LATEST)  ## every test of the Triton kernels, in Triton's interpreter
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal \
@@ -75,17 +76,17 @@ build/triton-3.6/.installed: | $(RUNTIME)
 	@touch $@
 
 lint: $(LINT)  ## ruff, mypy and clang-format, nothing rewritten
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) $(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 bench: build $(TEST) $(BENCH)  ## time attnfast beside all others (quick suites; BENCH_SIZE=full), write results, report and plots
-	$(PY) -m pytest bench -q --benchmark-quiet --results=$(RESULTS) $(ARGS)
+	$(PY) -m pytest bench -q --benchmark-quiet --results="$(RESULTS)" $(ARGS)
 	$(if $(ARGS),,$(PY) -m bench report)
 
 gpu:  ## on a machine with a GPU: prove and time everything; OUT=build/gpu MINUTES=30, DRY=1 tries it on the CPU
-	$(or $(wildcard $(PY)),python3) bench/gpu.py --out $(OUT) --minutes $(MINUTES) $(if $(filter-out 0,$(DRY)),--dry)
+	$(or $(wildcard $(PY)),python3) bench/gpu.py --out "$(OUT)" --minutes $(MINUTES) $(if $(filter-out 0,$(DRY)),--dry)
 
 wheel: export ATTNFAST_ISAS = all
 wheel: export ATTNFAST_CUDA ?= 1
@@ -97,7 +98,7 @@ wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, and the so
 	PATH="$(BIN):$$PATH" $(PY) -m auditwheel repair --wheel-dir dist --plat $(PLATFORM) \
 	  $(foreach l,libtorch*.so libc10*.so libgomp.so.1 libcuda.so.1,--exclude '$(l)') build/wheel/*.whl
 	@$(PIP) --no-deps --target build/wheel/installed dist/*.whl
-	cd build/wheel && PYTHONPATH=installed $(abspath $(PY)) -m attnfast --check
+	cd build/wheel && PYTHONPATH=installed ../../$(PY) -m attnfast --check
 
 test-abi: wheel  ## install the wheel under Python 3.10 and 3.13, torch 2.10 and the newest; ARGS="--help"
 	$(PY) -m tools.abi $(or $(ARGS),--write)
@@ -130,15 +131,18 @@ clean:  ## remove everything built; .venv stays
 	rm -rf build dist *.egg-info attnfast/_native.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(PY):
-	@for c in $(COMPILERS); do command -v "$$c" > /dev/null && exit; done; \
-	  echo "attnfast: no C++ compiler ($(COMPILERS)): install g++ 10 or later, or name one in CXX" >&2; exit 1
-	@for p in $(PYTHONS); do \
+	@case "$$PWD" in *:*) echo "attnfast: the folder's path must be without a colon, which a venv cannot hold, got $$PWD" >&2; exit 1; esac
+	@printf '#include <omp.h>\n#include "cpu/simd.h"\n' | $(COMPILER) -std=c++17 -fopenmp -Icsrc -DATTNFAST_ISA=probe \
+	  -fsyntax-only -x c++ - 2> /dev/null || { echo "attnfast: no C++ compiler for the kernels ($(COMPILER)): install" \
+	  "$$(sed -n 's/.*kernels need \(.*\)"/\1/p' csrc/cpu/simd.h), with OpenMP, or name one in CXX" >&2; exit 1; }
+	@set -- $${PYTHON:+"$$PYTHON"}; [ $$# = 1 ] || set -- $(PYTHONS); \
+	for p; do \
 	  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null || continue; \
 	  echo "creating $(VENV) with $$p"; \
 	  "$$p" -m venv $(VENV) > /dev/null 2>&1 && exit; rm -rf $(VENV); \
 	  echo "attnfast: $$p -m venv $(VENV) failed: install Python's venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; \
 	done; \
-	echo "attnfast: no Python 3.10 or later ($(PYTHONS)): install one, or name one in PYTHON" >&2; exit 1
+	echo "attnfast: no Python 3.10 or later ($$*): install one, or name one in PYTHON" >&2; exit 1
 
 $(RUNTIME): | $(PY)
 	@echo "torch is a large download: the first time takes minutes"

@@ -9,11 +9,12 @@ torch from 2.10 on.
     python setup.py build_emulator          build/emulator/_emulator.so: the CUDA kernels on the CPU
     python setup.py build_cuda              build/native/_native_cuda.so: with the CUDA kernels
 
-Environment: CXX, MAX_JOBS, ATTNFAST_CXXFLAGS (appended), ATTNFAST_ISAS ("all", "native" for those
-that this machine runs, which compiles in a third of the time, or their names), ATTNFAST_SANITIZE=1
-(AddressSanitizer and UndefinedBehaviorSanitizer; that library stays in build/native-asan,
-ATTNFAST_NATIVE loads it). ATTNFAST_CUDA=1 puts the CUDA kernels into the library of build_ext and
-of wheels, where there is an nvcc; 0 leaves them out of all; without it only build_cuda has them.
+Environment: MAX_JOBS, CXX and ATTNFAST_CXXFLAGS (appended; both are words for a shell),
+ATTNFAST_ISAS ("all", "native" for those that this machine runs, which compiles in a third of the
+time, or their names), ATTNFAST_SANITIZE=1 (AddressSanitizer and UndefinedBehaviorSanitizer; that
+library stays in build/native-asan, ATTNFAST_NATIVE loads it). ATTNFAST_CUDA=1 puts the CUDA kernels
+into the library of build_ext and of wheels, where there is an nvcc; 0 leaves them out of all;
+without it only build_cuda has them.
 NVCC or CUDA_HOME say where nvcc is, ATTNFAST_CUDA_ARCHS for which architectures ("80 90").
 """
 
@@ -39,8 +40,28 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-SANITIZE = os.environ.get("ATTNFAST_SANITIZE") == "1"
-BUILD = ROOT / "build" / ("native-asan" if SANITIZE else "native")
+
+
+def words(name: str) -> list[str]:
+    """The words of an environment variable, as a shell reads them."""
+    text = os.environ.get(name, "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        sys.exit(f"attnfast: {name} must be words for a shell, got {text} ({error})")
+
+
+def switch(name: str) -> bool | None:
+    """Whether an environment variable switches something on; None where it is not set."""
+    value = os.environ.get(name)
+    if value not in (None, "", "0", "1"):
+        sys.exit(f"attnfast: {name} must be 0 or 1, got '{value}'")
+    return value == "1" if value else None
+
+
+SANITIZE = switch("ATTNFAST_SANITIZE")
+BUILD = Path("build", "native-asan" if SANITIZE else "native")  # in the root
+EMULATOR = Path("build", "emulator")
 
 COMMON = (
     "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -fno-trapping-math"
@@ -55,12 +76,13 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 # csrc/cpu/kernels_*.cpp are compiled once per row, with ATTNFAST_ISA as the row's name. The order
 # is that of linking, lowest first: an inline function that several objects define (std::min, say)
 # is taken from the first, so no machine runs one compiled for instructions that it lacks.
+MAYBE = "-Wno-unknown-warning-option -Wno-maybe-uninitialized"  # clang does not know the second
 AVX512 = (
     "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
-    " -Wno-maybe-uninitialized -Wno-uninitialized"  # false alarms in the compiler's own headers
+    f" {MAYBE} -Wno-uninitialized"  # false alarms in the compiler's own headers
 )
 # What hardly any machine runs compiles in half the time; vectors filled in a loop are false alarms.
-PORTABLE = "-O2 -Wno-maybe-uninitialized"
+PORTABLE = f"-O2 {MAYBE}"
 X86_ISAS = {
     "portable": PORTABLE,
     "avx2": "-mavx2 -mfma -mf16c",
@@ -111,27 +133,27 @@ CUDA_ARCHS = "80 90"  # sm_80's code also serves sm_86 and sm_89
 CUDA_HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # csrc/cuda/attention_*.cu are compiled for each
 
 
-def compiler() -> str:
-    """The C++ compiler's command, once it has shown that it knows every flag used here."""
-    command = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), "g++")
-    if shutil.which(shlex.split(command)[0]) is None:
-        sys.exit(
-            f"attnfast: no C++ compiler: {command} was not found; install g++ 10 or later"
-            " (Debian, Ubuntu: apt install g++) or name one in CXX"
-        )
-    flags = f"{COMMON} {' '.join(ISAS.values())} -x c++ -fsyntax-only -"
+def compiler() -> list[str]:
+    """The C++ compiler's command, once it has read what asks most of it, with every flag."""
+    command = words("CXX") or [next(filter(shutil.which, ("g++", "clang++", "c++")), "g++")]
+    named = " ".join(command)
+    needed = re.search(r'kernels need (.*)"', (CSRC / "cpu" / "simd.h").read_text())
+    assert needed is not None
+    install = f"install {needed[1]}, with OpenMP (Debian: apt install g++), or name one in CXX"
+    if shutil.which(command[0]) is None:
+        sys.exit(f"attnfast: no C++ compiler: {named} was not found; {install}")
+    flags = [*COMMON.split(), *" ".join(ISAS.values()).split(), *words("ATTNFAST_CXXFLAGS")]
     probe = subprocess.run(
-        shlex.split(f"{command} {flags}"),
-        input="#include <omp.h>\n#include <vector>\n",
+        [*command, *flags, "-Icsrc", "-DATTNFAST_ISA=probe", "-fsyntax-only", "-x", "c++", "-"],
+        input='#include <omp.h>\n#include "cpu/simd.h"\n',
+        cwd=ROOT,
         text=True,
         capture_output=True,
     )
     if probe.returncode:
-        reason = (probe.stderr.strip() or f"exit status {probe.returncode}").splitlines()[0]
-        sys.exit(
-            f"attnfast: {command} cannot compile the kernels ({reason}); install g++ 10 or later,"
-            " or clang 12 or later with OpenMP, and name it in CXX"
-        )
+        lines = probe.stderr.strip().splitlines() or [f"exit status {probe.returncode}"]
+        reason = next((line for line in lines if "error" in line), lines[0])
+        sys.exit(f"attnfast: {named} cannot compile the kernels ({reason}); {install}")
     return command
 
 
@@ -148,23 +170,34 @@ def torch_folder() -> Path:
 
 def ninja() -> str:
     """The ninja executable: this Python's own, else the one on the PATH."""
-    found = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
+    found = shutil.which(Path(sys.executable).with_name("ninja")) or shutil.which("ninja")
     if found is None:
         sys.exit("attnfast: ninja is not installed: pip install ninja")
     return found
 
 
-class Ninja:
-    """The text of a build.ninja under way: compilations, largest first, then what is linked."""
+def quoted(*command: str) -> str:
+    """Words that may hold any character, for a command in build.ninja."""
+    return shlex.join(command).replace("$", "$$")
 
-    def __init__(self, cxx: str, cxxflags: str, ldflags: str) -> None:
+
+class Ninja:
+    """The text of a build.ninja under way: compilations, largest first, then what is linked.
+
+    Ninja runs in the root, and all files of ours are named from there: what the folders above are
+    called does not matter.
+    """
+
+    def __init__(self, folder: Path, cxxflags: str, ldflags: str) -> None:
         torch = torch_folder()
+        self.folder = folder
         self.lines = [
             "ninja_required_version = 1.5",
-            f"cxx = {cxx}",
-            f"cxxflags = {COMMON} {cxxflags} -I{CSRC} {os.environ.get('ATTNFAST_CXXFLAGS', '')}",
-            f"torchflags = {STABLE_ABI} -isystem {torch / 'include'}",
-            f"ldflags = {ldflags} -L{torch / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu"
+            f"builddir = {folder}",
+            f"cxx = {quoted(*compiler())}",
+            f"cxxflags = {COMMON} {cxxflags} -Icsrc {quoted(*words('ATTNFAST_CXXFLAGS'))}",
+            f"torchflags = {STABLE_ABI} {quoted('-isystem', str(torch / 'include'))}",
+            f"ldflags = {ldflags} {quoted(f'-L{torch}/lib')} -Wl,--no-as-needed -ltorch -ltorch_cpu"
             " -Wl,--as-needed",
             "rule compile",
             "  command = $cxx -MMD -MF $out.d $cxxflags $extra -c $in -o $out",
@@ -181,16 +214,20 @@ class Ninja:
         self, source: Path, suffix: str = "", extra: str = "", rule: str = "compile"
     ) -> str:
         """Have a source compiled; returns its object's name."""
-        target = f"{source.relative_to(CSRC).with_suffix('')}{suffix}.o"
-        text = f"build {target}: {rule} {source}\n  extra = {extra}"
+        target = f"{self.folder / source.relative_to(CSRC).with_suffix('')}{suffix}.o"
+        text = f"build {target}: {rule} {source.relative_to(ROOT)}\n  extra = {extra}"
         self.compilations.append((source.stat().st_size, text))
         return target
 
+    def link(self, library: str, objects: list[str], ldflags: str = "") -> str:
+        """The statement that links a library, with flags beside those of all."""
+        line = f"build {self.folder / library}: link {' '.join(objects)}"
+        return f"{line}\n  ldflags = $ldflags {ldflags}" if ldflags else line
+
     def text(self, *links: str) -> str:
-        """The file, which ends with these link statements; the first library is the default."""
+        """The file, which ends with these link statements."""
         ordered = [text for _, text in sorted(self.compilations, reverse=True)]  # none ends late
-        default = links[0].split(":")[0].removeprefix("build ")
-        return "\n".join([*self.lines, *ordered, *links, f"default {default}", ""])
+        return "\n".join([*self.lines, *ordered, *links, ""])
 
 
 def native_file(nvcc: str | None = None) -> str:
@@ -199,7 +236,7 @@ def native_file(nvcc: str | None = None) -> str:
     With nvcc, also how _native_cuda.so is: the same and the CUDA kernels.
     """
     mode = SANITIZED if SANITIZE else OPTIMISED
-    build = Ninja(compiler(), mode, "" if SANITIZE else "-Wl,-z,defs")
+    build = Ninja(BUILD, mode, "" if SANITIZE else "-Wl,-z,defs")
     objects = [build.compile(CSRC / "bindings" / "cpu.cpp", extra="$torchflags")]
     cpu = sorted((CSRC / "cpu").glob("*.cpp"))
     kernels = [source for source in cpu if source.name.startswith("kernels_")]
@@ -208,13 +245,11 @@ def native_file(nvcc: str | None = None) -> str:
     for isa, flags in ISAS.items():
         extra = f"-DATTNFAST_ISA={isa} {flags}"
         objects += [build.compile(source, f".{isa}", extra) for source in kernels]
-    links = [f"build _native.so: link {' '.join(objects)}"]
+    links = [build.link("_native.so", objects)]
     if nvcc:
         objects += cuda_objects(build, nvcc)
-        links += [
-            f"build _native_cuda.so: link {' '.join(objects)}",
-            f"  ldflags = $ldflags -L{cuda_libraries(nvcc)} -lcudart_static -ldl -lrt -lpthread",
-        ]
+        runtime = f"{quoted(f'-L{cuda_libraries(nvcc)}')} -lcudart_static -ldl -lrt -lpthread"
+        links.append(build.link("_native_cuda.so", objects, runtime))
     return build.text(*links)
 
 
@@ -226,9 +261,9 @@ def cuda_objects(build: Ninja, nvcc: str) -> list[str]:
     code += f" -gencode=arch=compute_{general},code=compute_{general}"  # PTX for all others
     names = ", ".join(f"sm_{arch}" for arch in archs)
     build.lines += [
-        f"nvcc = {nvcc}",
+        f"nvcc = {quoted(nvcc)}",
         "nvccflags = -std=c++17 -O3 -DNDEBUG -Werror=all-warnings -Xptxas=-v --compress-mode=size"
-        f" -Xcompiler=-fPIC,-fvisibility=hidden,-Wall {code} -I{CSRC}",
+        f" -Xcompiler=-fPIC,-fvisibility=hidden,-Wall {code} -Icsrc",
         "rule nvcc",
         "  command = $nvcc -MMD -MF $out.d $nvccflags $extra -c $in -o $out > $out.log 2>&1"
         " || (cat $out.log && exit 1)",
@@ -246,9 +281,9 @@ def cuda_objects(build: Ninja, nvcc: str) -> list[str]:
 
 def cuda_libraries(nvcc: str) -> Path:
     """The folder of libcudart_static.a, beside the nvcc that may be a script elsewhere."""
-    command = [*shlex.split(nvcc), "--dryrun", "-x", "cu", "-c", os.devnull]
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
     said = subprocess.run(command, capture_output=True, text=True).stderr
-    top = re.search(r"TOP=(\S+)", said)
+    top = re.search(r"TOP=(.+)", said)
     folder = Path(top[1] if top else nvcc).resolve() / "lib64"
     if not (folder / "libcudart_static.a").exists():
         sys.exit(f"attnfast: no libcudart_static.a in {folder}: install the whole CUDA toolkit")
@@ -271,7 +306,7 @@ def cuda_archs() -> list[int]:
 
 def find_nvcc() -> str | None:
     """The nvcc executable: NVCC, of CUDA_HOME, or on the PATH; None where there is none."""
-    if os.environ.get("ATTNFAST_CUDA") == "0":
+    if switch("ATTNFAST_CUDA") is False:
         print("attnfast: CUDA kernels left out, as ATTNFAST_CUDA=0 asks", file=sys.stderr)
         return None
     home = os.environ.get("CUDA_HOME")
@@ -303,8 +338,7 @@ def cuda_sources() -> list[tuple[Path, str, str]]:
 
 def emulator_file() -> str:
     """How _emulator.so is built: the CUDA kernels compiled for the CPU, and what runs them."""
-    build = Ninja(compiler(), "-O2 -DATTNFAST_EMULATOR", "-Wl,-z,defs")
-    build.lines[2] += " -pthread"
+    build = Ninja(EMULATOR, "-O2 -DATTNFAST_EMULATOR -pthread", "-Wl,-z,defs")
     objects = [
         build.compile(CSRC / "bindings" / name, extra="$torchflags")
         for name in ("cuda.cpp", "emulator.cpp")
@@ -313,28 +347,28 @@ def emulator_file() -> str:
     objects += [build.compile(source) for source in sorted((CSRC / "cuda").glob("*.cpp"))]
     for source, suffix, extra in cuda_sources():
         objects.append(build.compile(source, suffix, f"-x c++ {extra}"))
-    return build.text(f"build _emulator.so: link {' '.join(objects)}")
+    return build.text(build.link("_emulator.so", objects))
 
 
-def run_ninja(folder: Path, text: str, what: str, *targets: str) -> None:
-    """Bring a folder's libraries up to date, the default one unless others are named."""
-    command = [ninja(), "-C", str(folder), *targets]
-    if os.environ.get("MAX_JOBS"):
-        command.append(f"-j{os.environ['MAX_JOBS']}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text(text)
-    if subprocess.run(command, stdout=sys.stderr).returncode:
+def run_ninja(library: Path, text: str, what: str) -> Path:
+    """Bring a library up to date, as this text of a build.ninja says, and say where it is."""
+    jobs = os.environ.get("MAX_JOBS", "")
+    if jobs and not re.fullmatch(r"0*[1-9]\d*", jobs, re.ASCII):
+        sys.exit(f"attnfast: MAX_JOBS must be a number from 1 on, got '{jobs}'")
+    file = library.with_name("build.ninja")
+    (ROOT / file).parent.mkdir(parents=True, exist_ok=True)
+    (ROOT / file).write_bytes(os.fsencode(text))
+    command = [ninja(), "-f", str(file), *([f"-j{jobs}"] if jobs else []), str(library)]
+    if subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode:
         sys.exit(f"attnfast: {what} did not compile; the compiler's messages are above")
+    return ROOT / library
 
 
 def build_native() -> Path:
     """Bring the library up to date and say where it is; with CUDA's kernels if so asked."""
-    nvcc = find_nvcc() if os.environ.get("ATTNFAST_CUDA") else None
-    if nvcc:
-        run_ninja(BUILD, native_file(nvcc), "the native library", "_native_cuda.so")
-        return BUILD / "_native_cuda.so"
-    run_ninja(BUILD, native_file(), "the native library")
-    return BUILD / "_native.so"
+    nvcc = None if switch("ATTNFAST_CUDA") is None else find_nvcc()
+    library = BUILD / ("_native_cuda.so" if nvcc else "_native.so")
+    return run_ninja(library, native_file(nvcc), "the native library")
 
 
 class Build(Command):
@@ -359,7 +393,7 @@ class BuildEmulator(Build):
         if "avx2" not in ISAS:
             print("attnfast: the emulator runs on x86-64 only: left out", file=sys.stderr)
             return
-        run_ninja(ROOT / "build" / "emulator", emulator_file(), "the emulator")
+        run_ninja(EMULATOR / "_emulator.so", emulator_file(), "the emulator")
 
 
 class BuildCuda(Build):
@@ -371,7 +405,7 @@ class BuildCuda(Build):
         """Build, or say why not."""
         nvcc = find_nvcc()
         if nvcc:
-            run_ninja(BUILD, native_file(nvcc), "the CUDA kernels", "_native_cuda.so")
+            run_ninja(BUILD / "_native_cuda.so", native_file(nvcc), "the CUDA kernels")
 
 
 class BuildNative(build_ext):

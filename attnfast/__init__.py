@@ -4,14 +4,19 @@ See `attention` for the contract, `explain` for which backend runs a call and wh
 `MultiheadAttention` and `replace` for the drop-in module.
 """
 
+from . import flops, sharding
 from ._version import __version__
 from .cache import KVCache
 from .explain import explain
 from .functional import attention, decode_attention, varlen_attention
+from .late_imports import when_imported
 from .module import MultiheadAttention
 from .replace import replace, restore
 from .sdpa import scaled_dot_product_attention
 from .stats import AttentionStats
+
+when_imported("torch.utils.flop_counter", flops.register)
+when_imported("torch.distributed.tensor", sharding.register)
 
 __all__ = [
     "AttentionStats",

@@ -1,23 +1,26 @@
-"""Gradients of the fused backends: what is saved, first and second derivatives, what must raise.
+"""Gradients of the raw operators: what is saved, first and second derivatives, what must raise.
 
-A fused forward saves its inputs, ``out`` and ``lse`` (and the statistics, where they are returned):
-memory linear in T and S. The backward is a Function of its own, whose derivative is taken through
-the reference (second_order.py). Whatever else autograd could ask for raises.
+A fused forward saves its inputs, ``out`` and ``norm`` (and the statistics, where they are
+returned): memory linear in T and S. The backward is an operator of its own, whose derivative is
+taken through the reference (second_order.py). Whatever else autograd could ask for raises.
 
-Both Functions exist in two forms: with ctx in forward, which is cheap, and with setup_context,
-which functorch's transforms need and which costs three times as much.
+Each is a Function below the operator, in its Autograd kernel. So the operators that torch.compile
+and torch.export find are differentiable by themselves, at every level of functorch's transforms. In
+eager mode `fused_attention` goes to the Functions at once, which is cheaper.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from . import dispatch
 from .checks import rows
 from .options import Inputs, Options, Outputs
 from .second_order import (
@@ -27,30 +30,18 @@ from .second_order import (
     second_derivative_names,
     second_derivatives,
 )
+from .vmap import one_by_one
 
 
-def fused_attention(backend: str, inputs: Inputs, options: Options, requires_grad: bool) -> Outputs:
-    """Run a fused backend so that gradients, where any are wanted, are recorded.
+def fused_attention(ops: Any, inputs: Inputs, options: Options, requires_grad: bool) -> Outputs:
+    """Run a backend's operators so that gradients, where any are wanted, are recorded.
 
     ``out``, ``lse``, ``weights`` and the entropy, ``stats[1]``, are differentiable; of the other
     statistics the gradient is ignored. What was not asked for is an empty tensor.
     """
-    if transforms_active():
-        return Outputs(*TransformedAttention.apply(backend, options, *inputs))
-    if torch.compiler.is_compiling():
-        inputs = distinct(inputs)
-    if requires_grad:
-        return Outputs(*AttentionFunction.apply(backend, options, *inputs))
-    return Outputs(*call(dispatch.OPS[backend].fwd, *inputs, *options))
-
-
-def distinct(inputs: Inputs) -> Inputs:
-    """Inputs with a view in place of any tensor that came before, which Dynamo would reject."""
-    tensors: list[Tensor | None] = []
-    for x in inputs:
-        seen = x is not None and any(x is other for other in tensors)
-        tensors.append(x.view(x.shape) if x is not None and seen else x)
-    return Inputs._make(tensors)
+    if requires_grad and not (torch.compiler.is_compiling() or transforms_active()):
+        return Outputs(*AttentionFunction.apply(ops, options, *inputs))
+    return Outputs(*call(ops.fwd, *inputs, *options))
 
 
 def transforms_active() -> bool:
@@ -59,11 +50,37 @@ def transforms_active() -> bool:
 
 
 def call(op: Any, *args: Any) -> Any:
-    """Call a raw operator, in eager mode past its Autograd kernel, which only guards gradients."""
-    if torch.compiler.is_compiling():
+    """Call a raw operator without gradients: past its Autograd kernel, unless others look on."""
+    if torch.compiler.is_compiling() or transforms_active():
         return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
+    return call_below(op, *args)
+
+
+def call_below(op: Any, *args: Any) -> Any:
+    """Call a raw operator from a Function: below autograd, at this level of a transform."""
+    if not torch._C._are_functorch_transforms_active():
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+        except RuntimeError as error:
+            raise operator_error(error) from None
+    below = torch._C._AutoDispatchBelowAutograd()  # other levels want what the Function disabled
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below:
         return op(*args)
+
+
+def operator_error(error: RuntimeError) -> Exception:
+    """A native operator's error: of a GPU's memory as torch's own, any other as it is.
+
+    Where a signal's handler has interrupted the operator, Python raises what the handler raised as
+    soon as it enters a function, which is this one.
+    """
+    if type(error) is RuntimeError and re.match(r"attnfast: no tensor.*out of memory", str(error)):
+        return torch.OutOfMemoryError(str(error))
+    said = re.search(
+        r"csrc/\S+, ((?:decode_)?attention: .*)", str(error)
+    )  # after where it was said
+    return error if said is None or type(error) is not RuntimeError else RuntimeError(said[1])
 
 
 def no_jvp(ctx: Any, *tangents: Any) -> Any:
@@ -74,48 +91,33 @@ def no_jvp(ctx: Any, *tangents: Any) -> Any:
     )
 
 
-def no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    """Refuse vmap, whose fallback would be a loop."""
-    raise NotImplementedError(
-        "attention: vmap is not implemented for the fused backends: make the mapped dimension part"
-        " of B or H, or use backend='reference'"
-    )
-
-
-def attention_forward(backend: str, options: Options, *inputs: Tensor | None) -> Any:
-    """(backend, options, *Inputs) -> Outputs, or out and lse if nothing else was asked for."""
-    outputs = call(dispatch.OPS[backend].fwd, *inputs, *options)
-    return outputs if options.stats or options.weights else outputs[:2]
+def attention_forward(ops: Any, options: Options, *inputs: Tensor | None) -> Any:
+    """(operators, options, *Inputs) -> Outputs."""
+    return call_below(ops.fwd, *inputs, *options)
 
 
 def save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep what the backward of ``attention_forward`` needs."""
-    backend, options, *tensors = inputs
-    out, lse, *rest = output
+    ops, options, *tensors = inputs
+    out, _, norm, stats, received, weights = output
     ctx.set_materialize_grads(False)
-    if rest:
-        stats, received, weights = rest
-        constants = [received]
-        if not options.stats:
-            constants.append(stats)
-        if not options.weights:
-            constants.append(weights)
-        ctx.mark_non_differentiable(*constants)
-    ctx.save_for_backward(out, lse, stats if options.stats else None, *tensors)
-    ctx.backend, ctx.options = backend, options
+    constants = [norm, received]
+    if not options.stats:
+        constants.append(stats)
+    if not options.weights:
+        constants.append(weights)
+    ctx.mark_non_differentiable(*constants)
+    ctx.save_for_backward(out, norm, stats if options.stats else None, *tensors)
+    ctx.ops, ctx.options = ops, options
 
 
 def attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of ``attention_forward``'s arguments from those of its results."""
-    grad_out, grad_lse, grad_stats, _, grad_weights = (*grads, None, None, None)[:5]
-    out, lse, stats, *tensors = ctx.saved_tensors
+    grad_out, grad_lse, _, grad_stats, _, grad_weights = grads
+    out, norm, stats, *tensors = ctx.saved_tensors
     inputs, options = Inputs(*tensors), ctx.options
     if grad_out is None and grad_lse is None and grad_stats is None and grad_weights is None:
         return (None,) * (2 + len(inputs))
-    if not options.stats:  # torch.compile passes zeros of the empty tensor's shape
-        grad_stats = None
-    if not options.weights:
-        grad_weights = None
     need_dbias, need_dsinks = ctx.needs_input_grad[6], ctx.needs_input_grad[8]
     args = (
         torch.zeros_like(out) if grad_out is None else rows(grad_out),
@@ -123,20 +125,16 @@ def attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
         None if grad_stats is None else grad_stats[1].contiguous(),
         None if grad_weights is None else rows(grad_weights),
         out,
-        lse,
+        norm,
         None if grad_stats is None else stats[1],
         need_dbias,
         need_dsinks,
         *inputs,
     )
-    if torch.compiler.is_compiling():
-        gradients = dispatch.OPS[ctx.backend].bwd(*args, *options)
-    elif transforms_active():
-        gradients = TransformedBackward.apply(ctx.backend, options, *args)
-    elif torch.is_grad_enabled():
-        gradients = AttentionBackward.apply(ctx.backend, options, *args)
+    if torch.is_grad_enabled():
+        gradients = ctx.ops.bwd(*args, *options)
     else:
-        gradients = call(dispatch.OPS[ctx.backend].bwd, *args, *options)
+        gradients = call(ctx.ops.bwd, *args, *options)
     dq, dk, dv, dbias, dsinks = gradients
     return (
         *(None, None),
@@ -145,9 +143,9 @@ def attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
     )
 
 
-def backward_forward(backend: str, options: Options, *args: Any) -> Any:
-    """(backend, options, arguments of the backward operator up to Inputs) -> Gradients."""
-    return call(dispatch.OPS[backend].bwd, *args, *options)
+def backward_forward(ops: Any, options: Options, *args: Any) -> Any:
+    """(operators, options, arguments of the backward operator up to Inputs) -> Gradients."""
+    return call_below(ops.bwd, *args, *options)
 
 
 def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -206,7 +204,7 @@ def no_third(ctx: Any, *grads: Tensor) -> Any:
 
 
 def with_saving(function: Any, save: Any) -> Any:
-    """A forward with ctx, for eager mode, of a function and what saves its call."""
+    """The forward of a Function: ``function``, and what saves its call."""
 
     def forward(ctx: Any, *args: Any) -> Any:
         results = function(*args)
@@ -217,37 +215,19 @@ def with_saving(function: Any, save: Any) -> Any:
 
 
 class AttentionFunction(Function):
-    """Attention in eager mode and under torch.compile."""
+    """Attention."""
 
     forward = with_saving(attention_forward, save_attention)
     backward = staticmethod(attention_backward)
-
-
-class TransformedAttention(Function):
-    """Attention under functorch's transforms."""
-
-    forward = staticmethod(attention_forward)
-    setup_context = staticmethod(save_attention)
-    backward = staticmethod(attention_backward)
     jvp = staticmethod(no_jvp)
-    vmap = staticmethod(no_vmap)
 
 
 class AttentionBackward(Function):
-    """Attention's backward, where it is to be differentiated again."""
+    """Attention's backward."""
 
     forward = with_saving(backward_forward, save_backward)
     backward = staticmethod(second_backward)
-
-
-class TransformedBackward(Function):
-    """Attention's backward under functorch's transforms."""
-
-    forward = staticmethod(backward_forward)
-    setup_context = staticmethod(save_backward)
-    backward = staticmethod(second_backward)
     jvp = staticmethod(no_jvp)
-    vmap = staticmethod(no_vmap)
 
 
 class SecondDerivatives(Function):
@@ -257,4 +237,93 @@ class SecondDerivatives(Function):
     setup_context = staticmethod(lambda ctx, inputs, output: None)
     backward = staticmethod(no_third)
     jvp = staticmethod(no_jvp)
-    vmap = staticmethod(no_vmap)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        """Mapped calls, one by one."""
+        return one_by_one(SecondDerivatives.apply, info, in_dims, *args)
+
+
+def fwd_kernel(ops: Any) -> Callable[..., Any]:
+    """The Autograd kernel of ``NAME_fwd``."""
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if not is_recorded(args):
+            return redispatch(ops.fwd, keyset, args)
+        inputs = Inputs(*args[:11])
+        if is_differentiated(inputs.alibi_slopes):
+            refuse(ops.fwd, "alibi_slopes has no gradient: detach it (a bias has one)")
+        return record(AttentionFunction, ops, Options(*args[11:]), *inputs)
+
+    return kernel
+
+
+def bwd_kernel(ops: Any) -> Callable[..., Any]:
+    """The Autograd kernel of ``NAME_bwd``.
+
+    Second derivatives are computed from the inputs alone: through ``out`` and ``entropy`` too, as
+    long as these are results of the forward operator for the same inputs.
+    """
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if not is_recorded(args):
+            return redispatch(ops.bwd, keyset, args)
+        out, norm, entropy = args[4:7]
+        inputs = Inputs(*args[9:20])
+        if is_differentiated(norm) or is_differentiated(inputs.alibi_slopes):
+            refuse(ops.bwd, "norm and alibi_slopes have no gradient: detach them")
+        primals = (inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sinks)
+        for x in (out, entropy):
+            if is_differentiated(x) and (x.is_leaf or not any(map(is_differentiated, primals))):
+                refuse(ops.bwd, "out and entropy have none apart from the inputs': detach them")
+        return record(AttentionBackward, ops, Options(*args[20:]), *args[:20])
+
+    return kernel
+
+
+def refusing_kernel(op: Any) -> Callable[..., Any]:
+    """The Autograd kernel of an operator without gradients."""
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if is_recorded(args) and any(map(is_differentiated, args)):
+            refuse(op, "the operator has no gradient: detach its inputs, or use torch.no_grad()")
+        return redispatch(op, keyset, args)
+
+    return kernel
+
+
+def redispatch(op: Any, keyset: torch._C.DispatchKeySet, args: tuple[Any, ...]) -> Any:
+    """Go on from an operator's Autograd kernel to its backend's own."""
+    try:
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    except RuntimeError as error:
+        raise operator_error(error) from None
+
+
+def is_recorded(args: tuple[Any, ...]) -> bool:
+    """Whether a call of an operator with these arguments is one that a derivative may need."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+
+
+def is_differentiated(x: Any) -> bool:
+    """Whether x is a tensor by which a result is to be differentiated."""
+    if not isinstance(x, Tensor):
+        return False
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def refuse(op: Any, why: str) -> NoReturn:
+    """Raise for a derivative that would be lost."""
+    raise NotImplementedError(f"{op.name()}: a derivative is wanted, but {why}")
+
+
+def record(function: Any, *args: Any) -> Any:
+    """Apply a Function; inside a functorch transform, at the level whose turn it is."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    with enable_single_level_autograd_function():
+        return super(Function, function).apply(*args)

@@ -85,16 +85,27 @@ class KVCache:
             prefix: how many of the keys of a first append are no tokens.
 
         Raises:
-            ValueError: Another size or device than held, too many keys for ``max_length``, or a
-                gradient is needed.
-            TypeError: Another dtype than held.
+            ValueError: Sizes that do not fit each other or what is held, another device, too many
+                keys for ``max_length``, or a gradient is needed.
+            TypeError: No dense Tensor, another dtype than held, or a ``prefix`` that is no int.
         """
+        require.qkv_tensors(NAME, ("keys", "values"), k, v)
+        if k.dim() != 4:
+            require.fail(NAME, "keys", "(B, H_kv, N, D)", tuple(k.shape))
+        if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+            sizes = ", ".join(map(str, k.shape[:3]))
+            require.fail(NAME, "values", f"(B, H_kv, N, D) = ({sizes}, *)", tuple(v.shape))
+        require.memory(NAME, "keys", k)
+        require.memory(NAME, "values", v)
         if k.requires_grad or v.requires_grad:
             raise ValueError(
                 f"{NAME}: keys and values must need no gradient: decode under "
                 "torch.inference_mode() or torch.no_grad()"
             )
         if not self._filled:
+            prefix = require.integer(NAME, "prefix", prefix, low=0)
+            if prefix > k.shape[2]:
+                require.fail(NAME, "prefix", f"at most the {k.shape[2]} keys given", prefix)
             self.prefix = prefix
         start, end = self._filled, self._filled + k.shape[2]
         if self.max_length is not None and end - self.prefix > self.max_length:
@@ -102,7 +113,9 @@ class KVCache:
                 f"{NAME}: length must be at most max_length = {self.max_length}, got "
                 f"{end - self.prefix} after an append of {end - max(start, self.prefix)}"
             )
-        self._fits(k)
+        for name, held, given in (("keys", self._k, k), ("values", self._v, v)):
+            if held is not None:
+                _check_fits(name, held, given)
         if self._k is None or self._v is None or end > self._k.shape[2]:
             self._grow(k, v, end)
         assert self._k is not None
@@ -122,9 +135,10 @@ class KVCache:
             TypeError: ``index`` is not an integer tensor.
             ValueError: it is not of one dimension, on another device, or a row is out of range.
         """
-        if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
-            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-            require.fail(NAME, "index", "an int64 or int32 Tensor", got, TypeError)
+        require.tensor(NAME, "index", index, "an int64 or int32 Tensor")
+        if index.dtype not in (torch.int32, torch.int64):
+            require.fail(NAME, "index", "an int64 or int32 Tensor", index.dtype, TypeError)
+        require.memory(NAME, "index", index)
         if index.dim() != 1:
             require.fail(NAME, "index", "(B,)", tuple(index.shape))
         if self._k is None or self._v is None:
@@ -170,21 +184,6 @@ class KVCache:
             raise ValueError(f"{NAME}: nothing is held yet")
         return x[:, :, : self._filled]
 
-    def _fits(self, k: Tensor) -> None:
-        """Raise unless k may follow what is held."""
-        if self._k is None:
-            return
-        held, given = self._k.shape, k.shape
-        if (given[0], given[1], given[3]) != (held[0], held[1], held[3]):
-            raise ValueError(
-                f"{NAME}: keys must be (B, H_kv, *, D) = ({held[0]}, {held[1]}, *, {held[3]}) as "
-                f"those held, got {tuple(given)} (reorder changes the batch, reset forgets it)"
-            )
-        if k.dtype != self._k.dtype:
-            require.fail(NAME, "keys", f"of the dtype held, {self._k.dtype}", k.dtype, TypeError)
-        if k.device != self._k.device:
-            require.fail(NAME, "keys", f"on the device held, {self._k.device}", k.device)
-
     def _grow(self, k: Tensor, v: Tensor, needed: int) -> None:
         """Allocate room for ``needed`` keys or more, and move what is held."""
         if self.max_length is not None:
@@ -209,3 +208,17 @@ class KVCache:
         with torch.no_grad():
             buffer[:, :, : held.shape[2]] = held
         return buffer
+
+
+def _check_fits(name: str, kept: Tensor, given: Tensor) -> None:
+    """Raise unless keys or values may follow those held."""
+    B, H_kv, _, D = kept.shape
+    if (given.shape[0], given.shape[1], given.shape[3]) != (B, H_kv, D):
+        raise ValueError(
+            f"{NAME}: {name} must be (B, H_kv, *, D) = ({B}, {H_kv}, *, {D}) as "
+            f"those held, got {tuple(given.shape)} (reorder changes the batch, reset forgets it)"
+        )
+    if given.dtype != kept.dtype:
+        require.fail(NAME, name, f"of the dtype held, {kept.dtype}", given.dtype, TypeError)
+    if given.device != kept.device:
+        require.fail(NAME, name, f"on the device held, {kept.device}", given.device)

@@ -16,12 +16,15 @@ from . import requirements as require
 from .options import Inputs, Options
 from .reference import autocast_available
 from .requirements import fail
+from .sizes import assume_shape
+from .subclasses import PLAIN, is_causal_bias
 
 NAMES = ("q", "k", "v", "mask", "bias")
 CACHE_NAMES = ("q", "k_cache", "v_cache")
-COMPLAINT = re.compile(r"\b(?:decode_)?attention: (.*)")  # what native code says of values
+COMPLAINT = re.compile(r"\b(?:decode_)?attention: (\S+) (.*)")  # what native code says of values
 STATS: dict[Any, int] = {False: 0, True: 1, "received": 2}
 WEIGHTS: dict[Any, int] = {False: 0, "mean": 1, True: 2}
+ORDINARY = (*PLAIN, type(None))  # types of most masks and biases
 
 
 class Sequences(NamedTuple):
@@ -78,7 +81,9 @@ def attention_call(
         ValueError: An argument has the wrong shape, device or value.
     """
     require.qkv_tensors(function, names, q, k, v)
-    q, k, v = autocast(q, k, v)
+    if torch.compiler.is_compiling():
+        assume_sizes(q, k, v, align, alibi_slopes, sequences)
+    q, k, v = autocast(function, names, q, k, v)
     cu_seqlens_q = cu_seqlens_k = None
     max_seqlen_q = max_seqlen_k = 0
     if sequences is None:
@@ -88,15 +93,23 @@ def attention_call(
         cu_seqlens_q = require.boundaries(function, "cu_seqlens_q", sequences.cu_seqlens_q, q)
         cu_seqlens_k = require.boundaries(function, "cu_seqlens_k", sequences.cu_seqlens_k, q)
         B = cu_seqlens_q.shape[0] - 1
-        if cu_seqlens_k.shape[0] != B + 1:
+        if cu_seqlens_k.shape[0] != cu_seqlens_q.shape[0]:
             requirement = f"as long as cu_seqlens_q, {B + 1}"
             fail(function, "cu_seqlens_k", requirement, cu_seqlens_k.shape[0])
-        T = max_seqlen_q = require.integer(function, "max_seqlen_q", sequences.max_seqlen_q, low=0)
-        S = max_seqlen_k = require.integer(function, "max_seqlen_k", sequences.max_seqlen_k, low=0)
+        T = max_seqlen_q = require.longest(function, "max_seqlen_q", sequences.max_seqlen_q)
+        S = max_seqlen_k = require.longest(function, "max_seqlen_k", sequences.max_seqlen_k)
     require.same_kind(function, names, q, k, v)
-    q, k, v = rows(q), rows(k), rows(v)
+    q, k, v = rows(q, function, names[0]), rows(k, function, names[1]), rows(v, function, names[2])
 
     if mask is not None or bias is not None:
+        if sequences is None and not (type(mask) in ORDINARY and type(bias) in ORDINARY):
+            aligned = not isinstance(align, str) or align != "top_left"
+            by_position = aligned or window is not None or alibi_slopes is not None
+            for name, x in zip(names[3:], (mask, bias), strict=True):
+                if is_causal_bias(x):
+                    align = require.causal_bias(function, name, x, T, S, causal, by_position)
+                    causal, by_position = True, True
+            mask, bias = (None if is_causal_bias(x) else x for x in (mask, bias))
         full = (B if sequences is None else 1, H, T, S)
         what = "(B, H, T, S)" if sequences is None else "(1, H, max_seqlen_q, max_seqlen_k)"
         if mask is not None:
@@ -118,7 +131,7 @@ def attention_call(
         window_left, window_right = require.window_sides(function, window)
     if causal is not False:
         require.flag(function, "causal", causal, (True, False))
-    if dropout_p != 0.0 or type(dropout_p) is not float:
+    if type(dropout_p) is not float or dropout_p != 0.0:
         dropout_p = require.number(function, "dropout_p", dropout_p, 0.0, 1.0, "in [0, 1]")
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -131,7 +144,10 @@ def attention_call(
         stats = require.choice(function, "return_stats", return_stats, STATS)
 
     if sequences is not None:
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        q, k, v = (
+            require.view(function, name, x, None).transpose(1, 2)
+            for name, x in zip(names, (q, k, v), strict=False)
+        )
     return (
         Inputs(
             q,
@@ -185,12 +201,15 @@ def decode_call(
         ValueError: An argument has the wrong shape, device or value, or requires a gradient.
     """
     require.qkv_tensors(function, CACHE_NAMES, q, k_cache, v_cache)
-    q, k_cache, v_cache = autocast(q, k_cache, v_cache)
+    if torch.compiler.is_compiling():
+        assume_sizes(q, k_cache, v_cache, cache_seqlens, alibi_slopes, page_table=page_table)
+    q, k_cache, v_cache = autocast(function, CACHE_NAMES, q, k_cache, v_cache)
     if page_table is None:
         B, H, T, D, S = require.dense_sizes(function, CACHE_NAMES, q, k_cache, v_cache)
     else:
+        table = (q.shape[0] if q.dim() else None, None)
+        page_table = require.indices(function, "page_table", page_table, q, table, "(B, n)")
         B, H, T, D, page_size = require.paged_sizes(function, CACHE_NAMES, q, k_cache, v_cache)
-        page_table = require.indices(function, "page_table", page_table, q, (B, None), "(B, n)")
         S = page_table.shape[1] * page_size
     require.same_kind(function, CACHE_NAMES, q, k_cache, v_cache)
     cache_seqlens = require.indices(function, "cache_seqlens", cache_seqlens, q, (B,), "(B,)")
@@ -217,9 +236,9 @@ def decode_call(
         softcap=0.0 if softcap is None else require.softcap_limit(function, softcap),
     )
     inputs = DecodeInputs(
-        rows(q),
-        rows(k_cache),
-        rows(v_cache),
+        rows(q, function, "q"),
+        rows(k_cache, function, "k_cache"),
+        rows(v_cache, function, "v_cache"),
         cache_seqlens,
         page_table,
         bias,
@@ -229,13 +248,47 @@ def decode_call(
     return inputs, options
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def assume_sizes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    per_entry: object,
+    alibi_slopes: object,
+    sequences: Sequences | None = None,
+    page_table: object = None,
+) -> None:
+    """Have a traced program check when it runs which sizes are equal, where it leaves some open.
+
+    ``per_entry`` has one element per batch entry or sequence: align, or cache_seqlens.
+    """
+    if q.dim() < 3 or k.dim() != (3 if sequences is not None else 4):
+        return
+    B, D = q.shape[0], q.shape[-1]
+    assume_shape(v, *k.shape[:-1], None)
+    if sequences is not None:
+        ends_q, ends_k, *_ = sequences
+        assume_shape(k, None, None, D)
+        if isinstance(ends_q, Tensor) and ends_q.dim() == 1:
+            assume_shape(ends_k, ends_q.shape[0])
+            B = ends_q.shape[0] - 1
+    elif page_table is not None:
+        assume_shape(k, None, None, None, D)
+        assume_shape(page_table, B, None)
+    else:
+        assume_shape(k, B, None, None, D)
+    assume_shape(per_entry, B)
+    assume_shape(alibi_slopes, B, None)
+
+
+def autocast(function: str, names: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in the autocast dtype of their device, by the rule of torch's own matrix products."""
     if not torch._C._is_any_autocast_enabled():
         return tensors
     device = tensors[0].device.type
     if not (autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
+    for name, x in zip(names, tensors, strict=False):
+        require.memory(function, name, x)
     dtype = torch.get_autocast_dtype(device)
     return tuple(
         x.to(dtype) if x.is_floating_point() and x.dtype is not torch.float64 else x
@@ -243,9 +296,20 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def rows(x: Tensor) -> Tensor:
+def rows(x: Tensor, function: str = "attention", name: str = "a gradient") -> Tensor:
     """Return x with stride 1 in its last dimension, copied only if it is not."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    require.memory(function, name, x)
+    return x.contiguous()
+
+
+def memory(function: str, inputs: Inputs | DecodeInputs, names: tuple[str, ...] = NAMES) -> None:
+    """Check that every tensor has its memory, where no operator does."""
+    called = dict(zip(NAMES, names, strict=True))
+    for field, x in zip(inputs._fields, inputs, strict=True):
+        if x is not None:
+            require.memory(function, called.get(field, field), x)
 
 
 def sequence_values(function: str, inputs: Inputs, options: Options) -> None:
@@ -290,9 +354,10 @@ def cache_values(function: str, inputs: DecodeInputs) -> None:
                 raise ValueError(f"{function}: page_table must {requirement}")
 
 
-def value_error(function: str, error: RuntimeError) -> Exception:
+def value_error(function: str, error: RuntimeError, names: tuple[str, ...] = NAMES) -> Exception:
     """A native operator's complaint about values as a ValueError; any other error as it is."""
     complaint = COMPLAINT.search(str(error))
     if complaint is None or type(error) is not RuntimeError:
         return error
-    return ValueError(f"{function}: {complaint[1]}")
+    name, rest = complaint.groups()
+    return ValueError(f"{function}: {dict(zip(NAMES, names, strict=True)).get(name, name)} {rest}")

@@ -16,6 +16,7 @@ import torch
 
 from . import ops, triton_backend
 from .options import Options
+from .requirements import checks_values, environment
 
 NAMES = ("cpu", "triton", "gluon", "cuda", "reference")
 HALF = (torch.bfloat16, torch.float16)
@@ -111,7 +112,8 @@ def _gpu_refuses(problem: Problem, widest: int, found: tuple[int, int]) -> str |
 
 def _emulated_capability() -> tuple[int, int]:
     """That of the GPU which the emulator plays, ``ATTNFAST_EMULATOR_ARCH``."""
-    major, minor = divmod(int(os.environ.get("ATTNFAST_EMULATOR_ARCH", "80")), 10)
+    arch = environment("ATTNFAST_EMULATOR_ARCH", "75", "80", "86", "89", "90", "100", "120")
+    major, minor = divmod(int(arch or "80"), 10)
     return major, minor
 
 
@@ -215,7 +217,6 @@ REASONS: dict[str, dict[str, str]] = {
         "gluon": "experimental: only where it is named",
     },
 }
-OPS = {row.name: row.ops for table in BACKENDS.values() for row in table if row.ops is not None}
 
 _warned: set[str] = set()
 _cuda_unusable: dict[int, str | None] = {}
@@ -291,7 +292,12 @@ def wants_checks(row: Backend) -> bool:
     The reference indexes with them; the CUDA kernels clamp them, and raise under
     ``ATTNFAST_CHECK=1``, which waits for the device. Other backends check by themselves.
     """
-    return row is REFERENCE or (row is CUDA and os.environ.get("ATTNFAST_CHECK") == "1")
+    return row is REFERENCE or (row is CUDA and checks_values())
+
+
+def raises_for_fallback() -> bool:
+    """Whether ``ATTNFAST_FALLBACK`` asks for an error where only the reference accepts."""
+    return environment("ATTNFAST_FALLBACK", "warn", "error") == "error"
 
 
 def _report_fallback(problem: Problem, function: str) -> None:
@@ -304,7 +310,7 @@ def _report_fallback(problem: Problem, function: str) -> None:
         f"{function}: no fused backend accepts this call, so the reference runs it: slowly,"
         f" and with all T x S scores in memory. {reason}"
     )
-    if os.environ.get("ATTNFAST_FALLBACK") == "error":
+    if raises_for_fallback():
         raise ValueError(message)
     if reason not in _warned:
         _warned.add(reason)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import checks, dispatch
+from . import requirements as require
 from .dispatch import Problem, dtype_name
 from .functional import (
     attention,
@@ -19,6 +20,15 @@ from .functional import (
 )
 
 ENVIRONMENT = ("ATTNFAST_BACKEND", "ATTNFAST_FALLBACK", "ATTNFAST_CPU_ISA", "ATTNFAST_NATIVE")
+
+
+class Explanation(str):
+    """A text of several lines, which the interpreter and notebooks show as lines."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def explain(*args: Any, **kwargs: Any) -> str:
@@ -40,10 +50,16 @@ def explain(*args: Any, **kwargs: Any) -> str:
             refuses the call is reported, not raised.
     """
     function = _function(args, kwargs)
-    call = inspect.signature(function).bind(*args, **kwargs)
+    name = function.__name__
+    try:
+        call = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"explain: as a call of {name}: {error}") from None
     call.apply_defaults()
-    problem = _problem(function.__name__, call.arguments)
-    return describe(function.__name__, problem, call.arguments["backend"])
+    if call.arguments["other"]:
+        require.nothing_else(name, call.arguments["other"])
+    problem = _problem(name, call.arguments)
+    return Explanation(describe(name, problem, call.arguments["backend"]))
 
 
 def _function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -160,8 +176,8 @@ def _saved(p: Problem, backend: str) -> str:
     if backend == "reference":
         return "what autograd saves of the reference, all scores several times over"
     inputs = (rows * p.D + keys * (p.D + p.D_v)) * size
-    results = rows * (p.D_v * size + 4 * (4 if p.options.stats else 1))
-    names = "out, lse" + (" and statistics" if p.options.stats else "")
+    results = rows * (p.D_v * size + 4 * (6 if p.options.stats else 2))
+    names = "out, norm" + (" and statistics" if p.options.stats else "")
     return f"the inputs ({_size(inputs)} of q, k, v, not copied), {names} ({_size(results)})"
 
 
@@ -175,6 +191,7 @@ def _size(count: int) -> str:
 
 
 def _environment() -> str:
+    dispatch.raises_for_fallback()
     return "environment: " + ", ".join(
         f"{name}={os.environ[name]}" if name in os.environ else f"{name} unset"
         for name in ENVIRONMENT

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from . import requirements as require
-from .module_inputs import NAME
+from .module_inputs import NAME, projection_weight
 from .stats import AttentionStats
 
 SIMILARITIES = {"dot": 0, "cosine": 1}
@@ -68,6 +68,39 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
     return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
+def slopes_of(module: Any) -> Tensor | None:
+    """The slopes of a layer with ALiBi, on the meta device only while its parameters are.
+
+    They are in no ``state_dict``, so nothing that loads or initialises parameters brings them.
+    """
+    if not module.alibi:
+        return None
+    slopes: Tensor | None = module.alibi_slopes
+    if slopes is None or _is_meta(slopes):
+        weight = projection_weight(module)
+        if slopes is None or not _is_meta(weight):
+            slopes = module.alibi_slopes = alibi_slopes(module.num_heads, weight.device)
+    return slopes
+
+
+def moved_slopes(module: Any, slopes: Tensor, device: torch.device) -> Tensor:
+    """The same slopes on another device, fp32 whatever the parameters become."""
+    return alibi_slopes(module.num_heads, device) if _is_meta(slopes) else slopes.to(device)
+
+
+def _is_meta(x: Tensor) -> bool:
+    return x.device.type == "meta"
+
+
+def reset(module: Any) -> None:
+    """Initialise the parameters that torch's layer does not have, where they are."""
+    with torch.no_grad():
+        for name, value in (("sinks", 0.0), ("log_temperature", LOG_TEMPERATURE)):
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.fill_(value)
+
+
 def normalise(q: Tensor, k: Tensor | None, log_temperature: Tensor) -> tuple[Tensor, Tensor | None]:
     """Unit vectors, taken in fp32 or better; q carries the temperature of its head.
 
@@ -76,7 +109,7 @@ def normalise(q: Tensor, k: Tensor | None, log_temperature: Tensor) -> tuple[Ten
         k: ``(B, H_kv, S, D)`` or None.
         log_temperature: ``(H,)``.
     """
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     temperature = log_temperature.to(dtype).clamp(max=MAX_LOG_TEMPERATURE).exp()
     scaled = F.normalize(q.to(dtype), dim=-1) * temperature[:, None, None]
     return scaled.to(q.dtype), None if k is None else F.normalize(k.to(dtype), dim=-1).to(k.dtype)

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
-from . import autograd, checks, dispatch
+from . import autograd, checks, dispatch, sharding
 from .options import Inputs, Options, Outputs
 from .reference import reference_attention, reference_decode
+from .requirements import nothing_else, truth
 from .stats import AttentionStats
+from .subclasses import overridden
 
 
 def attention(
@@ -34,6 +37,7 @@ def attention(
     return_weights: bool | str = False,
     deterministic: bool | None = None,
     backend: str = "auto",
+    **other: Any,
 ) -> Any:
     r"""Exact softmax attention, ``softmax(scale * q k^T + bias) v``, in memory linear in T and S.
 
@@ -63,11 +67,12 @@ def attention(
         v: ``(B, H_kv, S, D_v)``, q's dtype.
         mask: bool, True = attend, broadcastable to ``(B, H, T, S)``; never expanded.
         bias: any supported dtype, broadcastable to ``(B, H, T, S)``, added to the scaled scores.
-            Differentiable; -inf masks.
+            Differentiable; -inf masks. A ``torch.nn.attention.bias.CausalBias``, here or as
+            ``mask``, is taken as ``causal`` with its alignment.
         causal: attend keys s <= t'.
         window: ``(left, right)``, attend t' - left <= s <= t' + right; None is unbounded.
         align: "top_left" t' = t (as torch), "bottom_right" t' = t + S - T (as flash-attn), an int n
-            or an int tensor ``(B,)``: t' = t + n (chunked prefill).
+            or an int tensor ``(B,)``: t' = t + n (chunked prefill), up to 2**29 either way.
         scale: factor of ``q k^T``; default ``D ** -0.5``.
         softcap: c > 0: scaled scores x become ``c * tanh(x / c)``, before all that is added to them
             (arXiv:2408.00118).
@@ -88,6 +93,7 @@ def attention(
         backend: "auto", "cpu", "triton", "gluon" (experimental: a forward for Hopper), "cuda" or
             "reference". "auto" is ``ATTNFAST_BACKEND`` where that is set, else the first backend
             that accepts; see `explain`.
+        other: none; names that torch or flash-attn use are refused with the ones to use here.
 
     Returns:
         ``out`` ``(B, H, T, D_v)`` in q's dtype and stride order; or a tuple in the order out, lse,
@@ -100,10 +106,18 @@ def attention(
         TypeError: An argument is of the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value, or the named backend cannot
             run the call; or none but the reference can and ``ATTNFAST_FALLBACK=error``.
-        NotImplementedError: vmap, forward-mode or third derivatives of a fused backend.
+        NotImplementedError: Forward-mode or third derivatives of a fused backend.
 
     Papers: FlashAttention-2 (arXiv:2307.08691); online softmax (arXiv:1805.02867).
     """
+    if has_torch_function_variadic(q, k, v, mask, bias, align, alibi_slopes, sinks, dropout_seed):
+        result = overridden(attention, locals())
+        if result is not NotImplemented:
+            return result
+    if other:
+        nothing_else("attention", other)
+    if type(return_lse) is not bool:
+        return_lse = truth("attention", "return_lse", return_lse)
     inputs, options = checks.attention_call(
         "attention",
         q,
@@ -155,6 +169,7 @@ def varlen_attention(
     return_weights: bool | str = False,
     deterministic: bool | None = None,
     backend: str = "auto",
+    **other: Any,
 ) -> Any:
     """`attention` within each of many sequences that lie one after another, without padding.
 
@@ -170,7 +185,8 @@ def varlen_attention(
         cu_seqlens_q: int32 ``(sequences + 1,)`` on q's device: 0, then the sequences' ends; int64
             is converted.
         cu_seqlens_k: the same for the keys.
-        max_seqlen_q: at least the longest sequence's number of queries.
+        max_seqlen_q: at least the longest sequence's number of queries; an int, or an int tensor
+            of one element, which is read (and on a GPU waited for).
         max_seqlen_k: at least the longest sequence's number of keys.
         mask: bool, broadcastable to ``(1, H, max_seqlen_q, max_seqlen_k)``: the same for every
             sequence, by positions within it.
@@ -189,6 +205,7 @@ def varlen_attention(
         return_weights: see `attention`.
         deterministic: see `attention`.
         backend: see `attention`.
+        other: none, see `attention`.
 
     Returns:
         As `attention`, with out ``(total_q, H, D_v)``, lse and statistics ``(H, total_q)``,
@@ -202,6 +219,28 @@ def varlen_attention(
             values but never leave their tensors.
         NotImplementedError: As `attention`.
     """
+    if has_torch_function_variadic(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        mask,
+        bias,
+        align,
+        alibi_slopes,
+        sinks,
+        dropout_seed,
+    ):
+        result = overridden(varlen_attention, locals())
+        if result is not NotImplemented:
+            return result
+    if other:
+        nothing_else("varlen_attention", other)
+    if type(return_lse) is not bool:
+        return_lse = truth("varlen_attention", "return_lse", return_lse)
     inputs, options = checks.attention_call(
         "varlen_attention",
         q,
@@ -224,13 +263,13 @@ def varlen_attention(
         checks.Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
     )
     outputs = run("varlen_attention", inputs, options, backend)
-    out, lse, stats, received, weights = outputs
+    out, lse, norm, stats, received, weights = outputs
     out = out[0].transpose(0, 1)
     if not (return_lse or return_stats or return_weights):
         return out
     stats = None if stats is None or not options.stats else stats[:, 0]
     received = None if received is None or options.stats != 2 else received[0]
-    return _results(Outputs(out, lse[0], stats, received, weights), return_lse, options)
+    return _results(Outputs(out, lse[0], norm, stats, received, weights), return_lse, options)
 
 
 def decode_attention(
@@ -248,6 +287,7 @@ def decode_attention(
     bias: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **other: Any,
 ) -> Any:
     """Attention of the newest T queries of every sequence over a cache of keys and values.
 
@@ -271,6 +311,7 @@ def decode_attention(
         bias: broadcastable to ``(B, H, T, S)``, see `attention`.
         return_lse: also return lse, float32 ``(B, H, T)``.
         backend: see `attention`.
+        other: none, see `attention`.
 
     Returns:
         out ``(B, H, T, D_v)``, or (out, lse).
@@ -283,6 +324,16 @@ def decode_attention(
 
     Paper: PagedAttention (arXiv:2309.06180).
     """
+    if has_torch_function_variadic(
+        q, k_cache, v_cache, cache_seqlens, page_table, alibi_slopes, sinks, bias
+    ):
+        result = overridden(decode_attention, locals())
+        if result is not NotImplemented:
+            return result
+    if other:
+        nothing_else("decode_attention", other)
+    if type(return_lse) is not bool:
+        return_lse = truth("decode_attention", "return_lse", return_lse)
     function = "decode_attention"
     inputs, options = checks.decode_call(
         function,
@@ -307,6 +358,9 @@ def decode_attention(
         options.window_right,
         options.softcap,
     )
+    if row.ops is None:
+        sharding.needs_operator(function, inputs.q)
+        checks.memory(function, inputs)
     if dispatch.wants_checks(row):
         checks.cache_values(function, inputs)
     if row.ops is None:
@@ -321,23 +375,36 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
-def run(function: str, inputs: Inputs, options: Options, backend: str) -> Outputs:
-    """Choose a backend and run a checked call of ``attention`` or ``varlen_attention``."""
+def run(
+    function: str,
+    inputs: Inputs,
+    options: Options,
+    backend: str,
+    names: tuple[str, ...] = checks.NAMES,
+) -> Outputs:
+    """Choose a backend and run a checked call of ``attention`` or ``varlen_attention``.
+
+    ``function`` and ``names`` are for messages, as those of ``checks.attention_call``.
+    """
     problem = attention_problem(inputs, options)
     row = dispatch.select(problem, backend, function=function)
     if _in_onnx_export():  # ONNX has no operator of ours: the reference's are known
         row = dispatch.REFERENCE
     if options.dropout_p > 0 and inputs.dropout_seed is None:
+        sharding.needs_seed(function, inputs.q)
         drawn = torch.randint(1 << 32, (2,), dtype=torch.int64, device=inputs.q.device)
         inputs = inputs._replace(dropout_seed=drawn)
+    if row.ops is None:
+        sharding.needs_operator(function, inputs.q)
+        checks.memory(function, inputs, names)
     if inputs.cu_seqlens_q is not None and dispatch.wants_checks(row):
         checks.sequence_values(function, inputs, options)
     if row.ops is None:
         return reference_attention(inputs, options)
     try:
-        return autograd.fused_attention(row.name, inputs, options, problem.requires_grad)
+        return autograd.fused_attention(row.ops, inputs, options, problem.requires_grad)
     except RuntimeError as error:
-        raise checks.value_error(function, error) from None
+        raise checks.value_error(function, error, names) from None
 
 
 def _in_onnx_export() -> bool:
@@ -414,13 +481,14 @@ def _results(outputs: Outputs, return_lse: bool, options: Options) -> tuple[Any,
     if return_lse:
         results.append(outputs.lse)
     if options.stats and outputs.stats is not None:
-        max_logit, entropy, reach = outputs.stats.unbind(0)
+        max_logit, _, reach, focus = outputs.stats.detach().unbind(0)
         results.append(
             AttentionStats(
                 lse=outputs.lse,
-                max_logit=max_logit.detach(),
-                entropy=entropy,
-                reach=reach.detach(),
+                max_logit=max_logit,
+                entropy=outputs.stats[1],
+                reach=reach,
+                focus=focus,
                 received=outputs.received if options.stats == 2 else None,
             )
         )

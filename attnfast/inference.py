@@ -18,7 +18,7 @@ from .linear import is_watched, linear
 from .module_inputs import split_masks
 
 
-def takes(module: Any, query: Tensor) -> bool:
+def takes(module: Any, weight: Tensor | None, query: Tensor) -> bool:
     """Whether self-attention of a checked query may go the short way."""
     return (
         not torch.is_grad_enabled()
@@ -27,9 +27,10 @@ def takes(module: Any, query: Tensor) -> bool:
         and query.dim() == 3
         and query.is_cpu
         and query.dtype in dispatch.FUSED_DTYPES
-        and module.in_proj_weight is not None
+        and weight is not None
         and not (module.training and module.dropout)
-        and module.num_kv_heads == module.num_heads
+        and weight.shape[0] == 3 * module.embed_dim
+        and module.embed_dim % module.num_heads == 0
         and module.bias_k is None
         and not module.add_zero_attn
         and module.window is None
@@ -44,6 +45,7 @@ def takes(module: Any, query: Tensor) -> bool:
 
 def self_attention(
     module: Any,
+    weight: Tensor,
     query: Tensor,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
@@ -54,6 +56,7 @@ def self_attention(
 
     Args:
         module: the layer.
+        weight: its ``in_proj_weight``.
         query: ``(B, T, E)`` with ``batch_first``, else ``(T, B, E)``.
         key_padding_mask: see `MultiheadAttention.forward`.
         attn_mask: see `MultiheadAttention.forward`.
@@ -67,10 +70,11 @@ def self_attention(
     if attn_mask is not None or key_padding_mask is not None:
         batch, length = query.shape[:2] if module.batch_first else query.shape[1::-1]
         sizes = (batch, module.num_heads, length, length)
-        mask, bias = (_as_4d(x) for x in split_masks(attn_mask, key_padding_mask, sizes))
+        masks = (attn_mask, key_padding_mask)
+        mask, bias = (_as_4d(x) for x in split_masks(*masks, sizes, query.device))
         if not (_is_plain(mask) and _is_plain(bias)):
             return None
-    packed = linear(query, module.in_proj_weight, module.in_proj_bias)
+    packed = linear(query, weight, module.in_proj_bias)
     if packed.dtype not in dispatch.FUSED_DTYPES or not packed.is_contiguous():
         return None
     out, probabilities = call(
@@ -80,7 +84,7 @@ def self_attention(
         module.batch_first,
         mask,
         bias,
-        causal,
+        bool(causal),
         weights,
     )
     return module.out_proj(out), probabilities if weights else None

@@ -1,9 +1,12 @@
-"""`MultiheadAttention` over nested tensors of layout ``torch.jagged``: no padding, no mask.
+"""`MultiheadAttention` over nested tensors: no padding, no mask.
 
 The rows of all sequences lie one after another, which is what `varlen_attention` takes:
 
     query (B, *, E) -> values (total_q, E) -> q (total_q, H, D) -> out (total_q, H, D)
       -> (B, *, E) with query's own offsets, so that it can be added to query -> out_proj
+
+Nested tensors of layout ``torch.strided``, which ``nn.TransformerEncoder`` makes of a padded batch
+in inference, become jagged ones for it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from torch import Tensor
 
 from . import extras
 from .functional import varlen_attention
-from .module_inputs import NAME, check_kind
+from .module_inputs import NAME, check_kind, input_features, projection_weight
+from .projections import project
 
 if TYPE_CHECKING:
     from .cache import KVCache
@@ -33,22 +37,29 @@ def jagged_forward(
     is_causal: bool,
     kv_cache: KVCache | None,
 ) -> Tensor:
-    """The output of `MultiheadAttention.forward` for jagged query, key and value: jagged.
+    """The output of `MultiheadAttention.forward` for nested query, key and value, nested as query.
 
     Raises:
-        TypeError: An input that is not jagged, or an option that needs padding.
+        TypeError: An input that is not nested as query is, or an option that needs padding.
         ValueError: Sizes that do not fit.
     """
     _check_options(module, key_padding_mask, need_weights, attn_mask, is_causal, kv_cache)
     inputs: dict[str, Any] = {"query": query, "key": key, "value": value}
-    for name, features in zip(inputs, (module.embed_dim, module.kdim, module.vdim), strict=True):
-        _check_input(module, name, inputs[name], features, query.shape[0])
+    sizes = input_features(module)
+    if query.layout is torch.strided:
+        named = zip(inputs.items(), sizes, strict=True)
+        made = {id(x): _as_jagged(name, x, size) for (name, x), size in named}
+        options: Any = (key_padding_mask, need_weights, attn_mask, is_causal, kv_cache)
+        jagged = jagged_forward(module, made[id(query)], made[id(key)], made[id(value)], *options)
+        return torch.nested.as_nested_tensor(list(jagged.unbind()))
+    for name, size in zip(inputs, sizes, strict=True):
+        _check_input(module, name, inputs[name], size, query.shape[0])
     if key is not value and not _same_lengths(inputs["key"], inputs["value"]):
         raise ValueError(f"{NAME}: value must have key's lengths in every sequence")
 
     values: dict[int, Tensor] = {id(x): x.values() for x in inputs.values()}
     rows = (values[id(query)], values[id(key)], values[id(value)])  # (total, features)
-    q, k, v = module._project(*rows)  # (1, H, total, D)
+    q, k, v = project(module, module.in_proj_weight, *rows)  # (1, H, total, D)
     if module.similarity == "cosine":
         assert module.log_temperature is not None
         q, k = extras.normalise(q, k, module.log_temperature)
@@ -60,11 +71,11 @@ def jagged_forward(
         inputs["key"].offsets(),
         _longest(query),
         _longest(inputs["key"]),
-        causal=is_causal,
+        causal=bool(is_causal),
         window=module.window,
         scale=None if module.similarity == "dot" else 1.0,
         softcap=module.softcap,
-        alibi_slopes=module.alibi_slopes if module.alibi else None,
+        alibi_slopes=extras.slopes_of(module),
         sinks=module.sinks if module._has_sinks else None,
         dropout_p=module.dropout if module.training else 0.0,
         return_stats=module.collect_stats,
@@ -102,18 +113,37 @@ def _check_options(
     if kv_cache is not None:
         _refuse("kv_cache", "pad on the left and give key_padding_mask")
     if module.bias_k is not None or module.add_zero_attn:
-        _refuse("add_bias_kv and add_zero_attn", "pad, or use sinks=True")
+        instead = "use sinks=True, or pad (nn.TransformerEncoder: enable_nested_tensor=False)"
+        _refuse("add_bias_kv and add_zero_attn", instead)
 
 
 def _refuse(what: str, instead: str) -> NoReturn:
     raise TypeError(f"{NAME}: nested tensors do not go with {what}: {instead}")
 
 
+def _as_jagged(name: str, x: Any, size: int) -> Tensor:
+    """A strided nested tensor as a jagged one, with its gradient."""
+    if not isinstance(x, Tensor) or not x.is_nested or x.layout is not torch.strided:
+        _fail_to_nest(name, f"a strided nested tensor (B, *, {size}) as query is", x)
+    sequences = list(x.unbind())
+    shapes = [tuple(sequence.shape) for sequence in sequences]
+    if not shapes or any(len(shape) != 2 or shape[1] != size for shape in shapes):
+        raise ValueError(
+            f"{NAME}: {name} must be a nested tensor (B, *, {size}), got {len(shapes)} "
+            f"sequences{f' of shapes {shapes[:3]}' if shapes else ''}"
+        )
+    return torch.nested.as_nested_tensor(sequences, layout=torch.jagged)
+
+
+def _fail_to_nest(name: str, required: str, x: Any) -> NoReturn:
+    got = f"layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+    raise TypeError(f"{NAME}: {name} must be {required}, got {got}")
+
+
 def _check_input(module: MultiheadAttention, name: str, x: Any, features: int, batch: int) -> None:
     required = f"a jagged nested tensor (B, *, {features}) as query is"
     if not isinstance(x, Tensor) or not x.is_nested or x.layout is not torch.jagged:
-        got = f"{type(x).__name__}" if not isinstance(x, Tensor) else f"layout {x.layout}"
-        raise TypeError(f"{NAME}: {name} must be {required}, got {got}")
+        _fail_to_nest(name, required, x)
     if x.dim() != 3 or x.shape[-1] != features or x.shape[0] != batch:
         raise ValueError(
             f"{NAME}: {name} must be a jagged nested tensor (B, *, {features}) = "
@@ -122,7 +152,7 @@ def _check_input(module: MultiheadAttention, name: str, x: Any, features: int, b
     nested: Any = x
     if nested._ragged_idx != 1 or nested.lengths() is not None:
         raise ValueError(f"{NAME}: {name} must be contiguous, ragged in dimension 1")
-    check_kind(module, name, x)
+    check_kind(projection_weight(module), name, x)
 
 
 def _same_lengths(key: Any, value: Any) -> bool:

@@ -20,11 +20,21 @@ from . import requirements as require
 from .cache import KVCache
 from .functional import attention, decode_attention
 from .jagged import jagged_forward
-from .linear import linear, use_projection_linear
-from .module_inputs import NAME, attend_appended, check_inputs, split_masks
+from .linear import use_projection_linear
+from .module_inputs import (
+    NAME,
+    attend_appended,
+    check_inputs,
+    check_tensors,
+    plain_mask,
+    split_masks,
+)
+from .projections import merge_heads, project
 from .stats import AttentionStats
+from .tracing import first_proxy, module_node
 
 DECODE_ROWS = 4  # queries per sequence up to which decode_attention beats attention (Zen 5)
+HOOK = -1  # the key of our hooks: torch counts its own from 0, anew in each process
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -42,7 +52,11 @@ class MultiheadAttention(nn.MultiheadAttention):
       keys that ``add_bias_kv`` and ``add_zero_attn`` append are always attended.
     - ``attn_mask`` may also be ``(B, T, S)``, 4-D, or have dimensions of size 1; bool and float
       masks may be mixed, and bool masks stay bool.
-    - Nested tensors of layout ``torch.jagged`` work in training and evaluation, without padding.
+    - Nested tensors work in training and evaluation, without padding; best those of layout
+      ``torch.jagged``.
+    - ``nn.TransformerEncoderLayer`` calls it in inference too, where it reads the parameters of
+      torch's class and computes on its own.
+    - Heads can be pruned in place: sizes are those of ``num_heads``, ``embed_dim`` and the weights.
 
     Args:
         embed_dim: E, the model's width; a multiple of ``num_heads``.
@@ -64,8 +78,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         sinks: learn one logit per head, the parameter ``sinks`` ``(H,)``, initially zero, that
             takes part in the softmax's denominator only (arXiv:2309.17453).
         alibi: add ``-slope * abs(s - t)`` to the scores, with the slopes of arXiv:2108.12409 in
-            ``alibi_slopes``, fp32 ``(H,)``, not in the ``state_dict``. Not with ``add_bias_kv`` or
-            ``add_zero_attn``.
+            ``alibi_slopes``, fp32 ``(H,)``, not in the ``state_dict``; pruned with the heads. Not
+            with ``add_bias_kv`` or ``add_zero_attn``.
         similarity: "dot", or "cosine": q and k are normalised, and multiplied not by ``D ** -0.5``
             but by a temperature per head, exp of the parameter ``log_temperature`` ``(H,)``,
             initially 10, at most 100 (arXiv:2010.04245, arXiv:2111.09883).
@@ -90,7 +104,6 @@ class MultiheadAttention(nn.MultiheadAttention):
     similarity: str = "dot"
     collect_stats: bool | str = False
     stats: AttentionStats | None = None
-    num_kv_heads: int
     sinks: nn.Parameter | None
     log_temperature: nn.Parameter | None
     alibi_slopes: Tensor | None
@@ -120,6 +133,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         backend: str = "auto",
         deterministic: bool | None = None,
     ) -> None:
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
+        for name, size in sizes.items():
+            if size is not None or name in ("embed_dim", "num_heads"):
+                require.integer(NAME, name, size, low=1)
         super().__init__(
             embed_dim,
             num_heads,
@@ -148,12 +165,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             self._share_key_heads(num_kv_heads, made)
         if sinks:
             self._has_sinks = True
-            self.sinks = nn.Parameter(torch.zeros(num_heads, **made))
+            self.sinks = nn.Parameter(torch.empty(num_heads, **made))
         if similarity == "cosine":
-            initial = torch.full((num_heads,), extras.LOG_TEMPERATURE, **made)
-            self.log_temperature = nn.Parameter(initial)
+            self.log_temperature = nn.Parameter(torch.empty(num_heads, **made))
+        extras.reset(self)
         if alibi:
-            self.alibi_slopes = extras.alibi_slopes(num_heads, self.out_proj.weight.device)
+            extras.slopes_of(self)
 
     def forward(
         self,
@@ -178,11 +195,12 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Args:
             query: ``(T, B, E)``, ``(B, T, E)`` with ``batch_first``, or ``(T, E)`` unbatched; or
-                jagged ``(B, *, E)`` with ``batch_first``.
-            key: ``(S, B, kdim)``, ``(B, S, kdim)`` or ``(S, kdim)``; or jagged ``(B, *, kdim)``.
-            value: ``(S, B, vdim)``, ``(B, S, vdim)`` or ``(S, vdim)``; or jagged, as ``key``.
+                nested ``(B, *, E)`` with ``batch_first``.
+            key: ``(S, B, kdim)``, ``(B, S, kdim)`` or ``(S, kdim)``; or nested ``(B, *, kdim)``.
+            value: ``(S, B, vdim)``, ``(B, S, vdim)`` or ``(S, vdim)``; or nested, as ``key``.
             key_padding_mask: ``(B, S)``, or ``(S,)`` unbatched. Bool: True keys are masked **out**.
-                Float: added to the scores of the key.
+                Float: added to the scores of the key. What is padding belongs here: the same tensor
+                as ``attn_mask`` would be taken for ``(T, S)`` where B and T are equal.
             need_weights: also return the weights, after dropout.
             attn_mask: ``(T, S)``, ``(B * H, T, S)``, ``(B, T, S)`` or ``(B, H, T, S)``, any of the
                 dimensions T, S and those of the 4-D form also 1. Bool: True pairs are masked
@@ -194,38 +212,52 @@ class MultiheadAttention(nn.MultiheadAttention):
             kv_cache: what this layer has read before; see `KVCache`. Without gradients only.
 
         Returns:
-            The output, of query's shape (with query's offsets where it is jagged), and the weights,
+            The output, of query's shape (and layout, where it is nested), and the weights,
             None without ``need_weights``, else ``(B, T, S)``, per head ``(B, H, T, S)``; unbatched
             without the B. S includes the keys that ``add_bias_kv`` and ``add_zero_attn`` append, in
             this order, last.
 
         Raises:
-            TypeError: a mask that is neither bool nor float; a nested tensor that is not jagged, or
-                with options that need padding; an input in another dtype than the parameters
-                outside autocast.
+            TypeError: an input or mask that is not a dense Tensor; a mask that is neither bool nor
+                float; nested tensors with options that need padding; an input in another dtype than
+                the parameters outside autocast.
             ValueError: a shape that does not fit; an input on another device than the parameters;
                 ``key`` or ``value`` None without a ``kv_cache`` that holds something; a
                 ``kv_cache`` that is full, of another batch, or where gradients are needed.
         """
-        if query.is_nested and query.layout is torch.jagged:
+        if not (type(query) is type(key) is type(value) is Tensor):
+            check_tensors(query, key, value)
+        if not (type(need_weights) is type(average_attn_weights) is type(is_causal) is bool):
+            need_weights = require.truth(NAME, "need_weights", need_weights)
+            average_attn_weights = require.truth(NAME, "average_attn_weights", average_attn_weights)
+            is_causal = require.truth(NAME, "is_causal", is_causal)
+        if query.is_nested:
             options = (key_padding_mask, need_weights, attn_mask, is_causal, kv_cache)
             return jagged_forward(self, query, key, value, *options), None
         if kv_cache is not None or key is None or value is None:
             _check_cache(kv_cache, key, value)
-        check_inputs(self, query, key, value)
+        weight = self.in_proj_weight  # None where key or value have features of their own
+        check_inputs(self, weight, query, key, value)
+        if attn_mask is not None:
+            attn_mask, is_causal = plain_mask(attn_mask, is_causal, query.device)
         if is_causal and attn_mask is not None:
             if need_weights:
                 is_causal = False
             else:
                 attn_mask = None
-        if query is key and key is value and kv_cache is None and inference.takes(self, query):
+        if (
+            query is key
+            and key is value
+            and kv_cache is None
+            and inference.takes(self, weight, query)
+        ):
             mode = (1 if average_attn_weights else 2) if need_weights else 0
             masks = (key_padding_mask, attn_mask)
-            short = inference.self_attention(self, query, *masks, is_causal, mode)
+            short = inference.self_attention(self, weight, query, *masks, is_causal, mode)
             if short is not None:
                 return short
 
-        q, k, v = self._project(query, key, value)
+        q, k, v = project(self, weight, query, key, value)
         appended = 0
         if self.bias_k is not None or self.add_zero_attn:
             appended = (self.bias_k is not None) + self.add_zero_attn
@@ -242,12 +274,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         mask = bias = None
         if attn_mask is not None or key_padding_mask is not None:
             sizes = (*q.shape[:3], k.shape[2] - appended)
-            mask, bias = split_masks(attn_mask, key_padding_mask, sizes)
+            mask, bias = split_masks(attn_mask, key_padding_mask, sizes, q.device)
             if appended:
                 mask, bias = (attend_appended(x, appended, sizes[3]) for x in (mask, bias))
         if kv_cache is not None and self._decodes(q, is_causal, need_weights):
             out = self._decode(q, kv_cache, mask, bias)
-            return self.out_proj(self._merge_heads(out, query)), None
+            return self.out_proj(merge_heads(self, out, query)), None
 
         collect = self.collect_stats
         result = attention(
@@ -256,12 +288,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             v,
             mask=mask,
             bias=bias,
-            causal=is_causal,
+            causal=bool(is_causal),
             window=self.window,
             align="bottom_right" if kv_cache is not None else appended or "top_left",
             scale=None if self.similarity == "dot" else 1.0,
             softcap=self.softcap,
-            alibi_slopes=self.alibi_slopes if self.alibi else None,
+            alibi_slopes=extras.slopes_of(self),
             sinks=self.sinks if self._has_sinks else None,
             dropout_p=self.dropout if self.training else 0.0,
             return_stats=collect,
@@ -270,7 +302,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             backend=self.backend,
         )
         if not (need_weights or collect):
-            return self.out_proj(self._merge_heads(cast(Tensor, result), query)), None
+            return self.out_proj(merge_heads(self, cast(Tensor, result), query)), None
         out, *others = result
         if collect:
             self.stats = extras.stats_of_call(others[0], appended, query.dim() == 2)
@@ -279,7 +311,18 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = weights.roll(-appended, -1)
         if weights is not None and query.dim() == 2:
             weights = weights[0]
-        return self.out_proj(self._merge_heads(out, query)), weights
+        return self.out_proj(merge_heads(self, out, query)), weights
+
+    @property
+    def num_kv_heads(self) -> int:
+        """H_kv, the heads of keys and values, as the weights have it."""
+        packed = self.in_proj_weight
+        if packed is None:
+            rows = self.k_proj_weight.shape[0]
+        else:
+            rows = (packed.shape[0] - self.embed_dim) // 2
+        heads: int = rows * self.num_heads // self.embed_dim
+        return heads
 
     def extra_repr(self) -> str:
         """The extras that are not torch's behaviour."""
@@ -303,10 +346,25 @@ class MultiheadAttention(nn.MultiheadAttention):
     def __prepare_scriptable__(self) -> NoReturn:
         extras.fail_to_script()
 
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        proxy = first_proxy(args, kwargs)
+        if proxy is not None:
+            return module_node(self, proxy, args, kwargs)
+        return super()._call_impl(*args, **kwargs)
+
+    def _reset_parameters(self) -> None:
+        super()._reset_parameters()
+        extras.reset(self)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        extras.slopes_of(self)  # no longer on meta, where assign=True has taken the parameters away
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        slopes = extras.slopes_of(self)
         applied = super()._apply(fn, recurse)
-        if self.alibi:  # to another device, and fp32 whatever the parameters become
-            self.alibi_slopes = extras.alibi_slopes(self.num_heads, self.out_proj.weight.device)
+        if slopes is not None and self.alibi_slopes is not None:
+            self.alibi_slopes = extras.moved_slopes(self, slopes, self.alibi_slopes.device)
         return applied
 
     def _share_key_heads(self, num_kv_heads: int, made: dict[str, Any]) -> None:
@@ -317,8 +375,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             require.fail(NAME, "num_kv_heads", f"a divisor of num_heads, {H}", num_kv_heads)
         if num_kv_heads == H:
             return
-        self.num_kv_heads = num_kv_heads
-        rows, E = num_kv_heads * self.head_dim, self.embed_dim
+        E = self.embed_dim
+        rows = num_kv_heads * (E // H)
         if self._qkv_same_embed_dim:
             self.in_proj_weight = nn.Parameter(torch.empty(E + 2 * rows, E, **made))
         else:
@@ -356,72 +414,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             scale=None if self.similarity == "dot" else 1.0,
             window=self.window,
             softcap=self.softcap,
-            alibi_slopes=self.alibi_slopes if self.alibi else None,
+            alibi_slopes=extras.slopes_of(self),
             sinks=self.sinks.detach() if self._has_sinks and self.sinks is not None else None,
             bias=None if bias is None else bias.detach(),
             backend=self.backend,
         )
         return out
-
-    def _project(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Any:
-        """Project to q (B, H, T, D), k and v (B, H_kv, S, D), with as few linears as possible."""
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        if weight is not None and key is value and query is key:
-            packed = linear(query, weight, bias)
-            if self.num_kv_heads != self.num_heads:
-                return tuple(map(self._as_heads, packed.split(self._sizes(), -1)))
-            packed = packed.view(*query.shape[:-1], 3, self.num_heads, self.head_dim)
-            if packed.dim() == 5 and not torch.is_grad_enabled():  # its backward would copy
-                order = (2, 0, 3, 1, 4) if self.batch_first else (2, 1, 3, 0, 4)
-                return packed.permute(order).unbind(0)
-            return tuple(map(self._heads_first, packed.unbind(-3)))
-        projected = self._project_apart(query, key, value, weight, bias)
-        return tuple(None if x is None else self._as_heads(x) for x in projected)
-
-    def _project_apart(
-        self,
-        query: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        """q, k and v (..., H * D) of inputs that are not one tensor: up to three linears."""
-        sizes = self._sizes()
-        if weight is not None and key is not None and key is value:
-            weight_q, weight_kv = weight.split((sizes[0], 2 * sizes[1]))
-            bias_q, bias_kv = (None, None) if bias is None else bias.split((sizes[0], 2 * sizes[1]))
-            return linear(query, weight_q, bias_q), *linear(key, weight_kv, bias_kv).chunk(2, -1)
-        if weight is not None:
-            weights = weight.split(sizes)
-        else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        biases = (None, None, None) if bias is None else bias.split(sizes)
-        return tuple(
-            None if x is None else linear(x, w, b)
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
-        )
-
-    def _sizes(self) -> tuple[int, int, int]:
-        """The features of q, k and v."""
-        keys = self.num_kv_heads * self.head_dim
-        return self.num_heads * self.head_dim, keys, keys
-
-    def _as_heads(self, x: Tensor) -> Tensor:
-        """View a projection (..., heads * D) as (B, heads, length, D)."""
-        return self._heads_first(x.unflatten(-1, (-1, self.head_dim)))
-
-    def _heads_first(self, x: Tensor) -> Tensor:
-        """View (..., heads, D) as (B, heads, length, D)."""
-        if x.dim() == 3:
-            return x.transpose(0, 1).unsqueeze(0)
-        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
-
-    def _merge_heads(self, out: Tensor, query: Tensor) -> Tensor:
-        """The inverse of `_as_heads`, heads merged: (B, H, T, D) to query's shape."""
-        if query.dim() == 2:
-            return out[0].transpose(0, 1).flatten(-2)
-        return (out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)).flatten(-2)
 
     def _append_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put the keys and values of `add_bias_kv` and `add_zero_attn` before k and v.
@@ -443,7 +441,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 def adopt(module: nn.MultiheadAttention) -> None:
     """Give a module built by torch what our class expects beyond its class attributes."""
     ours = cast(MultiheadAttention, module)
-    ours.num_kv_heads = module.num_heads
+    ours._forward_pre_hooks[HOOK] = called_in_inference
     ours.register_parameter("sinks", None)
     ours.register_parameter("log_temperature", None)
     ours.register_buffer("alibi_slopes", None, persistent=False)
@@ -452,6 +450,7 @@ def adopt(module: nn.MultiheadAttention) -> None:
 
 def abandon(module: nn.MultiheadAttention) -> None:
     """Undo `adopt`, and forget the extras that were set since."""
+    module._forward_pre_hooks.pop(HOOK, None)
     for registered, name in (
         (module._parameters, "sinks"),
         (module._parameters, "log_temperature"),
@@ -461,6 +460,14 @@ def abandon(module: nn.MultiheadAttention) -> None:
     module._non_persistent_buffers_set.discard("alibi_slopes")
     for name in MultiheadAttention.__annotations__:
         module.__dict__.pop(name, None)
+
+
+def called_in_inference(module: nn.Module, args: Any) -> None:
+    """Do nothing, as a forward pre-hook of every layer of ours.
+
+    ``nn.TransformerEncoderLayer`` computes attention from its module's parameters, in inference,
+    unless there is a hook that would miss the call: then it calls the module.
+    """
 
 
 def _check_cache(kv_cache: Any, key: Tensor | None, value: Tensor | None) -> None:

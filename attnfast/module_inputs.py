@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import requirements as require
+from .subclasses import PLAIN, is_causal_bias
 
 NAME = "MultiheadAttention"
 
 
 def check_inputs(
-    module: nn.MultiheadAttention, query: Tensor, key: Tensor | None, value: Tensor | None
+    module: nn.MultiheadAttention,
+    packed: Tensor | None,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
 ) -> None:
-    """Raise what the projections would report without naming the argument."""
+    """Raise what the projections would report without naming the argument.
+
+    ``packed`` is the module's ``in_proj_weight``.
+    """
     rank = query.dim()
     if rank not in (2, 3):
         batched = layout(module, 3, "B", "T", module.embed_dim)
@@ -20,19 +32,45 @@ def check_inputs(
         raise ValueError(
             f"{NAME}: query must be {batched} or {unbatched}, got {tuple(query.shape)}"
         )
-    _check_input(module, "query", query, rank, None, None, module.embed_dim)
-    if key is None or value is None or (query is key is value and module._qkv_same_embed_dim):
+    weight = cast(Tensor, module.q_proj_weight) if packed is None else packed
+    _check_input(module, weight, "query", query, rank, None, None, module.embed_dim)
+    if key is None or value is None or (query is key is value and packed is not None):
         return
     batch = query.shape[0 if module.batch_first else 1] if rank == 3 else None
-    _check_input(module, "key", key, rank, batch, None, module.kdim)
+    _, kdim, vdim = input_features(module)
+    _check_input(module, weight, "key", key, rank, batch, None, kdim)
     source = key.shape[1 if module.batch_first and rank == 3 else 0]
-    _check_input(module, "value", value, rank, batch, source, module.vdim)
+    _check_input(module, weight, "value", value, rank, batch, source, vdim)
 
 
-def check_kind(module: nn.MultiheadAttention, name: str, x: Tensor) -> None:
+def check_tensors(*inputs: Any) -> None:
+    """Raise unless query, key and value are Tensors, or key and value None."""
+    for name, x in zip(("query", "key", "value"), inputs, strict=True):
+        if x is None and name != "query":
+            continue
+        if not isinstance(x, Tensor):
+            require.fail(NAME, name, "a Tensor", type(x).__name__, TypeError)
+
+
+def projection_weight(module: nn.MultiheadAttention) -> Tensor:
+    """The weight that projects query: ``(..., E)``."""
+    packed: Tensor | None = module.in_proj_weight
+    return cast(Tensor, module.q_proj_weight) if packed is None else packed
+
+
+def input_features(module: nn.MultiheadAttention) -> tuple[int, int, int]:
+    """The features of query, key and value; ``kdim`` and ``vdim`` say again what weights have."""
+    if module.in_proj_weight is not None:
+        return module.embed_dim, module.embed_dim, module.embed_dim
+    k, v = cast(Tensor, module.k_proj_weight), cast(Tensor, module.v_proj_weight)
+    return int(module.embed_dim), k.shape[1], v.shape[1]
+
+
+def check_kind(weight: Tensor, name: str, x: Tensor) -> None:
     """Raise unless an input has the parameters' dtype, autocast aside, and device."""
-    weight = module.in_proj_weight if module._qkv_same_embed_dim else module.q_proj_weight
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not (
+        x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+    ):
         raise TypeError(
             f"{NAME}: {name} must have the parameters' dtype {weight.dtype} "
             f"(or run under autocast), got {x.dtype}"
@@ -55,6 +93,7 @@ def layout(
 
 def _check_input(
     module: nn.MultiheadAttention,
+    weight: Tensor,
     name: str,
     x: Tensor,
     rank: int,
@@ -64,11 +103,9 @@ def _check_input(
 ) -> None:
     """Raise unless x fits its rank, the sizes given (None: any) and the parameters."""
     if x.is_nested:
-        raise TypeError(
-            f"{NAME}: {name} must not be a nested tensor of layout {x.layout}: use "
-            "layout=torch.jagged for query, key and value, or pad and give key_padding_mask "
-            "(in nn.TransformerEncoder set use_nested_tensor to False, as attnfast.replace does)"
-        )
+        require.fail(NAME, name, "dense as query is", f"nested of layout {x.layout}", TypeError)
+    if x.layout is not torch.strided:
+        require.fail(NAME, name, "a dense strided Tensor", f"layout {x.layout}", TypeError)
     shape = x.shape
     batch_dim, length_dim = (0, 1) if module.batch_first else (1, 0)
     if (
@@ -87,11 +124,24 @@ def _check_input(
         )
         required = names if name == "query" else f"{names} = {sizes}"
         raise ValueError(f"{NAME}: {name} must be {required}, got {tuple(shape)}")
-    check_kind(module, name, x)
+    check_kind(weight, name, x)
+
+
+def plain_mask(
+    attn_mask: Tensor | None, is_causal: bool, device: torch.device
+) -> tuple[Tensor | None, bool]:
+    """attn_mask and is_causal with torch's ``CausalBias`` as a bool mask, True = masked out."""
+    if type(attn_mask) in PLAIN or not is_causal_bias(attn_mask):
+        return attn_mask, is_causal
+    bias: Any = attn_mask
+    return ~bias._materialize(device), False
 
 
 def split_masks(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, sizes: tuple[int, int, int, int]
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    sizes: tuple[int, int, int, int],
+    device: torch.device,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Torch's two masks as `attention` takes them: a bool mask (True = attend) and a float bias.
 
@@ -101,15 +151,18 @@ def split_masks(
         attn_mask: any of the forms of `MultiheadAttention.forward`, or None.
         key_padding_mask: ``(B, S)``, or ``(S,)`` when B is 1, or None.
         sizes: ``(B, H, T, S)`` before any key is appended.
+        device: query's.
     """
     excluded: Tensor | None = None
     bias: Tensor | None = None
-    for given in (
-        None if key_padding_mask is None else _checked_key_padding_mask(key_padding_mask, sizes),
-        None if attn_mask is None else _checked_attn_mask(attn_mask, sizes),
+    for name, mask, view in (
+        ("key_padding_mask", key_padding_mask, _viewed_key_padding_mask),
+        ("attn_mask", attn_mask, _viewed_attn_mask),
     ):
-        if given is None:
+        if mask is None:
             continue
+        _check_mask(name, mask, device)
+        given = view(mask, sizes)
         if given.dtype == torch.bool:
             excluded = given if excluded is None else excluded | given
         else:
@@ -117,10 +170,9 @@ def split_masks(
     return None if excluded is None else ~excluded, bias
 
 
-def _checked_key_padding_mask(mask: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
+def _viewed_key_padding_mask(mask: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
     """A view of key_padding_mask that broadcasts to ``(B, H, T, S)``."""
     batch, _, _, source = sizes
-    _check_mask_dtype("key_padding_mask", mask)
     if mask.dim() == 1 and batch == 1:
         mask = mask.unsqueeze(0)
     if mask.shape != (batch, source):
@@ -132,10 +184,9 @@ def _checked_key_padding_mask(mask: Tensor, sizes: tuple[int, int, int, int]) ->
     return mask[:, None, None]
 
 
-def _checked_attn_mask(mask: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
+def _viewed_attn_mask(mask: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
     """A view of attn_mask that broadcasts to ``(B, H, T, S)``."""
     batch, heads, target, source = sizes
-    _check_mask_dtype("attn_mask", mask)
     view = mask
     if mask.dim() == 3:
         if mask.shape[0] == batch * heads:
@@ -154,12 +205,18 @@ def _checked_attn_mask(mask: Tensor, sizes: tuple[int, int, int, int]) -> Tensor
     return view
 
 
-def _check_mask_dtype(name: str, mask: Tensor) -> None:
+def _check_mask(name: str, mask: Any, device: torch.device) -> None:
+    meaning = "bool (True = masked out) or floating point (added to the scores)"
+    if not isinstance(mask, Tensor):
+        require.fail(NAME, name, f"a Tensor, {meaning}", type(mask).__name__, TypeError)
+    if mask.is_nested or mask.layout is not torch.strided:
+        got = f"a nested tensor of layout {mask.layout}" if mask.is_nested else mask.layout
+        require.fail(NAME, name, "a dense strided Tensor", got, TypeError)
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(
-            f"{NAME}: {name} must be bool (True = masked out) or floating point "
-            f"(added to the scores), got {mask.dtype}"
-        )
+        require.fail(NAME, name, meaning, mask.dtype, TypeError)
+    if mask.device != device:
+        require.fail(NAME, name, f"on query's device {device}", mask.device)
+    require.memory(NAME, name, mask)
 
 
 def attend_appended(mask: Tensor | None, appended: int, source: int) -> Tensor | None:

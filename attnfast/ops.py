@@ -6,8 +6,8 @@ of ``Inputs``, then the values in the order of ``Options``; ``Outputs`` and ``Gr
 with empty tensors of shape (0,) for what was not asked for. Shapes and dtypes are checked by the
 public functions, not here.
 
-Raw operators have no gradient. They raise where one would be lost; ``attnfast.attention`` and
-``attnfast.varlen_attention`` have it.
+``NAME_fwd`` and ``NAME_bwd`` are differentiable (autograd.py), the others raise where a gradient
+would be lost; vmap folds into the batch (vmap.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import autograd, vmap
 from .options import Inputs, Options
+from .sizes import memory_order
 
 TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks,"
@@ -34,9 +36,9 @@ VALUES = (
 )
 SCHEMAS = {
     "fwd": f"({TENSORS}, {VALUES})"
-    " -> (Tensor out, Tensor lse, Tensor stats, Tensor received, Tensor weights)",
+    " -> (Tensor out, Tensor lse, Tensor norm, Tensor stats, Tensor received, Tensor weights)",
     "bwd": "(Tensor grad_out, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_weights,"
-    " Tensor out, Tensor lse, Tensor? entropy, bool need_dbias, bool need_dsinks,"
+    " Tensor out, Tensor norm, Tensor? entropy, bool need_dbias, bool need_dsinks,"
     f" {TENSORS}, {VALUES})"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
     "decode": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? page_table,"
@@ -47,6 +49,7 @@ SCHEMAS = {
 EMULATOR = os.environ.get("ATTNFAST_EMULATOR", "0")  # "0" for none, see load_emulator
 
 _LIBRARY = torch.library.Library("attnfast", "DEF")
+DEFINED: dict[str, Ops] = {}  # by backend
 
 
 class Ops(NamedTuple):
@@ -59,32 +62,28 @@ class Ops(NamedTuple):
 
 @functools.cache
 def define(backend: str) -> Ops:
-    """Define a backend's operators: schemas, fakes, and Autograd kernels that refuse gradients."""
-    overloads = []
-    for kind, schema in SCHEMAS.items():
-        name = f"{backend}_{kind}"
-        _LIBRARY.define(name + schema)
-        op = getattr(torch.ops.attnfast, name).default
-        torch.library.register_fake(f"attnfast::{name}", FAKES[kind], lib=_LIBRARY)
-        _LIBRARY.impl(name, _refusing_gradients(op), "Autograd", with_keyset=True)
-        overloads.append(op)
-    return Ops(*overloads)
+    """Define a backend's operators: schemas, fakes, gradients, and what vmap does."""
+    ops = Ops(*(_define(f"{backend}_{kind}", SCHEMAS[kind], FAKES[kind]) for kind in SCHEMAS))
+    for op, kernel, rule in (
+        (ops.fwd, autograd.fwd_kernel(ops), vmap.fwd_rule),
+        (ops.bwd, autograd.bwd_kernel(ops), vmap.bwd_rule),
+        (ops.decode, autograd.refusing_kernel(ops.decode), vmap.decode_rule),
+    ):
+        _transform(op, kernel, rule)
+    DEFINED[backend] = ops
+    return ops
 
 
-def _refusing_gradients(op: Any) -> Callable[..., Any]:
-    """An Autograd kernel that goes on to the backend's own, unless that would lose a gradient."""
+def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
+    _LIBRARY.define(name + schema)
+    torch.library.register_fake(f"attnfast::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.attnfast, name).default
 
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad and x.is_floating_point() for x in args
-        ):
-            raise NotImplementedError(
-                f"{op.name()}: the raw operator has no gradient, and an input requires one: call "
-                "attnfast.attention or attnfast.varlen_attention, or run under torch.no_grad()"
-            )
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    return kernel
+def _transform(op: Any, kernel: Callable[..., Any], rule: Callable[..., Any]) -> None:
+    """Give an operator its Autograd kernel and its rule for vmap."""
+    _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
+    torch.library.register_vmap(op.name(), functools.partial(rule, op), lib=_LIBRARY)
 
 
 def empty_in_order(like: Tensor, last: int) -> Tensor:
@@ -94,10 +93,8 @@ def empty_in_order(like: Tensor, last: int) -> Tensor:
     the order of their strides in ``like``, the largest first, equal ones in the order of the
     dimensions.
     """
-    strides = like.stride()
-    order = sorted(range(3), key=lambda d: strides[d], reverse=True)
     return torch.empty_permuted(
-        (*like.shape[:3], last), (*order, 3), dtype=like.dtype, device=like.device
+        (*like.shape[:3], last), (*memory_order(like), 3), dtype=like.dtype, device=like.device
     )
 
 
@@ -118,7 +115,8 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
     return (
         empty_in_order(q, inputs.v.shape[3]),
         fp32((B, H, T)),
-        fp32((3, B, H, T) if options.stats else (0,)),
+        fp32((2, B, H, T)),
+        fp32((4, B, H, T) if options.stats else (0,)),
         fp32((B, H, S) if options.stats == 2 else (0,)),
         q.new_empty(weights if options.weights else (0,)),
     )
@@ -163,14 +161,12 @@ def _self_attention_fake(
 
 def _define_self_attention() -> Callable[..., Any]:
     """The CPU's operator for a layer without gradients, see attnfast/inference.py."""
-    name = "cpu_self_attention"
-    _LIBRARY.define(
-        f"{name}(Tensor packed, int heads, bool batch_first, Tensor? mask, Tensor? bias,"
+    schema = (
+        "(Tensor packed, int heads, bool batch_first, Tensor? mask, Tensor? bias,"
         " bool causal, int weights) -> (Tensor out, Tensor weights)"
     )
-    op: Callable[..., Any] = getattr(torch.ops.attnfast, name).default
-    torch.library.register_fake(f"attnfast::{name}", _self_attention_fake, lib=_LIBRARY)
-    _LIBRARY.impl(name, _refusing_gradients(op), "Autograd", with_keyset=True)
+    op: Callable[..., Any] = _define("cpu_self_attention", schema, _self_attention_fake)
+    _transform(op, autograd.refusing_kernel(op), vmap.one_by_one)
     return op
 
 

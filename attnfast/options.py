@@ -50,7 +50,10 @@ class Outputs(NamedTuple):
 
     out: Tensor  # (B, H, T, D_v), the dtype and stride order of q
     lse: Tensor  # (B, H, T) fp32, natural log
-    stats: Tensor | None = None  # (3, B, H, T) fp32: max_logit, entropy, reach
+    # (2, B, H, T) fp32, for the backward of the same backend, in its own units: a maximum m of the
+    # row's scores and log l, apart, because m + log l would lose log l beside a large m
+    norm: Tensor | None = None
+    stats: Tensor | None = None  # (4, B, H, T) fp32: max_logit, entropy, reach, focus
     received: Tensor | None = None  # (B, H, S) fp32
     weights: Tensor | None = None  # (B, H, T, S) or (B, T, S), the dtype of q
 

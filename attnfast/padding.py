@@ -7,13 +7,13 @@ our `MultiheadAttention`: the batch goes in as a jagged nested tensor and comes 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .linear import is_watched
-from .module import MultiheadAttention
+from .module import HOOK, MultiheadAttention
 
 # Multiply-adds of padding per layer below which skipping it costs more: a jagged tensor's operators
 # go through Python.
@@ -22,18 +22,18 @@ WORTH_IT = 1 << 25
 
 def skip(encoder: nn.TransformerEncoder) -> None:
     """Have an encoder skip padding; twice is once."""
-    if before not in encoder._forward_pre_hooks.values():
-        encoder.register_forward_pre_hook(before, with_kwargs=True)
-        encoder.register_forward_hook(after, with_kwargs=True, prepend=True)
+    encoder._forward_pre_hooks[HOOK] = before
+    encoder._forward_hooks[HOOK] = after
+    cast(Any, encoder._forward_hooks).move_to_end(HOOK, last=False)
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        getattr(encoder, f"{name}_with_kwargs")[HOOK] = True
 
 
 def keep(encoder: nn.Module) -> None:
     """Undo `skip`."""
-    for kind, hook in (("_forward_pre_hooks", before), ("_forward_hooks", after)):
-        hooks = getattr(encoder, kind)
-        for key in [key for key, x in hooks.items() if x is hook]:
-            del hooks[key]
-            getattr(encoder, f"{kind}_with_kwargs").pop(key, None)
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        getattr(encoder, name).pop(HOOK, None)
+        getattr(encoder, f"{name}_with_kwargs").pop(HOOK, None)
 
 
 def before(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .options import Inputs, Options, Outputs
+from .sizes import memory_order
 
 NEG_INF = float("-inf")
 AUTOCAST_DEVICES = frozenset(
@@ -69,9 +70,13 @@ def reference_attention(
     # What no query may see is zeroed, because NaN and Inf there would survive as 0 * NaN.
     k, v = (torch.where(seen.any(-2)[..., None], x, 0) for x in (k, v))
     q = torch.where(seen.any(-1)[..., None], q, 0)
+    # NaN in a query is added to its scores: ds^T q would take it to keys that it must not see.
+    has_nan = q.isnan().any(-1, keepdim=True)
+    poison = torch.where(has_nan, q, 0).sum(-1, keepdim=True)
+    q = torch.where(has_nan, 0, q)
 
     with without_autocast(q.device.type):
-        s = scores(q, k, inputs, options, distance).masked_fill(~seen, NEG_INF)
+        s = (scores(q, k, inputs, options, distance) + poison).masked_fill(~seen, NEG_INF)
         p, lse, entropy = probabilities(s, inputs.sinks)
         w = p
         if options.dropout_p > 0:
@@ -79,19 +84,21 @@ def reference_attention(
             start = {"row_start": row_start, "batch_start": batch_start}
             keep = dropout_mask(inputs.dropout_seed, B, H, T, S, options.dropout_p, **start)
             w = torch.where(keep, p, 0) / (1 - options.dropout_p if options.dropout_p < 1 else 1)
-        out = w @ v
+        # Likewise the gradient of a query without keys, and NaN probabilities of unseen keys.
+        out = torch.where(seen.any(-1, keepdim=True), torch.where(seen, w, 0) @ v, 0)
 
     stats = received = weights = None
     if options.stats:
         max_logit = F.pad(s.detach(), (0, 1), value=NEG_INF).amax(-1)
         reach = (p.detach() * distance.abs().to(dtype)).sum(-1)
-        stats = torch.stack([max_logit, entropy, reach]).to(stat_dtype)
+        focus = F.pad(p.detach(), (0, 1)).amax(-1)
+        stats = torch.stack([max_logit, entropy, reach, focus]).to(stat_dtype)
     if options.stats == 2:
         received = p.detach().sum(-2).to(stat_dtype)
     if options.weights:
         weights = (w.mean(1) if options.weights == 1 else w).to(compute_dtype or inputs.q.dtype)
     out = _ordered_like(out, inputs.q).to(compute_dtype or inputs.q.dtype)
-    return Outputs(out, lse.to(stat_dtype), stats, received, weights)
+    return Outputs(out, lse.to(stat_dtype), None, stats, received, weights)
 
 
 def reference_decode(
@@ -288,7 +295,8 @@ def _varlen(inputs: Inputs, options: Options, compute_dtype: torch.dtype | None)
         none = parts[0].out.new_zeros(0, *shape)
         weights = torch.cat([none, *(_padded(part, longest) for part in parts[:-1])])
     out = _ordered_like(torch.cat([part.out for part in parts], dim=2), inputs.q)
-    return Outputs(out, torch.cat([part.lse for part in parts], dim=-1), stats, received, weights)
+    lse = torch.cat([part.lse for part in parts], dim=-1)
+    return Outputs(out, lse, None, stats, received, weights)
 
 
 def _sequence(inputs: Inputs, i: int, q_rows: slice, k_rows: slice) -> Inputs:
@@ -338,8 +346,5 @@ def autocast_available(device: str) -> bool:
 
 def _ordered_like(x: Tensor, q: Tensor) -> Tensor:
     """Return x (B, H, T, D_v) with its dimensions in memory in the order of q's."""
-    order = [0]  # by insertion: torch.compile does not sort by sizes that it traces
-    for d in (1, 2):
-        order.insert(sum(q.stride(before) >= q.stride(d) for before in order), d)
-    order.append(3)
+    order = [*memory_order(q), 3]
     return x.permute(order).contiguous().permute([order.index(d) for d in range(4)])

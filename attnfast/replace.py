@@ -22,7 +22,6 @@ class ReplaceReport(NamedTuple):
 
     replaced: tuple[str, ...]
     left: tuple[tuple[str, str], ...]  # name, reason
-    layers: tuple[str, ...]  # encoder layers that now call their attention in inference too
     encoders: tuple[str, ...]  # encoders that now skip padding with our attention
 
     def __str__(self) -> str:
@@ -35,10 +34,9 @@ class ReplaceReport(NamedTuple):
         lines = [f"replace: {len(self.replaced)} of {found} attention modules replaced"]
         lines += [f"  replaced  {name or '(the model itself)'}" for name in self.replaced]
         lines += [f"  left      {name or '(the model itself)'}: {why}" for name, why in self.left]
-        if self.layers:
-            lines.append(f"  inference path goes through the attention: {_listed(self.layers)}")
         if self.encoders:
-            lines.append(f"  padding skipped by jagged nested tensors: {_listed(self.encoders)}")
+            names = ", ".join(name or "(the model itself)" for name in self.encoders)
+            lines.append(f"  padding skipped by jagged nested tensors: {names}")
         return "\n".join(lines)
 
 
@@ -55,13 +53,11 @@ def replace(
     The modules stay the same objects with the same parameters: optimisers, hooks, shared modules,
     the training flag, dtype and device survive. Only exact instances are swapped, and of
     subclasses those that ``subclasses`` names; others, and modules whose ``forward`` was overridden
-    on the instance, are left and reported. ``nn.TransformerEncoderLayer``,
-    whose inference path otherwise bypasses its attention, is made to call it (by a forward hook
-    that does nothing). ``nn.TransformerEncoder``, where it skips padding in inference by itself
-    (``use_nested_tensor``, now False), does so by two hooks: in evaluation, without gradients, on
-    the CPU, with a bool ``src_key_padding_mask`` alone, where there is enough padding to gain by
-    it. This is also done where the attention already was ours. The result can be copied and
-    pickled, and `restore` undoes it all. Calling it again changes nothing.
+    on the instance, are left and reported. ``nn.TransformerEncoder``, where it skips padding in
+    inference by itself (``use_nested_tensor``, now False), does so by two hooks: in evaluation,
+    without gradients, on the CPU, with a bool ``src_key_padding_mask`` alone, where there is enough
+    padding to gain by it. This is also done where the attention already was ours. The result can be
+    copied and pickled, and `restore` undoes it all. Calling it again changes nothing.
 
     Args:
         model: any module, itself a ``torch.nn.MultiheadAttention`` or holding some; may hold none.
@@ -98,11 +94,8 @@ def replace(
         setattr(ours, _REPLACED, kind)
         replaced.append(name)
 
-    layers, encoders = [], []
+    encoders = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and _bypasses(module):
-            module.register_forward_hook(_call_self_attention)
-            layers.append(name)
         if (
             isinstance(module, nn.TransformerEncoder)
             and getattr(module, "use_nested_tensor", False)
@@ -112,7 +105,7 @@ def replace(
             setattr(module, _USED_NESTED, True)
             padding.skip(module)
             encoders.append(name)
-    report = ReplaceReport(tuple(replaced), tuple(left), tuple(layers), tuple(encoders))
+    report = ReplaceReport(tuple(replaced), tuple(left), tuple(encoders))
     if verbose:
         print(report)
     return report
@@ -154,9 +147,6 @@ def restore(model: nn.Module) -> int:
         if state.pop(_USED_NESTED, False):
             state["use_nested_tensor"] = True
             padding.keep(module)
-        hooks = module._forward_hooks
-        for key in [key for key, hook in hooks.items() if hook is _call_self_attention]:
-            del hooks[key]
     return restored
 
 
@@ -199,16 +189,3 @@ def _why_left(module: nn.MultiheadAttention, chosen: tuple[type, ...]) -> str | 
 
 def _is_ours(layer: nn.Module) -> bool:
     return isinstance(getattr(layer, "self_attn", None), MultiheadAttention)
-
-
-def _bypasses(layer: nn.TransformerEncoderLayer) -> bool:
-    """Whether an encoder layer with our attention has not been made to call it yet."""
-    return _is_ours(layer) and _call_self_attention not in layer._forward_hooks.values()
-
-
-def _call_self_attention(layer: nn.Module, args: Any, output: Any) -> None:
-    """Do nothing, as a forward hook: any hook makes the layer call its attention in inference."""
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(name or "(the model itself)" for name in names)

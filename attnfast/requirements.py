@@ -7,16 +7,37 @@ Each function takes the public function's name first, for the message, and raise
 from __future__ import annotations
 
 import numbers
+import os
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .sizes import certain
+from .subclasses import PLAIN, is_at_hand, is_lower_right, refusal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ALIGNMENTS = {"top_left": False, "bottom_right": True}
 MAX_FP32 = 3.4028234663852886e38
 MIN_FP32 = 1.1754943508222875e-38  # the smallest normal number
-MAX_POSITION = 2**31 - 1  # of windows, offsets and lengths
+MAX_POSITION = 2**31 - 1  # of windows and lengths
+MAX_OFFSET = 2**29  # of align; with up to 2**28 rows no sum of positions leaves 32 bits
+OTHER_NAMES = {  # torch's and flash-attn's, by what is to be given instead
+    "attn_mask": "given as mask= (bool, True = attend) or bias= (float, added to the scores)",
+    "attn_bias": "given as bias=",
+    "key_padding_mask": "given as mask=~key_padding_mask[:, None, None]",
+    "is_causal": "given as causal=",
+    "dropout": "given as dropout_p=",
+    "softmax_scale": "given as scale=",
+    "window_size": "given as window=(left, right), None where it is unbounded",
+    "s_aux": "given as sinks=",
+    "enable_gqa": "left out: keys may always have fewer heads",
+    "need_weights": "given as return_weights=",
+    "return_attn_probs": "given as return_weights= or return_lse=",
+    "return_softmax_lse": "given as return_lse=",
+    "block_table": "given as page_table=",
+}
+INT32 = torch.iinfo(torch.int32)
 
 
 def fail(
@@ -26,13 +47,70 @@ def fail(
     raise error(f"{function}: {name} must be {requirement}, got {got}")
 
 
+def nothing_else(function: str, arguments: dict[str, Any]) -> NoReturn:
+    """Refuse keywords that a function does not have; those of torch and flash-attn by ours."""
+    name = next(iter(arguments))
+    if name not in OTHER_NAMES:
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    fail(function, name, OTHER_NAMES[name], f"{name}=", TypeError)
+
+
+def environment(name: str, *choices: str) -> str:
+    """An environment variable's value, one of a few or "" where it is not set."""
+    value = os.environ.get(name, "")
+    if value and value not in choices:
+        fail("attnfast", name, " or ".join(map(repr, choices)), repr(value))
+    return value
+
+
+def shown(x: object) -> str:
+    """A value in a few words on one line: of an array its type and shape, never its values."""
+    if isinstance(x, Tensor) and (x.is_nested or nn.parameter.is_lazy(x)):
+        return type(x).__name__
+    if isinstance(x, Tensor) or (hasattr(x, "__array__") and not isinstance(x, numbers.Number)):
+        return f"{type(x).__name__} of shape {tuple(getattr(x, 'shape', ()))}"
+    text = " ".join(repr(x).split())
+    return text if len(text) <= 60 else f"{text[:56]} ..."
+
+
+def tensor(function: str, name: str, x: Any, what: str = "a Tensor") -> Tensor:
+    """Return x if it is a dense strided tensor."""
+    if type(x) not in PLAIN:
+        if not isinstance(x, Tensor):
+            fail(function, name, what, type(x).__name__, TypeError)
+        reason = refusal(x)
+        if reason is not None:
+            fail(function, name, reason, type(x).__name__, TypeError)
+    if x.layout is not torch.strided or x.is_nested:
+        got = "a nested one" if x.layout is torch.strided else f"layout {x.layout}"
+        fail(function, name, "a dense strided Tensor", got, TypeError)
+    checked: Tensor = x
+    return checked
+
+
+def memory(function: str, name: str, x: Tensor) -> None:
+    """Check that x's memory was not given back, before torch reads it; kernels look themselves."""
+    if type(x) not in PLAIN or torch.compiler.is_compiling() or not torch._C._has_storage(x):
+        return
+    if not x.untyped_storage().nbytes() and x.numel():
+        fail(function, name, "in memory", "a storage of 0 bytes")
+
+
+def view(function: str, name: str, x: Tensor, *index: Any) -> Tensor:
+    """Return x[index]; torch makes no views of a tensor without its memory, nor names it."""
+    try:
+        return x[index]
+    except RuntimeError:
+        if type(x) in PLAIN and not torch.compiler.is_compiling():
+            size = x.untyped_storage().nbytes()
+            fail(function, name, "in memory", f"a storage of {size} bytes")
+        raise
+
+
 def qkv_tensors(function: str, names: tuple[str, ...], *tensors: object) -> None:
     """Check that q, k and v are dense strided tensors."""
     for name, x in zip(names, tensors, strict=False):
-        if not isinstance(x, Tensor):
-            fail(function, name, "a Tensor", type(x).__name__, TypeError)
-        if x.layout is not torch.strided or x.is_nested:
-            fail(function, name, "a dense strided Tensor", f"layout {x.layout}", TypeError)
+        tensor(function, name, x)
 
 
 def dense_sizes(
@@ -47,7 +125,7 @@ def dense_sizes(
     _, H_kv, S, _ = k.shape
     if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
         fail(function, names[2], f"(B, H_kv, S, D_v) = ({B}, {H_kv}, {S}, *)", tuple(v.shape))
-    heads(function, names, H, H_kv, D, v.shape[3])
+    heads(function, names, H, H_kv, D, v.shape[3], (T, S))
     return B, H, T, D, S
 
 
@@ -85,12 +163,24 @@ def paged_sizes(
     return B, H, T, D, page_size
 
 
-def heads(function: str, names: tuple[str, ...], H: int, H_kv: int, D: int, D_v: int) -> None:
-    """Check head counts and head dims."""
+def heads(
+    function: str,
+    names: tuple[str, ...],
+    H: int,
+    H_kv: int,
+    D: int,
+    D_v: int,
+    lengths: tuple[int, int] | None = None,
+) -> None:
+    """Check head counts and head dims; lengths T and S, if they could be them, are pointed out."""
     if H < 1:
         fail(function, names[0], "of 1 head or more", f"H = {H}")
     if H_kv < 1 or H % H_kv:
-        fail(function, names[1], f"of a number of heads that divides H = {H}", f"H_kv = {H_kv}")
+        got = f"H_kv = {H_kv}"
+        if lengths is not None and lengths[1] > 0 and lengths[0] % lengths[1] == 0:
+            swapped = ", ".join(f"{name}.transpose(1, 2)" for name in names[:3])
+            got += f": if the tensors are (B, T, H, D), give {swapped}"
+        fail(function, names[1], f"of a number of heads that divides H = {H}", got)
     if D < 1:
         fail(function, names[0], "of head dim 1 or more", f"D = {D}")
     if D_v < 1:
@@ -111,8 +201,7 @@ def same_kind(function: str, names: tuple[str, ...], q: Tensor, k: Tensor, v: Te
 
 def on_device(function: str, name: str, x: object, q: Tensor, what: str) -> Tensor:
     """Return x if it is a tensor on q's device."""
-    if not isinstance(x, Tensor):
-        fail(function, name, what, type(x).__name__, TypeError)
+    x = tensor(function, name, x, what)
     if x.device != q.device:
         fail(function, name, f"on q's device {q.device}", x.device)
     return x
@@ -143,12 +232,34 @@ def bias_like(
 def broadcastable(function: str, name: str, x: Tensor, full: tuple[int, ...], what: str) -> Tensor:
     """Give x leading dimensions of size 1 up to four, if it broadcasts to the scores' sizes."""
     dims = x.dim()
-    if dims > 4 or any(
-        size != 1 and size != whole for size, whole in zip(x.shape, full[4 - dims :], strict=True)
-    ):
+    if dims > 4 or not fits(x.shape, full[4 - dims :]):
         sizes = f"({', '.join(map(str, full))})"
         fail(function, name, f"broadcastable to {what} = {sizes}", tuple(x.shape))
-    return x if dims == 4 else x[(None,) * (4 - dims)]
+    return x if dims == 4 else view(function, name, x, *(None,) * (4 - dims))
+
+
+def fits(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Whether every size is 1 or the scores'."""
+    pairs = zip(shape, full, strict=True)
+    if torch.compiler.is_compiling():
+        return not any(certain(size != 1) and certain(size != whole) for size, whole in pairs)
+    return all(size == 1 or size == whole for size, whole in pairs)
+
+
+def causal_bias(
+    function: str, name: str, bias: Any, T: int, S: int, causal: object, by_position: bool
+) -> str:
+    """The align with which ``causal=True`` is what a ``CausalBias`` says.
+
+    ``by_position``: whether other arguments (align, window, ALiBi) count positions too.
+    """
+    if (bias.seq_len_q, bias.seq_len_kv) != (T, S):
+        got = f"one for ({bias.seq_len_q}, {bias.seq_len_kv})"
+        fail(function, name, f"a CausalBias for (T, S) = ({T}, {S})", got)
+    if causal is not False or by_position:
+        requirement = "a Tensor or None with causal, align, window or alibi_slopes"
+        fail(function, name, requirement, "a CausalBias, which has an alignment of its own")
+    return "bottom_right" if is_lower_right(bias) else "top_left"
 
 
 def slopes(function: str, x: Tensor, q: Tensor, B: int, H: int) -> Tensor:
@@ -156,10 +267,10 @@ def slopes(function: str, x: Tensor, q: Tensor, B: int, H: int) -> Tensor:
     x = on_device(function, "alibi_slopes", x, q, "a Tensor (H,) or (B, H)")
     if x.dtype is not torch.float32:
         fail(function, "alibi_slopes", "float32", x.dtype, TypeError)
-    if x.shape != (H,) and x.shape != (B, H):
+    if not has_shape(x, H) and not has_shape(x, B, H):
         fail(function, "alibi_slopes", f"(H,) = ({H},) or (B, H) = ({B}, {H})", tuple(x.shape))
     without_gradient(function, "alibi_slopes", x, "slopes have none (detach them; a bias has one)")
-    return x if x.dim() == 2 else x[None]
+    return x if x.dim() == 2 else view(function, "alibi_slopes", x, None)
 
 
 def sink_logits(function: str, x: Tensor, q: Tensor, H: int) -> Tensor:
@@ -167,9 +278,14 @@ def sink_logits(function: str, x: Tensor, q: Tensor, H: int) -> Tensor:
     x = on_device(function, "sinks", x, q, "a Tensor (H,)")
     if x.dtype not in DTYPES:
         fail(function, "sinks", "float32, bfloat16, float16 or float64", x.dtype, TypeError)
-    if x.shape != (H,):
+    if not has_shape(x, H):
         fail(function, "sinks", f"(H,) = ({H},)", tuple(x.shape))
     return x
+
+
+def has_shape(x: Tensor, *sizes: int) -> bool:
+    """Whether x is of these sizes; the rank first, which tracing always knows."""
+    return x.dim() == len(sizes) and x.shape == sizes
 
 
 def without_gradient(function: str, name: str, x: Tensor, why: str) -> None:
@@ -183,7 +299,7 @@ def seed(function: str, x: Tensor, q: Tensor) -> Tensor:
     x = on_device(function, "dropout_seed", x, q, "an int64 Tensor (seed, offset)")
     if x.dtype is not torch.int64:
         fail(function, "dropout_seed", "int64", x.dtype, TypeError)
-    if x.shape != (2,):
+    if not has_shape(x, 2):
         fail(function, "dropout_seed", "(seed, offset), of shape (2,)", tuple(x.shape))
     return x
 
@@ -201,13 +317,33 @@ def indices(
         sizes = ", ".join("*" if size is None else str(size) for size in shape)
         sizes = f"({sizes},)" if len(shape) == 1 else f"({sizes})"
         fail(function, name, f"{what} = {sizes}", tuple(x.shape))
-    return x if x.dtype is torch.int32 else x.to(torch.int32)
+    return x if x.dtype is torch.int32 else narrowed(function, name, x)
+
+
+def checks_values() -> bool:
+    """Whether ``ATTNFAST_CHECK`` asks to look at lengths and pages on a GPU, and wait for it."""
+    return environment("ATTNFAST_CHECK", "0", "1") == "1"
+
+
+def narrowed(function: str, name: str, x: Tensor) -> Tensor:
+    """An int64 tensor as int32.
+
+    What does not fit raises if the values are at hand; else it is clamped, so that kernels see it
+    out of range, instead of wrapping round.
+    """
+    memory(function, name, x)
+    looks = x.is_cpu or checks_values()
+    if looks and is_at_hand(x) and x.numel():
+        for value in torch.stack(x.aminmax()).tolist():
+            if not INT32.min <= value <= INT32.max:
+                fail(function, name, f"from {INT32.min} to {INT32.max}", value)
+    return x.clamp(INT32.min, INT32.max).to(torch.int32)
 
 
 def boundaries(function: str, name: str, x: Tensor, q: Tensor) -> Tensor:
     """cu_seqlens (sequences + 1,) int32."""
     x = indices(function, name, x, q, (None,), "(sequences + 1,)")
-    if x.shape[0] < 1:
+    if certain(x.shape[0] < 1):
         fail(function, name, "(sequences + 1,), of 1 or more entries", tuple(x.shape))
     return x
 
@@ -223,22 +359,29 @@ def alignment(
     if isinstance(align, str) or not is_integer(align):
         requirement = "'top_left', 'bottom_right', an int or an int Tensor (B,)"
         error = ValueError if isinstance(align, str) else TypeError
-        fail(function, "align", requirement, repr(align), error)
-    return None, integer(function, "align", align, low=-MAX_POSITION), False
+        fail(function, "align", requirement, shown(align), error)
+    return None, integer(function, "align", align, low=-MAX_OFFSET, high=MAX_OFFSET), False
 
 
 def window_sides(function: str, window: object) -> tuple[int, int]:
     """``window`` as two numbers, -1 where it is unbounded."""
     if not isinstance(window, (tuple, list)):
         requirement = "None or (left, right), each None or an int"
-        fail(function, "window", requirement, repr(window), TypeError)
+        if is_integer(window):
+            requirement += f", ({window}, {window}) or ({window}, 0) for example"
+        fail(function, "window", requirement, shown(window), TypeError)
     if len(window) != 2:
         fail(function, "window", "(left, right)", f"{len(window)} entries")
     left, right = (
-        -1 if side is None else integer(function, f"window's {name} side", side, low=0)
+        -1
+        if side is None
+        else integer(function, f"window's {name} side", side, low=0, other=UNBOUNDED)
         for name, side in zip(("left", "right"), window, strict=True)
     )
     return left, right
+
+
+UNBOUNDED = ", or None for no bound"
 
 
 def is_integer(x: object) -> bool:
@@ -246,22 +389,33 @@ def is_integer(x: object) -> bool:
     return isinstance(x, (int, torch.SymInt, numbers.Integral)) and not isinstance(x, bool)
 
 
-def integer(function: str, name: str, x: Any, *, low: int) -> Any:
-    """Return x as an int from ``low`` on."""
+def integer(
+    function: str, name: str, x: Any, *, low: int, high: int = MAX_POSITION, other: str = ""
+) -> Any:
+    """Return x as an int from ``low`` to ``high``; ``other`` says what else may be meant."""
     if not is_integer(x):
-        fail(function, name, "an int", repr(x), TypeError)
-    if not low <= x <= MAX_POSITION:
-        fail(function, name, f"from {low} to {MAX_POSITION}", x)
+        fail(function, name, "an int" + other, shown(x), TypeError)
+    if certain((x < low) | (x > high)):
+        fail(function, name, f"from {low} to {high}{other}", shown(x))
     return x if isinstance(x, (int, torch.SymInt)) else int(x)
+
+
+def longest(function: str, name: str, x: Any) -> Any:
+    """max_seqlen as an int; of a 0-d tensor, as it comes from ``lengths.max()``, its value."""
+    if isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64) and x.dim() == 0:
+        x = tensor(function, name, x)
+        memory(function, name, x)
+        x = x.item()
+    return integer(function, name, x, low=0)
 
 
 def number(function: str, name: str, x: Any, low: float, high: float, requirement: str) -> float:
     """Return x as a float from ``low`` to ``high``."""
     numeric = isinstance(x, (float, int, torch.SymFloat, numbers.Real))
     if not numeric or isinstance(x, bool):
-        fail(function, name, f"a number {requirement}", repr(x), TypeError)
+        fail(function, name, f"a number {requirement}", shown(x), TypeError)
     if not low <= x <= high:
-        fail(function, name, f"a number {requirement}", x)
+        fail(function, name, f"a number {requirement}", shown(x))
     return float(x)
 
 
@@ -277,16 +431,24 @@ def softcap_limit(function: str, softcap: Any) -> float:
     return number(function, "softcap", softcap, MIN_FP32, MAX_FP32, requirement)
 
 
+def truth(function: str, name: str, x: object) -> bool:
+    """What ``if x`` would take it for."""
+    try:
+        return bool(x)
+    except (RuntimeError, TypeError, ValueError):
+        fail(function, name, "True or False", shown(x), TypeError)
+
+
 def flag(function: str, name: str, value: object, choices: tuple[object, ...]) -> None:
     """Check that a value is one of a few singletons."""
     if not any(value is choice for choice in choices):
-        fail(function, name, " or ".join(map(str, choices)), repr(value), TypeError)
+        fail(function, name, " or ".join(map(str, choices)), shown(value), TypeError)
 
 
 def choice(function: str, name: str, value: Any, choices: dict[Any, int]) -> int:
     """The number that stands for a value, among a few."""
     if not isinstance(value, (bool, str)):
-        fail(function, name, f"one of {list(choices)}", repr(value), TypeError)
+        fail(function, name, f"one of {list(choices)}", shown(value), TypeError)
     if value not in choices:
-        fail(function, name, f"one of {list(choices)}", repr(value))
+        fail(function, name, f"one of {list(choices)}", shown(value))
     return choices[value]

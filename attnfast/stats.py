@@ -27,6 +27,7 @@ class AttentionStats:
         entropy: -sum(p log p), the sink as one more key. Training breaks down where it collapses
             (arXiv:2303.06296); adding it to the loss costs one term in the fused backward.
         reach: sum(p * abs(j - t')) over the keys j: the mean distance looked at, in keys.
+        focus: max(p), the probability of the likeliest key.
         received: per key, (B, H, S): its sum of p over all queries; None unless asked for.
     """
 
@@ -34,18 +35,13 @@ class AttentionStats:
     max_logit: Tensor
     entropy: Tensor
     reach: Tensor
+    focus: Tensor
     received: Tensor | None = None
 
     @property
     def breadth(self) -> Tensor:
         """How many keys the row effectively attends to, ``exp(entropy)``, from 1 to S."""
         return torch.where(self._has_keys, self.entropy.exp(), 0)
-
-    @property
-    def focus(self) -> Tensor:
-        """The probability of the likeliest key, ``exp(max_logit - lse)``; not differentiable."""
-        gap = self.max_logit.detach() - self.lse.detach()
-        return torch.where(self._has_keys, gap.exp(), 0)
 
     @property
     def _has_keys(self) -> Tensor:
@@ -58,6 +54,7 @@ class AttentionStats:
             self.max_logit.detach(),
             self.entropy.detach(),
             self.reach.detach(),
+            self.focus.detach(),
             None if self.received is None else self.received.detach(),
         )
 

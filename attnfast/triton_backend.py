@@ -23,6 +23,7 @@ OLDEST = (3, 6)
 MAX_HEAD_DIM = 512
 OLDEST_CAPABILITY = (8, 0)
 GLUON_HEAD_DIMS = (64, 128, 256)
+LARGEST_SCALE = 2.0**100  # of Gluon: beyond, scores leave their units of log2
 OPS = ops.define("triton")
 GLUON_OPS = ops.define("gluon")
 _LIBRARY = torch.library.Library("attnfast", "IMPL")
@@ -67,7 +68,7 @@ def missing() -> str | None:
 def no_compiler() -> str | None:
     """Triton compiles a little C for every GPU."""
     names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
-    if any(shutil.which(name.split()[0]) for name in names):
+    if any(map(shutil.which, names)):  # Triton takes CC as one word
         return None
     return f"Triton finds no C compiler ({', '.join(names)}): install gcc, or name one in CC"
 
@@ -142,8 +143,10 @@ def gluon_unsupported(problem: Any) -> str | None:
             f"takes D = D_v of {GLUON_HEAD_DIMS}, got {D} and {problem.D_v}",
         ),
         (
-            bool(tensors) or plain != type(options)(scale=1.0) or options.scale <= 0,
-            "takes no options but causal, a bottom-right align and a positive scale",
+            bool(tensors)
+            or plain != type(options)(scale=1.0)
+            or not 0 < options.scale <= LARGEST_SCALE,
+            "takes no options but causal, a bottom-right align and a scale in (0, 2**100]",
         ),
         (problem.S == 0, "needs keys"),
     )

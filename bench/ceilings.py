@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -122,12 +123,13 @@ def _launch(timer: HostClock | EventClock, device: torch.device) -> float:
 
 def _fma(threads: int, steps: int) -> tuple[dict[str, float], str | None]:
     """The peak by dtype; or none, and why."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), "")
+    command = shlex.split(compiler)
+    if not command or shutil.which(command[0]) is None:
         return {}, "no C++ compiler"
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "fma.so"
-        command = [compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        command += ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
         done = subprocess.run(
             [*command, str(SOURCE), "-o", str(library)], capture_output=True, text=True
         )

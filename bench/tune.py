@@ -175,12 +175,12 @@ def call_of(
     options = Options(scale, **asked.get(place.name, {}))
     if place.name in ("fwd", *asked):
         return lambda: tuple(ops.fwd(*inputs, *options)), T
-    out, lse, *_ = ops.fwd(*inputs, *options)
+    out, _, norm, *_ = ops.fwd(*inputs, *options)
     grad_out = normal(*out.shape)
     grad_weights = None
     if place.name == "rows":  # which has products only then
         options, grad_weights = options._replace(weights=1), normal(B, T, T)
-    before = (grad_out, None, None, grad_weights, out, lse, None, place.name == "dbias", False)
+    before = (grad_out, None, None, grad_weights, out, norm, None, place.name == "dbias", False)
     return lambda: tuple(ops.bwd(*before, *inputs, *options)), T
 
 

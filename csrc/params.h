@@ -60,6 +60,7 @@ struct Problem {
   uint64_t dropout_offset = 0;
 
   int num_threads = 1;
+  bool (*interrupted)() = nullptr;  // asked by the calling thread: whether to end; null: never
 };
 
 struct ForwardParams : Problem {
@@ -67,9 +68,13 @@ struct ForwardParams : Problem {
 
   // fp32 rows of length lse_stride_h per head: (B, H, T); varlen (1, H, total_q)
   float* lse = nullptr;
+  float* norm =
+      nullptr;  // two planes laid out like lse: a row's maximum m, and log2 l (docs/math.md)
+  int64_t norm_plane = 0;
   float* max_logit = nullptr;  // null unless statistics are wanted; laid out like lse
   float* entropy = nullptr;
   float* reach = nullptr;
+  float* focus = nullptr;
   int64_t lse_stride_b = 0, lse_stride_h = 0;
 
   float* received = nullptr;  // (B, H, S); varlen (1, H, total_k)
@@ -80,10 +85,11 @@ struct ForwardParams : Problem {
 };
 
 struct BackwardParams : Problem {
-  View out;       // (B, H, T, D_v)
-  View grad_out;  // (B, H, T, D_v)
-  const float* lse = nullptr;
-  const float* grad_lse = nullptr;      // null: zero; laid out like lse
+  View out;                     // (B, H, T, D_v)
+  View grad_out;                // (B, H, T, D_v)
+  const float* norm = nullptr;  // two planes of the forward's; with norm_plane 0, lse (CPU only)
+  int64_t norm_plane = 0;
+  const float* grad_lse = nullptr;      // null: zero; laid out like a plane of norm
   const float* entropy = nullptr;       // given with grad_entropy
   const float* grad_entropy = nullptr;  // null: zero
   int64_t lse_stride_b = 0, lse_stride_h = 0;
@@ -111,9 +117,11 @@ struct DecodeParams {
   float scale = 1.0f;
   int64_t window_left = -1, window_right = -1;
   float softcap = 0.0f;
-  MutableView out;       // (B, H, T, D_v)
-  float* lse = nullptr;  // (B, H, T)
+  MutableView out;        // (B, H, T, D_v)
+  float* lse = nullptr;   // (B, H, T)
+  float* norm = nullptr;  // (2, B, H, T), null unless wanted
   int num_threads = 1;
+  bool (*interrupted)() = nullptr;  // asked by the calling thread: whether to end; null: never
 };
 
 }  // namespace attnfast

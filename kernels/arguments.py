@@ -3,8 +3,8 @@
 Kernels read them by name (``x.q``, ``p.scale``, ``f.SOFTCAP``). Tensors that a call lacks are None,
 which Triton knows at compile time, as it does the features.
 
-Scores are in units of log2, so that p = exp2(s - m); where there is a bias they are in natural
-units, since log2 e times a huge negative bias would overflow to -inf.
+Scores are in units of log2, so that p = exp2(s - m). Where there is a bias, or a scale or softcap
+beyond `HUGE`, they are in natural units, since log2 e times a huge number would overflow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from torch import Tensor
 from attnfast.options import Inputs, Options
 
 LOG2_E = math.log2(math.e)
-FARTHEST = 1 << 30  # positions and windows beyond are taken for this
+MAX_ROWS = 1 << 28  # of positions no sum then leaves 32 bits
+FARTHEST = 2**31 - 1  # positions and windows beyond are taken for this
+LARGEST = torch.finfo(torch.float32).max
+HUGE = 2.0**100
 
 
 class Tensors(NamedTuple):
@@ -67,7 +70,8 @@ class Values(NamedTuple):
     alibi_b: int
     alibi_h: int
     scale: float
-    factor: float  # makes q k^T a score, or with a softcap what tanh is taken of
+    factor: float  # makes q k^T a score; where that is done last (LAZY) positive
+    inner: float  # with a softcap, makes q k^T what tanh is taken of
     softcap: float  # in the units of the scores
     left: int  # t' - left <= s
     right: int  # s <= t' + right; 0 if causal
@@ -87,7 +91,8 @@ class Features(NamedTuple):
     BOTTOM_RIGHT: bool
     SOFTCAP: bool
     NATURAL: bool  # scores in natural units instead of log2
-    LAZY: bool  # scores stay q k^T until they are exponentiated: nothing else is done to them
+    LAZY: bool  # scores stay q k^T until m is taken off: nothing else is done to them
+    NEGATED: bool  # or -q k^T, where a LAZY scale is negative
     KEY_MASK: bool  # the mask is the same for all queries
     DROPOUT: bool
     WIDE: bool  # offsets within a tile need 64 bits
@@ -154,11 +159,15 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
     rows_q, rows_k = q.shape[2], k.shape[2]
     B, T, S = q.shape[0], rows_q, rows_k
     if cu_q is not None:
-        B, T, S = cu_q.shape[0] - 1, options.max_seqlen_q, options.max_seqlen_k
+        B = cu_q.shape[0] - 1
+        T, S = min(options.max_seqlen_q, rows_q), min(options.max_seqlen_k, rows_k)
     group = q.shape[1] // max(k.shape[1], 1)
     softcap, p_drop = options.softcap, options.dropout_p
-    natural = bias is not None
+    scale = options.scale
+    natural = bias is not None or max(abs(scale), softcap) > HUGE
     unit = 1.0 if natural else LOG2_E
+    lazy = scale != 0 and softcap == 0 and bias is None and slopes is None and sinks is None
+    inner = scale / softcap if softcap > 0 else 0.0
     right = options.window_right
     if options.causal:
         right = 0 if right < 0 else min(right, 0)
@@ -179,8 +188,9 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         *strides(bias),
         0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),
         0 if slopes is None else slopes.stride(1),
-        options.scale,
-        options.scale / softcap if softcap > 0 else options.scale * unit,
+        scale,
+        (abs(scale) if lazy else scale) * unit,
+        max(min(inner, LARGEST), -LARGEST),
         softcap * unit,
         min(options.window_left, FARTHEST),
         min(right, FARTHEST),
@@ -197,7 +207,8 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         options.align_bottom_right,
         softcap > 0,
         natural,
-        softcap == 0 and bias is None and slopes is None and options.scale > 0,
+        lazy,
+        lazy and scale < 0,
         mask is not None and mask_strides[2] == 0,
         p_drop > 0,
         needs_wide_offsets(q, k, v, *others),

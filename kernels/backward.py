@@ -1,11 +1,12 @@
 """Attention backward: a number per row, dq by blocks of queries, dk and dv by blocks of keys.
 
-    p = exp(s - lse)        dp = keep * (do v^T + dw)        ds = p * (dp + row - dentropy * s)
-    dq = scale * ds k       dk = scale * ds^T q              dv = (keep p)^T do
+    p = exp(s - m) / l    dp = keep * (do v^T + dw)    ds = p * (dp + row - dentropy * (s - m))
+    dq = scale * ds k     dk = scale * ds^T q          dv = (keep p)^T do
 
-with ``row = -rowsum(do * o) + dlse + dentropy * (lse - entropy)``, and rowsum(keep p dw) taken off
-where the weights have a gradient (docs/math.md, section 4). FlashAttention-2, Algorithm 2, with dq
-in a kernel of its own: scores are computed twice, and nothing is added by atomics.
+with ``row = -rowsum(do * o) + dlse + dentropy * (log l - entropy)``, and rowsum(keep p dw) taken
+off where the weights have a gradient (docs/math.md, section 4). m and l come apart from the
+forward: beside a huge m their lse would have lost log l. FlashAttention-2, Algorithm 2, with dq in
+a kernel of its own: scores are computed twice, and nothing is added by atomics.
 
 Grid:    row terms and dq: as the forward; dk and dv: batch * key head * ceil(S / BLOCK_N)
 Memory:  dq: q, do [BLOCK_M, D] and dq in registers, k and v tiles pass by; dk, dv: k, v
@@ -31,14 +32,15 @@ from . import configs
 from .arguments import Call, Tile, block, rows, strides
 from .launch import Launch, launch
 from .scores import (
+    LN2,
     at_head,
     dropout_keeps,
     edit_scores,
-    exponent,
-    from_natural,
     key_range,
     load_rows,
+    norm_of,
     offset,
+    probabilities,
     query_range,
     scheduled,
     score_gradients,
@@ -59,7 +61,7 @@ class Given(NamedTuple):
     grad_entropy: Tensor | None  # (B, H, T) fp32
     grad_weights: Tensor | None  # (B, H, T, S), or for the mean (B, T, S)
     out: Tensor  # (B, H, T, D_v)
-    lse: Tensor  # (B, H, T) fp32
+    norm: Tensor  # (2, B, H, T) fp32
     entropy: Tensor | None  # (B, H, T) fp32
     rows: Tensor  # (B, H, T) fp32
     do_b: int
@@ -73,6 +75,7 @@ class Given(NamedTuple):
     dw_t: int
     dw_s: int
     dw_factor: float  # 1, or 1 / H for the mean over the heads
+    plane: int  # elements of rows
 
 
 class Results(NamedTuple):
@@ -100,6 +103,15 @@ def row_at(x, p, b, h, q_row):
 
 
 @triton.jit
+def entropy_gradient(g, at, live):
+    """The gradient of rows' entropy, times log 2: it multiplies what is in units of log2."""
+    if g.grad_entropy is not None:
+        return tl.load(g.grad_entropy + at, mask=live, other=0.0) * LN2
+    else:
+        return tl.zeros(at.shape, tl.float32)
+
+
+@triton.jit
 def row_terms_kernel(x, g, p, f, tile):
     """What of ds depends on the row alone, for one block of queries."""
     block, head = scheduled(p.B * p.H, tl.cdiv(p.T, tile.BLOCK_M), p.section, f.HAS_RIGHT)
@@ -114,12 +126,13 @@ def row_terms_kernel(x, g, p, f, tile):
     t = t0 + row
     live_row = t < T
     at = row_at(x, p, b, h, q_row) + t
-    lse = tl.load(g.lse + at, mask=live_row, other=-float("inf"))
+    m, log2_l = norm_of(g.norm, g.plane, at, live_row)
+    has_keys = log2_l != float("inf")
 
     out_base = g.out + offset(b, g.out_b, h, g.out_h, q_row + t0, g.out_t)
     out = load_rows(out_base, row, g.out_t, live_row, f.D_V, tile.BLOCK_DV, f, True)
     do_base = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
-    do = load_rows(do_base, row, g.do_t, live_row, f.D_V, tile.BLOCK_DV, f, True)
+    do = load_rows(do_base, row, g.do_t, live_row & has_keys, f.D_V, tile.BLOCK_DV, f, True)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
 
     if g.grad_weights is not None:
@@ -128,7 +141,6 @@ def row_terms_kernel(x, g, p, f, tile):
         slope = slope_of(x, p, f, b, h)
         q_base = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
         q = load_rows(q_base, row, p.q_t, live_row, f.D, tile.BLOCK_D, f, True)
-        base = from_natural(lse, f)
         t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
         begin, end, _inner_begin, _inner_end = key_range(t0, t_last, S, shift, p, f)
         for j0 in tl.range(begin // tile.BLOCK_N * tile.BLOCK_N, end, tile.BLOCK_N):
@@ -140,20 +152,22 @@ def row_terms_kernel(x, g, p, f, tile):
             s, _capped = edit_scores(
                 s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, True
             )
-            term = exponent(s, base[:, None], p, f)
-            term = term * weights_gradients(g, b, h, t[:, None], j[None, :], T, S)
+            _height, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, True)
+            dw = weights_gradients(g, b, h, t[:, None], j[None, :], T, S)
+            term = tl.where(probs == 0.0, 0.0, probs * dw)
             if f.DROPOUT:
                 kept = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
                 term = tl.where(kept, term * p.kept, 0.0)
             delta += tl.sum(term, 1)
 
     total = -delta
-    if g.grad_lse is not None:
-        total += tl.load(g.grad_lse + at, mask=live_row, other=0.0)
     if g.grad_entropy is not None:
         dentropy = tl.load(g.grad_entropy + at, mask=live_row, other=0.0)
-        total += dentropy * (lse - tl.load(g.entropy + at, mask=live_row, other=0.0))
-    tl.store(g.rows + at, tl.where(lse == -float("inf"), 0.0, total), mask=live_row)
+        total += dentropy * (log2_l * LN2 - tl.load(g.entropy + at, mask=live_row, other=0.0))
+    total = tl.where(has_keys, total, 0.0)
+    if g.grad_lse is not None:
+        total += tl.load(g.grad_lse + at, mask=live_row, other=0.0)
+    tl.store(g.rows + at, total, mask=live_row)
 
 
 @triton.jit
@@ -179,11 +193,9 @@ def dq_kernel(x, g, to, p, f, tile):
     do_base = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
     do = load_rows(do_base, row, g.do_t, live_row, f.D_V, tile.BLOCK_DV, f, True)
     at = row_at(x, p, b, h, q_row) + t
-    base = from_natural(tl.load(g.lse + at, mask=live_row, other=-float("inf")), f)
+    m, log2_l = norm_of(g.norm, g.plane, at, live_row)
     term = tl.load(g.rows + at, mask=live_row, other=0.0)
-    dentropy = term * 0.0
-    if g.grad_entropy is not None:
-        dentropy = tl.load(g.grad_entropy + at, mask=live_row, other=0.0)
+    dentropy = entropy_gradient(g, at, live_row)
     dq = tl.zeros([tile.BLOCK_M, tile.BLOCK_D], tl.float32)
 
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
@@ -204,16 +216,16 @@ def dq_kernel(x, g, to, p, f, tile):
                 s, capped = edit_scores(
                     s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, part != 1
                 )
-                probs = exponent(s, base[:, None], p, f)
+                edited = part != 1 or mask is not None or bias is not None
+                height, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, edited)
                 # gradients of the scores
                 dp = tl.dot(do, tl.trans(v), input_precision=f.PRECISION)
                 dw = weights_gradients(g, b, h, t[:, None], j[None, :], T, S)
                 kept = True
                 if f.DROPOUT:
                     kept = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
-                edited = part != 1 or mask is not None or bias is not None
                 ds = score_gradients(
-                    s, probs, dp, dw, kept, term[:, None], dentropy[:, None], g, p, f, edited
+                    height, probs, dp, dw, kept, term[:, None], dentropy[:, None], g, p, f, edited
                 )
                 if f.SOFTCAP:
                     ds = tl.where(ds == 0.0, 0.0, ds * (1.0 - capped * capped))
@@ -265,26 +277,26 @@ def dkdv_kernel(x, g, to, p, f, tile):
                 t0 = first + i % count * tile.BLOCK_M
                 t = t0 + row
                 live = (t >= begin) & (t < end)
+                at = row_at(x, p, b, h, q_row) + t
+                m, log2_l = norm_of(g.norm, g.plane, at, live)
+                term = tl.load(g.rows + at, mask=live, other=0.0)
+                dentropy = entropy_gradient(g, at, live)
+                mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
+                bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
+                edited = part != 1 or mask is not None or bias is not None
+                if edited:  # a row of NaN, or without keys: p is known, and 0 * NaN would get out
+                    live = live & (log2_l < float("inf"))
                 q_tile = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
                 q = load_rows(q_tile, row, p.q_t, live, f.D, tile.BLOCK_D, f, True)
                 do_tile = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
                 do = load_rows(do_tile, row, g.do_t, live, f.D_V, tile.BLOCK_DV, f, True)
-                at = row_at(x, p, b, h, q_row) + t
-                lse = tl.load(g.lse + at, mask=live, other=-float("inf"))
-                term = tl.load(g.rows + at, mask=live, other=0.0)
-                dentropy = term * 0.0
-                if g.grad_entropy is not None:
-                    dentropy = tl.load(g.grad_entropy + at, mask=live, other=0.0)
                 # scores, transposed
-                mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
-                bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
                 slope = slope_of(x, p, f, b, h)
                 s = tl.dot(k, tl.trans(q), input_precision=f.PRECISION)
                 s, capped = edit_scores(
                     s, t[None, :], j[:, None], T, S, shift, mask, bias, slope, x, p, f, part != 1
                 )
-                base = from_natural(lse, f)
-                probs = exponent(s, base[None, :], p, f)
+                height, probs = probabilities(s, m[None, :], log2_l[None, :], p, f, edited)
                 kept = True
                 dropped = probs
                 if f.DROPOUT:
@@ -296,31 +308,18 @@ def dkdv_kernel(x, g, to, p, f, tile):
                 # gradients of the scores
                 dp = tl.dot(v, tl.trans(do), input_precision=f.PRECISION)
                 dw = weights_gradients(g, b, h, t[None, :], j[:, None], T, S)
-                edited = part != 1 or mask is not None or bias is not None
                 ds = score_gradients(
-                    s, probs, dp, dw, kept, term[None, :], dentropy[None, :], g, p, f, edited
+                    height, probs, dp, dw, kept, term[None, :], dentropy[None, :], g, p, f, edited
                 )
                 if f.SOFTCAP:
                     ds = tl.where(ds == 0.0, 0.0, ds * (1.0 - capped * capped))
                 # queries
-                if mask is not None or bias is not None:
-                    q = without_poison(q, lse, h, x)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=f.PRECISION)
 
     dk_base = to.dk + offset(b, to.dk_b, h_kv, to.dk_h, k_row + j0, to.dk_t)
     store_rows(dk_base, key, to.dk_t, live_key, f.D, tile.BLOCK_D, f, dk * p.scale)
     dv_base = to.dv + offset(b, to.dv_b, h_kv, to.dv_h, k_row + j0, to.dv_t)
     store_rows(dv_base, key, to.dv_t, live_key, f.D_V, tile.BLOCK_DV, f, dv)
-
-
-@triton.jit
-def without_poison(q, lse, h, x):
-    """A query without keys may hold NaN or Inf, which 0 * q would carry into dk."""
-    without_keys = lse == -float("inf")
-    if x.sinks is not None:
-        without_keys = without_keys | (lse == tl.load(x.sinks + h).to(tl.float32))
-    finite = tl.abs(q.to(tl.float32)) < float("inf")
-    return tl.where(without_keys[:, None] & (finite == 0), 0.0, q).to(q.dtype)
 
 
 def attention_bwd(inputs: Inputs, call: Call, given: Given, arch: str) -> Results:
@@ -347,7 +346,7 @@ def given(
     grad_entropy: Tensor | None,
     grad_weights: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     entropy: Tensor | None,
     varlen: bool,
 ) -> Given:
@@ -358,19 +357,23 @@ def given(
         else grad_weights.unsqueeze(1)
     )
     mean = grad_weights is not None and grad_weights.dim() == 3
+    terms = torch.empty_like(norm[0])
+    if varlen:  # rows past the last sequence belong to no program
+        terms.zero_()
     return Given(
         grad_out,
         grad_lse,
         grad_entropy,
         grad_weights,
         out,
-        lse,
+        norm,
         entropy,
-        torch.empty_like(lse),
+        terms,
         *rows(grad_out, varlen),
         *rows(out, varlen),
         *dw,
         1 / max(out.shape[1], 1) if mean else 1.0,
+        terms.numel(),
     )
 
 

@@ -1,6 +1,6 @@
 """The gradients of a bias and of the sinks: sums of ds over whatever they are broadcast over.
 
-    dbias = sum of ds        dsink = sum over rows of p_sink * (row - dentropy * sink)
+    dbias = sum of ds        dsink = sum over rows of p_sink * (row - dentropy * (sink - m))
 
 Grid:    dbias: one program per block of dbias and chunk of what is summed into it; where a bias is
          small there are several chunks, each with a partial sum, added in their order afterwards:
@@ -18,18 +18,18 @@ from torch import Tensor
 
 from . import configs
 from .arguments import Call, block, strides
-from .backward import Given, row_at
+from .backward import Given, entropy_gradient, row_at
 from .launch import Launch, launch
 from .scores import (
-    LOG2_E,
     at_head,
     dropout_keeps,
     edit_scores,
-    exponent,
-    from_natural,
+    in_units,
     key_range,
     load_rows,
+    norm_of,
     offset,
+    probabilities,
     score_gradients,
     sequence_of,
     slope_of,
@@ -147,22 +147,22 @@ def score_gradient_tile(x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shif
     v_base = x.v + offset(b, p.v_b, h_kv, p.v_h, k_row + j0, p.v_t)
     v = load_rows(v_base, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, True)
     at = row_at(x, p, b, h, q_row) + t
-    base = from_natural(tl.load(g.lse + at, mask=live_row, other=-float("inf")), f)
+    m, log2_l = norm_of(g.norm, g.plane, at, live_row)
     term = tl.load(g.rows + at, mask=live_row, other=0.0)
-    dentropy = term * 0.0
-    if g.grad_entropy is not None:
-        dentropy = tl.load(g.grad_entropy + at, mask=live_row, other=0.0)
+    dentropy = entropy_gradient(g, at, live_row)
 
     s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
     slope = slope_of(x, p, f, b, h)
     s, _ = edit_scores(s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, True)
-    probs = exponent(s, base[:, None], p, f)
+    height, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, True)
     dp = tl.dot(do, tl.trans(v), input_precision=f.PRECISION)
     dw = weights_gradients(g, b, h, t[:, None], j[None, :], T, S)
     kept = True
     if f.DROPOUT:
         kept = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
-    return score_gradients(s, probs, dp, dw, kept, term[:, None], dentropy[:, None], g, p, f, True)
+    return score_gradients(
+        height, probs, dp, dw, kept, term[:, None], dentropy[:, None], g, p, f, True
+    )
 
 
 @triton.jit
@@ -170,20 +170,21 @@ def dsinks_kernel(x, g, to, p, f, tile):
     """The sink gradient of one head, its rows in their order."""
     h = tl.program_id(0)
     lane = tl.arange(0, tile.ROWS)
-    sink = tl.load(x.sinks + h).to(tl.float32)
+    sink = in_units(tl.load(x.sinks + h), f)
     total = tl.zeros([tile.ROWS], tl.float32)
     batches = 1 if x.cu_seqlens_q is not None else p.B
     for b in range(batches):
         at = ((h * 0 + b).to(tl.int64) * p.H + h) * p.rows_q
         for t0 in range(0, p.rows_q, tile.ROWS):
             live = t0 + lane < p.rows_q
-            lse = tl.load(g.lse + at + t0 + lane, mask=live, other=-float("inf"))
-            live = live & (lse != -float("inf"))
+            m, log2_l = norm_of(g.norm, g.plane, at + t0 + lane, live)
+            sink_alone = tl.where(sink == -float("inf"), 0.0, log2_l) == float("inf")
+            m, log2_l = tl.where(sink_alone, sink, m), tl.where(sink_alone, 0.0, log2_l)
+            height, p_sink = probabilities(sink, m, log2_l, p, f, False)
             term = tl.load(g.rows + at + t0 + lane, mask=live, other=0.0)
             if g.grad_entropy is not None:
-                term -= tl.load(g.grad_entropy + at + t0 + lane, mask=live, other=0.0) * sink
-            p_sink = tl.exp2((sink - lse) * LOG2_E)
-            total += tl.where(live & (p_sink > 0.0), term * p_sink, 0.0)
+                term -= entropy_gradient(g, at + t0 + lane, live) * height
+            total += tl.where(live & (p_sink != 0.0), term * p_sink, 0.0)
     tl.store(to.dsinks + h, tl.sum(total, 0).to(to.dsinks.dtype.element_ty))
 
 
@@ -211,8 +212,10 @@ def bias_launch(call: Call, given: Given, arch: str) -> Launch:
     chunks = min(max(_PROGRAMS // max(programs, 1), 1), max(number, 1))
     per_chunk = -(-number // chunks)
     chunks = -(-number // max(per_chunk, 1))
-    dtype = x.bias.dtype if chunks <= 1 else given.lse.dtype
+    dtype = x.bias.dtype if chunks <= 1 else given.norm.dtype
     sums = x.bias.new_empty((max(chunks, 1), *x.bias.shape), dtype=dtype)
+    if (kept[2] and x.bias.shape[2] > p.T) or (kept[3] and x.bias.shape[3] > p.S):
+        sums.zero_()  # varlen: a maximum that no sequence can reach
     to = BiasSums(
         sums, sums.stride(0), *strides(sums[0]), *owned, *summed[:3], number, max(per_chunk, 1)
     )
@@ -223,7 +226,7 @@ def bias_launch(call: Call, given: Given, arch: str) -> Launch:
 def sink_gradient(call: Call, given: Given, arch: str) -> Tensor:
     """The sinks' gradient, (H,) in the sinks' dtype. ``given.rows`` must have been filled."""
     dsinks = call.x.sinks.new_zeros(call.x.sinks.shape)
-    if given.lse.numel():
+    if given.norm.numel():
         launch(sink_launch(call, given, dsinks, arch))
     return dsinks
 

@@ -29,10 +29,11 @@ from . import configs
 from .arguments import Call, Tile, block, gather, rows
 from .launch import Launch, launch
 from .scores import (
-    LN2,
-    LOG2_E,
     edit_scores,
-    exponent,
+    in_log2,
+    in_units,
+    narrow,
+    natural,
     store_rows,
     without_dead_rows,
 )
@@ -66,7 +67,7 @@ def pieces_of(length, p, f, BLOCK_N: tl.constexpr):
     """The first key that any query may attend, the first key of a piece, its keys, the pieces."""
     begin = length * 0
     if f.HAS_LEFT:
-        begin = tl.maximum(length - p.T - p.left, 0)
+        begin = tl.maximum(narrow(length.to(tl.int64) - p.T - p.left), 0)
     first = begin // BLOCK_N * BLOCK_N
     keys = length - first
     piece = tl.cdiv(tl.cdiv(keys, MAX_PIECES), BLOCK_N) * BLOCK_N
@@ -111,12 +112,10 @@ def decode_kernel(x, c, p, f, tile):
     key = tl.arange(0, tile.BLOCK_N)
     live_row = row < group_rows
     h, t = tl.minimum(h_kv * p.group + row // p.T, p.H - 1), row % p.T
-    shift = length - p.T
+    shift = length.to(tl.int64) - p.T
     slope = 0.0
     if x.alibi_slopes is not None:
-        slope = tl.load(x.alibi_slopes + b * p.alibi_b + h * p.alibi_h)[:, None]
-        if not f.NATURAL:
-            slope = slope * LOG2_E
+        slope = in_units(tl.load(x.alibi_slopes + b * p.alibi_b + h * p.alibi_h), f)[:, None]
     bias = None
     if x.bias is not None:
         bias = (x.bias + b.to(tl.int64) * p.bias_b + h.to(tl.int64) * p.bias_h)[:, None]
@@ -140,13 +139,10 @@ def decode_kernel(x, c, p, f, tile):
             s, t[:, None], j[None, :], p.T, end, shift, None, bias, slope, x, p, f, True
         )
         # softmax
-        highest = tl.max(s, 1)
-        if f.LAZY:
-            highest = highest * p.factor
-        m_new = tl.maximum(m, highest)
+        m_new = tl.maximum(m, tl.max(s, 1))
         base = tl.where(m_new == -float("inf"), 0.0, m_new)
-        probs = exponent(s, base[:, None], p, f)
-        keep = tl.exp2((m - base) * LOG2_E) if f.NATURAL else tl.exp2(m - base)
+        probs = tl.exp2(in_log2(s - base[:, None], p, f))
+        keep = tl.exp2(in_log2(m - base, p, f))
         l = l * keep + tl.sum(probs, 1)
         m = m_new
         # values
@@ -179,20 +175,20 @@ def combine_kernel(x, c, p, f, tile):
     l = tl.load(c.l + at + piece * group_rows, mask=piece < pieces, other=0.0)
 
     top = tl.max(m, 0)
-    sink = -float("inf")
+    highest = natural(top, p, f)
+    sink_units = -float("inf")
     if x.sinks is not None:
         sink = tl.load(x.sinks + h).to(tl.float32)
-        if not f.NATURAL:
-            sink = sink * LOG2_E
-        top = tl.maximum(top, sink)
+        sink_units = in_units(sink, f)
+        highest = tl.where(sink_units >= top, sink, highest)
+        top = tl.maximum(top, sink_units)
     base = tl.where(top == -float("inf"), 0.0, top)
-    weight = tl.exp2((m - base) * LOG2_E) if f.NATURAL else tl.exp2(m - base)
-    total = tl.sum(l * weight, 0)
+    without_keys = tl.sum(l, 0) == 0.0
+    total = tl.sum(l * tl.exp2(in_log2(m - base, p, f)), 0)
     if x.sinks is not None:
-        total += tl.exp2((sink - base) * LOG2_E) if f.NATURAL else tl.exp2(sink - base)
-    empty = total == 0.0
-    lse = (top if f.NATURAL else top * LN2) + tl.log(total)
-    tl.store(c.lse + pid, tl.where(empty, -float("inf"), lse))
+        total += tl.exp2(in_log2(sink_units - base, p, f))
+    lse = tl.where(total == 0.0, -float("inf"), highest + tl.log(total))
+    tl.store(c.lse + pid, lse)
 
     dims = tl.arange(0, tile.BLOCK_DV)
     acc = tl.zeros([tile.BLOCK_DV], tl.float32)
@@ -200,14 +196,14 @@ def combine_kernel(x, c, p, f, tile):
         part = i + tl.arange(0, AT_ONCE)
         live = part < pieces
         m_part = tl.load(c.m + at + part * group_rows, mask=live, other=-float("inf"))
-        share = tl.exp2((m_part - base) * LOG2_E) if f.NATURAL else tl.exp2(m_part - base)
+        share = tl.exp2(in_log2(m_part - base, p, f))
         rows = (at + part * group_rows) * f.D_V
         inside = live[:, None] & (dims < f.D_V)[None, :]
         o = tl.load(c.acc + rows[:, None] + dims[None, :], mask=inside, other=0.0)
         acc += tl.sum(o * share[:, None], 0)
-    inverse = tl.where(empty, 0.0, 1.0 / total)
+    acc = tl.where(without_keys, 0.0, acc / total)
     out = c.out + b.to(tl.int64) * c.out_b + h.to(tl.int64) * c.out_h + t.to(tl.int64) * c.out_t
-    tl.store(out + dims, (acc * inverse).to(c.out.dtype.element_ty), mask=dims < f.D_V)
+    tl.store(out + dims, acc.to(c.out.dtype.element_ty), mask=dims < f.D_V)
 
 
 def attention_decode(

@@ -1,6 +1,7 @@
 """Attention forward, one block of queries per program (FlashAttention-2, Algorithm 1).
 
     o = softmax(scale * q k^T, masked, biased, capped) v        lse = logsumexp of the scores
+    norm = m, log2 l: the largest score, and the denominator relative to it, for the backward
 
 Grid:    batch * head * ceil(T / BLOCK_M), flat; heads in sections, longest causal rows first
 Memory:  q, acc [BLOCK_M, D_v], m, l in registers; k and v tiles in shared memory, num_stages deep
@@ -27,13 +28,15 @@ from .arguments import Call, Tile, block, rows
 from .launch import Launch, launch
 from .scores import (
     LN2,
-    LOG2_E,
     at_head,
+    distances,
     dropout_keeps,
     edit_scores,
-    exponent,
+    in_log2,
+    in_units,
     key_range,
     load_rows,
+    natural,
     offset,
     scheduled,
     sequence_of,
@@ -49,7 +52,8 @@ class Results(NamedTuple):
 
     out: Tensor  # (B, H, T, D_v)
     lse: Tensor  # (B, H, T) fp32
-    stats: Tensor | None  # (3, B, H, T) fp32
+    norm: Tensor  # (2, B, H, T) fp32: m in the units of the scores, log2 l
+    stats: Tensor | None  # (4, B, H, T) fp32
     out_b: int
     out_h: int
     out_t: int
@@ -78,7 +82,7 @@ def attention_fwd_kernel(x, to, p, f, tile):
     m = tl.full([tile.BLOCK_M], -float("inf"), tl.float32)
     l = tl.zeros([tile.BLOCK_M], tl.float32)
     acc = tl.zeros([tile.BLOCK_M, tile.BLOCK_DV], tl.float32)
-    surprise = tl.zeros([tile.BLOCK_M], tl.float32)  # sum of p (s - m)
+    surprise = tl.zeros([tile.BLOCK_M], tl.float32)  # sum of p (s - m), in units of log2
     reach = tl.zeros([tile.BLOCK_M], tl.float32)  # sum of p |j - t'|
 
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
@@ -98,22 +102,18 @@ def attention_fwd_kernel(x, to, p, f, tile):
                     s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, part != 1
                 )
                 # softmax
-                highest = tl.max(s, 1)
-                if f.LAZY:
-                    highest = highest * p.factor
-                m_new = tl.maximum(m, highest)
+                m_new = tl.maximum(m, tl.max(s, 1))
                 base = tl.where(m_new == -float("inf"), 0.0, m_new)
-                probs = exponent(s, base[:, None], p, f)
-                fall = m - base
-                keep = tl.exp2(fall * LOG2_E) if f.NATURAL else tl.exp2(fall)
+                height = in_log2(s - base[:, None], p, f)
+                probs = tl.exp2(height)
+                fall = in_log2(m - base, p, f)
+                keep = tl.exp2(fall)
                 if to.stats is not None:
-                    rise = s * p.factor - base[:, None] if f.LAZY else s - base[:, None]
-                    moved = tl.where(l == 0.0, 0.0, l * fall)
-                    surprise = keep * (surprise + moved) + tl.sum(
-                        tl.where(probs > 0.0, probs * rise, 0.0), 1
+                    moved = tl.where(keep > 0.0, keep * (surprise + l * fall), 0.0)
+                    surprise = moved + tl.sum(tl.where(probs > 0.0, probs * height, 0.0), 1)
+                    reach = keep * reach + tl.sum(
+                        probs * distances(t[:, None], j[None, :], shift), 1
                     )
-                    distance = tl.abs(j[None, :] - (t[:, None] + shift)).to(tl.float32)
-                    reach = keep * reach + tl.sum(probs * distance, 1)
                 l = l * keep + tl.sum(probs, 1)
                 m = m_new
                 if f.DROPOUT:
@@ -123,46 +123,52 @@ def attention_fwd_kernel(x, to, p, f, tile):
                 v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, k_row + j0, p.v_t)
                 v = load_rows(v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1)
                 if mask is not None or bias is not None:
-                    v = without_dead_rows(v, tl.max((s != -float("inf")).to(tl.int32), 0) == 0)
+                    v = without_dead_rows(v, tl.max((height != -float("inf")).to(tl.int32), 0) == 0)
                 acc = acc * keep[:, None]
                 acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=f.PRECISION)
 
     # the sink: one more key without a value
-    top, shrink, without_keys = m, tl.full([tile.BLOCK_M], 1.0, tl.float32), l == 0.0
-    sink = 0.0
+    without_keys = l == 0.0
+    top, highest, shrink = m, natural(m, p, f), tl.full([tile.BLOCK_M], 1.0, tl.float32)
     if x.sinks is not None:
         sink = tl.load(x.sinks + h).to(tl.float32)
-        sink_units = sink if f.NATURAL else sink * LOG2_E
+        sink_units = in_units(sink, f)
         top = tl.maximum(m, sink_units)
         base = tl.where(top == -float("inf"), 0.0, top)
-        fall = tl.where(without_keys, 0.0, m - base)
-        shrink = tl.exp2(fall * LOG2_E) if f.NATURAL else tl.exp2(fall)
-        depth = sink_units - base
-        sink_p = tl.exp2(depth * LOG2_E) if f.NATURAL else tl.exp2(depth)
-        surprise = (surprise + l * fall) * shrink + tl.where(sink_p > 0.0, sink_p * depth, 0.0)
+        fall = tl.where(without_keys, 0.0, in_log2(m - base, p, f))
+        shrink = tl.exp2(fall)
+        height = in_log2(sink_units - base, p, f)
+        sink_p = tl.exp2(height)
+        moved = tl.where(shrink > 0.0, (surprise + l * fall) * shrink, 0.0)
+        surprise = moved + tl.where(sink_p > 0.0, sink_p * height, 0.0)
         l = l * shrink + sink_p
+        highest_of_all = tl.where(sink_units >= m, sink, highest)
+    else:
+        highest_of_all = highest
 
-    # the sums become the output row, lse and statistics
+    # the sums become the output row, lse, norm and statistics
     empty = l == 0.0
     inverse = tl.where(empty, 0.0, 1.0 / l)
-    lse = (top if f.NATURAL else top * LN2) + tl.log(l)
-    lse = tl.where(empty, -float("inf"), lse)
-    if x.sinks is not None:
-        lse = tl.where(without_keys, sink, lse)
     out_base = to.out + offset(b, to.out_b, h, to.out_h, q_row + t0, to.out_t)
     acc = acc * (inverse * shrink * p.kept)[:, None]
+    acc = tl.where(without_keys[:, None], 0.0, acc)
     store_rows(out_base, row, to.out_t, t < T, f.D_V, tile.BLOCK_DV, f, acc)
     batch = b * 0 if x.cu_seqlens_q is not None else b
     at = (batch.to(tl.int64) * p.H + h) * p.rows_q + q_row + t0 + row
+    lse = tl.where(empty, -float("inf"), highest_of_all + tl.log(l))
     tl.store(to.lse + at, lse, mask=t < T)
+    tl.store(to.norm + at, tl.where(top == -float("inf"), 0.0, top), mask=t < T)
+    log2_l = tl.where(without_keys, float("inf"), tl.log2(l))
+    tl.store(to.norm + to.plane + at, log2_l, mask=t < T)
     if to.stats is not None:
         at = to.stats + at
-        unit = 1.0 if f.NATURAL else LN2
-        tl.store(at, m * unit, mask=t < T)
-        entropy = tl.where(empty, 0.0, tl.log(l) - surprise * inverse * unit)
+        tl.store(at, highest, mask=t < T)
+        entropy = tl.where(empty, 0.0, tl.log(l) - surprise * inverse * LN2)
         at = at + to.plane
         tl.store(at, entropy, mask=t < T)
-        tl.store(at + to.plane, reach * shrink * inverse, mask=t < T)
+        at = at + to.plane
+        tl.store(at, reach * shrink * inverse, mask=t < T)
+        tl.store(at + to.plane, tl.where(without_keys, 0.0, shrink * inverse), mask=t < T)
 
 
 def attention_fwd(inputs: Inputs, options: Options, call: Call, arch: str) -> Results:
@@ -175,7 +181,7 @@ def attention_fwd(inputs: Inputs, options: Options, call: Call, arch: str) -> Re
         arch: The architecture whose tiles to use, see `configs`.
 
     Returns:
-        out, lse and, with ``options.stats``, max_logit, entropy and reach, as in ``Outputs``.
+        out, lse, norm and, with ``options.stats``, the statistics, as in ``Outputs``.
     """
     to = results(inputs, options)
     launch(forward_launch(call, to, arch))
@@ -187,14 +193,17 @@ def results(inputs: Inputs, options: Options) -> Results:
     q, varlen = inputs.q, inputs.cu_seqlens_q is not None
     out = empty_in_order(q, inputs.v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    stats = q.new_empty((3, *q.shape[:3]), dtype=torch.float32) if options.stats else None
+    norm = q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
+    stats = q.new_empty((4, *q.shape[:3]), dtype=torch.float32) if options.stats else None
     if varlen:
         out.zero_()
         lse.fill_(-torch.inf)
+        norm[0].zero_()
+        norm[1].fill_(torch.inf)
         if stats is not None:
             stats[0].fill_(-torch.inf)
             stats[1:].zero_()
-    return Results(out, lse, stats, *rows(out, varlen), lse.numel())
+    return Results(out, lse, norm, stats, *rows(out, varlen), lse.numel())
 
 
 def forward_launch(call: Call, to: Results, arch: str) -> Launch:

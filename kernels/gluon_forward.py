@@ -10,8 +10,8 @@ Order:   each consumer issues q k(j)^T and p(j - 1) v(j - 1) together, and takes
          j while the second runs; the two take turns at the tensor cores (ping-pong), so that one's
          softmax hides behind the other's products. Tiles go from the last key to the first: those
          that the diagonal or the end of the keys cut come first, the rest needs no masking
-Limits:  D = D_v in 64, 128, 256; bf16, fp16; scale > 0; no options but causal and grouped heads;
-         rows and pointers aligned to 16 bytes
+Limits:  D = D_v in 64, 128, 256; bf16, fp16; scale in (0, 2**100]; no options but causal and
+         grouped heads; rows and pointers aligned to 16 bytes
 
 Compiled ahead of time for Triton 3.6 and 3.9, never run: Gluon has no interpreter.
 """
@@ -42,6 +42,7 @@ TMA_LOAD = gl.constexpr(getattr(tma, "async_load", None) or tma.async_copy_globa
 TMA_STORE = gl.constexpr(getattr(tma, "async_store", None) or tma.async_copy_shared_to_global)
 LN2 = gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # of a consumer
+FARTHEST = gl.constexpr(1 << 30)  # a shift beyond is taken for this: T and S are less
 
 # D -> keys of a tile, stages
 TILES = {64: (128, 3), 128: (128, 2), 256: (64, 2)}
@@ -95,16 +96,17 @@ def masked(s, t, j, S, shift, CAUSAL: gl.constexpr):
 @gluon.jit
 def softmax_step(s, m, l, factor):
     """Fold a tile of raw scores into the running maximum and sum: p, m, l, and what stays."""
-    m_new = gl.maximum(m, gl.max(s, 1) * factor)
+    m_new = gl.maximum(m, gl.max(s, 1))
     base = gl.where(m_new == -float("inf"), 0.0, m_new)
-    p = gl.exp2(s * factor - base[:, None])
-    keep = gl.exp2(m - base)
+    p = gl.exp2((s - base[:, None]) * factor)
+    keep = gl.exp2((m - base) * factor)
     return p, m_new, l * keep + gl.sum(p, 1), keep
 
 
 @gluon.jit
 def consumer(
-    member: gl.constexpr, out_rows, lse, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+    member: gl.constexpr, out_rows, lse, norm, plane,
+    q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
     turn, t0, T, S, shift, tiles, cut, factor,
     D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
@@ -166,7 +168,13 @@ def consumer(
     empty = l == 0.0
     inverse = gl.where(empty, 0.0, 1.0 / l)
     acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, sums))[:, None]
-    gl.store(lse + t, gl.where(empty, -float("inf"), m * LN2 + gl.log2(l) * LN2), mask=t < T)
+    dead = gl.convert_layout(empty, gl.SliceLayout(1, sums))[:, None]
+    acc = gl.where(dead, 0.0, acc)
+    log2_l = gl.log2(l)
+    natural = m * (factor * LN2) + log2_l * LN2
+    gl.store(lse + t, gl.where(empty, -float("inf"), natural), mask=t < T)
+    gl.store(norm + t, gl.where(m == -float("inf"), 0.0, m), mask=t < T)
+    gl.store(norm + plane + t, gl.where(empty, float("inf"), log2_l), mask=t < T)
     q.store(acc.to(dtype))
     fence_async_shared()
     TMA_STORE(out_rows, [t0 + member * ROWS, 0], q)
@@ -175,28 +183,28 @@ def consumer(
 
 @gluon.jit
 def first_consumer(
-    out_rows, lse, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+    out_rows, lse, norm, plane, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
     turn, t0, T, S, shift, tiles, cut, factor,
     D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The consumer of rows 0 .. 63."""
     consumer(
         0,
-        out_rows, lse, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+        out_rows, lse, norm, plane, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
         turn, t0, T, S, shift, tiles, cut, factor, D, N, STAGES, CAUSAL,
     )  # fmt: skip
 
 
 @gluon.jit
 def second_consumer(
-    out_rows, lse, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+    out_rows, lse, norm, plane, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
     turn, t0, T, S, shift, tiles, cut, factor,
     D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The consumer of rows 64 .. 127."""
     consumer(
         1,
-        out_rows, lse, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+        out_rows, lse, norm, plane, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
         turn, t0, T, S, shift, tiles, cut, factor, D, N, STAGES, CAUSAL,
     )  # fmt: skip
 
@@ -222,7 +230,7 @@ def attention_fwd_hopper_kernel(x, to, p, f, tile):
     b, h = (head // p.H).to(gl.int64), (head % p.H).to(gl.int64)
     h_kv = h // p.group
     t0 = block * (2 * ROWS)
-    shift = p.shift
+    shift = gl.minimum(gl.maximum(p.shift, -FARTHEST), FARTHEST)
     if f.BOTTOM_RIGHT:
         shift += p.S - p.T
     end = t0 * 0 + p.S
@@ -247,6 +255,7 @@ def attention_fwd_hopper_kernel(x, to, p, f, tile):
         to.out + b * to.out_b + h * to.out_h, [p.T, D], [to.out_t, 1], [ROWS, D], layout
     )
     lse = to.lse + (b * p.H + h) * p.T
+    norm, plane = to.norm + (b * p.H + h) * p.T, b * 0 + to.plane
 
     q_s = gl.allocate_shared_memory(dtype, [2, ROWS, D], layout)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, N, D], layout)
@@ -271,11 +280,11 @@ def attention_fwd_hopper_kernel(x, to, p, f, tile):
     gl.warp_specialize(
         [
             (first_consumer, (
-                out_rows, lse, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+                out_rows, lse, norm, plane, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
                 turn, t0, p.T, p.S, shift, tiles, cut, p.factor, D, N, STAGES, CAUSAL,
             )),
             (second_consumer, (
-                out_rows, lse, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+                out_rows, lse, norm, plane, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
                 turn, t0, p.T, p.S, shift, tiles, cut, p.factor, D, N, STAGES, CAUSAL,
             )),
             (producer, (
@@ -307,7 +316,8 @@ def unsupported(call: Call) -> str | None:
         (x.q.element_size() != 2, "takes bfloat16 and float16"),
         (f.D != f.D_V or f.D not in TILES, f"takes D = D_v of {tuple(TILES)}"),
         (any(y is not None for y in options), "takes no tensors but q, k and v"),
-        (f.SOFTCAP or f.DROPOUT or f.HAS_LEFT or not f.LAZY, "takes no option but causal"),
+        (f.SOFTCAP or f.DROPOUT or f.HAS_LEFT, "takes no option but causal"),
+        (not f.LAZY or f.NEGATED or f.NATURAL, "takes a scale in (0, 2**100]"),
         (f.HAS_RIGHT and p.right != 0, "takes no window"),
         (p.S == 0, "needs keys"),
         (not aligned or any(n % 8 for n in strides), "needs rows aligned to 16 bytes"),

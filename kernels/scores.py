@@ -11,7 +11,8 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-FARTHEST = tl.constexpr(1 << 30)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of fp32
+FARTHEST = tl.constexpr((1 << 30) - 1)  # T, S and the distance between a query and a key are less
 
 
 @triton.jit
@@ -36,15 +37,16 @@ def scheduled(heads, blocks, section, LAST_FIRST: tl.constexpr):
 def sequence_of(x, p, f, b):
     """Of batch entry b: T, S, its first row of q and of k, and shift, where t' = t + shift.
 
-    Ends that lead out of a tensor are clamped to it.
+    Ends that lead out of a tensor are clamped to it. The shift has 64 bits: with a window's side
+    added it may leave 32.
     """
     T, S, q_row, k_row = p.T, p.S, b * 0, b * 0
     if x.cu_seqlens_q is not None:
         q_row, T = clamped_range(x.cu_seqlens_q, b, p.rows_q, p.T)
         k_row, S = clamped_range(x.cu_seqlens_k, b, p.rows_k, p.S)
-    shift = p.shift
+    shift = (b * 0).to(tl.int64) + p.shift
     if x.align is not None:
-        shift += tl.minimum(tl.maximum(tl.load(x.align + b), -FARTHEST), FARTHEST)
+        shift += tl.load(x.align + b)
     if f.BOTTOM_RIGHT:
         shift += S - T
     return T, S, q_row, k_row, shift
@@ -100,6 +102,19 @@ def store_rows(base, rows, stride, live, D, BLOCK: tl.constexpr, f, values):
 
 
 @triton.jit
+def narrow(position):
+    """A position or distance in 32 bits; one that is out of reach stays so."""
+    return tl.minimum(tl.maximum(position, -FARTHEST), FARTHEST).to(tl.int32)
+
+
+@triton.jit
+def distances(t, j, shift):
+    """|j - t'| in fp32."""
+    near = narrow(shift)
+    return tl.abs((j - (t + near)).to(tl.float32) - (shift - near).to(tl.float32))
+
+
+@triton.jit
 def key_range(t_first, t_last, S, shift, p, f):
     """Which keys the queries t_first .. t_last may attend by position.
 
@@ -108,11 +123,11 @@ def key_range(t_first, t_last, S, shift, p, f):
     begin = t_first * 0
     inner_begin, end, inner_end = begin, begin + S, begin + S
     if f.HAS_LEFT:
-        begin = tl.maximum(t_first + shift - p.left, 0)
-        inner_begin = tl.maximum(t_last + shift - p.left, 0)
+        begin = tl.maximum(narrow(t_first + shift - p.left), 0)
+        inner_begin = tl.maximum(narrow(t_last + shift - p.left), 0)
     if f.HAS_RIGHT:
-        end = tl.maximum(tl.minimum(end, t_last + shift + p.right + 1), 0)
-        inner_end = tl.maximum(tl.minimum(inner_end, t_first + shift + p.right + 1), 0)
+        end = tl.maximum(tl.minimum(end, narrow(t_last + shift + p.right + 1)), 0)
+        inner_end = tl.maximum(tl.minimum(inner_end, narrow(t_first + shift + p.right + 1)), 0)
     return begin, end, inner_begin, inner_end
 
 
@@ -122,11 +137,11 @@ def query_range(j_first, j_last, T, shift, p, f):
     begin = j_first * 0
     inner_begin, end, inner_end = begin, begin + T, begin + T
     if f.HAS_RIGHT:
-        begin = tl.maximum(j_first - shift - p.right, 0)
-        inner_begin = tl.maximum(j_last - shift - p.right, 0)
+        begin = tl.maximum(narrow(j_first - shift - p.right), 0)
+        inner_begin = tl.maximum(narrow(j_last - shift - p.right), 0)
     if f.HAS_LEFT:
-        end = tl.maximum(tl.minimum(end, j_last - shift + p.left + 1), 0)
-        inner_end = tl.maximum(tl.minimum(inner_end, j_first - shift + p.left + 1), 0)
+        end = tl.maximum(tl.minimum(end, narrow(j_last - shift + p.left + 1)), 0)
+        inner_end = tl.maximum(tl.minimum(inner_end, narrow(j_first - shift + p.left + 1)), 0)
     return begin, end, inner_begin, inner_end
 
 
@@ -152,10 +167,30 @@ def slope_of(x, p, f, b, h):
     """ALiBi's slope in the units of the scores."""
     slope = 0.0
     if x.alibi_slopes is not None:
-        slope = tl.load(x.alibi_slopes + b * p.alibi_b + h * p.alibi_h).to(tl.float32)
-        if not f.NATURAL:
-            slope = slope * LOG2_E
+        slope = in_units(tl.load(x.alibi_slopes + b * p.alibi_b + h * p.alibi_h), f)
     return slope
+
+
+@triton.jit
+def in_units(x, f):
+    """A natural number in the units of finished scores; finite, if it is."""
+    x = x.to(tl.float32)
+    if f.NATURAL:
+        return x
+    else:
+        units = rounded_product(x, LOG2_E)
+        overflows = (tl.abs(units) == float("inf")) & (tl.abs(x) < float("inf"))
+        return tl.where(overflows, tl.where(x < 0, -LARGEST, LARGEST), units)
+
+
+@triton.jit
+def rounded_product(x, y):
+    """A product that the compiler cannot fuse with a subtraction that follows.
+
+    A score so fused would not be rounded as the maximum is that is taken from it, and where both
+    are huge exp2 of the difference would overflow.
+    """
+    return tl.fma(x, y, 0.0)
 
 
 @triton.jit
@@ -168,14 +203,22 @@ def at_head(pointer, b, b_stride, h, h_stride):
 
 
 @triton.jit
-def tanh(x):
-    """To about fp32's rounding: a series near 0, where 1 - exp(-2 |x|) cancels."""
+def soft_cap(s, p):
+    """The capped score softcap * tanh(inner * s) of s = q k^T, and the tanh.
+
+    To about fp32's rounding: a series near 0, where 1 - exp(-2 |x|) cancels. There the score is
+    factor s times the series, which no softcap makes too small.
+    """
+    x = s * p.inner
     y = x * x
     series = 62.0 / 2835 - y * (1382.0 / 155925)
     series = 1 - y * (1.0 / 3 - y * (2.0 / 15 - y * (17.0 / 315 - y * series)))
     e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
     far = (1 - e) / (1 + e)
-    return tl.where(tl.abs(x) < 0.35, x * series, tl.where(x < 0, -far, far))
+    far = tl.where(x < 0, -far, far)
+    near = tl.abs(x) < 0.35
+    score = tl.where(near, s * p.factor * series, far * p.softcap)
+    return score, tl.where(near, x * series, far)
 
 
 @triton.jit
@@ -186,13 +229,16 @@ def edit_scores(s, t, j, T, S, shift, mask, bias, slope, x, p, f, BY_POSITION: t
     of the cap. ``mask`` and ``bias`` are at their (b, h, 0, 0).
     """
     capped = s
-    if not f.LAZY:
-        s = s * p.factor
+    if f.LAZY:
+        if f.NEGATED:
+            s = -s
+    else:
         if f.SOFTCAP:
-            capped = tanh(s)
-            s = capped * p.softcap
+            s, capped = soft_cap(s, p)
+        else:
+            s = rounded_product(s, p.factor)
         if x.alibi_slopes is not None:
-            s -= slope * tl.abs(j - (t + shift)).to(tl.float32)
+            s -= slope * distances(t, j, shift)
     if bias is not None:
         at = bias + t.to(tl.int64) * p.bias_t + j.to(tl.int64) * p.bias_s
         added = tl.load(at, mask=(t < T) & (j < S), other=-float("inf")).to(tl.float32)
@@ -206,31 +252,31 @@ def edit_scores(s, t, j, T, S, shift, mask, bias, slope, x, p, f, BY_POSITION: t
         s = tl.where(attend, s, -float("inf"))
     if BY_POSITION:
         attend = j < S
-        ahead = j - (t + shift)
+        near = narrow(shift)
+        ahead = j - (t + near)
         if f.HAS_LEFT:
-            attend = attend & (ahead >= -p.left)
+            attend = attend & (ahead >= narrow(shift - p.left) - near)
         if f.HAS_RIGHT:
-            attend = attend & (ahead <= p.right)
+            attend = attend & (ahead <= narrow(shift + p.right) - near)
         s = tl.where(attend, s, -float("inf"))
     return s, capped
 
 
 @triton.jit
-def exponent(s, base, p, f):
-    """exp2 of scores less base, which is in the units of the finished scores."""
+def in_log2(difference, p, f):
+    """A difference of scores in units of log2."""
     if f.LAZY:
-        return tl.exp2(s * p.factor - base)
-    elif f.NATURAL:
-        return tl.exp2((s - base) * LOG2_E)
-    else:
-        return tl.exp2(s - base)
+        difference = difference * p.factor
+    if f.NATURAL:
+        difference = difference * LOG2_E
+    return difference
 
 
 @triton.jit
 def natural(s, p, f):
-    """Scores, or differences of them, in natural units."""
+    """Scores in natural units."""
     if f.LAZY:
-        return s * (p.factor * LN2)
+        return s * tl.abs(p.scale)
     elif f.NATURAL:
         return s
     else:
@@ -238,11 +284,23 @@ def natural(s, p, f):
 
 
 @triton.jit
-def from_natural(lse, f):
-    """An lse in the units of the scores; +inf where there is no key, so that p is 0."""
-    if not f.NATURAL:
-        lse = lse * LOG2_E
-    return tl.where(lse == -float("inf"), float("inf"), lse)
+def norm_of(norm, plane, at, live):
+    """Of rows, m and log2 l. Those that are not live have no keys: log2 l is inf, and p 0."""
+    m = tl.load(norm + at, mask=live, other=0.0)
+    return m, tl.load(norm + plane + at, mask=live, other=float("inf"))
+
+
+@triton.jit
+def probabilities(s, m, log2_l, p, f, EDITED: tl.constexpr):
+    """How far scores lie above m, in units of log2, and p = exp2 of that less log2 l.
+
+    Where scores may be -inf (EDITED) p is 0 there, also in a row of NaN.
+    """
+    height = in_log2(s - m, p, f)
+    probs = tl.exp2(height - log2_l)
+    if EDITED:
+        probs = tl.where(height == -float("inf"), 0.0, probs)
+    return height, probs
 
 
 @triton.jit
@@ -269,11 +327,11 @@ def dropout_keeps(x, p, b, h, t0, j0, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def score_gradients(s, probs, dp, dw, kept, row, dentropy, g, p, f, EDITED: tl.constexpr):
-    """The gradient ds = p * (keep * (do v^T + dw) + row - dentropy * s) before the cap.
+def score_gradients(height, probs, dp, dw, kept, row, dentropy, g, p, f, EDITED: tl.constexpr):
+    """The gradient ds = p * (keep * (do v^T + dw) + row - dentropy * (s - m)) before the cap.
 
-    ``dp`` is do v^T. Where scores may be -inf (EDITED) a probability of zero gives zero, whatever
-    v holds there.
+    ``dp`` is do v^T, ``height`` s - m in units of log2, as ``dentropy`` is. Where scores may be
+    -inf (EDITED) a probability of zero gives zero, whatever v holds there.
     """
     if g.grad_weights is not None:
         dp += dw
@@ -281,9 +339,9 @@ def score_gradients(s, probs, dp, dw, kept, row, dentropy, g, p, f, EDITED: tl.c
         dp = tl.where(kept, dp * p.kept, 0.0)
     d = dp + row
     if g.grad_entropy is not None:
-        d -= dentropy * natural(s, p, f)
+        d -= dentropy * height
     d = probs * d
-    if EDITED:
+    if EDITED or g.grad_entropy is not None:
         d = tl.where(probs == 0.0, 0.0, d)
     return d
 

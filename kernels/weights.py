@@ -1,6 +1,6 @@
 """Attention probabilities and their column sums: second passes over the scores.
 
-    p = exp(s - lse)
+    p = exp(s - m) / l
     weights   p * keep / (1 - dropout_p), per head or the mean over the heads
     received  sum over the queries of p
 
@@ -28,10 +28,10 @@ from .scores import (
     at_head,
     dropout_keeps,
     edit_scores,
-    exponent,
-    from_natural,
     load_rows,
+    norm_of,
     offset,
+    probabilities,
     query_range,
     sequence_of,
     slope_of,
@@ -42,7 +42,8 @@ class Weights(NamedTuple):
     """Where the weights go. The heads of one program are averaged."""
 
     weights: Tensor  # (B, H, T, S) or (B, T, S)
-    lse: Tensor  # (B, H, T) fp32
+    norm: Tensor  # (2, B, H, T) fp32
+    plane: int  # elements of half of it
     b: int
     h: int
     t: int
@@ -55,12 +56,13 @@ class Received(NamedTuple):
     """Where the column sums go."""
 
     received: Tensor  # (B, H, S) fp32
-    lse: Tensor
+    norm: Tensor
+    plane: int
 
 
 @triton.jit
-def probability_tile(x, lse_pointer, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift):
-    """[M, N] of p before dropout. A row whose lse is NaN is NaN at all keys, as softmax has it."""
+def probability_tile(x, to, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift):
+    """[M, N] of p before dropout. A row whose l is NaN is NaN at all keys, as softmax has it."""
     h_kv = h // p.group
     row = tl.arange(0, tile.BLOCK_M)
     key = tl.arange(0, tile.BLOCK_N)
@@ -72,10 +74,11 @@ def probability_tile(x, lse_pointer, p, f, tile, b, h, t0, j0, T, S, q_row, k_ro
     mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
     bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
     slope = slope_of(x, p, f, b, h)
-    lse = tl.load(lse_pointer + row_at(x, p, b, h, q_row) + t, mask=t < T, other=-float("inf"))
+    m, log2_l = norm_of(to.norm, to.plane, row_at(x, p, b, h, q_row) + t, t < T)
     s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
     s, _ = edit_scores(s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, True)
-    return exponent(s, from_natural(lse, f)[:, None], p, f)
+    _height, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, False)
+    return probs
 
 
 @triton.jit
@@ -92,7 +95,7 @@ def weights_kernel(x, to, p, f, tile):
     if (t0 < T) & (j0 < S):
         for member in range(to.heads):
             h = h0 + member
-            probs = probability_tile(x, to.lse, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift)
+            probs = probability_tile(x, to, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift)
             if f.DROPOUT:
                 kept = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
                 probs = tl.where(kept, probs * p.kept, 0.0)
@@ -121,7 +124,7 @@ def received_kernel(x, to, p, f, tile):
     begin, end, _, _ = query_range(j0, j_last, T, shift, p, f)
     for t0 in range(begin // tile.BLOCK_M * tile.BLOCK_M, end, tile.BLOCK_M):
         probs = probability_tile(
-            x, to.lse, p, f, tile, b, h, j0 * 0 + t0, j0, T, S, q_row, k_row, shift
+            x, to, p, f, tile, b, h, j0 * 0 + t0, j0, T, S, q_row, k_row, shift
         )
         live = t0 + tl.arange(0, tile.BLOCK_M) < T
         total += tl.sum(tl.where(live[:, None], probs, 0.0), 0)
@@ -131,44 +134,50 @@ def received_kernel(x, to, p, f, tile):
     tl.store(at, total, mask=j < S)
 
 
-def weights_fwd(call: Call, lse: Tensor, mean: bool, arch: str) -> Tensor:
+def weights_fwd(options: Options, call: Call, norm: Tensor, arch: str) -> Tensor:
     """The weights after dropout, (B, H, T, S), or their mean over the heads, (B, T, S)."""
-    job = weights_launch(call, lse, mean, arch)
-    launch(job)
-    weights: Tensor = job.tensors[1].weights
+    x, p, _ = call
+    sizes = p.T, p.S
+    if x.cu_seqlens_q is not None:
+        sizes = options.max_seqlen_q, options.max_seqlen_k
+    mean = options.weights == 1
+    weights = x.q.new_empty((p.B, *sizes) if mean else (p.B, p.H, *sizes))
+    if sizes != (p.T, p.S):
+        weights.zero_()
+    launch(weights_launch(call, weights, norm, mean, arch))
     return weights
 
 
-def weights_launch(call: Call, lse: Tensor, mean: bool, arch: str) -> Launch:
-    """The kernel of the weights, and memory for them."""
+def weights_launch(call: Call, weights: Tensor, norm: Tensor, mean: bool, arch: str) -> Launch:
+    """The kernel of the weights."""
     x, p, f = call
     config = configs.choose(arch, "weights", x.q.element_size(), f.D, f.D_V, True)
     tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
-    shape = (p.B, p.T, p.S) if mean else (p.B, p.H, p.T, p.S)
-    weights = x.q.new_empty(shape)
     outputs = 1 if mean else p.H
     b, t = weights.stride(0), weights.stride(-2)
     h = 0 if mean else weights.stride(1)
     heads = p.H if mean else 1
-    to = Weights(weights, lse, b, h, t, outputs, heads, 1 / max(heads, 1))
+    plane = norm.numel() // 2
+    to = Weights(weights, norm, plane, b, h, t, outputs, heads, 1 / max(heads, 1))
     grid = p.B * outputs * -(-p.T // config.BLOCK_M) * -(-p.S // config.BLOCK_N)
     return Launch(weights_kernel, grid, (x, to), p, f, tile, config)
 
 
-def received_fwd(inputs: Inputs, options: Options, call: Call, lse: Tensor, arch: str) -> Tensor:
+def received_fwd(inputs: Inputs, options: Options, call: Call, norm: Tensor, arch: str) -> Tensor:
     """The column sums of p, (B, H, S) fp32."""
     q, S = inputs.q, inputs.k.shape[2]
-    received = lse.new_empty((q.shape[0], q.shape[1], S))
+    received = norm.new_empty((q.shape[0], q.shape[1], S))
     if inputs.cu_seqlens_k is not None:
         received.zero_()
-    launch(received_launch(call, received, lse, arch))
+    launch(received_launch(call, received, norm, arch))
     return received
 
 
-def received_launch(call: Call, received: Tensor, lse: Tensor, arch: str) -> Launch:
+def received_launch(call: Call, received: Tensor, norm: Tensor, arch: str) -> Launch:
     """The kernel of the column sums."""
     x, p, f = call
     config = configs.choose(arch, "received", x.q.element_size(), f.D, f.D_V, True)
     tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
     grid = p.B * p.H * -(-p.S // config.BLOCK_N)
-    return Launch(received_kernel, grid, (x, Received(received, lse)), p, f, tile, config)
+    to = Received(received, norm, norm.numel() // 2)
+    return Launch(received_kernel, grid, (x, to), p, f, tile, config)

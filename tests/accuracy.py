@@ -13,7 +13,8 @@ from attnfast.reference import reference_attention
 
 Results = dict[str, Tensor]  # by the names of `dense.dense`
 
-FP32_RESULTS = ("lse", "max_logit", "entropy", "reach", "received")
+STATISTICS = ("max_logit", "entropy", "reach", "focus")
+FP32_RESULTS = ("lse", *STATISTICS, "received")
 
 
 def check(actual: Results, problem: Problem) -> None:
@@ -86,9 +87,7 @@ def with_leaves(inputs: Inputs) -> tuple[Inputs, dict[str, Tensor]]:
 def differentiate(outputs: Outputs, leaves: dict[str, Tensor], problem: Problem) -> Results:
     """Outputs by name, and the gradients of the leaves by the problem's cotangents."""
     stats = (
-        {}
-        if outputs.stats is None
-        else dict(zip(("max_logit", "entropy", "reach"), outputs.stats.unbind(0), strict=True))
+        {} if outputs.stats is None else dict(zip(STATISTICS, outputs.stats.unbind(0), strict=True))
     )
     named = {"out": outputs.out, "lse": outputs.lse, **stats}
     named |= {} if outputs.received is None else {"received": outputs.received}

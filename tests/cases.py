@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
 import torch
-from accuracy import Results, differentiate, with_leaves
+from accuracy import STATISTICS, Results, differentiate, with_leaves
 from dense import Cotangents, Problem
 from torch import Tensor
 
@@ -55,6 +55,8 @@ class Case:
     bias: str | None = None
     bias_dtype: torch.dtype | None = None  # None: dtype
     masking_bias: bool = False  # some entries of the bias are -inf
+    # What the others are then, unless 0; q and k are whole, so that no score is rounded.
+    constant: float = field(default=0.0, repr=False)
     dropout_p: float = 0.0
     weights: str = "none"
     stats: int = 0
@@ -109,6 +111,9 @@ def problem(case: Case) -> Problem:
         if case.masking_bias:
             bias[torch.rand(bias.shape, generator=rng) < 0.3] = -torch.inf
             bias[:1, :1, -1:] = -torch.inf
+    if case.constant and bias is not None:
+        q, k = q.round(), k.round()
+        bias[bias > -torch.inf] = case.constant
     alibi = torch.rand(B if "b" in case.alibi else 1, H, generator=rng) if case.alibi else None
     inputs = Inputs(
         q,
@@ -177,12 +182,12 @@ def outputs(inputs: Inputs, options: Options, backend: str, **overrides: Any) ->
     table = None
     if stats is not None:
         assert stats.lse is lse
-        table = torch.stack([stats.max_logit, stats.entropy, stats.reach])
+        table = torch.stack([getattr(stats, name) for name in STATISTICS])
     if inputs.cu_seqlens_q is not None:
         out, lse = out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
         table = None if table is None else table.unsqueeze(1)
         received = None if received is None else received.unsqueeze(0)
-    return Outputs(out, lse, table, received, weights)
+    return Outputs(out, lse, None, table, received, weights)
 
 
 def arguments_of(inputs: Inputs, options: Options) -> dict[str, Any]:
@@ -300,6 +305,17 @@ OPTIONS: tuple[Case, ...] = (
     Case("bias_mask", bias="hts", mask="bs", causal=True),
     Case("bias_softcap", bias="bhts", softcap=1.5),
     Case("bias_gqa", bias="ts", H=6, H_kv=2),
+    Case("constant_low", bias="ts", constant=-(2.0**20), bias_dtype=fp32, weights="per head",
+         stats=2, grads=("out", "lse", "entropy", "weights")),
+    Case("constant_high", bias="bt", constant=2.0**20, bias_dtype=fp32, causal=True, H=6, H_kv=2,
+         stats=2, weights="mean", grads=("out", "entropy", "weights"), masking_bias=True),
+    Case("constant_dropout", bias="hs", constant=-(2.0**20), bias_dtype=fp32, window=(40, 9),
+         align="bottom_right", sinks=True, alibi="", dropout_p=0.2, D=64, scale=0.125),
+    Case("constant_varlen", lengths=((5, 70), (70, 5), (66, 67)), bias="ts", constant=-(2.0**20),
+         bias_dtype=fp32, stats=2, causal=True, grads=("out", "lse", "entropy")),
+    Case("large", spread=30.0, stats=2, weights="per head", grads=("out", "lse", "weights")),
+    Case("large_causal", spread=30.0, D=64, causal=True, T=129),
+    Case("large_decode", spread=30.0, D=64, T=1, S=300, H=4, H_kv=2, sinks=True),
     Case("dropout", dropout_p=0.3),
     Case("dropout_tiny", dropout_p=1e-6),
     Case("dropout_most", dropout_p=0.9, causal=True),

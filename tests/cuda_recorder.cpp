@@ -104,7 +104,8 @@ AOTITorchError aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const
   *made_one = made({sizes, sizes + dim}, {strides, strides + dim}, static_cast<ScalarType>(dtype),
                    device_type, device);
   log("empty", *made_one);
-  return kSuccess;
+  const char* failing = std::getenv("FAILING");
+  return failing && std::string(failing) == "empty" ? 1 : kSuccess;
 }
 AOTITorchError aoti_torch_new_tensor_handle(AtenTensorHandle x, AtenTensorHandle* copy) {
   *copy = new AtenTensorOpaque(*x);
@@ -142,6 +143,41 @@ AOTITorchError aoti_torch_get_size(AtenTensorHandle x, int64_t d, int64_t* size)
 AOTITorchError aoti_torch_get_stride(AtenTensorHandle x, int64_t d, int64_t* stride) {
   *stride = x->strides.at(d);
   return kSuccess;
+}
+AOTITorchError aoti_torch_get_sizes(AtenTensorHandle x, int64_t** sizes) {
+  *sizes = x->sizes.data();
+  return kSuccess;
+}
+AOTITorchError aoti_torch_get_strides(AtenTensorHandle x, int64_t** strides) {
+  *strides = x->strides.data();
+  return kSuccess;
+}
+AOTITorchError aoti_torch_get_numel(AtenTensorHandle x, int64_t* count) {
+  *count = 1;
+  for (const int64_t size : x->sizes) *count *= size;
+  return kSuccess;
+}
+AOTITorchError aoti_torch_get_storage_offset(AtenTensorHandle, int64_t* offset) {
+  *offset = 0;
+  return kSuccess;
+}
+AOTITorchError aoti_torch_get_storage_size(AtenTensorHandle, int64_t* bytes) {
+  *bytes = int64_t{1} << 30;
+  return kSuccess;
+}
+size_t aoti_torch_dtype_element_size(int32_t dtype) {
+  switch (static_cast<ScalarType>(dtype)) {
+    case ScalarType::Bool:
+      return 1;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    case ScalarType::Long:
+    case ScalarType::Double:
+      return 8;
+    default:
+      return 4;
+  }
 }
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle x, int32_t* dtype) {
   *dtype = static_cast<int32_t>(x->dtype);
@@ -185,6 +221,7 @@ AOTITorchError torch_library_impl(TorchLibraryHandle library, const char* name,
 }
 AOTITorchError aoti_torch_delete_library_object(TorchLibraryHandle) { return kSuccess; }
 uint64_t aoti_torch_abi_version() { return TORCH_ABI_VERSION; }
+int32_t aoti_torch_device_type_cpu() { return kCpu; }
 int32_t aoti_torch_device_type_cuda() { return kGpu; }
 
 // Named by the inlined headers, not called here.

@@ -8,24 +8,26 @@ times the same sum with absolute terms, each term weighted by what it carries. T
 Scores, softmax and sums are in fp32, with ``es = 2**-23``. Only p, out and ds, as they enter a sum,
 and the results may be rounded to the input's dtype, with ``e = finfo(dtype).eps``.
 
-    A      = |scale| sum |q| |k|, through the softcap, + |bias| + slope |s - t'|
-    Abar   = sum_s p A, the sink as one more key with A = |sink|
-    E      = A + Abar + |lse|
+    A      = |scale| sum |q| |k|, through the softcap, + |bias - bias*| + slope |s - t'|
+    Abar   = sum_s p A, the sink as one more key with A = |sink - m|
+    E      = A + Abar + |lse - m|
     rho    = e + es E
 
-A is the sum of a score's absolute terms, so es A is its error. p = exp(score - lse) is moved,
-relative to its size, by that and by the error of the lse, es (Abar + |lse|): together es E. rho
-is p's relative error as it enters a sum. The units, |x|' the absolute terms of x summed:
+m is a row's largest score and bias* the bias there: a constant that all scores of a row share is no
+part of the softmax, and of no error. A is the sum of a score's other absolute terms, so es A is its
+error. p = exp(score - m - log l) is moved, relative to its size, by that and by the error of log l,
+es (Abar + |lse - m|): together es E. rho is p's relative error as it enters a sum. The units, |x|'
+the absolute terms of x summed:
 
     out        sum_s rho p Z |v|                    weights    rho p Z
-    lse        es (1 + Abar + |lse|)
-    max_logit  es A of the largest score, or of any within its own error of it
+    lse        es (1 + Abar + |lse|)               focus      es p (1 + E) of the likeliest key
+    max_logit  es A of the largest score, or of any within its own error of it, with all its bias
     entropy    es (1 + |log l| + sum_s p (|s - m| + sum p |s - m|) E)
     reach      es sum_s p |s - t'| (1 + E)          received   es sum_t p (1 + E)
 
     dP         |dP|' = Z (|do| |v|^T + |dW|) delta      es sum_s p |dP|' (1 + E) ds         e
     (|ds| + p sum_d |do o|) + es |ds|' (1 + E) + p (unit(delta) + |dH| (es E + unit(H)))
-               |ds|' = p (|dP|' + sum_s p |dP|' + |dlse| + |dH| (|s - lse| + H))
+               |ds|' = p (|dP|' + sum_s p |dP|' + |dlse| + |dH| (|log p| + H))
     dx         unit(ds) (1 - u^2) + es |ds|' (u^2 + 2 |u| (1 - u^2) A_x / c),   u = tanh(x / c)
     dq, dk     |scale| sum unit(dx) |k|, and |q|    dv         sum_t rho p Z |do|
     dbias      sum unit(ds)                         dsinks     sum unit(ds) of the sink
@@ -72,8 +74,8 @@ def dense(problem: Problem) -> dict[str, Sum]:
     """Every output and gradient of a call, from inputs of any dtype.
 
     Returns:
-        ``out lse max_logit entropy reach received weights dq dk dv dbias dsinks``, without those
-        that the call lacks, in the layout of `Outputs` and `Gradients`.
+        ``out lse max_logit entropy reach focus received weights dq dk dv dbias dsinks``, without
+        those that the call lacks, in the layout of `Outputs` and `Gradients`.
     """
     return _batch(*problem) if problem.inputs.cu_seqlens_q is None else _varlen(*problem)
 
@@ -119,25 +121,33 @@ def _batch(
         s, slope = options.softcap * u, 1 - u * u
         slope_unit = es * (u * u + 2 * u.abs() * slope * A / options.softcap)
         A = A * slope + s.abs()
-    if inputs.bias is not None:
-        s, A = s + inputs.bias.double(), A + inputs.bias.double().abs()
     if inputs.alibi_slopes is not None:
         distance = inputs.alibi_slopes.double().view(-1, H, 1, 1) * ahead.abs()
         s, A = s - distance, A + distance.abs()
+    shared = torch.zeros(()).double()
+    if inputs.bias is not None:
+        bias = inputs.bias.double().expand(B, H, T, S).where(allowed, 0)
+        s = s + bias
+        if S:
+            likeliest = s.where(allowed, -torch.inf).argmax(3, keepdim=True)
+            shared = bias.gather(3, likeliest)
+        A = A + (bias - shared).abs()
     s, A = s.where(allowed, -torch.inf), A.where(allowed, 0)
 
     # The sink is one more key, the last, whose value is zero.
     sink = torch.full((H,), -torch.inf).double() if inputs.sinks is None else inputs.sinks.double()
     sink = sink.view(1, H, 1, 1).expand(B, H, T, 1)
     s_all = torch.cat([s, sink], 3)
-    A_all = torch.cat([A, sink.abs().where(sink > -torch.inf, 0)], 3)
     lse = s_all.logsumexp(3, keepdim=True)  # (B, H, T, 1)
     empty = lse == -torch.inf
-    below = (s_all - lse).where(s_all > -torch.inf, 0)  # log p, 0 where p is 0
+    m = s_all.amax(3, keepdim=True).where(~empty, 0)
+    A_all = torch.cat([A, (sink - m).abs().where(sink > -torch.inf, 0)], 3)
+    log_l = (s_all - m).logsumexp(3, keepdim=True).where(~empty, 0)
+    below = (s_all - m - log_l).where(s_all > -torch.inf, 0)  # log p, 0 where p is 0
     p_all = below.exp().where(s_all > -torch.inf, 0)
     lse0 = lse.where(~empty, 0)
     A_bar = (p_all * A_all).sum(3, keepdim=True)
-    E_all = A_all + A_bar + lse0.abs()
+    E_all = A_all + A_bar + log_l.abs()
     rho_all = e + es * E_all
     p, E, rho = p_all[..., :S], E_all[..., :S], rho_all[..., :S]
 
@@ -148,12 +158,11 @@ def _batch(
             inputs.dropout_seed, B, H, T, S, options.dropout_p, batch_start=batch_start
         ).double() / (1 - options.dropout_p if options.dropout_p < 1 else 1)
 
-    m = s_all.amax(3, keepdim=True).where(~empty, 0)
     spread = (p_all * below).sum(3, keepdim=True).neg()  # sum p (lse - s): the entropy
     depth = (s_all - m).abs().where(s_all > -torch.inf, 0)
     mean_depth = (p_all * depth).sum(3, keepdim=True)
     entropy_unit = es * (
-        1 + (lse0 - m).abs() + (p_all * (depth + mean_depth) * E_all).sum(3, keepdim=True)
+        1 + log_l.abs() + (p_all * (depth + mean_depth) * E_all).sum(3, keepdim=True)
     )
     result = {
         "out": Sum((p * Z) @ v, (rho * p * Z) @ v.abs()),
@@ -161,12 +170,16 @@ def _batch(
     }
     if options.stats:
         largest = s.amax(3, keepdim=True) if S else lse.new_full((B, H, T, 1), -torch.inf)
-        near = A.where(s + 4 * es * A >= largest, 0)
+        near = (A + shared.abs()).where(s + 4 * es * (A + shared.abs()) >= largest, 0)
         result["max_logit"] = Sum(
             largest.squeeze(3), es * (near.amax(3) if S else near.new_zeros(B, H, T))
         )
         result["entropy"] = Sum(spread.squeeze(3), entropy_unit.squeeze(3))
         result["reach"] = Sum((p * ahead.abs()).sum(3), es * (p * ahead.abs() * (1 + E)).sum(3))
+        one_more = torch.zeros(B, H, T, 1).double()  # there may be no keys
+        result["focus"] = Sum(
+            torch.cat([p, one_more], 3).amax(3), es * torch.cat([p * (1 + E), one_more], 3).amax(3)
+        )
     if options.stats == 2:
         result["received"] = Sum(p.sum(2), es * (p * (1 + E)).sum(2))
     if options.weights:
@@ -281,7 +294,8 @@ def _nothing(inputs: Inputs, options: Options, sequences: int) -> dict[str, Sum]
         "dv": (v.shape, 0.0),
     }
     if options.stats:
-        empty |= {"max_logit": (rows, -torch.inf), "entropy": (rows, 0.0), "reach": (rows, 0.0)}
+        empty |= dict.fromkeys(("entropy", "reach", "focus"), (rows, 0.0))
+        empty["max_logit"] = (rows, -torch.inf)
     if options.stats == 2:
         empty["received"] = ((1, q.shape[1], k.shape[2]), 0.0)
     if options.weights:

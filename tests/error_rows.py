@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.masked import masked_tensor
+from torch.nn.attention.bias import causal_lower_right
 
 import attnfast
 
@@ -176,6 +178,81 @@ TENSORS: list[Row] = [
     ),
 ]
 
+OTHER_LAYOUTS: list[Row] = [
+    (
+        dense,
+        {name: made},
+        TypeError,
+        f"{name} must be a dense strided Tensor, got {got}",
+    )
+    for name, flat in {
+        "q": z(2, 4, 10, 64),
+        "mask": z(10, 12, dtype=torch.bool),
+        "bias": z(10, 12),
+        "sinks": z(4, 1)[:, 0],
+        "alibi_slopes": z(2, 4),
+        "align": z(2, 1, dtype=INT64)[:, 0],
+        "dropout_seed": z(2, 1, dtype=INT64)[:, 0],
+    }.items()
+    for got, made in {
+        "layout torch.sparse_coo": flat.to_sparse(),
+        "layout torch.jagged": torch.nested.nested_tensor([z(3, 4)], layout=torch.jagged),
+        "a nested one": torch.nested.nested_tensor([z(3, 4)]),
+    }.items()
+]
+
+OTHER_NAMES: list[Row] = [
+    (
+        dense,
+        {"attn_mask": None},
+        TypeError,
+        "attn_mask must be given as mask= (bool, True = attend) or bias= (float, added to the "
+        "scores), got attn_mask=",
+    ),
+    (dense, {"is_causal": True}, TypeError, "is_causal must be given as causal=, got is_causal="),
+    (
+        dense,
+        {"q": z(2, 10, 4, 64), "k": z(2, 12, 4, 64), "v": z(2, 12, 4, 64)},
+        ValueError,
+        "k must be of a number of heads that divides H = 10, got H_kv = 12: if the tensors are "
+        "(B, T, H, D), give q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)",
+    ),
+    (
+        dense,
+        {"bias": causal_lower_right(9, 12)},
+        ValueError,
+        "bias must be a CausalBias for (T, S) = (10, 12), got one for (9, 12)",
+    ),
+    *(
+        (
+            dense,
+            {"mask": causal_lower_right(10, 12)} | others,
+            ValueError,
+            "mask must be a Tensor or None with causal, align, window or alibi_slopes, got a "
+            "CausalBias, which has an alignment of its own",
+        )
+        for others in (
+            {"causal": True},
+            {"align": 0},
+            {"window": (1, 1)},
+            {"alibi_slopes": z(4)},
+        )
+    ),
+    (
+        dense,
+        {"sinks": causal_lower_right(1, 4)},
+        TypeError,
+        "sinks must be a Tensor of values, got CausalBias",
+    ),
+    (
+        dense,
+        {"mask": masked_tensor(z(10, 12), z(10, 12) == 0)},
+        TypeError,
+        "mask must be a Tensor without a mask of its own (get_data() and get_mask() are two "
+        "arguments), got MaskedTensor",
+    ),
+]
+
 OPTIONAL_TENSORS: list[Row] = [
     (
         dense,
@@ -293,23 +370,40 @@ OPTIONS: list[Row] = [
         dense,
         {"window": 5},
         TypeError,
-        "window must be None or (left, right), each None or an int, got 5",
+        "window must be None or (left, right), each None or an int, (5, 5) or (5, 0) for example, "
+        "got 5",
+    ),
+    (
+        dense,
+        {"window": torch.zeros(2, 9)},
+        TypeError,
+        "window must be None or (left, right), each None or an int, got Tensor of shape (2, 9)",
     ),
     (dense, {"window": (1, 2, 3)}, ValueError, "window must be (left, right), got 3 entries"),
     (
         dense,
         {"window": (-1, None)},
         ValueError,
-        "window's left side must be from 0 to 2147483647, got -1",
+        "window's left side must be from 0 to 2147483647, or None for no bound, got -1",
     ),
     (
         dense,
         {"window": (None, 2**31)},
         ValueError,
-        "window's right side must be from 0 to 2147483647, got 2147483648",
+        "window's right side must be from 0 to 2147483647, or None for no bound, got 2147483648",
     ),
-    (dense, {"window": (0.5, 1)}, TypeError, "window's left side must be an int, got 0.5"),
-    (dense, {"window": (True, 1)}, TypeError, "window's left side must be an int, got True"),
+    (
+        dense,
+        {"window": (0.5, 1)},
+        TypeError,
+        "window's left side must be an int, or None for no bound, got 0.5",
+    ),
+    (
+        dense,
+        {"window": (True, 1)},
+        TypeError,
+        "window's left side must be an int, or None for no bound, got True",
+    ),
     (
         dense,
         {"align": "bottom"},
@@ -332,7 +426,7 @@ OPTIONS: list[Row] = [
         dense,
         {"align": -(2**31)},
         ValueError,
-        "align must be from -2147483647 to 2147483647, got -2147483648",
+        "align must be from -536870912 to 536870912, got -2147483648",
     ),
     (dense, {"align": lengths(1, 2, 3)}, ValueError, "align must be (B,) = (2,), got (3,)"),
     (dense, {"align": z(2)}, TypeError, "align must be int32, got torch.float32"),
@@ -366,6 +460,18 @@ OPTIONS: list[Row] = [
         TypeError,
         "scale must be a number that is finite in float32, got True",
     ),
+    (
+        dense,
+        {"scale": torch.nn.Parameter(torch.zeros(3, 3))},
+        TypeError,
+        "scale must be a number that is finite in float32, got Parameter of shape (3, 3)",
+    ),
+    (
+        dense,
+        {"scale": 10**99},
+        ValueError,
+        f"scale must be a number that is finite in float32, got {'1'.ljust(56, '0')} ...",
+    ),
     *(
         (
             dense,
@@ -384,6 +490,18 @@ OPTIONS: list[Row] = [
             f"dropout_p must be a number in [0, 1], got {p}",
         )
         for p in (-0.1, 1.1, math.nan)
+    ),
+    (
+        dense,
+        {"dropout_p": torch.zeros(2, 2)},
+        TypeError,
+        "dropout_p must be a number in [0, 1], got Tensor of shape (2, 2)",
+    ),
+    (
+        dense,
+        {"deterministic": ["a" * 99]},
+        TypeError,
+        f"deterministic must be None or True or False, got ['{'a' * 54} ...",
     ),
     (dense, {"dropout_p": None}, TypeError, "dropout_p must be a number in [0, 1], got None"),
     (
@@ -418,4 +536,4 @@ OPTIONS: list[Row] = [
     ),
 ]
 
-ATTENTION = [*TENSORS, *OPTIONAL_TENSORS, *OPTIONS]
+ATTENTION = [*TENSORS, *OTHER_LAYOUTS, *OTHER_NAMES, *OPTIONAL_TENSORS, *OPTIONS]

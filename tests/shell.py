@@ -17,6 +17,7 @@ PROGRAM_SOURCES = {  # where a program's options are defined
     "bench": "bench",
     "bench.report": "bench",
     "tools.abi": "tools/abi",
+    "tools.transformers_sweep": "tools/transformers_sweep",
     "examples/search": "examples/search_demo",
     "examples/translate": "examples/translation",
 }

@@ -22,7 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "attnfast" / "_native.so"
 SYSTEM = {"c", "m", "gcc_s", "stdc++", "gomp", "pthread", "dl", "rt", "torch", "torch_cpu"}
 NEWEST_VERSIONS = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13)}
-WEAK = {"aoti_torch_get_current_cuda_stream", "__gmon_start__", "__cxa_finalize"}
+WEAK = {
+    "aoti_torch_get_current_cuda_stream",
+    "torch_exception_get_what_without_backtrace",  # of torch 2.13 and later
+    "__gmon_start__",
+    "__cxa_finalize",
+}
 
 
 def output(*command: str) -> str:

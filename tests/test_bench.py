@@ -79,6 +79,16 @@ def test_every_suite_runs_from_end_to_end(bench, tmp_path):
     assert set(content["commit_info"]) == {"id", "dirty"}
 
 
+def test_the_compiler_of_the_peak_may_be_several_words(bench, monkeypatch):
+    ceilings = importlib.import_module("bench.ceilings")
+    monkeypatch.setenv("CXX", "env g++")
+    rates, reason = ceilings._fma(1, 1000)
+    assert reason is None
+    assert rates["float32"] > 0
+    monkeypatch.setenv("CXX", "/nonexistent/g++ -x")
+    assert ceilings._fma(1, 1000) == ({}, "no C++ compiler")
+
+
 def test_the_quick_suites_run_within_their_minutes(bench, tmp_path):
     """What `make bench` does, with one round for each row and less time."""
     own, minutes = tmp_path / "results.json", 0.4

@@ -282,7 +282,7 @@ def test_make_gpu_runs_this_script():
         command = ["make", "-n", "gpu", f"DRY={dry}", "OUT=x", "MINUTES=4"]
         done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert f"{done.stdout.strip()}|".endswith(f" bench/gpu.py --out x --minutes 4{end}|")
+        assert f"{done.stdout.strip()}|".endswith(f' bench/gpu.py --out "x" --minutes 4{end}|')
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "attnfast" / "_native.so"
 SOURCES = {".py", ".h", ".hpp", ".inc", ".cpp", ".cu", ".cuh", ".md", ".txt", ".json", ".png"}
 OBJECTS = ROOT / "build" / "native" / "cpu"
+ODD = 'a b (c) ü\'d $HOME & co #1 "`q`" ;100%'  # a folder's name; a colon is made apart
+MAKE_NEEDS = ("Makefile", "setup.py", "pyproject.toml", "csrc/cpu/simd.h")
 
 
 def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,8 +43,9 @@ def script(path: Path, text: str) -> str:
 
 def fresh_checkout(folder: Path) -> Path:
     """What make reads before there is a .venv."""
-    for name in ("Makefile", "setup.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder)
+    (folder / "csrc" / "cpu").mkdir(parents=True)
+    for name in MAKE_NEEDS:
+        shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "requirements", folder / "requirements")
     return folder
 
@@ -54,15 +58,75 @@ def only_line(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
+def needed() -> str:
+    """The compilers that the kernels are written for; simd.h is where it says so."""
+    text = (ROOT / "csrc" / "cpu" / "simd.h").read_text()
+    said = re.search(r"#if !\(__clang_major__ >= (\d+) \|\| __GNUC__ >= (\d+)\)\n#error .*", text)
+    assert said is not None
+    needed = f"g++ {said[2]} or clang {said[1]}, or newer"
+    assert f"kernels need {needed}" in said[0]
+    return needed
+
+
+def test_the_readme_asks_for_the_compilers_that_the_kernels_need() -> None:
+    assert f"a compiler ({needed()}, with OpenMP)" in (ROOT / "README.md").read_text()
+
+
 def test_setup_without_a_compiler() -> None:
     line = only_line(run(sys.executable, "setup.py", "-q", "build_ext", CXX="/nonexistent"))
-    assert line.startswith("attnfast: no C++ compiler: /nonexistent was not found; install g++")
+    assert line == (
+        f"attnfast: no C++ compiler: /nonexistent was not found; install {needed()}, with OpenMP"
+        " (Debian: apt install g++), or name one in CXX"
+    )
 
 
-def test_setup_with_an_old_compiler(tmp_path: Path) -> None:
-    old = script(tmp_path / "old-g++", "echo 'unrecognized option -mavx512' >&2; exit 1")
+@pytest.mark.parametrize(
+    "said",
+    ["unrecognized option -mavx512", "In file included from a.h:\na.h:1: error: 'omp.h' not found"],
+)
+def test_setup_with_an_old_compiler(tmp_path: Path, said: str) -> None:
+    old = script(tmp_path / "old-g++", f'echo "{said}" >&2; exit 1')
     line = only_line(run(sys.executable, "setup.py", "-q", "build_ext", CXX=old))
-    assert "cannot compile the kernels (unrecognized option -mavx512); install g++ 10" in line
+    reason = said.splitlines()[-1]
+    assert f"cannot compile the kernels ({reason}); install {needed()}, with OpenMP" in line
+
+
+def older_compiler(folder: Path) -> str:
+    """What takes itself for a g++ of ten years ago."""
+    return script(folder / "older-g++", 'exec g++ -U__GNUC__ -D__GNUC__=6 "$@"')
+
+
+def test_the_compilers_version_is_asked_of_the_kernels_own_header(tmp_path: Path) -> None:
+    """Of make before anything is downloaded, and of setup.py."""
+    old = older_compiler(tmp_path)
+    line = only_line(run(sys.executable, "setup.py", "-q", "build_ext", CXX=old))
+    assert f'#error "attnfast\'s CPU kernels need {needed()}"' in line
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    line = only_line(run("make", "test", cwd=fresh_checkout(checkout), CXX=old))
+    assert line.startswith(f"attnfast: no C++ compiler for the kernels ({old}): install {needed()}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "must"),
+    [
+        ("CXX", "g++ 'x", "words for a shell, got g++ 'x (No closing quotation)"),
+        ("ATTNFAST_CXXFLAGS", '-DX="', 'words for a shell, got -DX=" (No closing quotation)'),
+        ("ATTNFAST_SANITIZE", "yes", "0 or 1, got 'yes'"),
+        ("ATTNFAST_CUDA", "true", "0 or 1, got 'true'"),
+        ("MAX_JOBS", "0", "a number from 1 on, got '0'"),
+        ("MAX_JOBS", "many", "a number from 1 on, got 'many'"),
+    ],
+)
+def test_environment_variables_are_checked(name: str, value: str, must: str) -> None:
+    done = run(sys.executable, "setup.py", "-q", "build_ext", **{name: value})
+    assert only_line(done) == f"attnfast: {name} must be {must}"
+
+
+def test_flags_of_ones_own_that_the_compiler_refuses() -> None:
+    done = run(sys.executable, "setup.py", "-q", "build_ext", ATTNFAST_CXXFLAGS="-fno-such-flag")
+    assert "cannot compile the kernels (" in only_line(done)
+    assert "-fno-such-flag" in done.stderr
 
 
 def test_setup_without_torch() -> None:
@@ -79,12 +143,16 @@ def test_setup_without_torch() -> None:
 
 def test_make_without_a_compiler(tmp_path: Path) -> None:
     done = run("make", "test", cwd=fresh_checkout(tmp_path), CXX="/nonexistent")
-    assert only_line(done).startswith("attnfast: no C++ compiler (/nonexistent): install g++")
+    assert only_line(done) == (
+        f"attnfast: no C++ compiler for the kernels (/nonexistent): install {needed()},"
+        " with OpenMP, or name one in CXX"
+    )
     assert not (tmp_path / ".venv").exists()
 
 
 def test_make_with_an_old_python(tmp_path: Path) -> None:
-    old = script(tmp_path / "python3.8", "exit 1  # what the version check gives there")
+    (tmp_path / ODD).mkdir()
+    old = script(tmp_path / ODD / "python3.8", "exit 1  # what the version check gives there")
     done = run("make", "test", cwd=fresh_checkout(tmp_path), PYTHON=old)
     assert only_line(done).startswith(f"attnfast: no Python 3.10 or later ({old}): install one")
 
@@ -96,10 +164,20 @@ def test_make_without_venv(tmp_path: Path) -> None:
     assert not (tmp_path / ".venv").exists()
 
 
+def test_make_in_a_folder_with_a_colon(tmp_path: Path) -> None:
+    """Python's venv refuses it, since PATH could not name such a folder."""
+    (tmp_path / "a:b").mkdir()
+    line = only_line(run("make", "test", cwd=fresh_checkout(tmp_path / "a:b")))
+    assert line.startswith("attnfast: the folder's path must be without a colon")
+    assert line.endswith("/a:b")
+
+
 def test_make_without_network(tmp_path: Path) -> None:
+    """In a folder of any name."""
+    (tmp_path / ODD).mkdir()
     done = run(
         *("make", "test"),
-        cwd=fresh_checkout(tmp_path),
+        cwd=fresh_checkout(tmp_path / ODD),
         PYTHON=sys.executable,
         PIP_NO_INDEX="1",
         PIP_CONFIG_FILE=os.devnull,
@@ -110,6 +188,63 @@ def test_make_without_network(tmp_path: Path) -> None:
         "attnfast: could not install requirements/runtime.txt: ERROR: No matching"
     )
     assert "is there a network?" in line
+
+
+def small_checkout(folder: Path) -> Path:
+    """A tree with two small sources that setup.py can build, and a torch of two empty libraries."""
+    clone, torch = folder / "clone: its $in", folder / "torch"
+    for name in ("cpu", "bindings"):
+        (clone / "csrc" / name).mkdir(parents=True)
+    for name in ("setup.py", "csrc/cpu/simd.h"):
+        shutil.copy(ROOT / name, clone / name)
+    (clone / "csrc" / "cpu" / "kernels_a.cpp").write_text(
+        '#include "cpu/simd.h"\n'
+        "namespace attnfast::cpu::ATTNFAST_ISA { int a() { return WORD[0]; } }\n"
+    )
+    (clone / "csrc" / "bindings" / "cpu.cpp").write_text(
+        "#include <of_torch.h>\nnamespace attnfast::cpu::portable { int a(); }\n"
+        'extern "C" __attribute__((visibility("default"))) int answer() {\n'
+        "  return OF_TORCH + attnfast::cpu::portable::a();\n}\n"
+    )
+    (torch / "include").mkdir(parents=True)
+    (torch / "lib").mkdir()
+    (torch / "__init__.py").touch()
+    (torch / "include" / "of_torch.h").write_text("#define OF_TORCH 1000\n")
+    for name in ("libtorch.a", "libtorch_cpu.a"):
+        (torch / "lib" / name).write_bytes(b"!<arch>\n")  # an empty archive
+    return clone
+
+
+def test_folders_may_have_any_name(tmp_path: Path) -> None:
+    """The clone's, the compiler's and torch's: ninja and the shell have their own characters."""
+    clone = small_checkout(tmp_path / ODD)
+    compiler = script(tmp_path / ODD / "g++", 'exec g++ "$@"')
+
+    def build() -> str:
+        done = run(
+            *(sys.executable, "setup.py", "build_ext"),
+            cwd=clone,
+            PYTHONPATH=str(tmp_path / ODD),
+            CXX=shlex.join([compiler, "-O0"]),
+            ATTNFAST_ISAS="portable",
+            ATTNFAST_CXXFLAGS=shlex.quote('-DWORD="$A b"'),
+        )
+        assert done.returncode == 0, done.stderr
+        (library,) = (clone / "build").glob("lib*/attnfast/_native.so")
+        found = run(sys.executable, "-c", ANSWER, str(library))
+        assert found.stdout == f"{1000 + ord('$')}\n", found.stderr
+        return done.stderr
+
+    assert "compile build/native/cpu/kernels_a.portable.o" in build()
+    assert "no work to do" in build()
+    with (clone / "csrc" / "cpu" / "simd.h").open("a") as header:
+        header.write("// changed\n")
+    told = build()
+    assert "kernels_a.portable.o" in told
+    assert "bindings/cpu.o" not in told
+
+
+ANSWER = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).answer())"
 
 
 def test_the_library_knows_no_python() -> None:
@@ -163,7 +298,7 @@ def test_an_unknown_instruction_set() -> None:
 def linked_objects() -> list[str]:
     """What the library was last linked from, in order."""
     text = (OBJECTS.parent / "build.ninja").read_text()
-    linked = re.search(r"build _native\.so: link (.*)", text)
+    linked = re.search(r"build build/native/_native\.so: link (.*)", text)
     assert linked is not None
     return linked[1].split()
 

@@ -145,8 +145,8 @@ def test_raw_operators_refuse_as_well_on_turing() -> None:
     with torch.no_grad(), architecture(75):
         with pytest.raises(RuntimeError, match=r"compute capability 7\.5 take float16 only"):
             ops.CUDA.fwd(*inputs, *options)
-        out, lse, *_ = ops.CUDA.fwd(*wide, *options)
-        gradients = (grads.out, None, None, None, out, lse, None, False, False)
+        out, _, norm, *_ = ops.CUDA.fwd(*wide, *options)
+        gradients = (grads.out, None, None, None, out, norm, None, False, False)
         with pytest.raises(RuntimeError, match=r"gradients need D and D_v up to 128"):
             ops.CUDA.bwd(*gradients, *wide, *options)
 
@@ -200,6 +200,28 @@ def test_a_sequence_does_not_depend_on_its_neighbours(D: int, long: int) -> None
         outputs.append((out[-100:], lse[:, -100:], *(grad[-100:] for grad in grads)))
     for x, y in zip(*outputs, strict=True):
         assert torch.equal(x, y)
+
+
+def test_maximum_beyond_all_rows() -> None:
+    """Blocks are started for the rows that there are; what is shaped by the maximum is zero."""
+    q, ends = torch.randn(71, 2, 32, dtype=bf16, requires_grad=True), torch.tensor([0, 5, 70])
+    found = []
+    for longest in (65, 400):
+        bias = torch.ones(1, 1, 1, longest, requires_grad=True)
+        out, weights = attnfast.varlen_attention(
+            *(q, q, q, ends, ends, longest, longest),
+            bias=bias,
+            return_weights="mean",
+            backend="cuda",
+        )
+        grads = torch.autograd.grad(out.float().square().sum(), (q, bias))
+        assert weights.shape == (2, longest, longest)
+        for x in (weights.detach(), grads[1]):
+            assert not x[..., 65:].any()
+        assert not weights[:, 65:].any()
+        found.append((out, weights[:, :65, :65], grads[0], grads[1][..., :65]))
+    for tight, loose in zip(*found, strict=True):
+        assert torch.equal(tight, loose)
 
 
 @pytest.mark.parametrize("case", [PLAIN, OPTIONS], ids=str)
@@ -362,8 +384,8 @@ def test_lengths_and_pages_never_lead_out_of_a_cache() -> None:
 def test_opcheck() -> None:
     inputs, options, grads = problem(replace(OPTIONS, T=9, S=20))
     torch.library.opcheck(ops.CUDA.fwd, (*inputs, *options))
-    out, lse, stats, *_ = ops.CUDA.fwd(*inputs, *options)
-    gradients = (*grads, out, lse, stats[1], True, True)
+    out, _, norm, stats, *_ = ops.CUDA.fwd(*inputs, *options)
+    gradients = (*grads, out, norm, stats[1], True, True)
     torch.library.opcheck(ops.CUDA.bwd, (*gradients, *inputs, *options))
     call = decode_cases.make(decode_cases.Case("opcheck", T=2, dtype=fp16))
     rest = (None, None, None, None, 0.1, -1, -1, 0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 import torch
 from test_cuda_launch import TYPES
 
+from attnfast.autograd import operator_error
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC, BUILT = ROOT / "csrc", ROOT / "build" / "emulator"
 
@@ -24,7 +27,7 @@ CSRC, BUILT = ROOT / "csrc", ROOT / "build" / "emulator"
 CUDA_CALLS = {"cudaFuncSetAttribute", "cudaGetDevice", "cudaDeviceGetAttribute", "cudaLaunchKernel"}
 # Memory from torch's allocator, which captures know, and what torch launches on the current stream.
 TORCH_CALLS = {"guard", "unguard", "stream", "empty", "fill_", "aten::zero_", "aten::copy_",
-               "from", "aten::select"}  # fmt: skip
+               "from", "aten::select", "aten::clamp"}  # fmt: skip
 
 HEADER = (
     TYPES
@@ -124,7 +127,7 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
     folder = tmp_path_factory.mktemp("recorder")
     (folder / "cuda_runtime_api.h").write_text(HEADER)
     (folder / "streams.cpp").write_text(STREAMS)
-    compiler = os.environ.get("CXX", "g++").split()
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
     include = Path(torch.__file__).parent / "include"
     flags = ["-std=c++17", "-Wall", "-fvisibility=hidden", "-pthread", f"-I{folder}", f"-I{CSRC}"]
     flags += ["-isystem", str(include), "-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -192,7 +195,7 @@ def test_everything_happens_on_the_tensors_device_and_then_the_old_one_is_curren
 def test_a_gpu_without_the_shared_memory_gets_other_kernels(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, kilobytes: int
 ) -> None:
-    """D = 128, of which short sequences' kernel takes 129 KB."""
+    """D = 128, of which short sequences' kernel takes 129.5 KB."""
     monkeypatch.setenv("SHARED", str(kilobytes << 10))
     _, kernels = recorder.events("backward", "short", 2)
     assert kernels == KERNELS["backward", "plain" if kilobytes == 99 else "short"]
@@ -245,6 +248,15 @@ def test_a_failure_leaves_the_old_device_current(
     assert lines[-2].startswith(f"raised attention: {said}")
     assert lines[-1] == "after: current 1"
     assert lines[-4].startswith(failing), "nothing is tried after it"
+
+
+def test_no_memory(recorder: Recorder) -> None:
+    *_, empty, unguard, raised, after = recorder.lines("forward", "plain", 2, "empty")
+    assert (empty, unguard) == ("empty gpu 2 current 2", "unguard current 1")
+    said = raised.removeprefix("raised ")
+    assert re.fullmatch(r"attnfast: no tensor of \d+ MiB of shape \([\d, ]+\): out of memory", said)
+    assert type(operator_error(RuntimeError(said))) is torch.OutOfMemoryError
+    assert after == "after: current 1"
 
 
 def test_a_torch_without_streams(recorder: Recorder) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launch")
     (folder / "cuda_runtime_api.h").write_text(HEADER)
     (folder / "main.cpp").write_text(MAIN)
-    compiler = os.environ.get("CXX", "g++").split()
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
     flags = ["-std=c++17", "-Wall", f"-I{folder}", f"-I{LAUNCH.parent.parent}"]
     flags.append('-DATTNFAST_CUDA_ARCHS="sm_75, sm_80"')
     sources = [str(folder / "main.cpp"), "-x", "c++", str(LAUNCH)]

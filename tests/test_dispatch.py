@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -50,7 +51,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def record(
             *args: Any, original: Any = original, backend: str | None = backend, **kwargs: Any
         ) -> Any:
-            ran.append(backend or args[0])
+            ran.append(backend or args[0].fwd.name().split("::")[1].removesuffix("_fwd"))
             return original(*args, **kwargs)
 
         monkeypatch.setattr(module, name, record)
@@ -127,6 +128,23 @@ def test_a_fallback_raises_where_the_environment_says_so(monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("no_native")
+@pytest.mark.parametrize("value", ["maybe", "Error", "0"])
+def test_the_fallback_is_one_of_two(
+    value: str, monkeypatch: pytest.MonkeyPatch, no_native: None
+) -> None:
+    monkeypatch.setenv("ATTNFAST_FALLBACK", value)
+    said = f"attnfast: ATTNFAST_FALLBACK must be 'warn' or 'error', got '{value}'"
+    for call in (attnfast.attention, attnfast.explain):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            call(*qkv())
+
+
+def test_checks_are_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNFAST_CHECK", "yes")
+    with pytest.raises(ValueError, match="ATTNFAST_CHECK must be '0' or '1', got 'yes'"):
+        dispatch.wants_checks(dispatch.CUDA)
+
+
 def test_a_compiled_graph_falls_back_without_a_warning() -> None:
     compiled = torch.compile(
         lambda q, k, v: attnfast.attention(q, k, v), fullgraph=True, backend="eager"
@@ -273,9 +291,9 @@ def test_explain_tells_the_whole_decision() -> None:
     assert found["triton"].endswith("set TRITON_INTERPRET=1")
     assert found["cuda"] == "not part of this build"
     assert found["chosen"] == "cpu, the first that accepts"
-    # q, k, v: 2 * 4 * 10 * 64 + 2 * 2 * 12 * 96 numbers; out, lse and three statistics
+    # q, k, v: 2 * 4 * 10 * 64 + 2 * 2 * 12 * 96 numbers; out, norm and four statistics
     assert found["saved for backward"] == (
-        "the inputs (38 KiB of q, k, v, not copied), out, lse and statistics (11.25 KiB)"
+        "the inputs (38 KiB of q, k, v, not copied), out, norm and statistics (11.88 KiB)"
     )
     assert "forward" in found["workspace"]
     assert "backward" in found["workspace"]
@@ -317,6 +335,21 @@ def test_explain_takes_keywords_too() -> None:
         page_table=pages,
     )
     assert "k (2, 2, 24, 64), v (2, 2, 24, 32) (pages of 8)" in text
+
+
+def test_explain_shows_its_lines_where_it_is_the_last_value_of_a_cell() -> None:
+    found = attnfast.explain(*qkv())
+    assert isinstance(found, str)
+    assert repr(found) == str(found) == found
+    assert len(found.splitlines()) > 5
+
+
+def test_explain_says_what_a_call_lacks() -> None:
+    q, _, _ = qkv()
+    with pytest.raises(TypeError, match=r"^explain: as a call of attention: missing a required"):
+        attnfast.explain(q)
+    with pytest.raises(TypeError, match=r"^attention: attn_mask must be given as mask="):
+        attnfast.explain(*qkv(), attn_mask=None)
 
 
 def test_explain_reports_a_refusal_instead_of_raising(monkeypatch: pytest.MonkeyPatch) -> None:

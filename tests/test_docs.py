@@ -147,7 +147,7 @@ def test_the_table_of_environments_is_that_of_the_last_result() -> None:
 
 
 def test_the_switches_are_those_that_are_read() -> None:
-    read = re.compile(rf"(?:environ|getenv|_positive)[^\n]*?[\"']({PREFIXES})[\"']")
+    read = re.compile(rf"(?:environ|getenv|_positive|switch|words)[^\n]*?[\"']({PREFIXES})[\"']")
     used = {name for path in SOURCES for name in read.findall(path.read_text())}
     assert set(re.findall(PREFIXES, SWITCHES)) == used
 

@@ -200,6 +200,41 @@ def test_the_inference_path_of_an_encoder_layer(monkeypatch: pytest.MonkeyPatch)
     assert called == [MultiheadAttention]
 
 
+X, KEY = torch.zeros(B, T, E), torch.zeros(B, S, E)
+ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], type[Exception]]] = {
+    "features of key": ((X, X[..., :8], X[..., :8]), {}, RuntimeError, ValueError),
+    "batch of key": ((X, X[:1], X[:1]), {}, RuntimeError, ValueError),
+    "features of query": ((X[..., :8],) * 3, {}, AssertionError, ValueError),
+    "rank of query": ((X[0, 0],) * 3, {}, AssertionError, ValueError),
+    "rank of key": ((X, X[0], X[0]), {}, AssertionError, ValueError),
+    "length of value": ((X, X, KEY), {}, AssertionError, ValueError),
+    "kdim": ((X, X, X), {"kdim": 7}, AssertionError, ValueError),
+    "attn_mask, 2-D": ((X,) * 3, {"attn_mask": X[:, :, 0]}, RuntimeError, ValueError),
+    "attn_mask, 3-D": ((X,) * 3, {"attn_mask": torch.zeros(4, T, T)}, RuntimeError, ValueError),
+    "attn_mask, 1-D": ((X,) * 3, {"attn_mask": X[0, :, 0]}, AssertionError, ValueError),
+    "key_padding_mask": ((X,) * 3, {"key_padding_mask": X[0]}, AssertionError, ValueError),
+    "dtype": ((X.double(),) * 3, {}, RuntimeError, TypeError),
+    "dtype of a mask": ((X,) * 3, {"attn_mask": X[0].int()}, AssertionError, TypeError),
+    "sparse": ((X.to_sparse(),) * 3, {}, RuntimeError, TypeError),
+    "numpy": ((X.numpy(), X, X), {}, AttributeError, TypeError),
+    "list": ((X, [1], X), {}, AttributeError, TypeError),
+    "no key": ((X, None, None), {}, AttributeError, ValueError),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_classes_of_errors(name: str) -> None:
+    """Those that the migration guide lists: torch's come from wherever the mistake is noticed."""
+    args, options, theirs, ours = ERRORS[name]
+    built = {key: options[key] for key in options if key == "kdim"}
+    given = {key: options[key] for key in options if key != "kdim"}
+    for kind, error in ((nn.MultiheadAttention, theirs), (MultiheadAttention, ours)):
+        with pytest.raises(error) as raised:
+            kind(E, H, batch_first=True, **built)(*args, **given)
+        assert type(raised.value) is error
+    assert str(raised.value).startswith("MultiheadAttention: ")
+
+
 EXTRAS = {
     "num_kv_heads": 1,
     "window": (2, 2),

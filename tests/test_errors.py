@@ -23,6 +23,7 @@ from error_rows import (
     varlen,
     z,
 )
+from torch.nn.attention.bias import causal_lower_right
 
 import attnfast
 
@@ -137,6 +138,22 @@ VALUES: list[Row] = [
         ValueError,
         "page_table must hold pages in [0, 5), got -1 at (0, 0)",
     ),
+    *(
+        (
+            function,
+            {name: torch.tensor(values)},
+            ValueError,
+            f"{name} must be from -2147483648 to 2147483647, got {got}",
+        )
+        for function, name, values, got in (  # what would be right, were it taken modulo 2**32
+            (varlen, "cu_seqlens_q", [0, 4, 2**32 + 10], 2**32 + 10),
+            (varlen, "cu_seqlens_k", [-(2**32), 5, 12], -(2**32)),
+            (varlen, "align", [2**32, 0], 2**32),
+            (dense, "align", [2**63 - 1, 0], 2**63 - 1),
+            (decode, "cache_seqlens", [2**32 + 3, 16], 2**32 + 3),
+            (paged, "page_table", [[0, -7], [2**32 + 2, 4]], 2**32 + 2),
+        )
+    ),
 ]
 
 DECODE: list[Row] = [
@@ -217,6 +234,32 @@ DECODE: list[Row] = [
         "page_table must be (B, n) = (2, *), got (3, 2)",
     ),
     (paged, {"page_table": z(2, 2)}, TypeError, "page_table must be int32, got torch.float32"),
+    (
+        decode,
+        {"bias": causal_lower_right(1, 16)},
+        TypeError,
+        "bias must be a Tensor of values, got CausalBias",
+    ),
+    (
+        decode,
+        {"cache_seqlens": lengths(3, 16).to_sparse()},
+        TypeError,
+        "cache_seqlens must be a dense strided Tensor, got layout torch.sparse_coo",
+    ),
+    (
+        decode,
+        {"q": z(2, 1, 4, 64), "k_cache": z(2, 16, 2, 64), "v_cache": z(2, 16, 2, 32)},
+        ValueError,
+        "k_cache must be of a number of heads that divides H = 1, got H_kv = 16: if the tensors "
+        "are (B, T, H, D), give q.transpose(1, 2), k_cache.transpose(1, 2), "
+        "v_cache.transpose(1, 2)",
+    ),
+    (
+        decode,
+        {"block_table": None},
+        TypeError,
+        "block_table must be given as page_table=, got block_table=",
+    ),
 ]
 
 SDPA: list[Row] = [
@@ -281,6 +324,18 @@ SDPA: list[Row] = [
         ValueError,
         "attn_mask must be broadcastable to (..., H, L, S) with leading sizes (3, 2), "
         "got (5, 2, 1, 10, 12)",
+    ),
+    (
+        sdpa,
+        {"key": z(2, 4, 12, 64).to_sparse()},
+        TypeError,
+        "key must be a dense strided Tensor, got layout torch.sparse_coo",
+    ),
+    (
+        sdpa,
+        {"attn_mask": causal_lower_right(10, 11)},
+        ValueError,
+        "attn_mask must be a CausalBias for (T, S) = (10, 12), got one for (10, 11)",
     ),
     (sdpa, {"scale": math.nan}, ValueError, "scale must be a number that is finite in float32,"),
     (sdpa, {"dropout_p": 2.0}, ValueError, "dropout_p must be a number in [0, 1], got 2.0"),

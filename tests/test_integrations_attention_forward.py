@@ -95,6 +95,22 @@ def test_a_position_bias_adds_to_every_mask(masked: str) -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("T", [1, 6])
+@pytest.mark.parametrize("masked", ["bool", "float", "none"])
+def test_indices_are_the_only_keys(masked: str, T: int) -> None:
+    q, k, v = heads(T)
+    indices = torch.stack([torch.randperm(6)[:3] for _ in range(2 * T)]).view(2, T, 3)
+    chosen = torch.zeros(2, 1, T, 6, dtype=torch.bool)
+    chosen[:, 0].scatter_(-1, indices, True)
+    mask = torch.rand(2, 1, T, 6) < 0.6
+    added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    given = {"bool": mask, "float": added, "none": None}[masked]
+    out, _ = integration.attention_forward(Layer(), q, k, v, given, indices=indices.int())
+    hidden = chosen if masked == "none" else chosen & mask
+    expected = attnfast.attention(q, k, v, mask=hidden, causal=masked == "none" and T > 1)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+
+
 @pytest.mark.parametrize("learning", [False, True])
 @pytest.mark.parametrize("masked", ["bool", "float", "none"])
 def test_a_single_query_is_decoded(
@@ -248,6 +264,16 @@ REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
         2,
         {"sinks": torch.zeros(2, 4, 6, 1)},
         "sinks .* must be None, got one",
+    ),
+    "blocks of keys": (
+        2,
+        {"block_indices": torch.zeros(2, 6, 2)},
+        "block_indices .* must be None, got one",
+    ),
+    "indices of packed rows": (
+        1,
+        {"indices": torch.zeros(1, 6, 2), "cu_seq_lens_q": torch.tensor([0, 6])},
+        "indices must not come with cu_seq_lens_q, got both",
     ),
     "head mask": (2, {"head_mask": torch.ones(4)}, "head_mask .* must be None, got one"),
     "a bias of packed rows": (

@@ -25,7 +25,7 @@ NEEDS = {
     "avx2": ("avx2", "fma", "f16c"),
     "portable": (),
 }
-FILES = ("test_table.py", "test_numerics.py", "test_decode.py")
+FILES = ("test_table.py", "test_numerics.py", "test_large_scores.py", "test_decode.py")
 TESTS = "not test_reference and not test_public_reference"
 
 

@@ -356,6 +356,48 @@ def test_crop_and_reset() -> None:
             ValueError,
             "keys must be on the device held, cpu, got meta",
         ),
+        (
+            lambda: filled().append(torch.randn(B, 2, 1, 4), torch.randn(B, 2, 1, 3)),
+            ValueError,
+            "values must be (B, H_kv, *, D) = (3, 2, *, 4) as those held, got (3, 2, 1, 3) "
+            "(reorder changes the batch, reset forgets it)",
+        ),
+        (
+            lambda: KVCache().append(torch.zeros(B, 2, 1, 4), torch.zeros(B, 2, 2, 4)),
+            ValueError,
+            "values must be (B, H_kv, N, D) = (3, 2, 1, *), got (3, 2, 2, 4)",
+        ),
+        (
+            lambda: KVCache().append(torch.zeros(B, 2, 4), torch.zeros(B, 2, 4)),
+            ValueError,
+            "keys must be (B, H_kv, N, D), got (3, 2, 4)",
+        ),
+        (
+            lambda: KVCache().append(torch.zeros(B, 2, 1, 4).numpy(), torch.zeros(B, 2, 1, 4)),
+            TypeError,
+            "keys must be a Tensor, got ndarray",
+        ),
+        (
+            lambda: KVCache().append(torch.zeros(B, 2, 1, 4), [1.0]),
+            TypeError,
+            "values must be a Tensor, got list",
+        ),
+        (
+            lambda: KVCache().append(torch.zeros(B, 2, 1, 4).to_sparse(), torch.zeros(B, 2, 1, 4)),
+            TypeError,
+            "keys must be a dense strided Tensor, got layout torch.sparse_coo",
+        ),
+        (
+            lambda: KVCache().append(*torch.zeros(2, B, 2, 1, 4), prefix=2),
+            ValueError,
+            "prefix must be at most the 1 keys given, got 2",
+        ),
+        (
+            lambda: filled().reorder(torch.zeros(2).long().to_sparse()),
+            TypeError,
+            "index must be a dense strided Tensor, got layout torch.sparse_coo",
+        ),
+        (lambda: filled().crop("2"), TypeError, "length must be an int, got '2'"),
     ],
 )
 def test_errors_of_the_cache(call: Any, error: type[Exception], message: str) -> None:

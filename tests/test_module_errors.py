@@ -99,18 +99,82 @@ def test_errors_name_the_layout() -> None:
 def test_a_head_count_that_does_not_divide() -> None:
     with pytest.raises(AssertionError, match="embed_dim must be divisible by num_heads"):
         MultiheadAttention(10, 3)
-    with pytest.raises(ValueError, match="must be greater than 0"):
+    with pytest.raises(ValueError, match="embed_dim must be from 1"):
         MultiheadAttention(0, 3)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_tensors() -> None:
+NESTED = torch.nested.nested_tensor([X[0], X[1, :3]], layout=torch.jagged)
+A_TENSOR = "a Tensor, bool (True = masked out) or floating point (added to the scores)"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "got", "as_mask"),
+    [
+        (X.numpy(), "ndarray", None),
+        ([[1.0]], "list", None),
+        (3, "int", None),
+        ("x", "str", None),
+        (X.to_sparse(), "layout torch.sparse_coo", "torch.sparse_coo"),
+        (X[0].to_sparse_csr(), "layout torch.sparse_csr", "torch.sparse_csr"),
+        (NESTED, "nested of layout torch.jagged", "a nested tensor of layout torch.jagged"),
+    ],
+    ids=["numpy", "list", "int", "str", "sparse", "csr", "nested"],
+)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_other_kinds_of_things(wrong: Any, got: str, as_mask: str | None, gradients: bool) -> None:
+    """One line that names the argument, on the short way through the layer and the long one."""
     module = MultiheadAttention(E, H, batch_first=True)
-    nested = torch.nested.nested_tensor([X[0], X[1]])
-    with pytest.raises(TypeError) as raised:
-        module(nested, nested, nested)
-    assert str(raised.value) == (
-        "MultiheadAttention: query must not be a nested tensor of layout torch.strided: use "
-        "layout=torch.jagged for query, key and value, or pad and give key_padding_mask "
-        "(in nn.TransformerEncoder set use_nested_tensor to False, as attnfast.replace does)"
-    )
+    dense = isinstance(wrong, Tensor)
+    required = "a dense strided Tensor" if dense else "a Tensor"
+    mask_required = required if dense else A_TENSOR
+    rows: dict[str, tuple[Any, dict[str, Any], str]] = {
+        "query": ((wrong, X, X), {}, required),
+        "key": ((X, wrong, X), {}, required),
+        "value": ((X, X, wrong), {}, required),
+        "attn_mask": ((X,) * 3, {"attn_mask": wrong}, mask_required),
+        "key_padding_mask": (
+            (X,) * 3,
+            {"key_padding_mask": wrong},
+            required if dense else A_TENSOR,
+        ),
+    }
+    for name, (args, kwargs, what) in rows.items():
+        if wrong is NESTED and name == "query":
+            continue  # it is the others that have to be nested then
+        if wrong is NESTED and name in ("key", "value"):
+            what = "dense as query is"
+        found = as_mask if as_mask and "mask" in name else got
+        with torch.set_grad_enabled(gradients), pytest.raises(TypeError) as raised:
+            module(*args, need_weights=False, **kwargs)
+        assert str(raised.value) == f"MultiheadAttention: {name} must be {what}, got {found}"
+
+
+def test_masks_on_another_device() -> None:
+    module = MultiheadAttention(E, H, batch_first=True)
+    for name in ("attn_mask", "key_padding_mask"):
+        mask = torch.zeros(T if name == "attn_mask" else B, T, device="meta")
+        with pytest.raises(ValueError, match=f"{name} must be on query's device cpu, got meta"):
+            module(X, X, X, **{name: mask})
+
+
+def test_integers_under_autocast() -> None:
+    module = MultiheadAttention(E, H, batch_first=True)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match="key must have the parameters' dtype"),
+    ):
+        module(X, X.long(), X)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_flags_are_judged_by_truth(need_weights: bool) -> None:
+    """As torch's are: None, numbers, 0-d tensors."""
+    module = MultiheadAttention(E, H, batch_first=True)
+    x = torch.randn(B, T, E)
+    for causal in (False, True):
+        expected = module(x, x, x, is_causal=causal, need_weights=need_weights)
+        for flag in (torch.tensor(True), 1) if causal else (None, 0, torch.tensor(False)):
+            for gradients in (True, False):
+                with torch.set_grad_enabled(gradients):
+                    actual = module(x, x, x, is_causal=flag, need_weights=need_weights)
+                torch.testing.assert_close(actual, expected)

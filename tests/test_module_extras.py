@@ -380,13 +380,14 @@ def test_statistics_of_a_replaced_model() -> None:
         (
             {"window": 3},
             TypeError,
-            "window must be None or (left, right), each None or an int, got 3",
+            "window must be None or (left, right), each None or an int, (3, 3) or (3, 0) for"
+            " example, got 3",
         ),
         ({"window": (1, 2, 3)}, ValueError, "window must be (left, right), got 3 entries"),
         (
             {"window": (-1, 0)},
             ValueError,
-            "window's left side must be from 0 to 2147483647, got -1",
+            "window's left side must be from 0 to 2147483647, or None for no bound, got -1",
         ),
         (
             {"softcap": 0.0},

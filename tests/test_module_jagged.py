@@ -199,7 +199,8 @@ def test_compiles_whole() -> None:
         (
             {"add_zero_attn": True},
             {},
-            "nested tensors do not go with add_bias_kv and add_zero_attn: pad, or use sinks=True",
+            "nested tensors do not go with add_bias_kv and add_zero_attn: use sinks=True, or pad "
+            "(nn.TransformerEncoder: enable_nested_tensor=False)",
         ),
     ],
 )
@@ -212,6 +213,7 @@ def test_what_needs_padding_is_refused(
     assert str(raised.value) == f"MultiheadAttention: {message}"
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_inputs_that_do_not_fit() -> None:
     module = layer()
     nested, _ = jagged()
@@ -219,15 +221,25 @@ def test_inputs_that_do_not_fit() -> None:
     other, _ = jagged((1, 2, 3))
     longer, _ = jagged((5, 1, 8, 4))
     wide, _ = jagged(features=E + 1)
+    strided = torch.nested.nested_tensor([torch.randn(n, E) for n in LENGTHS])
+    short = torch.nested.nested_tensor([torch.randn(n, E) for n in (1, 2)])
+    rows = torch.nested.nested_tensor([torch.randn(3), torch.randn(4)])
+    empty = torch.nested.nested_tensor([])
     for args, error, message in (
         ((nested, dense, dense), TypeError, r"key must be a jagged nested tensor.*torch.strided"),
         ((nested, None, None), TypeError, r"key must be a jagged nested tensor.*got NoneType"),
-        ((dense, nested, nested), TypeError, r"key must not be a nested tensor"),
+        ((dense, nested, nested), TypeError, r"key must be dense as query is, got nested"),
         ((nested, other, other), ValueError, r"key must be a jagged .* \(4, \*, 12\), got"),
         ((wide, wide, wide), ValueError, r"query must be a jagged nested tensor \(B, \*, 12\)"),
         ((nested, nested, longer), ValueError, "value must have key's lengths in every sequence"),
         ((nested.double(),) * 3, TypeError, "query must have the parameters' dtype"),
         ((nested.transpose(1, 2),) * 3, ValueError, "query must be"),
+        ((nested, strided, strided), TypeError, "key must be a jagged .* got layout torch.strided"),
+        ((strided, nested, nested), TypeError, "key must be a strided .* got layout torch.jagged"),
+        ((strided, strided, [dense]), TypeError, "value must be a Tensor, got list"),
+        ((strided, short, short), ValueError, r"key must be .* = \(4, \*, 12\), got \(2, "),
+        ((rows, rows, rows), ValueError, r"query must be .*, got 2 sequences of shapes \[\(3,\), "),
+        ((empty, empty, empty), ValueError, r"query must be a nested .*, got 0 sequences"),
     ):
         with pytest.raises(error, match=message):
             module(*args, need_weights=False)

@@ -1,4 +1,4 @@
-"""The raw operators: schemas, fakes, and that none of them loses a gradient."""
+"""The raw operators: schemas, fakes, gradients, and that none of them is lost."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from cases import Case, problem
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import attnfast
 from attnfast import ops
+from attnfast.dispatch import BACKENDS, CPU
 from attnfast.options import Gradients, Inputs, Options, Outputs
 
 SMALL = Case(B=2, H=4, H_kv=2, T=5, S=7, D=16, D_v=8, causal=True)
@@ -60,7 +62,7 @@ def backward_arguments(case: Case, *, bias: bool = True, sinks: bool = True) -> 
         None if stats is None else torch.randn_like(outputs.lse),
         torch.randn_like(outputs.weights) if options.weights else None,
         outputs.out,
-        outputs.lse,
+        outputs.norm,
         None if stats is None else stats[1],
         bias and inputs.bias is not None,
         sinks and inputs.sinks is not None,
@@ -146,7 +148,7 @@ def assert_same_layout(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Fakes and kernels agree on every size, stride and dtype."""
     forward = (*Inputs(q, k, v), *Options(0.25, stats=2, weights=2))
     real = Outputs(*ops.CPU.fwd(*forward))
-    backward = (real.out, None, None, None, real.out, real.lse, None, False, False, *forward)
+    backward = (real.out, None, None, None, real.out, real.norm, None, False, False, *forward)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
 
         def fake(arguments: tuple[Any, ...]) -> list[Any]:
@@ -159,39 +161,142 @@ def assert_same_layout(q: Tensor, k: Tensor, v: Tensor) -> None:
             assert x.shape[d] <= 1 or x.stride(d) == y.stride(d)
 
 
-def differentiable(arguments: tuple[Any, ...], index: int) -> tuple[Any, ...]:
-    return tuple(x.detach().requires_grad_() if i == index else x for i, x in enumerate(arguments))
+def differentiable(arguments: tuple[Any, ...], *places: int) -> tuple[Any, ...]:
+    return tuple(
+        x.detach().clone().requires_grad_() if i in places else x for i, x in enumerate(arguments)
+    )
 
 
-# Every floating-point tensor of each operator, by its place.
-RAW = {
-    "cpu_fwd": (ops.CPU.fwd, forward_arguments(EVERYTHING), (0, 1, 2, 4, 5, 6)),
-    "cpu_bwd": (
-        ops.CPU.bwd,
-        backward_arguments(EVERYTHING),
-        (0, 1, 2, 3, 4, 5, 6, 9, 10, 11, 13, 14, 15),
-    ),
+PRIMALS = (0, 1, 2, 4, 6)  # q, k, v, bias and sinks among the tensors of a call
+GRADIENTS = (0, 1, 2, 3, *(9 + i for i in PRIMALS))  # what second derivatives are by
+BACKWARD_CASES = {
+    "plain": SMALL,
+    "everything": replace(EVERYTHING, align="bottom_right"),
+    "varlen": replace(CASES["varlen"], align="bottom_right", mask="ts"),
+}
+
+
+def sum_of(results: Any) -> Tensor:
+    """A scalar of all that is differentiable."""
+    return sum((x.float().sin().sum() for x in results if x.requires_grad), torch.zeros(()))
+
+
+def wanted(arguments: tuple[Any, ...], places: tuple[int, ...]) -> list[Tensor]:
+    return [arguments[i] for i in places if arguments[i] is not None]
+
+
+@pytest.mark.parametrize("case", BACKWARD_CASES.values(), ids=BACKWARD_CASES)
+def test_the_forward_operator_has_the_gradients_of_attention(case: Case) -> None:
+    arguments = forward_arguments(case)
+    places = tuple(i for i in PRIMALS if arguments[i] is not None)
+    found = []
+    for run in (
+        lambda *x: ops.CPU.fwd(*x),
+        lambda *x: attnfast.autograd.fused_attention(
+            ops.CPU, Inputs(*x[:11]), Options(*x[11:]), True
+        ),
+    ):
+        given = differentiable(arguments, *places)
+        first = torch.autograd.grad(sum_of(run(*given)), wanted(given, places), create_graph=True)
+        second = torch.autograd.grad(sum_of(first), wanted(given, places))
+        found.append([*first, *second])
+    for x, y in zip(*found, strict=True):
+        assert x.any()
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("case", BACKWARD_CASES.values(), ids=BACKWARD_CASES)
+def test_the_backward_operator_has_second_derivatives(case: Case) -> None:
+    """Those by ``out`` and ``entropy`` are among those by the inputs that these come from."""
+    arguments = backward_arguments(case)
+    places = tuple(i for i in GRADIENTS if arguments[i] is not None)
+    given = differentiable(arguments, *places)
+    found = torch.autograd.grad(sum_of(ops.CPU.bwd(*given)), wanted(given, places))
+
+    again = differentiable(arguments, *places)
+    outputs = Outputs(*ops.CPU.fwd(*again[9:]))
+    results = {0: outputs.out, 1: outputs.lse, 2: outputs.stats, 3: outputs.weights}
+    grads = dict(enumerate(again[:4]))
+    if grads[2] is not None:
+        zero = torch.zeros_like(grads[2])
+        grads[2] = torch.stack([zero, again[2], zero, zero])
+    first = torch.autograd.grad(
+        [results[i] for i in grads if grads[i] is not None],
+        wanted(again[9:], PRIMALS),
+        [g for g in grads.values() if g is not None],
+        create_graph=True,
+    )
+    expected = torch.autograd.grad(sum_of(first), wanted(again, places))
+    for x, y in zip(found, expected, strict=True):
+        assert x.any()
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("kind", ["fwd", "bwd"])
+def test_opcheck_with_gradients(kind: str) -> None:
+    if kind == "fwd":
+        torch.library.opcheck(ops.CPU.fwd, differentiable(forward_arguments(EVERYTHING), *PRIMALS))
+    else:
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        arguments = differentiable(backward_arguments(EVERYTHING), *GRADIENTS)
+        torch.library.opcheck(ops.CPU.bwd, arguments, test_utils=tests)
+
+
+def self_attention_arguments() -> tuple[Any, ...]:
+    return torch.randn(2, 5, 24), 2, True, None, torch.randn(1, 1, 5, 5), False, 1
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_opcheck_of_self_attention(batch_first: bool) -> None:
+    packed, heads, _, _, _, causal, weights = self_attention_arguments()
+    mask = torch.rand(1, 1, 5, 5) < 0.7 if batch_first else None
+    arguments = (packed, heads, batch_first, mask, None, causal, weights)
+    torch.library.opcheck(ops.SELF_ATTENTION, arguments)
+
+
+# The tensors, by their places, by which an operator has no derivative: the slopes; results of
+# forward, apart from the inputs they come from.
+REFUSED = {
+    "cpu_fwd": (ops.CPU.fwd, forward_arguments(EVERYTHING), (5,)),
+    "cpu_bwd": (ops.CPU.bwd, backward_arguments(EVERYTHING), (4, 5, 6, 14)),
     "cpu_decode": (ops.CPU.decode, decode_arguments(), (0, 1, 2, 5, 6, 7)),
+    "cpu_self_attention": (ops.SELF_ATTENTION, self_attention_arguments(), (0, 4)),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "index"), [(name, i) for name, (_, _, places) in RAW.items() for i in places]
+    ("name", "index"), [(name, i) for name, (_, _, places) in REFUSED.items() for i in places]
 )
 def test_a_raw_operator_raises_instead_of_losing_a_gradient(name: str, index: int) -> None:
-    op, arguments, _ = RAW[name]
-    message = f"attnfast::{name}: the raw operator has no gradient, and an input requires one"
+    op, arguments, _ = REFUSED[name]
+    message = f"attnfast::{name}: a derivative is wanted, but "
     with pytest.raises(NotImplementedError, match=message):
         op(*differentiable(arguments, index))
+    dual = list(arguments)
+    with forward_ad.dual_level():
+        op(*arguments)
+        dual[index] = forward_ad.make_dual(dual[index], dual[index])
+        with pytest.raises(NotImplementedError, match=rf"{message}|derivatives \(jvp\) are not"):
+            op(*dual)
 
 
-@pytest.mark.parametrize("name", RAW)
+@pytest.mark.parametrize("index", [4, 6], ids=["out", "entropy"])
+def test_a_result_of_forward_counts_only_with_its_inputs(index: int) -> None:
+    of_no_inputs = list(differentiable(backward_arguments(EVERYTHING), index))
+    of_no_inputs[index] = of_no_inputs[index] * 1
+    no_result = differentiable(backward_arguments(EVERYTHING), index, 9)  # a leaf beside q
+    for given in (of_no_inputs, no_result):
+        with pytest.raises(NotImplementedError, match="have none apart from the inputs'"):
+            ops.CPU.bwd(*given)
+
+
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_raw_operator_runs_where_no_gradient_is_wanted(name: str) -> None:
-    op, arguments, _ = RAW[name]
+    op, arguments, (index, *_) = REFUSED[name]
     wanted = op(*arguments)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            for x, y in zip(op(*differentiable(arguments, 0)), wanted, strict=True):
+            for x, y in zip(op(*differentiable(arguments, index)), wanted, strict=True):
                 assert torch.equal(x, y)
 
 
@@ -200,8 +305,16 @@ def test_a_compiled_raw_operator_raises_too() -> None:
     arguments = decode_arguments()
     with torch.no_grad():
         compiled(*arguments)
-    with pytest.raises(Exception, match="attnfast::cpu_decode: the raw operator has no gradient"):
+    with pytest.raises(Exception, match="attnfast::cpu_decode: a derivative is wanted"):
         compiled(*differentiable(arguments, 0))
+
+
+def test_decode_does_not_lose_a_tangent() -> None:
+    q, k, v, lengths, *_ = decode_arguments()
+    with forward_ad.dual_level():
+        attnfast.decode_attention(q, k, v, lengths)
+        with pytest.raises(NotImplementedError, match="attnfast::cpu_decode: a derivative is want"):
+            attnfast.decode_attention(q, forward_ad.make_dual(k, k), v, lengths)
 
 
 def test_the_native_library_names_its_instruction_sets() -> None:
@@ -213,11 +326,8 @@ def test_the_native_library_names_its_instruction_sets() -> None:
 def test_a_call_passes_the_documented_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that attention() takes reaches the operator, in canonical form."""
     seen: list[Any] = []
-    monkeypatch.setitem(
-        attnfast.dispatch.OPS,
-        "cpu",
-        ops.CPU._replace(fwd=lambda *x: seen.extend(x) or ops.CPU.fwd(*x)),
-    )
+    spy = ops.CPU._replace(fwd=lambda *x: seen.extend(x) or ops.CPU.fwd(*x))
+    monkeypatch.setitem(BACKENDS, "cpu", (CPU._replace(ops=spy),))
     q, k, v = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 8)
     mask, bias = torch.ones(5, 7, dtype=torch.bool), torch.randn(4, 1, 1)
     slopes, sinks, seed = torch.rand(4), torch.randn(4), torch.tensor([1, 2])

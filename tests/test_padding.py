@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 import attnfast
 from attnfast import module as module_file
@@ -158,6 +159,23 @@ def test_restore_copies_and_twice(rows: list[int]) -> None:
     assert not ours._forward_hooks
     assert not ours._forward_hooks_with_kwargs
     assert ours.use_nested_tensor
+
+
+def test_unpickled_where_torch_counts_hooks_anew(
+    rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another process: hooks that its user adds and removes must not take the place of ours."""
+    ours, (x, mask) = replaced(encoder()), batch()
+    twin = pickle.loads(pickle.dumps(ours))
+    monkeypatch.setattr(RemovableHandle, "next_id", max(0, *twin._forward_hooks))
+    twin.register_forward_hook(lambda *_: None).remove()
+    monkeypatch.setattr(RemovableHandle, "next_id", max(0, *twin._forward_pre_hooks))
+    twin.register_forward_pre_hook(lambda *_: None).remove()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            twin(x, src_key_padding_mask=mask), ours(x, src_key_padding_mask=mask)
+        )
+    assert rows == [sum(LENGTHS)] * 4
 
 
 def test_compiled() -> None:

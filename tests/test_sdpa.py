@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import product
 from typing import Any
 
 import pytest
@@ -96,6 +97,36 @@ def test_every_form_is_torchs(form: Any) -> None:
     for x, y in zip(results(attnfast.scaled_dot_product_attention, form), expected, strict=True):
         assert x.shape == y.shape
         torch.testing.assert_close(x, torch.nan_to_num(y))  # where torch says NaN, zero
+
+
+ZEROS = [sizes for sizes in product((0, 1), (0, 2), (0, 3), (0, 2), (0, 4), (0, 5)) if 0 in sizes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, fp64], ids=str)
+def test_every_size_may_be_zero(dtype: torch.dtype) -> None:
+    """Also H, E and E_v, alone and together: without features all keys weigh the same."""
+    for B, H, L, S, E, E_v in ZEROS:
+        q, k, v = torch.randn(B, H, L, E), torch.randn(B, H, S, E), torch.randn(B, H, S, E_v)
+        q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
+        for options in (
+            {},
+            {"is_causal": True},
+            {"scale": 0.3},
+            {"enable_gqa": True},
+            {"attn_mask": torch.ones(L, S, dtype=torch.bool)},
+            {"attn_mask": torch.ones(B, H, L, S, dtype=torch.bool)},
+            {"attn_mask": torch.linspace(-2, 2, L * S).view(L, S).to(dtype)},
+        ):
+            outs = [
+                function(q, k, v, **options)
+                for function in (
+                    attnfast.scaled_dot_product_attention,
+                    F.scaled_dot_product_attention,
+                )
+            ]
+            torch.testing.assert_close(*outs)
+            found, expected = (torch.autograd.grad(out.sum(), (q, k, v)) for out in outs)
+            torch.testing.assert_close(found, expected)
 
 
 def test_torchs_own_samples() -> None:

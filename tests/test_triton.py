@@ -99,6 +99,8 @@ def test_a_compiler_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_backend.no_compiler() == (
         "Triton finds no C compiler (/nonexistent/cc): install gcc, or name one in CC"
     )
+    monkeypatch.setenv("CC", "env gcc")
+    assert triton_backend.no_compiler() is not None, "Triton takes CC as one word"
     monkeypatch.delenv("CC")
     assert triton_backend.no_compiler() is None
 
@@ -122,6 +124,13 @@ def test_gluon_needs_a_gpu() -> None:
         "runs on GPUs only: Triton cannot interpret Gluon"
     )
     assert triton_backend.gluon_unsupported(PROBLEM) is None
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1, 2.0**101])
+def test_gluon_takes_a_scale_that_its_units_hold(scale: float) -> None:
+    reason = triton_backend.gluon_unsupported(PROBLEM._replace(options=Options(scale)))
+    assert reason is not None
+    assert "a scale in (0, 2**100]" in reason
 
 
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,34 @@ def test_some_kernels_are_as_the_table_says(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 kernels compiled, 0 faults" in done.stdout
+
+
+FORWARD_WITH_SINKS = """
+import torch
+from attnfast.kernels import arguments, forward
+from attnfast.options import Inputs, Options
+from tools import aot
+q = torch.empty(2, 2, 256, 64, dtype=torch.bfloat16)
+inputs, options = Inputs(q, q, q, sinks=torch.empty(2)), Options(0.125)
+call = arguments.gather(inputs, options, 1 << 20)
+aot.driver.set_active(aot.NoDevice("sm_80"))
+job = forward.forward_launch(call, forward.results(inputs, options), "sm_80")
+print(aot.read_binary(job.kernel.warmup(*job.arguments(), grid=(1,), **job.options()))[3])
+"""
+
+
+def test_a_score_is_rounded_as_its_maximum_is(tmp_path: Path) -> None:
+    """Not fused with the subtraction of the maximum: the interpreter cannot tell, exp2 would."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORWARD_WITH_SINKS],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    scores = 128 * 64 // (8 * 32)  # of a thread, in each of two loops
+    assert len(re.findall(r"FFMA [^;]*, RZ", done.stdout)) >= 2 * scores
 
 
 def test_every_entry_of_every_table_is_compiled() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import check
+from accuracy import STATISTICS, check
 from cases import DTYPES, OPTIONS, Case, bf16, problem, run
 from torch import Tensor
 
@@ -68,10 +68,7 @@ def test_equals_attention_of_each_sequence(dtype: torch.dtype) -> None:
             options=options._replace(max_seqlen_q=0, max_seqlen_k=0),
             cotangents=given.cotangents._replace(out=out),
         )
-        results = {
-            name: whole[name][:, :, rows]
-            for name in ("out", "lse", "max_logit", "entropy", "reach", "dq")
-        }
+        results = {name: whole[name][:, :, rows] for name in ("out", "lse", *STATISTICS, "dq")}
         results |= {name: whole[name][:, :, keys] for name in ("dk", "dv", "received")}
         alone = run(single, "cpu")
         check(results | {name: alone[name] for name in ("dbias", "dsinks")}, single)
@@ -99,11 +96,20 @@ def test_rows_past_the_last_sequence(weights: str, dtype: torch.dtype) -> None:
 
 def test_longest_may_be_overstated() -> None:
     grads = ("out", "weights")
-    given = problem(Case(lengths=((5, 9), (66, 70)), weights="mean", grads=grads, causal=True))
+    case = Case(lengths=((5, 9), (66, 70)), weights="mean", bias="hts", grads=grads, causal=True)
+    given = problem(case)
     options = given.options._replace(max_seqlen_q=100, max_seqlen_k=300)
     assert given.cotangents.weights is not None
-    wider = torch.nn.functional.pad(given.cotangents.weights, (0, 230, 0, 34), value=3.0)
-    given = given._replace(options=options, cotangents=given.cotangents._replace(weights=wider))
+    assert given.inputs.bias is not None
+    weights, bias = (
+        torch.nn.functional.pad(x, (0, 230, 0, 34), value=3.0)
+        for x in (given.cotangents.weights, given.inputs.bias)
+    )
+    given = given._replace(
+        inputs=given.inputs._replace(bias=bias),
+        options=options,
+        cotangents=given.cotangents._replace(weights=weights),
+    )
     check(run(given, "cpu"), given)
 
 
@@ -179,3 +185,76 @@ def test_ends_out_of_range(
     for name in ("out", "dq", "dk", "dv"):
         assert results[name].shape == expected[name].shape
     check(results, given)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_maximum_is_only_a_bound(backend: str) -> None:
+    """A larger one changes no number; the results whose shape it gives are zero beyond."""
+    torch.manual_seed(0)
+    ends = torch.tensor([0, 5, 70, 71])
+    q = torch.randn(75, 2, 16, requires_grad=True)
+    found = []
+    for T, S in ((65, 65), (150, 200)):
+        bias = torch.zeros(1, 1, T, S)
+        bias[..., :65, :65] = torch.linspace(-1, 1, 65 * 65).view(65, 65)
+        bias.requires_grad_()
+        out, stats, weights = attnfast.varlen_attention(
+            *(q, q, q, ends, ends, T, S),
+            bias=bias,
+            return_stats="received",
+            return_weights=True,
+            backend=backend,
+        )
+        dq, dbias = torch.autograd.grad(out.square().sum(), (q, bias))
+        assert weights.shape == (3, 2, T, S)
+        for x in (weights.detach(), dbias):
+            assert not x[..., 65:, :].any()
+            assert not x[..., 65:].any()
+        inner = (x[..., :65, :65] for x in (weights, dbias))
+        found.append((out, stats.lse, stats.received, dq, *inner))
+    for tight, loose in zip(*found, strict=True):
+        torch.testing.assert_close(tight, loose)
+
+
+def test_maximum_costs_nothing() -> None:
+    """Scratch and items follow the rows: with those of the maximum this would take terabytes."""
+    torch.manual_seed(0)
+    q = torch.randn(128, 16, 32, requires_grad=True)
+    ends = torch.arange(0, 129, 2)
+    found = []
+    for longest in (2, 2**31 - 1):
+        out = attnfast.varlen_attention(
+            q, q, q, ends, ends, longest, longest, sinks=torch.zeros(16), backend="cpu"
+        )
+        found.append((out, *torch.autograd.grad(out.square().sum(), q)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_long_sequence_among_short_ones(dtype: torch.dtype, threads: int) -> None:
+    """The long one's rows are shared out, and no sequence's numbers depend on where it stands."""
+    torch.manual_seed(0)
+    lengths = [3, 1, 0, 700, *[2] * 40]
+    order = [3, *range(4, 44), 0, 1, 2]
+    pieces = [torch.randn(n, 4, 32, dtype=dtype) for n in lengths]
+    found = {}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name, which in (("given", range(44)), ("moved", order)):
+            q = torch.cat([pieces[i] for i in which]).requires_grad_()
+            ends = torch.tensor([0, *(lengths[i] for i in which)]).cumsum(0)
+            out = attnfast.varlen_attention(
+                q, q, q, ends, ends, 700, 700, causal=True, backend="cpu"
+            )
+            (grad,) = torch.autograd.grad(out.float().square().sum(), q)
+            rows = [lengths[i] for i in which]
+            parts = zip(out.split(rows), grad.split(rows), strict=True)
+            found[name] = dict(zip(which, parts, strict=True))
+    finally:
+        torch.set_num_threads(before)
+    for i in range(44):
+        for given, moved in zip(found["given"][i], found["moved"][i], strict=True):
+            assert torch.equal(given, moved)

@@ -195,12 +195,12 @@ def job(entry: Entry) -> Launch:
         return gluon_forward.hopper_launch(call, forward.results(inputs, options))
     if entry.name == "fwd":
         return forward.forward_launch(call, forward.results(inputs, options), entry.arch)
-    rows = empty(B, H, T, dtype=torch.float32)
+    rows, norm = empty(B, H, T, dtype=torch.float32), empty(2, B, H, T, dtype=torch.float32)
     if entry.name == "weights":
-        return weights.weights_launch(call, rows, False, entry.arch)
+        return weights.weights_launch(call, empty(B, H, T, T), norm, False, entry.arch)
     if entry.name == "received":
         received = empty(B, H, T, dtype=torch.float32)
-        return weights.received_launch(call, received, rows, entry.arch)
+        return weights.received_launch(call, received, norm, entry.arch)
     if entry.name in ("decode", "combine"):
         lengths, table = empty(B, dtype=torch.int32), None
         if everything:
@@ -210,7 +210,7 @@ def job(entry: Entry) -> Launch:
     extra = (rows, rows, empty(B, H, T, T)) if everything else (None, None, None)
     if entry.name == "rows":  # which has products only then
         extra = (*extra[:2], empty(B, H, T, T))
-    given = backward.given(q, *extra, q, rows, extra[0], False)
+    given = backward.given(q, *extra, q, norm, extra[0], False)
     if entry.name == "dbias":
         return bias_gradients.bias_launch(call, given, entry.arch)
     if entry.name == "dsinks":

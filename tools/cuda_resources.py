@@ -135,7 +135,7 @@ def measured() -> Usages:
 
 def shared_bytes() -> dict[str, int]:
     """The shared memory that kernels are launched with, by their names without a dtype."""
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
     source = Path(__file__).with_name("cuda_shared.cpp")
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/cuda_shared"

@@ -8,8 +8,9 @@ As in::
     model = AutoModel.from_pretrained(folder, attn_implementation=name)
     model.set_attn_implementation(name)  # or a model that is there already
 
-Two functions are registered under the name: `attention_forward`, and for the masks transformers'
-own ``sdpa_mask``, which gives bool masks, or none where being causal says it all.
+Two functions are registered under the name: `attention_forward`, and for the masks one that gives
+bool masks, or none where being causal says it all, as with "sdpa"; and eager's float masks, with a
+warning, to models that are not made for those: their attention may be code of their own.
 
 Results are those of eager attention, but for queries that attend nothing, such as padding: they
 give zeros, where eager attends everything evenly.
@@ -18,15 +19,22 @@ give zeros, where eager attends everything evenly.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import attention, decode_attention, varlen_attention
+from . import _transformers_masks as masks
+from ._transformers_masks import NAME
 
 IMPLEMENTATION = "attnfast"
-NAME = "attnfast.integrations.transformers"
+REFUSED = {  # arguments of a layer, and what they are
+    "sinks": "logits per query",
+    "head_mask": "a factor per head",
+    "block_indices": "blocks of keys per query",
+}
 
 
 def register() -> str:
@@ -41,13 +49,13 @@ def register() -> str:
         ImportError: transformers is not installed, or has no attention and mask interfaces.
         ValueError: somebody else has registered that name.
     """
-    library, masks = _library()
+    library = _library()
     known = library.AttentionInterface._global_mapping.get(IMPLEMENTATION)
     if known not in (None, attention_forward):
         owner = f"{known.__module__}.{known.__qualname__}"
         raise ValueError(f"{NAME}: the name {IMPLEMENTATION!r} must be free, it is {owner}")
     library.AttentionInterface.register(IMPLEMENTATION, attention_forward)
-    library.AttentionMaskInterface.register(IMPLEMENTATION, masks.sdpa_mask)
+    library.AttentionMaskInterface.register(IMPLEMENTATION, masks.attention_mask)
     return IMPLEMENTATION
 
 
@@ -59,10 +67,11 @@ def unregister() -> None:
     Raises:
         ImportError: as `register`.
     """
-    library, _ = _library()
+    library = _library()
     if library.AttentionInterface._global_mapping.get(IMPLEMENTATION) is attention_forward:
         del library.AttentionInterface._global_mapping[IMPLEMENTATION]
         library.AttentionMaskInterface._global_mapping.pop(IMPLEMENTATION, None)
+        masks.forget()
 
 
 def attention_forward(
@@ -84,7 +93,8 @@ def attention_forward(
 
     Masks are the model's: where there is one, it alone decides, sliding windows included. Without
     one, more than one query are causal if ``is_causal`` says so, or else the layer's attribute of
-    that name; a causal ``sliding_window`` then holds too.
+    that name; a causal ``sliding_window`` then holds too. Without one, nothing is masked in models
+    that get eager's masks.
 
     Args:
         module: the layer; read are its ``is_causal``, and ``config.output_attentions``.
@@ -101,9 +111,11 @@ def attention_forward(
         sliding_window: keys that a query attends, its own included.
         softcap: see `attnfast.attention` (Gemma 2).
         s_aux: one logit per head, ``(H,)``, in the denominator alone; differentiable (gpt-oss).
-        **kwargs: of these count ``output_attentions``; ``deterministic``; and without a mask
-            ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k``, by which a
-            batch of one holds many sequences. ``sinks`` and ``head_mask`` are refused.
+        **kwargs: of these count ``output_attentions``, which is True too while transformers records
+            attentions; ``deterministic``; ``indices``, int ``(B, T, K)``, the only keys that a
+            query may attend (DeepSeek V3.2); and without a mask ``cu_seq_lens_q``,
+            ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k``, by which a batch of one holds
+            many sequences. ``sinks``, ``head_mask`` and ``block_indices`` are refused.
 
     Returns:
         out ``(B, T, H, D_v)``, and with ``output_attentions`` the weights after dropout,
@@ -112,11 +124,11 @@ def attention_forward(
     Raises:
         TypeError: as `attnfast.attention`.
         ValueError: as `attnfast.attention`; an option that is refused; ``cu_seq_lens_q`` together
-            with ``position_bias`` or ``output_attentions``, or with a batch of more than one.
+            with ``position_bias``, ``indices`` or ``output_attentions``, or with a batch of more
+            than one.
     """
-    for name in ("sinks", "head_mask"):
+    for name, what in REFUSED.items():
         if kwargs.get(name) is not None:
-            what = "logits per query" if name == "sinks" else "a factor per head"
             raise ValueError(
                 f"{NAME}: {name} ({what}) must be None, got one:"
                 f" load {_model_of(module)} with attn_implementation='eager'"
@@ -124,7 +136,8 @@ def attention_forward(
     T, config = query.shape[2], getattr(module, "config", None)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    causal = bool(is_causal) and attention_mask is None
+    eager = config is not None and masks.why_eager(config) not in (None, masks.UNKNOWN)
+    causal = bool(is_causal) and attention_mask is None and not eager
     options: dict[str, Any] = {
         "causal": causal,
         "window": (sliding_window - 1, None) if causal and sliding_window is not None else None,
@@ -135,29 +148,46 @@ def attention_forward(
         "dropout_p": float(dropout),
         "deterministic": kwargs.get("deterministic") or None,
     }
-    with_weights = kwargs.get("output_attentions")
-    if with_weights is None:
-        with_weights = getattr(config, "output_attentions", None)
+    with_weights, indices = _wants_weights(config, kwargs), kwargs.get("indices")
     if attention_mask is None and kwargs.get("cu_seq_lens_q") is not None:
-        if with_weights or position_bias is not None:
-            what = "output_attentions" if with_weights else "position_bias"
-            raise ValueError(f"{NAME}: {what} must not come with cu_seq_lens_q, got both")
+        asked = with_weights or None
+        given = {"output_attentions": asked, "position_bias": position_bias, "indices": indices}
+        for name, one in given.items():
+            if one is not None:
+                raise ValueError(f"{NAME}: {name} must not come with cu_seq_lens_q, got both")
         return _packed(query, key, value, kwargs, options), None
 
     mask, bias = attention_mask, position_bias
     if mask is not None and mask.is_floating_point():
         bias = mask if bias is None else bias + mask
         mask = None
+    if indices is not None:
+        shape = (*indices.shape[:2], key.shape[2])  # [B, T, S]
+        chosen = torch.zeros(shape, dtype=torch.bool, device=key.device)
+        chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+        mask = chosen if mask is None else mask & chosen
     if query.shape[0] == 1 < key.shape[0]:  # learned queries
         query = query.expand(key.shape[0], -1, -1, -1)
     drops_or_learns = dropout or _needs_gradients(query, key, value, bias, s_aux)
     if T == 1 and not (with_weights or drops_or_learns or options["deterministic"]):
         return _decoded(query, key, value, mask, bias, options), None
     result = attention(
-        query, key, value, mask=mask, bias=bias, return_weights=bool(with_weights), **options
+        query, key, value, mask=mask, bias=bias, return_weights=with_weights, **options
     )
     out, weights = result if with_weights else (result, None)
     return out.transpose(1, 2).contiguous(), weights  # a view: out has query's memory order
+
+
+def _wants_weights(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the call or the configuration says so, or transformers' hooks wait for weights."""
+    asked = kwargs.get("output_attentions")
+    if asked is None:
+        asked = getattr(config, "output_attentions", None)
+    capturing = sys.modules.get("transformers.utils.output_capturing")  # not in 5.0
+    if not asked and capturing is not None:
+        collected = capturing._active_collector.get() or {}
+        asked = any(name.endswith("attentions") for name in collected)
+    return bool(asked)
 
 
 def _needs_gradients(*tensors: Tensor | None) -> bool:
@@ -213,12 +243,14 @@ def _model_of(module: nn.Module) -> str:
     return f"a {model_type!r} model" if model_type else "the model"
 
 
-def _library() -> tuple[Any, Any]:
-    """The transformers package and its module of masks."""
+def _library() -> Any:
+    """The transformers package, if it has what `register` needs."""
     try:
         library = importlib.import_module("transformers")
-        masks = importlib.import_module("transformers.masking_utils")
-        library.AttentionInterface, library.AttentionMaskInterface, masks.sdpa_mask  # noqa: B018
+        masking = importlib.import_module("transformers.masking_utils")
+        importlib.import_module("transformers.modeling_utils")
+        library.AttentionInterface, library.AttentionMaskInterface  # noqa: B018
+        masking.sdpa_mask, masking.eager_mask  # noqa: B018
     except (ImportError, AttributeError) as error:
         raise ImportError(f"{NAME}: transformers 5 must be installed: {error}") from None
-    return library, masks
+    return library

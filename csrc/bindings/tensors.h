@@ -10,8 +10,13 @@
 #include <array>
 #include <initializer_list>
 #include <optional>
+#include <string>
 
 #include "../params.h"
+#include "memory.h"
+
+// Why a call of torch's failed: of torch 2.13 and later.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace attnfast::bindings {
 
@@ -44,14 +49,102 @@ AnyView view_of(const Tensor& x, Pointer data) {
   const auto stride = [&](int64_t d) { return x.size(d) == 1 ? 0 : x.stride(d); };
   return AnyView{data, stride(0), stride(1), stride(2), stride(3), dtype_of(x)};
 }
-inline View read(const Tensor& x) { return view_of<View>(x, x.const_data_ptr()); }
-inline View read(const OptionalTensor& x) { return x ? read(*x) : View{}; }
+
+// Where a tensor that was given begins. Its storage may have been given back (FSDP, offloading), or
+// have become smaller: nothing of torch looks at that for us.
+template <class Number = void>
+const Number* data_of(const Tensor& x, const char* name) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t last = x.storage_offset();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return nullptr;
+    last += (sizes[d] - 1) * strides[d];
+  }
+  int64_t bytes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &bytes));
+  const int64_t needed = (last + 1) * x.element_size();
+  STD_TORCH_CHECK(needed <= bytes, "attention: ", name, " must have its memory, got a storage of ",
+                  bytes, " bytes where ", needed, " are needed");
+  return static_cast<const Number*>(x.const_data_ptr());
+}
+
+inline View read(const Tensor& x, const char* name) { return view_of<View>(x, data_of(x, name)); }
 inline MutableView write(const Tensor& x) { return view_of<MutableView>(x, x.mutable_data_ptr()); }
 
-// The rows of q, k, v and their gradients are walked by pointer: their last stride must be 1.
+inline std::string shape_of(const Tensor& x) {
+  std::string text = "(";
+  for (const int64_t size : x.sizes()) text += std::to_string(size) + ", ";
+  return text.substr(0, text.size() - 2) + ")";
+}
+
+// Rows up to here, and offsets up to twice as many, keep every sum of positions within 32 bits; a
+// window of four times as many reaches from any of them to any other.
+constexpr int64_t kMaxRows = int64_t{1} << 28, kMaxOffset = 2 * kMaxRows;
+
+// Rows of q, k, v and their gradients are walked by pointer: their last stride must be 1.
+inline bool has_rows(const Tensor& x) { return x.size(3) <= 1 || x.stride(3) == 1; }
 inline void check_rows(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 4 && (x.size(3) <= 1 || x.stride(3) == 1), "attention: ", name,
+  STD_TORCH_CHECK(x.dim() == 4 && has_rows(x), "attention: ", name,
                   " must be 4-D with last stride 1");
+  STD_TORCH_CHECK(x.size(2) <= kMaxRows, "attention: ", name, " must have at most ", kMaxRows,
+                  " rows, got ", x.size(2));
+}
+
+// Sizes are checked in Python; but those that an exported program leaves open are known only here.
+inline void check_count(const OptionalTensor& x, const char* name, int64_t count) {
+  STD_TORCH_CHECK(!x || x->numel() == count, "attention: ", name, " must have ", count,
+                  " elements, got ", x ? x->numel() : 0);
+}
+
+inline void check_counts(int64_t B, int64_t H, const OptionalTensor& alibi_slopes,
+                         const OptionalTensor& sinks) {
+  const bool shared = alibi_slopes && (alibi_slopes->dim() < 2 || alibi_slopes->size(0) == 1);
+  check_count(alibi_slopes, "alibi_slopes", shared ? H : B * H);
+  check_count(sinks, "sinks", H);
+}
+
+// Keys and values (B, H_kv, S, D), or pages (P, page, H_kv, D).
+inline void check_sizes(const Tensor& q, const Tensor& k, const Tensor& v, const char* k_name,
+                        const char* v_name, const OptionalTensor& page_table) {
+  check_rows(q, "q"), check_rows(k, k_name), check_rows(v, v_name);
+  const int64_t H_kv = k.size(page_table ? 2 : 1);
+  STD_TORCH_CHECK((page_table || k.size(0) == q.size(0)) && k.size(3) == q.size(3) && H_kv > 0 &&
+                      q.size(1) % H_kv == 0,
+                  "attention: ", k_name, " must fit q ", shape_of(q), ", got ", shape_of(k));
+  STD_TORCH_CHECK(v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2),
+                  "attention: ", v_name, " must fit ", k_name, " ", shape_of(k), ", got ",
+                  shape_of(v));
+  if (!page_table) return;
+  STD_TORCH_CHECK(page_table->size(0) == q.size(0) && page_table->size(1) * k.size(1) <= kMaxRows,
+                  "attention: page_table must be (B, n) = (", q.size(0), ", *), of at most ",
+                  kMaxRows, " keys, got ", shape_of(*page_table), " of pages of ", k.size(1));
+}
+
+// A mask or bias, of which every size is 1 or that of the scores (B, H, T, S).
+inline View read_scores(const OptionalTensor& x, const char* name,
+                        const std::array<int64_t, 4>& full) {
+  if (!x) return View{};
+  bool fits = x->dim() == 4;
+  for (int d = 0; fits && d < 4; ++d) fits = x->size(d) == 1 || x->size(d) == full[d];
+  STD_TORCH_CHECK(fits, "attention: ", name, " must be broadcastable to (", full[0], ", ", full[1],
+                  ", ", full[2], ", ", full[3], "), got ", shape_of(*x));
+  return read(*x, name);
+}
+
+// Raises a MemoryError; of a GPU's memory a RuntimeError, out of which attnfast/autograd.py makes
+// torch.OutOfMemoryError.
+[[noreturn]] inline void no_tensor(const Tensor& like, ScalarType type, const int64_t* sizes,
+                                   int64_t dim) {
+  const bool is_wide = type == ScalarType::Double || type == ScalarType::Long;
+  const bool is_half = type == ScalarType::Half || type == ScalarType::BFloat16;
+  double bytes = is_wide ? 8 : is_half ? 2 : 4;
+  for (int64_t d = 0; d < dim; ++d) bytes *= static_cast<double>(sizes[d]);
+  const std::string wanted = mebibytes(bytes) + " of shape " + in_parentheses(sizes, dim);
+  if (like.is_cpu()) throw NoMemory(("attention: no memory for a tensor: " + wanted).c_str());
+  const std::string reason = torch_exception_get_what_without_backtrace
+                                 ? torch_exception_get_what_without_backtrace()
+                                 : "out of memory";
+  throw std::runtime_error("attnfast: no tensor of " + wanted + ": " + reason);
 }
 
 // An empty tensor on the device of `like`. Straight from the C shim: calls through the dispatcher
@@ -62,8 +155,9 @@ inline Tensor empty_strided(const Tensor& like, ScalarType type, const int64_t* 
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type),
-                                                  device_type, device_index, &handle));
+  if (aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type), device_type,
+                               device_index, &handle) != AOTI_TORCH_SUCCESS)
+    no_tensor(like, type, sizes, dim);
   return Tensor(handle);
 }
 
@@ -90,6 +184,15 @@ inline Tensor empty_in_order(const Tensor& like, int64_t last) {
     next *= std::max<int64_t>(sizes[order[i]], 1);
   }
   return empty_strided(like, like.scalar_type(), sizes.data(), strides.data(), 4);
+}
+
+// x, or if its rows are expanded or transposed a copy of it.
+inline Tensor with_rows(const Tensor& x, const char* name) {
+  if (has_rows(x)) return x;
+  data_of(x, name);
+  Tensor copy = empty_in_order(x, x.size(3));
+  torch::stable::copy_(copy, x);
+  return copy;
 }
 
 inline Tensor nothing(const Tensor& like) { return empty(like, like.scalar_type(), {0}); }

@@ -2,16 +2,62 @@
 
 #include <unistd.h>
 
-namespace attnfast::cpu {
+#include <atomic>
+#include <cstdlib>
 
-Arena& thread_arena() {
-  static thread_local Arena arena;
-  return arena;
+namespace attnfast::cpu {
+namespace {
+
+constexpr size_t kKeep = 8 << 20;  // bytes per thread up to which a block is kept
+constexpr size_t kMost = SIZE_MAX / 2;
+
+struct alignas(64) Header {  // the block follows
+  size_t bytes;
+};
+
+// The blocks kept: atomic slots, since locks do not survive a fork, nor thread-local memory that it
+// cannot be had (the C library then ends the process).
+std::atomic<Header*> kept[16];
+
+Header* borrow(size_t bytes) {
+  for (auto& slot : kept) {
+    if (!slot.load(std::memory_order_relaxed)) continue;
+    Header* header = slot.exchange(nullptr, std::memory_order_acquire);
+    if (header && header->bytes >= bytes) return header;
+    free(header);  // too small: a larger one takes its place
+  }
+  return nullptr;
 }
 
-Arena& team_arena() {
-  static thread_local Arena arena;
-  return arena;
+void give_back(Header* header, int threads) {
+  if (header->bytes <= kKeep * threads) {
+    for (auto& slot : kept) {
+      Header* none = nullptr;
+      if (slot.compare_exchange_strong(none, header, std::memory_order_release,
+                                       std::memory_order_relaxed))
+        return;
+    }
+  }
+  free(header);
+}
+
+}  // namespace
+
+Arena::Arena(size_t bytes, int threads) : threads_(threads) {
+  if (!bytes) return;
+  Header* header = borrow(bytes);
+  if (!header) {
+    const size_t rounded = (bytes + 63) / 64 * 64;
+    if (bytes <= kMost)
+      header = static_cast<Header*>(aligned_alloc(alignof(Header), sizeof(Header) + rounded));
+    if (!header) throw OutOfMemory(bytes);
+    header->bytes = bytes;
+  }
+  data_ = reinterpret_cast<char*>(header + 1);
+}
+
+Arena::~Arena() {
+  if (data_) give_back(reinterpret_cast<Header*>(data_) - 1, threads_);
 }
 
 int usable_threads(int wanted) {

@@ -1,60 +1,59 @@
-// Scratch memory of one thread: kept between calls while small, so that short calls pay no page
-// faults.
+// Scratch memory of a call: whole blocks, small ones kept for the next call, so that short calls
+// pay no page faults; and the parts that a block is cut into.
 #pragma once
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <new>
+#include <utility>
 
 namespace attnfast::cpu {
 
-class Arena {
- public:
-  // One block for the whole call; earlier contents are gone. 64-byte aligned.
-  char* reset(size_t bytes) {
-    used_ = 0;
-    if (bytes > size_) {
-      free(data_);
-      data_ = static_cast<char*>(aligned_alloc(64, (bytes + 63) / 64 * 64));
-      size_ = data_ ? bytes : 0;
-      if (!data_) throw std::bad_alloc();
-    }
-    return data_;
-  }
-
-  template <class T>
-  T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(data_ + used_);
-    used_ += bytes_for<T>(count);
-    return p;
-  }
-
-  template <class T>
-  static size_t bytes_for(int64_t count) {
-    return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-  }
-
-  // Gives large blocks back.
-  void release() {
-    if (size_ > kKeep) {
-      free(data_);
-      data_ = nullptr;
-      size_ = 0;
-    }
-  }
-
-  ~Arena() { free(data_); }
-
- private:
-  static constexpr size_t kKeep = 8 << 20;
-  char* data_ = nullptr;
-  size_t size_ = 0, used_ = 0;
+struct OutOfMemory : std::bad_alloc {
+  explicit OutOfMemory(size_t wanted) : bytes(wanted) {}
+  const char* what() const noexcept override { return "no memory"; }
+  size_t bytes;
 };
 
-// The calling thread's arena.
-Arena& thread_arena();
+// A block that lives as long as this; 64-byte aligned, its contents undefined.
+//   Raises OutOfMemory: never inside a parallel region, which no exception may leave (team.h).
+class Arena {
+ public:
+  Arena() = default;
+  // `threads`: how many share the block.
+  explicit Arena(size_t bytes, int threads = 1);
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(Arena&& other) noexcept {
+    std::swap(data_, other.data_), std::swap(threads_, other.threads_);
+    return *this;
+  }
 
-// The calling thread's other arena, for what all threads of its parallel region read.
-Arena& team_arena();
+  char* data() const { return data_; }
+
+ private:
+  char* data_ = nullptr;
+  int threads_ = 1;
+};
+
+// Parts of a block, one after the other; without a block all are null and only their sizes count.
+class Parts {
+ public:
+  explicit Parts(char* block = nullptr) : block_(block) {}
+
+  // A multiple of a cache line; null if it is empty.
+  template <class T>
+  T* take(int64_t count) {
+    T* part = block_ && count ? reinterpret_cast<T*>(block_ + bytes_) : nullptr;
+    bytes_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return part;
+  }
+
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* block_;
+  size_t bytes_ = 0;
+};
 
 // How many threads a parallel region may have: `wanted`, or one in a forked child, where OpenMP's
 // threads of the parent no longer exist.

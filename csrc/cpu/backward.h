@@ -1,12 +1,13 @@
 // What the passes of the backward share: blocks of queries made ready, and tiles of p and ds.
 //
-//   p = exp(s - lse)        dp = keep * (do v^T + dw)        ds = p * (dp + row - dentropy * s)
+//   p = exp(s - m - log l)                  dp = keep * (do v^T + dw)
+//   ds = p * (dp + row - dentropy * (s - m))
 //
 // `row`, one number per query, is worked out first (kernels_backward.cpp).
 #pragma once
-#include "arena.h"
 #include "keys.h"
-#include "scores.h"
+#include "probabilities.h"
+#include "team.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 
@@ -15,10 +16,11 @@ constexpr Index kKeysPerItem = 256;  // keys of one item where keys are shared o
 
 // What is read once per column of queries.
 struct BackwardColumn {
-  float lse[kColumn];  // in the units of the scores; +inf where p must be 0
+  Norm norm;
+  float nan[kColumn];  // with norm.has_nan: NaN where its row was, else 0
   float row[kColumn];
   float dentropy[kColumn];
-  float* q_t;   // [D][kColumn], head.q_factor folded in
+  float* q_t;   // as load_queries has them
   float* do_t;  // [D_v][kColumn]
   float* dq_t;  // [D][kColumn]
   float* p;     // [kKeys][kColumn] kept probabilities of the current tile
@@ -47,9 +49,10 @@ struct BackwardScratch {
 
   Prefetcher next_tile = {};  // of k, v, dk and dv
   Index next_tile_lines = 0;  // asked for with each column
+  Worker* worker = nullptr;
 };
 
-// How large each part is; the same list sizes the arena and hands out its memory.
+// How large each part is.
 struct ScratchPlan {
   Index num_columns;
   Index head_rows = 0;    // rows of dk_head and dv_head
@@ -59,21 +62,15 @@ struct ScratchPlan {
   Index keys = 0;  // floats of a packed head, on pairs
 };
 
-inline size_t take_scratch(const Problem& p, const ScratchPlan& plan, Arena* arena,
-                           BackwardScratch* s) {
-  size_t bytes = 0;
-  const auto floats = [&](Index n) {
-    bytes += Arena::bytes_for<float>(n);
-    return arena && n ? arena->take<float>(n) : nullptr;
-  };
+inline BackwardScratch make_scratch(const Problem& p, const ScratchPlan& plan, Parts& parts) {
+  const auto floats = [&](Index n) { return parts.take<float>(n); };
   const Index n = plan.num_columns, planes = plan.planes;
   const Index tile = kKeys * (planes ? planes * kPanelPairs : kColumn);
   const Index tiles = planes ? 0 : kKeys * kColumn;  // fp32 tiles that pairs do without
   const Index block_rows = planes ? planes * n * kPanelPairs : n * kColumn;
   const Index options = kKeys + (planes ? kTileSize : 0);
   const Index D_pad = round_up(p.D, kLanes), D_v_pad = round_up(p.D_v, kLanes);
-  bytes += Arena::bytes_for<BackwardColumn>(n);
-  BackwardColumn* columns = arena ? arena->take<BackwardColumn>(n) : nullptr;
+  BackwardColumn* columns = parts.take<BackwardColumn>(n);
   BackwardScratch scratch{D_pad,
                           D_v_pad,
                           n,
@@ -98,25 +95,16 @@ inline size_t take_scratch(const Problem& p, const ScratchPlan& plan, Arena* are
                           floats(planes * kKeys / 2 * round_up(p.D, kTileSize)),
                           floats(plan.keys)};
   for (Index c = 0; c < n; ++c) {
-    const Index q_floats = planes ? planes * round_up(p.D, kPanel) / 2 : p.D;
+    const Index q_floats = planes ? planes * round_up(p.D, kPanel) / 2 * kColumn : query_floats(p);
     const Index do_floats = planes ? planes * round_up(p.D_v, kPanel) / 2 : p.D_v;
-    float *q_t = floats(q_floats * kColumn), *do_t = floats(do_floats * kColumn),
+    float *q_t = floats(q_floats), *do_t = floats(do_floats * kColumn),
           *dq_t = floats(round_up(p.D, kTileSize) * kColumn);
-    if (!arena) continue;
+    if (!columns) continue;
     columns[c].q_t = q_t, columns[c].do_t = do_t, columns[c].dq_t = dq_t;
     if (planes) continue;
     columns[c].p = scratch.p_all + c * tile, columns[c].ds = scratch.ds_all + c * tile;
   }
-  if (s) *s = scratch;
-  return bytes;
-}
-
-inline BackwardScratch make_scratch(const Problem& p, const ScratchPlan& plan) {
-  Arena& arena = thread_arena();
-  arena.reset(take_scratch(p, plan, nullptr, nullptr));
-  BackwardScratch s;
-  take_scratch(p, plan, &arena, &s);
-  return s;
+  return scratch;
 }
 
 template <class Element>
@@ -144,13 +132,24 @@ struct BackwardTiles {
   // One number per query of a column.
   void load_rows(const Head<Element>& head, Index t, Index live, BackwardColumn& state) const {
     const Index offset = row_offset(head, t);
+    Norm& norm = state.norm;
+    norm.load_rows(p, head, t, live);
     for (Index lane = 0; lane < kColumn; ++lane) {
-      const float lse = lane < live ? p.lse[offset + lane] : -kInfinity;
-      state.lse[lane] = lse == -kInfinity ? kInfinity : lse / head.to_natural();
+      state.nan[lane] = norm.log_l[lane] == norm.log_l[lane] ? 0.0f : norm.log_l[lane];
+      if (state.nan[lane] != 0.0f) norm.m[lane] = norm.log_l[lane] = 0.0f;
       state.row[lane] = lane < live ? rows[offset + lane] : 0.0f;
       state.dentropy[lane] = lane < live && p.grad_entropy ? p.grad_entropy[offset + lane] : 0.0f;
     }
     state.start = Start::kZero;
+  }
+
+  // Makes the scores of rows that are NaN so, but for those of keys that they do not attend.
+  static void spread_nan(const BackwardColumn& state, Index n, float* s) {
+    if (!state.norm.has_nan) return;
+    for (Index i = 0; i < n * kColumn; i += kLanes) {
+      const Vec x = load(s + i);
+      store(s + i, x == -kInfinity ? x : x + load(state.nan + i % kColumn));
+    }
   }
 
   // Everything of a block of queries that its tiles need.
@@ -160,7 +159,7 @@ struct BackwardTiles {
     for (Index c = 0; c < s.num_columns; ++c) {
       BackwardColumn& state = s.columns[c];
       const Index t = t0 + c * kColumn, live = min_of(n - c * kColumn, kColumn);
-      transpose_in(head.q + t * p.q.t, p.q.t, live, p.D, head.q_factor, state.q_t);
+      load_queries(head, t, live, state.q_t);
       transpose_in(grad_out(head, t), p.grad_out.t, live, p.D_v, 1.0f, state.do_t);
       load_rows(head, t, live, state);
     }
@@ -168,22 +167,35 @@ struct BackwardTiles {
     const Index padded = s.num_columns * kColumn;
     pack_rows(head.q + t0 * p.q.t, p.q.t, n, p.D, s.D_pad, p.scale, s.q_rows);
     pack_rows(grad_out(head, t0), p.grad_out.t, n, p.D_v, s.D_v_pad, 1.0f, s.do_rows);
-    for (Index i = 0; i < n; ++i) clear_if_without_keys(head, t0 + i, s.q_rows + i * s.D_pad);
+    if (head.scaling.after) {  // q * scale may be Inf, which 0 * q would carry into dk
+      for (Index i = 0; i < n * s.D_pad; ++i) s.q_rows[i] = clamp_finite(s.q_rows[i]);
+    }
+    for (Index i = 0; i < n; ++i) {
+      if (has_no_keys(head, t0 + i)) clear_unless_finite(s.do_rows + i * s.D_v_pad, p.D_v);
+      if (is_out_of_use(head, t0 + i)) clear_unless_finite(s.q_rows + i * s.D_pad, p.D);
+    }
     memset(s.q_rows + n * s.D_pad, 0, (padded - n) * s.D_pad * sizeof(float));
     memset(s.do_rows + n * s.D_v_pad, 0, (padded - n) * s.D_v_pad * sizeof(float));
   }
 
-  bool without_keys(const Head<Element>& head, Index t) const {
-    const float lse = p.lse[row_offset(head, t)];
-    return lse == -kInfinity || (p.sinks && lse == p.sinks[head.h]);
+  // Whether a query attends to nothing, but maybe the sink: p is 0, and what it or its gradient
+  // hold of NaN and Inf must not reach dk and dv as 0 * q.
+  bool has_no_keys(const Head<Element>& head, Index t) const {
+    const Index at = row_offset(head, t);
+    const float m = p.norm[at], log_l = p.norm[p.norm_plane + at];
+    return log_l == kInfinity || (p.sinks && log_l == 0.0f && m == head.sink);
   }
 
-  // A query without keys may hold NaN or Inf, which 0 * q would carry into dk.
-  void clear_if_without_keys(const Head<Element>& head, Index t, float* q) const {
-    if (!without_keys(head, t)) return;
+  // Whether q is of no use in dk: the same, or ds is NaN already at the keys that it attends.
+  bool is_out_of_use(const Head<Element>& head, Index t) const {
+    const float log_l = p.norm[p.norm_plane + row_offset(head, t)];
+    return log_l != log_l || has_no_keys(head, t);
+  }
+
+  static void clear_unless_finite(float* row, Index D) {
     bool finite = true;
-    for (Index d = 0; d < p.D; ++d) finite &= q[d] - q[d] == 0.0f;
-    if (!finite) memset(q, 0, p.D * sizeof(float));
+    for (Index d = 0; d < D; ++d) finite &= row[d] - row[d] == 0.0f;
+    if (!finite) memset(row, 0, D * sizeof(float));
   }
 
   bool is_plain() const {
@@ -202,19 +214,6 @@ struct BackwardTiles {
               [=](Vec, Vec x) { return x * factor; });
   }
 
-  // Probabilities in `prob`: before dropout, from the scores that are in it.
-  static void probabilities(const Head<Element>& head, const BackwardColumn& state, Index n,
-                            float* prob) {
-    const float to_log2 = head.to_log2();
-    for (Index lane = 0; lane < kColumn; lane += kLanes) {
-      const Vec lse = load(state.lse + lane);
-      for (Index j = 0; j < n; ++j) {
-        float* x = prob + j * kColumn + lane;
-        store(x, exp2((load(x) - lse) * to_log2));
-      }
-    }
-  }
-
   float kept() const {
     return p.dropout_p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p.dropout_p));
   }
@@ -225,17 +224,18 @@ struct BackwardTiles {
                      Index key, Index n, const float* k, Index k_row, const float* v, Index v_row,
                      BackwardScratch& s, float* prob, float* ds, bool through_cap,
                      DeadKeys* dead) const {
-    score_tile(head, column, key, n, FloatScores{state.q_t, k, k_row, p.D}, prob, s.cap, nullptr,
-               dead);
+    scores_of(head, column, key, n, k, k_row, state.q_t, prob, s.cap, nullptr, dead);
+    spread_nan(state, n, prob);
     gemm<kTileVecs>(n, p.D_v, MatrixA{v, v_row, 1}, MatrixB{state.do_t, kColumn},
                     MatrixC{ds, kColumn}, Start::kZero);
-    const float to_log2 = head.to_log2(), to_natural = head.to_natural();
+    const float to_log2 = head.to_log2, to_natural = head.to_natural;
     if (is_plain()) {
       for (Index lane = 0; lane < kColumn; lane += kLanes) {
-        const Vec lse = load(state.lse + lane), row = load(state.row + lane);
+        const Vec m = load(state.norm.m + lane), log_l = load(state.norm.log_l + lane),
+                  row = load(state.row + lane);
         for (Index j = 0; j < n; ++j) {
           float *x = prob + j * kColumn + lane, *dp = ds + j * kColumn + lane;
-          const Vec probability = exp2((load(x) - lse) * to_log2);
+          const Vec probability = Norm::probability(load(x), m, log_l, to_log2);
           store(x, probability);
           store(dp, probability == 0.0f ? zeros() : probability * (load(dp) + row));
         }
@@ -246,16 +246,16 @@ struct BackwardTiles {
     if (drops) dropout_tile(head, column, key, n, kept(), s.keep);
     if (weighs) weights_gradient_tile(head, column, key, n, s.dw);
     for (Index lane = 0; lane < kColumn; lane += kLanes) {
-      const Vec lse = load(state.lse + lane), row = load(state.row + lane),
-                dh = load(state.dentropy + lane);
+      const Vec m = load(state.norm.m + lane), log_l = load(state.norm.log_l + lane),
+                row = load(state.row + lane), dh = load(state.dentropy + lane);
       for (Index j = 0; j < n; ++j) {
         const Index i = j * kColumn + lane;
         const Vec score = load(prob + i);
-        const Vec probability = exp2((score - lse) * to_log2);
+        const Vec probability = Norm::probability(score, m, log_l, to_log2);
         Vec dp = load(ds + i), keep = broadcast(1.0f);
         if (weighs) dp += load(s.dw + i);
         if (drops) keep = load(s.keep + i);
-        Vec d = probability * (dp * keep + row - dh * (score * to_natural));
+        Vec d = probability * (dp * keep + row - dh * ((score - m) * to_natural));
         if (through_cap && p.softcap > 0.0f) d *= load(s.cap + i);
         store(prob + i, probability * keep);
         store(ds + i, probability == 0.0f ? zeros() : d);
@@ -269,16 +269,9 @@ struct BackwardTiles {
 
   // Calls body(item, scratch) for every item, in parallel.
   template <class Body>
-  void parallel(Index items, const ScratchPlan& plan, Body body) const {
-    const int threads = usable_threads(p.num_threads);
-#pragma omp parallel num_threads(threads) if (items > 1 && threads > 1)
-    {
-      const TileRegisters registers;
-      BackwardScratch s = make_scratch(p, plan);
-#pragma omp for schedule(dynamic, 1) nowait
-      for (Index item = 0; item < items; ++item) body(item, s);
-      thread_arena().release();
-    }
+  void parallel(Index items, const ScratchPlan& plan, const Body& body) const {
+    const auto prepare = [&](Parts& parts) { return make_scratch(p, plan, parts); };
+    ATTNFAST_ISA::parallel(p, items, 1, prepare, body);
   }
 };
 

@@ -18,12 +18,13 @@ struct PairKeys {
 // Where each part lies: in place where bf16 rows are whole panels, else packed.
 template <class Element, int kPlanes>
 struct PairKeyLayout {
-  Index S;  // rows of a head
+  Index S;  // rows that are laid out
   bool packs_k, packs_v;
   Index k_row, v_row, D_pad;
 
-  explicit PairKeyLayout(const Problem& p)
-      : S(round_up(p.S, kPanel)),
+  // For a head of `rows` keys; floats() grows with its panels.
+  PairKeyLayout(const Problem& p, Index rows)
+      : S(round_up(rows, kPanel)),
         packs_k(packs(p, p.k, p.D)),
         packs_v(packs(p, p.v, p.D_v)),
         k_row(packs_k ? round_up(p.D, kPanel) / 2 : p.k.t / 2),
@@ -112,16 +113,23 @@ struct BackwardPairs : BackwardTiles<Element> {
                                       q_rows_plane(s));
     pack_row_pairs_in_planes<kPlanes>(d_o, p.grad_out.t, n, p.D_v, padded, 1.0f, s.do_rows,
                                       s.D_v_pad, do_rows_plane(s));
-    for (Index i = 0; i < n; ++i) {
-      if (!this->without_keys(head, t0 + i) || all_finite(q + i * p.q.t)) continue;
+    const auto clear = [&](const Element* row, Index D, Index i, float* pairs, Index D_pad,
+                           Index plane_stride) {
+      if (all_finite(row, D)) return;
       for (int plane = 0; plane < kPlanes; ++plane)
-        clear_half(s.q_rows + plane * q_rows_plane(s) + i / 2 * s.D_pad, s.D_pad, i % 2);
+        clear_half(pairs + plane * plane_stride + i / 2 * D_pad, D_pad, i % 2);
+    };
+    for (Index i = 0; i < n; ++i) {
+      if (this->has_no_keys(head, t0 + i))
+        clear(d_o + i * p.grad_out.t, p.D_v, i, s.do_rows, s.D_v_pad, do_rows_plane(s));
+      if (this->is_out_of_use(head, t0 + i))
+        clear(q + i * p.q.t, p.D, i, s.q_rows, s.D_pad, q_rows_plane(s));
     }
   }
 
-  bool all_finite(const Element* row) const {
+  static bool all_finite(const Element* row, Index D) {
     bool finite = true;
-    for (Index d = 0; d < p.D; ++d) finite &= to_float(row[d]) - to_float(row[d]) == 0.0f;
+    for (Index d = 0; d < D; ++d) finite &= to_float(row[d]) - to_float(row[d]) == 0.0f;
     return finite;
   }
 
@@ -142,16 +150,12 @@ struct BackwardPairs : BackwardTiles<Element> {
       a.data += row * a.row;
       return a;
     };
-    PairScores<kPlanes> scores{{state.q_t, kColumn, q_t_plane()},
-                               rows_of(keys.k, key),
-                               (p.D + kPanel - 1) / kPanel,
-                               kPlanes > 1 ? 1.0f : head.q_factor};
-    float factor = 1.0f;
-    if (!head.edits_scores() && scores.factor > 0.0f) {
-      factor = scores.factor;
-      scores.factor = 1.0f;
-    }
+    const PairScores<kPlanes> scores{{state.q_t, kColumn, q_t_plane()},
+                                     rows_of(keys.k, key),
+                                     (p.D + kPanel - 1) / kPanel,
+                                     kPlanes > 1 ? 1.0f : head.q_factor};
     score_tile(head, column, key, n, scores, s.p_tile, s.cap, nullptr, dead);
+    Tiles::spread_nan(state, n, s.p_tile);
     multiply_pairs<kPlanes>(n, kColumn, (p.D_v + kPanel - 1) / kPanel, rows_of(keys.v, key),
                             PairsB{state.do_t, kColumn, do_t_plane()}, MatrixC{s.ds_tile, kColumn},
                             Start::kZero);
@@ -161,23 +165,24 @@ struct BackwardPairs : BackwardTiles<Element> {
     float *p_rows = s.p_all + row * kPanelPairs, *ds_rows = s.ds_all + row * kPanelPairs;
     float* ds_pairs = s.ds_pairs + (key - tile_key) % kPanel / 2 * kColumn;
     if (this->is_plain()) {
-      gradients<true>(head, state, n, factor, s, p_rows, ds_rows, ds_pairs);
+      gradients<true>(head, state, n, s, p_rows, ds_rows, ds_pairs);
     } else {
-      gradients<false>(head, state, n, factor, s, p_rows, ds_rows, ds_pairs);
+      gradients<false>(head, state, n, s, p_rows, ds_rows, ds_pairs);
     }
   }
 
   // p_tile, ds_tile: scores and dp, which become p (kept) and ds.
   template <bool kPlain>
-  void gradients(const Head<Element>& head, const BackwardColumn& state, Index n, float factor,
+  void gradients(const Head<Element>& head, const BackwardColumn& state, Index n,
                  const BackwardScratch& s, float* p_rows, float* ds_rows, float* ds_pairs) const {
-    const float to_log2 = head.to_log2(), to_natural = head.to_natural();
+    const float to_log2 = head.to_log2, to_natural = head.to_natural;
     const bool drops = p.dropout_p > 0.0, weighs = p.grad_weights.data != nullptr,
                capped = p.softcap > 0.0f;
     const Index plane = tile_plane(s);
-    Vec lse[kTileVecs], row[kTileVecs], dh[kTileVecs];
+    Vec m[kTileVecs], log_l[kTileVecs], row[kTileVecs], dh[kTileVecs];
     ATTNFAST_UNROLL for (int v = 0; v < kTileVecs; ++v) {
-      lse[v] = load(state.lse + v * kLanes), row[v] = load(state.row + v * kLanes);
+      m[v] = load(state.norm.m + v * kLanes), log_l[v] = load(state.norm.log_l + v * kLanes);
+      row[v] = load(state.row + v * kLanes);
       dh[v] = kPlain ? zeros() : load(state.dentropy + v * kLanes);
     }
     for (Index j = 0; j < n; j += 2) {
@@ -185,8 +190,9 @@ struct BackwardPairs : BackwardTiles<Element> {
       ATTNFAST_UNROLL for (Index k = 0; k < 2; ++k) {
         ATTNFAST_UNROLL for (int v = 0; v < kTileVecs; ++v) {
           const Index i = (j + k) * kColumn + v * kLanes;
-          const Vec score = load(s.p_tile + i) * factor;
-          Vec probability = exp2((score - lse[v]) * to_log2), dp = load(s.ds_tile + i);
+          const Vec score = load(s.p_tile + i);
+          Vec probability = Norm::probability(score, m[v], log_l[v], to_log2);
+          Vec dp = load(s.ds_tile + i);
           if (kPlain) {
             dp = probability * (dp + row[v]);
             prob[k][v] = probability;
@@ -194,7 +200,7 @@ struct BackwardPairs : BackwardTiles<Element> {
             Vec keep = broadcast(1.0f);
             if (weighs) dp += load(s.dw + i);
             if (drops) keep = load(s.keep + i);
-            dp = probability * (dp * keep + row[v] - dh[v] * (score * to_natural));
+            dp = probability * (dp * keep + row[v] - dh[v] * ((score - m[v]) * to_natural));
             if (capped) dp *= load(s.cap + i);
             prob[k][v] = probability * keep;
           }

@@ -3,6 +3,9 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "kernels.h"
 
@@ -17,12 +20,19 @@ struct Row {
 #define ATTNFAST_ROW(isa, runs) \
   {{#isa, isa::attention_fwd, isa::attention_bwd, isa::attention_decode}, runs}
 
+#if defined(__x86_64__)
+// clang's __builtin_cpu_supports does not know "f16c".
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // Best first, of those that the build has (setup.py says which).
 const Row* table(int* count) {
 #if defined(__x86_64__)
-  [[maybe_unused]] static const bool has_avx2 = __builtin_cpu_supports("avx2") &&
-                                                __builtin_cpu_supports("fma") &&
-                                                __builtin_cpu_supports("f16c");
+  [[maybe_unused]] static const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   [[maybe_unused]] static const bool has_avx512 =
       has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

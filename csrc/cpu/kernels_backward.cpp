@@ -1,7 +1,7 @@
 // Attention backward (FlashAttention-2, Algorithm 2, with the queries in lanes and no atomics).
 //
-//   row = dlse - delta - dentropy * (entropy - lse)     delta = rowsum(p * dp) = rowsum(do * o) +
-//   ... dv = (p * keep)^T do        dq = scale * ds k        dk = scale * ds^T q
+//   row = dlse - delta - dentropy * (entropy - log l)      dv = (p * keep)^T do
+//   delta = rowsum(p * dp) = rowsum(do * o) + ...          dq = scale * ds k, dk = scale * ds^T q
 //
 // Work:    first `row` for every query; then one item per (batch entry, key head), which owns its
 //          dk and dv and all dq of its query heads. With too few heads for the threads, dq and
@@ -12,7 +12,6 @@
 // Pairs:   where the processor multiplies pairs of bf16, all five products of bf16 inputs do, p and
 //          ds rounded to bf16; with AMX those of fp32 inputs too, in three planes (pairs.h)
 // Threads: results do not depend on their number
-#include <memory>
 #include <type_traits>
 
 #include "backward_pairs.h"
@@ -38,7 +37,6 @@ struct Backward : Parts<Element, kPlanes> {
   using Tiles::load_block;
   using Tiles::p;
   using Tiles::parallel;
-  using Tiles::probabilities;
   using Tiles::row_offset;
   using Tiles::rows;
   using Tiles::weights_gradient_tile;
@@ -61,13 +59,68 @@ struct Backward : Parts<Element, kPlanes> {
     if (p.grad_weights.data) subtract_weights_term(head, t0, n, s, out);
     const Index offset = row_offset(head, t0);
     for (Index i = 0; i < n; ++i) {
-      if (p.lse[offset + i] == -kInfinity) {
-        out[i] = 0.0f;
-        continue;
-      }
+      const float log2_l = p.norm[p.norm_plane + offset + i];
+      if (!(out[i] - out[i] == 0.0f) && this->has_no_keys(head, t0 + i)) out[i] = 0.0f;
+      if (log2_l == kInfinity) continue;
       if (p.grad_lse) out[i] += p.grad_lse[offset + i];
       if (p.grad_entropy)
-        out[i] -= p.grad_entropy[offset + i] * (p.entropy[offset + i] - p.lse[offset + i]);
+        out[i] -= p.grad_entropy[offset + i] * (p.entropy[offset + i] - log2_l * kLn2);
+    }
+  }
+
+  // m and log2 l of a block's queries found anew, into two planes of `norm`, where the scores are
+  // so large that it matters how they are rounded, or in the units of the decoding kernel. Of an
+  // lse alone (norm_plane 0) the others too.
+  void find_norm(const Head<Element>& head, Index t0, Index n, float* norm, Index plane,
+                 BackwardScratch& s) const {
+    load_block(head, t0, n, s, false);
+    for (Index c = 0; c < s.num_columns; ++c) {
+      BackwardColumn& state = s.columns[c];
+      Norm& found = state.norm;
+      bool wanted = kOnPairs<Element> && p.T == 1;
+      for (Index lane = 0; lane < kColumn; ++lane)
+        wanted |= __builtin_fabsf(found.m[lane] * head.to_log2) > kRoundedAlike;
+      const Column column = column_of(head, t0, n, c);
+      const auto write = [&] {
+        float* to = norm + row_offset(head, column.t0);
+        memcpy(to, found.m, column.rows * sizeof(float));
+        memcpy(to + plane, found.log_l, column.rows * sizeof(float));
+      };
+      if (!wanted) {
+        if (p.norm_plane == 0) write();
+        continue;
+      }
+      const auto each_tile = [&](float* column_max, auto body) {
+        for (Index key = column.begin; key < column.end; key += kKeys) {
+          const Index count = min_of(kKeys, column.end - key);
+          if (s.worker->stops(column.rows * count)) return;
+          Index k_row;
+          const float* k =
+              load_keys(head.k + key * p.k.t, p, count, Use::kAlongRows, s.k_tile, &k_row);
+          DeadKeys dead;
+          scores_of(head, column, key, count, k, k_row, state.q_t, state.p, nullptr, column_max,
+                    &dead);
+          body(count);
+        }
+      };
+      alignas(64) float top[kColumn], sums[kColumn];
+      for (Index lane = 0; lane < kColumn; ++lane) top[lane] = head.sink, sums[lane] = 0.0f;
+      each_tile(top, [](Index) {});
+      for (Index lane = 0; lane < kColumn; ++lane) {
+        found.m[lane] = top[lane] == -kInfinity ? 0.0f : top[lane];
+        found.log_l[lane] = 0.0f;
+      }
+      each_tile(nullptr, [&](Index count) {
+        found.exponentiate(count, head.to_log2, state.p);
+        for (Index i = 0; i < count * kColumn; i += kLanes)
+          store(sums + i % kColumn, load(sums + i % kColumn) + load(state.p + i));
+      });
+      for (Index lane = 0; lane < kColumn; lane += kLanes) {
+        const Vec base = load(found.m + lane), sink = broadcast(head.sink);
+        const Vec l = load(sums + lane) + exp2((sink - base) * head.to_log2);
+        store(found.log_l + lane, l == 0.0f ? broadcast(kInfinity) : log2(l));
+      }
+      write();
     }
   }
 
@@ -79,14 +132,16 @@ struct Backward : Parts<Element, kPlanes> {
       alignas(64) float sums[kColumn] = {};
       for (Index key = column.begin; key < column.end; key += kKeys) {
         const Index count = min_of(kKeys, column.end - key);
+        if (s.worker->stops(column.rows * count)) return;
         Index k_row;
-        const float* k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, count, p.D,
-                                                   Use::kAcross, s.k_tile, &k_row);
+        const float* k =
+            load_keys(head.k + key * p.k.t, p, count, Use::kAlongRows, s.k_tile, &k_row);
         DeadKeys dead;
         float* prob = s.columns[c].p;
-        score_tile(head, column, key, count, FloatScores{s.columns[c].q_t, k, k_row, p.D}, prob,
-                   nullptr, nullptr, &dead);
-        probabilities(head, s.columns[c], count, prob);
+        scores_of(head, column, key, count, k, k_row, s.columns[c].q_t, prob, nullptr, nullptr,
+                  &dead);
+        this->spread_nan(s.columns[c], count, prob);
+        s.columns[c].norm.exponentiate(count, head.to_log2, prob);
         weights_gradient_tile(head, column, key, count, s.dw);
         if (p.dropout_p > 0.0) dropout_tile(head, column, key, count, kept(), s.keep);
         for (Index j = 0; j < count; ++j) {
@@ -126,6 +181,7 @@ struct Backward : Parts<Element, kPlanes> {
     begin = max_of(begin, key_begin), end = min_of(end, key_end);
     for (Index key = begin; key < end;) {
       Index stop = min_of((key / kKeys + 1) * kKeys, end);
+      if (s.worker->stops(n * (stop - key))) return;
       for (Index c = 0; c < s.num_columns; ++c) {
         // Where a column sees only some of the keys, thin slices waste less.
         const Column column = column_of(head, t0, n, c);
@@ -254,7 +310,7 @@ struct Backward : Parts<Element, kPlanes> {
     PairKeys pairs;
     Outputs to{with_dq, true, s.dk_head, s.dv_head, s.D_pad, s.D_v_pad};
     if constexpr (kPlanes > 0) {
-      const PairKeyLayout<Element, kPlanes> layout(p);
+      const PairKeyLayout<Element, kPlanes> layout(p, first.S);
       if (!packed) {
         layout.pack(first, 0, first.S, s.keys);
         packed = s.keys;
@@ -306,12 +362,20 @@ struct Backward : Parts<Element, kPlanes> {
 
   template <class Body>
   void each_block(const ScratchPlan& plan, Body body) const {
-    const Index blocks = (p.T + block_rows - 1) / block_rows;
-    parallel(p.B * p.H * blocks, plan, [&](Index item, BackwardScratch& s) {
-      const Index head_index = item / blocks, t0 = (blocks - 1 - item % blocks) * block_rows;
-      const Head<Element> head(p, head_index / p.H, head_index % p.H);
-      if (t0 < head.T) body(head, t0, min_of(block_rows, head.T - t0), s);
+    const Blocks blocks(p.cu_seqlens_q, p.B, p.H, p.T, block_rows);
+    parallel(blocks.count(), plan, [&](Index item, BackwardScratch& s) {
+      const Block at = blocks[item];
+      const Index t0 = (at.count - 1 - at.index) * block_rows;
+      const Head<Element> head(p, at.b, at.h);
+      body(head, t0, min_of(block_rows, head.T - t0), s);
     });
+  }
+
+  void find_norms(float* norm, Index plane) const {
+    each_block(ScratchPlan{columns_per_block()},
+               [&](const Head<Element>& head, Index t0, Index n, BackwardScratch& s) {
+                 find_norm(head, t0, n, norm, plane, s);
+               });
   }
 
   // `row` of every query.
@@ -322,64 +386,67 @@ struct Backward : Parts<Element, kPlanes> {
                });
   }
 
+  // Whether key heads are too few, or one of them too long, to be shared out whole.
+  bool few_heads() const {
+    const Index heads = p.B * p.H_kv, threads = usable_threads(p.num_threads);
+    if ((heads + threads - 1) / threads * 5 * threads > heads * 7 + 2) return true;
+    if (!p.cu_seqlens_q || threads == 1) return false;
+    double longest = 0.0, all = 0.0;
+    for (Index b = 0; b < p.B; ++b) {
+      const Head<Element> head(p, b, 0);
+      const double pairs = static_cast<double>(head.T) * head.S;
+      longest = pairs > longest ? pairs : longest, all += pairs;
+    }
+    return longest * 5 * threads > all * p.H_kv * 7;
+  }
+
   // dq, dk and dv of the key heads (b * H_kv + h_kv) that `mine` holds; null: of all.
   void gradients(const bool* mine) const {
-    const Index key_ranges = (p.S + kKeysPerItem - 1) / kKeysPerItem;
     ScratchPlan plan{columns_per_block()};
     plan.planes = kPlanes;
     const bool in_place = !kPlanes && !kPacks && p.D % kLanes == 0 && p.D_v % kLanes == 0;
-    const Index heads = p.B * p.H_kv, threads = usable_threads(p.num_threads);
-    const bool few_heads = (heads + threads - 1) / threads * 5 * threads > heads * 7 + 2;
-    const PairKeyLayout<Element, kPlanes ? kPlanes : 1> layout(p);
-    if (!few_heads) {
+    using Layout = PairKeyLayout<Element, kPlanes ? kPlanes : 1>;
+    if (!few_heads()) {
       plan.packed_rows = kPacks && !kPlanes ? p.S : 0;
       plan.head_rows = in_place ? 0 : round_up(p.S, kTileSize);
-      plan.keys = kPlanes ? layout.floats() : 0;
-      parallel(heads, plan, [&](Index item, BackwardScratch& s) {
+      plan.keys = kPlanes ? Layout(p, p.S).floats() : 0;
+      parallel(p.B * p.H_kv, plan, [&](Index item, BackwardScratch& s) {
         if (mine && !mine[item]) return;
         key_head(item / p.H_kv, item % p.H_kv, 0, p.S, true, nullptr, s);
       });
       return;
     }
-    const float* packed = pack_heads(layout, heads, key_ranges, mine);
+    const Blocks ranges(p.cu_seqlens_k, p.B, p.H_kv, p.S, kKeysPerItem);
+    const Blocks panels(p.cu_seqlens_k, p.B, p.H_kv, p.S, kPanel);
+    const Index panel_floats = Layout(p, kPanel).floats();
+    const Arena memory(kPlanes ? panels.count() * panel_floats * sizeof(float) : 0);
+    auto* all = reinterpret_cast<float*>(memory.data());
     const auto packed_head = [&](Index index) {
-      return packed ? packed + index * layout.floats() : nullptr;
+      return all ? all + panels.first_of(index) * panel_floats : nullptr;
     };
+    if constexpr (kPlanes > 0) {
+      parallel(ranges.count(), ScratchPlan{0}, [&](Index item, BackwardScratch&) {
+        const Block at = ranges[item];
+        const Index index = at.b * p.H_kv + at.h, key = at.index * kKeysPerItem;
+        if (mine && !mine[index]) return;
+        const Head<Element> head(p, at.b, at.h * (p.H / p.H_kv));
+        Layout(p, head.S).pack(head, key, min_of(kKeysPerItem, head.S - key), packed_head(index));
+      });
+    }
     each_block(plan, [&](const Head<Element>& head, Index t0, Index n, BackwardScratch& s) {
       const Index index = head.b * p.H_kv + head.h / (p.H / p.H_kv);
       if (mine && !mine[index]) return;
       PairKeys keys;
-      if constexpr (kPlanes > 0) keys = layout.keys(head, packed_head(index));
+      if constexpr (kPlanes > 0) keys = Layout(p, head.S).keys(head, packed_head(index));
       query_block(head, t0, n, 0, head.S, keys, Outputs{true, false, nullptr, nullptr, 0, 0}, s);
     });
     plan.head_rows = in_place ? 0 : kKeysPerItem;
-    parallel(heads * key_ranges, plan, [&](Index item, BackwardScratch& s) {
-      const Index index = item / key_ranges, key = item % key_ranges * kKeysPerItem;
+    parallel(ranges.count(), plan, [&](Index item, BackwardScratch& s) {
+      const Block at = ranges[item];
+      const Index index = at.b * p.H_kv + at.h, key = at.index * kKeysPerItem;
       if (mine && !mine[index]) return;
-      key_head(index / p.H_kv, index % p.H_kv, key, key + kKeysPerItem, false, packed_head(index),
-               s);
+      key_head(at.b, at.h, key, key + kKeysPerItem, false, packed_head(index), s);
     });
-    if (packed) team_arena().release();
-  }
-
-  // All key heads on pairs, in the team's arena; null where they are not needed.
-  template <class Layout>
-  const float* pack_heads(const Layout& layout, Index heads, Index parts, const bool* mine) const {
-    if constexpr (kPlanes == 0) {
-      return nullptr;
-    } else {
-      Arena& arena = team_arena();
-      arena.reset(Arena::bytes_for<float>(max_of(heads * layout.floats(), 1)));
-      float* data = arena.take<float>(max_of(heads * layout.floats(), 1));
-      parallel(heads * parts, ScratchPlan{0}, [&](Index item, BackwardScratch&) {
-        const Index index = item / parts, key = item % parts * kKeysPerItem;
-        if (mine && !mine[index]) return;
-        const Head<Element> head(p, index / p.H_kv, index % p.H_kv * (p.H / p.H_kv));
-        if (key >= head.S) return;
-        layout.pack(head, key, min_of(kKeysPerItem, head.S - key), data + index * layout.floats());
-      });
-      return data;
-    }
   }
 
   // Which key heads three planes serve for.
@@ -387,7 +454,7 @@ struct Backward : Parts<Element, kPlanes> {
     parallel(p.B * p.H_kv, ScratchPlan{0}, [&](Index item, BackwardScratch&) {
       const Index group = p.H / p.H_kv;
       const Head<Element> first(p, item / p.H_kv, item % p.H_kv * group);
-      Peak scores, values, upstream;
+      Peak scores, values, upstream, norms;
       const auto look = [](Peak& peak, const Element* rows, Index stride, Index n, Index D) {
         for (Index i = 0; i < n; ++i)
           for (Index d = 0; d < D; d += kLanes) peak.add(load_part(rows + i * stride + d, D - d));
@@ -398,8 +465,9 @@ struct Backward : Parts<Element, kPlanes> {
         const Head<Element> head(p, first.b, first.h + g);
         look(scores, head.q, p.q.t, head.T, p.D);
         look(upstream, grad_out(head, 0), p.grad_out.t, head.T, p.D_v);
+        look(norms, p.norm + row_offset(head, 0), head.T, 1, head.T);
       }
-      in_range[item] = Peak::in_range_of_products(scores.get()) &&
+      in_range[item] = norms.get() <= kRoundedAlike && Peak::in_range_of_products(scores.get()) &&
                        Peak::in_range_of_products(values.get()) &&
                        Peak::in_range_of_products(upstream.get()) &&
                        Peak::worth_summing(values.get()) && Peak::worth_summing(upstream.get());
@@ -409,36 +477,44 @@ struct Backward : Parts<Element, kPlanes> {
 
 }  // namespace
 
-void attention_bwd(const BackwardParams& p) {
-  const Index rows = p.cu_seqlens_q ? p.H * p.lse_stride_h : p.B * p.lse_stride_b;
-  struct Free {
-    void operator()(float* x) const { free(x); }
-  };
-  const std::unique_ptr<float, Free> buffer(
-      static_cast<float*>(malloc(max_of(rows, 1) * sizeof(float))));
-  if (!buffer) throw std::bad_alloc();
+void attention_bwd(const BackwardParams& given) {
+  BackwardParams p = given;
+  const Index size = p.cu_seqlens_q ? p.H * p.lse_stride_h : p.B * p.lse_stride_b;
+  const Arena memory(size * sizeof(float));
+  auto* rows = reinterpret_cast<float*>(memory.data());
+  Arena norm;
   with_element(p.q.dtype, [&]([[maybe_unused]] auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     constexpr int kPlanes = kPlanesOf<Element>;
-    const Backward<Element, 0> in_fp32{{p, buffer.get()}};
+    const Backward<Element, 0> in_fp32{{p, rows}};
+    // The forward was the decoding kernel's, or in planes; or torch has kept no more than the lse.
+    if (p.T == 1 || kPlanes > 1 || p.norm_plane == 0) {
+      norm = Arena(2 * size * sizeof(float));
+      auto* planes = reinterpret_cast<float*>(norm.data());
+      memcpy(planes, p.norm, size * sizeof(float));
+      memcpy(planes + size, p.norm + p.norm_plane, size * sizeof(float));
+      in_fp32.find_norms(planes, size);
+      p.norm = planes, p.norm_plane = size;
+    }
     in_fp32.query_rows();
     const Index heads = p.B * p.H_kv;
     if constexpr (kPlanes == 0) {
       in_fp32.gradients(nullptr);
     } else if constexpr (kPlanes == 1) {
-      Backward<Element, kPlanes>{{{p, buffer.get(), kTallBlock}}}.gradients(nullptr);
+      Backward<Element, kPlanes>{{{p, rows, kTallBlock}}}.gradients(nullptr);
     } else if (p.T * (p.H / p.H_kv) < kFewestQueries) {
       in_fp32.gradients(nullptr);
     } else {
-      const std::unique_ptr<bool[]> in_range(new bool[heads]), out_of_range(new bool[heads]);
-      const Backward<Element, kPlanes> in_planes{{{p, buffer.get(), kTallBlock}}};
-      in_planes.find_in_range(in_range.get());
+      const Arena flags(2 * heads);
+      auto *in_range = reinterpret_cast<bool*>(flags.data()), *out_of_range = in_range + heads;
+      const Backward<Element, kPlanes> in_planes{{{p, rows, kTallBlock}}};
+      in_planes.find_in_range(in_range);
       bool all = true;
       for (Index i = 0; i < heads; ++i) all &= in_range[i], out_of_range[i] = !in_range[i];
-      in_planes.gradients(all ? nullptr : in_range.get());
-      if (!all) in_fp32.gradients(out_of_range.get());
+      in_planes.gradients(all ? nullptr : in_range);
+      if (!all) in_fp32.gradients(out_of_range);
     }
-    bias_gradient(p, buffer.get());
+    bias_gradient(p, rows);
   });
 }
 

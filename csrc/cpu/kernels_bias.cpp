@@ -1,6 +1,6 @@
 // The gradients of a bias and of the sinks: sums of ds over whatever the bias was broadcast over.
 //
-//   dbias = sum of ds        dsink = sum over rows of p_sink * (row - dentropy * sink)
+//   dbias = sum of ds        dsink = sum over rows of p_sink * (row - dentropy * (sink - m))
 //
 // Work:    one item per block of dbias, which walks through all that is summed into it: no atomics
 // Memory:  per thread tiles, and the block of dbias in fp32
@@ -45,6 +45,7 @@ struct BiasGradient : BackwardTiles<Element> {
       for (Index b = per_b ? b0 : 0; b < (per_b ? b0 + 1 : p.B); ++b) {
         for (Index h = per_h ? h0 : 0; h < (per_h ? h0 + 1 : p.H); ++h) {
           const Head<Element> head(p, b, h);
+          if (key_begin >= head.S) continue;
           const Index t_begin = per_t ? block * block_rows : 0;
           const Index t_end = per_t ? min_of(t_begin + block_rows, head.T) : head.T;
           for (Index t0 = t_begin; t0 < t_end; t0 += block_rows) {
@@ -67,9 +68,10 @@ struct BiasGradient : BackwardTiles<Element> {
       const Index end = min_of(column.end, key_end);
       for (Index key = max_of(column.begin, key_begin); key < end; key += kKeys) {
         const Index count = min_of(kKeys, end - key);
+        if (s.worker->stops(column.rows * count)) return;
         Index k_row, v_row;
-        const float* k = RowsAsFloat<Element>::get(head.k + key * p.k.t, p.k.t, count, p.D,
-                                                   Use::kAcross, s.k_tile, &k_row);
+        const float* k =
+            load_keys(head.k + key * p.k.t, p, count, Use::kAlongRows, s.k_tile, &k_row);
         const float* v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, count, p.D_v,
                                                    Use::kAlongRows, s.v_tile, &v_row);
         BackwardColumn& state = s.columns[c];
@@ -123,19 +125,21 @@ struct BiasGradient : BackwardTiles<Element> {
     }
   }
 
-  // dsink = sum over rows of p_sink * (row - dentropy * sink)
+  // dsink = sum over rows of p_sink * (row - dentropy * (sink - m))
   void sinks() const {
     for (Index h = 0; h < p.H; ++h) {
-      const float sink = p.sinks[h];
       double total = 0.0;
       for (Index b = 0; b < p.B; ++b) {
         const Head<Element> head(p, b, h);
+        if (head.sink == -kInfinity) continue;
         for (Index t = 0; t < head.T; t += kLanes) {
           const Index n = min_of(kLanes, head.T - t), at = row_offset(head, t);
-          const Vec lse = load_some(p.lse + at, n);
+          const Vec m = load_some(p.norm + at, n), log_l = load_some(p.norm + p.norm_plane + at, n);
+          const Vec sink = broadcast(head.sink);
           Vec term = load_some(rows + at, n);
-          if (p.grad_entropy) term -= load_some(p.grad_entropy + at, n) * sink;
-          term *= sink == -kInfinity ? zeros() : exp2((sink - lse) * kLog2E);
+          if (p.grad_entropy)
+            term -= load_some(p.grad_entropy + at, n) * ((sink - m) * head.to_natural);
+          term *= Norm::probability(sink, m, log_l, head.to_log2);
           for (Index i = 0; i < n; ++i) total += static_cast<double>(term[i]);
         }
       }

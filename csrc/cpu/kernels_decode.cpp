@@ -14,14 +14,13 @@
 //
 // Threads: how keys are cut into pieces depends on the sequence's own length alone, and so do the
 // results.
-#include <omp.h>
-
 #include <type_traits>
 #include <utility>
 
-#include "arena.h"
+#include "blocks.h"
 #include "kernels.h"
 #include "scores.h"
+#include "team.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 namespace {
@@ -240,12 +239,10 @@ void add_bias(const View& view, Index b, const Row& row, Index key, Index n, flo
 }
 
 // Dot products become scores: softcap, ALiBi, bias, and -inf where the row may not attend.
-void edit_scores(const DecodeParams& p, Index b, const Row& row, float unit, Index key, Index n,
-                 float* s) {
+void edit_scores(const DecodeParams& p, const Scaling& scaling, Index b, const Row& row, Index key,
+                 Index n, float* s) {
   const Index width = round_up(n, kLanes);
-  if (p.softcap > 0.0f) {
-    for (Index j = 0; j < width; j += kLanes) store(s + j, tanh(load(s + j)) * (p.softcap * unit));
-  }
+  if (p.softcap > 0.0f || scaling.after) scaling.finish(width / kLanes, s, nullptr);
   if (row.slope != 0.0f) {
     for (Index j = 0; j < width; j += kLanes) {
       const IVec ahead = lane_numbers() + static_cast<int32_t>(key + j - row.position);
@@ -258,7 +255,7 @@ void edit_scores(const DecodeParams& p, Index b, const Row& row, float unit, Ind
   if (begin == 0 && end == width) return;
   for (Index j = 0; j < width; j += kLanes) {
     const IVec index = lane_numbers() + static_cast<int32_t>(j);
-    store(s + j, (index >= begin) & (index < end) ? load(s + j) : broadcast(-kInfinity));
+    store(s + j, ((index >= begin) & (index < end)) ? load(s + j) : broadcast(-kInfinity));
   }
 }
 
@@ -296,24 +293,34 @@ void exponentiate(float to_log2, Index n, const RowShape& v, float* s, Partial p
   partial.l += sum_lanes(l);
 }
 
-// o[row] += p[row][key] v[key] for kVecs vectors of kValueKeys keys and all rows.
-template <int kVecs, class Element>
+// o[row] += p[row][key] v[key] for kVecs vectors of kKeys keys and all rows.
+template <int kKeys, int kVecs, class Element>
 ATTNFAST_INLINE void add_value_vectors(const Element* const* v, Index d, const RowShape& shape,
                                        Index rows, const float* p, float* o, Index o_stride) {
-  Vec value[kValueKeys][kVecs];
-  ATTNFAST_UNROLL for (int key = 0; key < kValueKeys; ++key) {
+  Vec value[kKeys][kVecs];
+  ATTNFAST_UNROLL for (int key = 0; key < kKeys; ++key) {
     ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) value[key][i] =
         load(v[key] + shape.at(d + i * kLanes));
   }
   for (Index row = 0; row < rows; ++row, p += kMaxBlock, o += o_stride) {
     Vec sum[kVecs];
     ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) sum[i] = load(o + d + i * kLanes);
-    ATTNFAST_UNROLL for (int key = 0; key < kValueKeys; ++key) {
+    ATTNFAST_UNROLL for (int key = 0; key < kKeys; ++key) {
       const Vec weight = broadcast(p[key]);
       ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) sum[i] = weight * value[key][i] + sum[i];
     }
     ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) store(o + d + i * kLanes, sum[i]);
   }
+}
+
+// The same for all vectors of a row.
+template <int kKeys, class Element>
+ATTNFAST_INLINE void add_value_rows(const Element* const* v, const RowShape& shape, Index rows,
+                                    const float* p, float* o, Index o_stride) {
+  Index d = 0;
+  for (; d + 2 * kLanes <= shape.padded; d += 2 * kLanes)
+    add_value_vectors<kKeys, 2>(v, d, shape, rows, p, o, o_stride);
+  if (d < shape.padded) add_value_vectors<kKeys, 1>(v, d, shape, rows, p, o, o_stride);
 }
 
 // o[row] += p[row] v over the keys of a block, while the next block's keys are on their way.
@@ -323,11 +330,12 @@ ATTNFAST_NOINLINE void add_values(const KeyBlock<Element>& block, const KeyBlock
                                   float* o, Index o_stride) {
   for (Index j = 0; j < block.n; j += kValueKeys) {
     if (j < next.n) prefetch_rows(next.k + j, min_of(next.n - j, kValueKeys), D);
-    Index d = 0;
-    for (; d + 2 * kLanes <= shape.padded; d += 2 * kLanes) {
-      add_value_vectors<2>(block.v + j, d, shape, rows, p + j, o, o_stride);
+    if (j + kValueKeys <= block.n) {
+      add_value_rows<kValueKeys>(block.v + j, shape, rows, p + j, o, o_stride);
+      continue;
     }
-    if (d < shape.padded) add_value_vectors<1>(block.v + j, d, shape, rows, p + j, o, o_stride);
+    for (Index last = j; last < block.n; ++last)  // no key twice: 0 * Inf would be NaN
+      add_value_rows<1>(block.v + last, shape, rows, p + last, o, o_stride);
   }
 }
 
@@ -360,22 +368,19 @@ bool has_poison(const KeyBlock<Element>& block, const RowShape& shape) {
   return false;
 }
 
-// One thread's part of the arena.
+// One thread's memory.
 template <class Element>
 struct Scratch {
   float* q;                  // [kMaxRows][padded D]
   float* s;                  // [kMaxRows][kMaxBlock]
   Element *k_copy, *v_copy;  // [2][kMaxBlock][kLanes]
+  Worker* worker = nullptr;
 
-  static Index floats(const RowShape& k) {
-    const Index copies = 4 * kMaxBlock * kLanes * Index(sizeof(Element)) / Index(sizeof(float));
-    return kMaxRows * (k.padded + kMaxBlock) + copies;
-  }
-
-  Scratch(float* memory, const RowShape& k) : q(memory), s(q + kMaxRows * k.padded) {
-    k_copy = reinterpret_cast<Element*>(s + kMaxRows * kMaxBlock);
-    v_copy = k_copy + 2 * kMaxBlock * kLanes;
-  }
+  Scratch(Parts& parts, const RowShape& k)
+      : q(parts.take<float>(kMaxRows * k.padded)),
+        s(parts.take<float>(kMaxRows * kMaxBlock)),
+        k_copy(parts.take<Element>(2 * kMaxBlock * kLanes)),
+        v_copy(parts.take<Element>(2 * kMaxBlock * kLanes)) {}
 };
 
 template <class Element>
@@ -385,10 +390,10 @@ struct Decode {
   const Index group_rows;  // query rows that share a key head
   const Index chunks;      // items' worth of them
   const Index block_keys;
-  const float unit;     // 1, or log2 e: what the scores are multiplied with (see scores.h)
-  const float to_log2;  // makes a score a power of two
-  Index max_pieces = 0;
-  float* partials = nullptr;  // [B][H_kv][group_rows][max_pieces][Partial::size]
+  const Scaling scaling;
+  const float to_log2, to_natural;  // from the scores' units
+  const Blocks pieces;              // of H_kv * chunks heads
+  float* partials = nullptr;  // of each sequence [H_kv][group_rows][its pieces][Partial::size]
 
   explicit Decode(const DecodeParams& params)
       : p(params),
@@ -397,10 +402,10 @@ struct Decode {
         group_rows(p.T * (p.H / p.H_kv)),
         chunks((group_rows + kMaxRows - 1) / kMaxRows),
         block_keys(keys_per_block(p)),
-        unit(p.bias.data ? 1.0f : kLog2E),
-        to_log2(p.bias.data ? kLog2E : 1.0f) {
-    for (Index b = 0; b < p.B; ++b) max_pieces = max_of(max_pieces, Sequence(p, b).pieces);
-  }
+        scaling(p),
+        to_log2(kLog2E / scaling.unit),
+        to_natural(1.0f / scaling.unit),
+        pieces(p.B, p.H_kv * chunks, [&](Index b) { return Sequence(p, b).pieces; }) {}
 
   static Index keys_per_block(const DecodeParams& p) {
     const Index fits = kBlockBytes / (max_of(p.D, p.D_v) * Index(sizeof(Element)));
@@ -408,17 +413,18 @@ struct Decode {
   }
 
   Index partials_size() const {
-    return p.B * p.H_kv * group_rows * max_pieces * Partial::size(v_shape);
+    return pieces.count() / chunks * group_rows * Partial::size(v_shape);
   }
 
   float* partial(Index b, Index h_kv, Index row, Index piece) const {
+    const Index before = pieces.first_of(b * p.H_kv * chunks) / chunks * group_rows;
     return partials +
-           (((b * p.H_kv + h_kv) * group_rows + row) * max_pieces + piece) * Partial::size(v_shape);
+           (before + (h_kv * group_rows + row) * pieces.of(b) + piece) * Partial::size(v_shape);
   }
 
   // The query row in fp32, vector by vector as RowShape says, each element in one vector only.
   void load_query(Index b, const Row& row, float* q) const {
-    const float factor = p.softcap > 0.0f ? p.scale / p.softcap : p.scale * unit;
+    const float factor = scaling.folded();
     const Element* from =
         static_cast<const Element*>(p.q.data) + b * p.q.b + row.h * p.q.h + row.t * p.q.t;
     for (Index d = 0; d < k_shape.padded; ++d) {
@@ -430,15 +436,14 @@ struct Decode {
   void piece_of_keys(Index b, Index h_kv, Index row0, Index piece,
                      const Scratch<Element>& scratch) const {
     const Sequence sequence(p, b);
-    if (piece >= sequence.pieces) return;
     const Index num_rows = min_of(group_rows - row0, kMaxRows);
     const Index begin = sequence.begin + piece * sequence.piece;
     const Index end = min_of(begin + sequence.piece, sequence.length);
-    const Index o_stride = max_pieces * Partial::size(v_shape);
+    const Index o_stride = sequence.pieces * Partial::size(v_shape);
     float* o = partial(b, h_kv, row0, piece);
     Row rows[kMaxRows];
     for (Index i = 0; i < num_rows; ++i) {
-      rows[i] = Row(p, sequence, b, h_kv, row0 + i, unit);
+      rows[i] = Row(p, sequence, b, h_kv, row0 + i, scaling.unit);
       load_query(b, rows[i], scratch.q + i * k_shape.padded);
       memset(o + i * o_stride, 0, v_shape.padded * sizeof(float));
       Partial state(o + i * o_stride, v_shape);
@@ -449,13 +454,14 @@ struct Decode {
     KeyBlock<Element>*block = &odd, *next = &even;
     next->move_to(p, b, h_kv, begin, min_of(block_keys, end - begin));
     while (next->n > 0) {
+      if (scratch.worker->stops(num_rows * next->n)) return;
       std::swap(block, next);
       const Index key = block->key + block->n;
       next->move_to(p, b, h_kv, key, min_of(block_keys, end - key));
       dot_block(*block, k_shape, scratch.q, num_rows, scratch.s, p.D_v);
       for (Index i = 0; i < num_rows; ++i) {
         float* s = scratch.s + i * kMaxBlock;
-        edit_scores(p, b, rows[i], unit, block->key, block->n, s);
+        edit_scores(p, scaling, b, rows[i], block->key, block->n, s);
         exponentiate(to_log2, block->n, v_shape, s, Partial(o + i * o_stride, v_shape));
       }
       if (p.bias.data && has_poison(*block, v_shape)) {
@@ -466,13 +472,15 @@ struct Decode {
     }
   }
 
-  // One query row's pieces, in order, become its output and lse.
+  // One query row's pieces, in order, become its output, lse and norm.
   void combine(Index b, Index h, Index t) const {
     const Index pieces = Sequence(p, b).pieces, group = p.H / p.H_kv;
     const auto piece = [&](Index i) {
       return Partial(partial(b, h / group, h % group * p.T + t, i), v_shape);
     };
-    const float sink = p.sinks ? p.sinks[h] * unit : -kInfinity;
+    const float sink_natural = p.sinks ? p.sinks[h] : -kInfinity;
+    const float sink =
+        sink_natural == -kInfinity ? sink_natural : clamp_finite(sink_natural / to_natural);
     float m = sink;
     for (Index i = 0; i < pieces; ++i) m = piece(i).m > m ? piece(i).m : m;
     const float base = m == -kInfinity ? 0.0f : m;
@@ -481,9 +489,13 @@ struct Decode {
       weight[i] = exp2_of((piece(i).m - base) * to_log2);
       l += piece(i).l * weight[i];
     }
-    const float to_natural = p.bias.data ? 1.0f : kLn2;
-    p.lse[(b * p.H + h) * p.T + t] =
-        l == 0.0f ? -kInfinity : m * to_natural + log2(broadcast(l))[0] * kLn2;
+    const Index at = (b * p.H + h) * p.T + t;
+    const float log2_l = log2(broadcast(l))[0], top = m == sink ? sink_natural : m * to_natural;
+    p.lse[at] = l == 0.0f ? -kInfinity : top + log2_l * kLn2;
+    if (p.norm) {
+      p.norm[at] = base;
+      p.norm[p.B * p.H * p.T + at] = l == 0.0f ? kInfinity : log2_l;
+    }
 
     const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
     Element* out = static_cast<Element*>(p.out.data) + b * p.out.b + h * p.out.h + t * p.out.t;
@@ -497,32 +509,26 @@ struct Decode {
 
 template <class Element>
 void decode(const DecodeParams& p) {
+  const Index rows = p.B * p.H * p.T;
+  if (rows == 0) return;
   Decode<Element> decode(p);
-  const Index items = p.B * p.H_kv * decode.chunks * decode.max_pieces;
-  const Index query_rows = p.B * p.H * p.T;
-  const int threads = usable_threads(p.num_threads);
-  const Index partials = decode.partials_size(), scratch = Scratch<Element>::floats(decode.k_shape);
-  Arena& arena = thread_arena();
-  arena.reset(Arena::bytes_for<float>(partials) + threads * Arena::bytes_for<float>(scratch));
-  decode.partials = arena.take<float>(partials);
-  float* memory = arena.take<float>(threads * round_up(scratch, 16));
-#pragma omp parallel num_threads(threads) if (items > 1 && threads > 1)
-  {
-    const Scratch<Element> mine(memory + omp_get_thread_num() * round_up(scratch, 16),
-                                decode.k_shape);
-#pragma omp for schedule(dynamic, 1)
-    for (Index item = 0; item < items; ++item) {
-      // Heads before pieces: where the keys of all heads lie side by side, they share pages.
-      const Index row0 = item % decode.chunks * kMaxRows, head = item / decode.chunks;
-      const Index h_kv = head % p.H_kv, piece = head / p.H_kv % decode.max_pieces;
-      decode.piece_of_keys(head / p.H_kv / decode.max_pieces, h_kv, row0, piece, mine);
-    }
-#pragma omp for nowait
-    for (Index row = 0; row < query_rows; ++row) {
-      decode.combine(row / p.T / p.H, row / p.T % p.H, row % p.T);
-    }
-  }
-  arena.release();
+  const Arena partials(decode.partials_size() * sizeof(float));
+  decode.partials = reinterpret_cast<float*>(partials.data());
+  const auto prepare = [&](Parts& parts) { return Scratch<Element>(parts, decode.k_shape); };
+  parallel(p, decode.pieces.count(), 1, prepare, [&](Index item, const Scratch<Element>& mine) {
+    // Heads before pieces: where the keys of all heads lie side by side, they share pages.
+    const Block at = decode.pieces[item];
+    const Index i = at.h * at.count + at.index, head = i / decode.chunks;
+    const Index row0 = i % decode.chunks * kMaxRows;
+    decode.piece_of_keys(at.b, head % p.H_kv, row0, head / p.H_kv, mine);
+  });
+  struct Nothing {
+    Worker* worker = nullptr;
+  };
+  const Index share = max_of(rows / usable_threads(p.num_threads), 16);
+  parallel(
+      p, rows, share, [](Parts&) { return Nothing(); },
+      [&](Index row, Nothing&) { decode.combine(row / p.T / p.H, row / p.T % p.H, row % p.T); });
 }
 
 }  // namespace

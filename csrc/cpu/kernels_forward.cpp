@@ -12,10 +12,10 @@
 // Threads: items are independent; a row's result depends on its own sequence alone
 #include <type_traits>
 
-#include "arena.h"
 #include "kernels.h"
 #include "keys.h"
 #include "scores.h"
+#include "team.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 namespace {
@@ -30,7 +30,7 @@ constexpr Index kLinesPerTile = 256;
 constexpr Index kPrefetchRows = 256;
 
 struct ColumnState {
-  float m[kColumn], l[kColumn];            // running maximum and sum
+  float m[kColumn], l[kColumn];            // running maximum, in the scores' units, and sum
   float entropy[kColumn], reach[kColumn];  // sum of p (s - m), sum of p |j - t'|
   float* q_t;                              // [D][kColumn], or pairs of D
   float* o_t;                              // [D_v][kColumn]
@@ -52,8 +52,9 @@ void rescale(ColumnState& state, const float* tile_max, float to_log2, Index D_v
     const Vec keep = exp2((old - base) * to_log2);
     const Vec l = load(state.l + lane);
     if (kStats) {
-      const Vec moved = l == 0.0f ? zeros() : l * (old - base);
-      store(state.entropy + lane, keep * (load(state.entropy + lane) + moved));
+      const Vec moved = l * (old - base);  // may be -inf where nothing is kept
+      store(state.entropy + lane,
+            keep == 0.0f ? zeros() : keep * (load(state.entropy + lane) + moved));
       store(state.reach + lane, keep * load(state.reach + lane));
     }
     store(state.m + lane, m);
@@ -66,10 +67,11 @@ void rescale(ColumnState& state, const float* tile_max, float to_log2, Index D_v
   }
 }
 
-// s -> p = exp2(factor * s - m) in place, folded into l and the statistics.
-template <bool kStats, bool kNatural>
+// s -> p = exp2((s - m) * to_log2) in place, folded into l and the statistics. Unless kScaled,
+// to_log2 is 1.
+template <bool kStats, bool kScaled>
 void exponentiate(ColumnState& state, const Column& column, Index shift, Index key, Index n,
-                  float factor, float* s) {
+                  float to_log2, float* s) {
   for (Index lane = 0; lane < kColumn; lane += kLanes) {
     const Vec m = load(state.m + lane);
     const Vec base = m == -kInfinity ? zeros() : m;
@@ -77,8 +79,8 @@ void exponentiate(ColumnState& state, const Column& column, Index shift, Index k
     Vec l = zeros(), entropy = zeros(), reach = zeros();
     for (Index j = 0; j < n; ++j) {
       float* x = s + j * kColumn + lane;
-      const Vec relative = load(x) * factor - base;
-      const Vec p = exp2(kNatural ? relative * kLog2E : relative);
+      const Vec relative = load(x) - base;
+      const Vec p = exp2(kScaled ? relative * to_log2 : relative);
       l += p;
       if (kStats) {
         entropy += p > 0.0f ? p * relative : zeros();
@@ -95,15 +97,15 @@ void exponentiate(ColumnState& state, const Column& column, Index shift, Index k
 }
 
 // The same without statistics, p leaving as pairs of keys.
-template <bool kNatural, int kPlanes>
-void exponentiate_pairs(ColumnState& state, Index n, float factor, const float* s, float* pairs,
+template <bool kScaled, int kPlanes>
+void exponentiate_pairs(ColumnState& state, Index n, float to_log2, const float* s, float* pairs,
                         Index plane) {
   for (Index lane = 0; lane < kColumn; lane += kLanes) {
     const Vec m = load(state.m + lane);
     const Vec base = m == -kInfinity ? zeros() : m;
     const auto p_of = [&](Index j) {
-      const Vec relative = load(s + j * kColumn + lane) * factor - base;
-      return exp2(kNatural ? relative * kLog2E : relative);
+      const Vec relative = load(s + j * kColumn + lane) - base;
+      return exp2(kScaled ? relative * to_log2 : relative);
     };
     Vec l_even = zeros(), l_odd = zeros();
     Index j = 0;
@@ -131,42 +133,29 @@ struct Scratch {
   ColumnState* columns;
   Prefetcher next_item, next_tile;
   Index next_tile_lines = 0;  // asked for with each column
+  Worker* worker = nullptr;
 
-  // Hands out the memory, or only sums it up.
   template <class Element, int kPlanes>
-  size_t plan(Arena* arena, const Problem& p, Index num_columns,
-              const PackedHeads<Element, kPlanes>& packed) {
-    size_t bytes = 0;
-    const auto floats = [&](Index n) {
-      bytes += Arena::bytes_for<float>(n);
-      return arena && n ? arena->take<float>(n) : nullptr;
-    };
+  Scratch(Parts& parts, const Problem& p, Index num_columns,
+          const PackedHeads<Element, kPlanes>& packed) {
+    const auto floats = [&](Index n) { return parts.take<float>(n); };
     s = floats((kMaxKeys + kTileSize) * kColumn);
     keep = floats(p.dropout_p > 0.0 ? kMaxKeys * kColumn : 0);
-    bytes += Arena::bytes_for<ColumnState>(num_columns);
-    if (arena) columns = arena->take<ColumnState>(num_columns);
+    columns = parts.take<ColumnState>(num_columns);
     constexpr Index kPlaneCount = kPlanes ? kPlanes : 1;
     for (Index c = 0; c < num_columns; ++c) {
       float* q_t = floats(kPlaneCount * round_up(p.D, kPanel) * kColumn);
       float* o_t = floats(round_up(p.D_v, kTileSize) * kColumn);
-      if (arena) columns[c].q_t = q_t, columns[c].o_t = o_t;
+      if (columns) columns[c].q_t = q_t, columns[c].o_t = o_t;
     }
     p_pairs = floats(kPlanes * kPairsPlane);
     v_clean = floats(kPlanes ? packed.layout.v_floats(kMaxKeys) : 0);
-    const bool packs_tiles = kPlanes < 2 && !packed.most;
+    const bool packs_tiles = kPlanes < 2 && !packed.by_team();
     Index k_tile = packs_tiles ? packed.layout.k_floats(kMaxKeys) : 0;
     Index v_tile = packs_tiles ? packed.layout.v_floats(kMaxKeys) : 0;
     if (kPlanes > 1) v_tile = KeyLayout<Element, 0>(p).v_floats(kMaxKeys);  // out of range: in fp32
     k = floats(k_tile);
     v = floats(v_tile);
-    return bytes;
-  }
-
-  template <class Element, int kPlanes>
-  void take(Arena& arena, const Problem& p, Index num_columns,
-            const PackedHeads<Element, kPlanes>& packed) {
-    arena.reset(plan(nullptr, p, num_columns, packed));
-    plan(&arena, p, num_columns, packed);
   }
 };
 
@@ -176,9 +165,9 @@ KeyTile load_keys(const Head<Element>& head, Index key, Index n,
                   const PackedHeads<Element, kPlanes>& packed, Scratch& scratch) {
   const Problem& p = head.problem;
   const KeyLayout<Element, kPlanes>& layout = packed.layout;
-  if (packed.most) {
+  if (packed.by_team()) {
     const Index index = head.b * p.H_kv + head.h / (p.H / p.H_kv);
-    return layout.tile(head, key, packed.k(index), packed.v(index), packed.S);
+    return layout.tile(head, key, packed.k(index), packed.v(index), packed.capacity(index));
   }
   Peaks peaks;
   layout.pack(head, key, n, scratch.k, scratch.v, kMaxKeys, &peaks);
@@ -196,7 +185,7 @@ Index keys_per_tile(const Problem& p) {
 }
 
 // Keys first .. first + n - 1 of a tile that begins with key `tile_key`.
-template <bool kStats, bool kNatural, int kPlanes, class Element>
+template <bool kStats, bool kScaled, int kPlanes, class Element>
 void tile_step(const ForwardParams& p, const Head<Element>& head, const Column& column,
                ColumnState& state, Index tile_key, Index first, Index n, const KeyTile& tile,
                Scratch& scratch) {
@@ -206,35 +195,28 @@ void tile_step(const ForwardParams& p, const Head<Element>& head, const Column& 
   const Index skip = first - tile_key;
   const float* k = tile.k + skip * tile.k_row;
   DeadKeys dead;
-  float factor = 1.0f;  // what scores are still to be multiplied with
   if constexpr (kPlanes > 0) {
     const Index panels = (p.D + kPanel - 1) / kPanel;
-    PairScores<kPlanes> scores{{state.q_t, kColumn, panels * kPanelPairs * kColumn},
-                               {k, tile.k_row, kPanelPairs, tile.k_plane},
-                               panels,
-                               kPlanes > 1 ? 1.0f : head.q_factor};
-    if (!head.edits_scores() && scores.factor > 0.0f) {
-      factor = scores.factor;
-      scores.factor = 1.0f;
-    }
+    const PairScores<kPlanes> scores{{state.q_t, kColumn, panels * kPanelPairs * kColumn},
+                                     {k, tile.k_row, kPanelPairs, tile.k_plane},
+                                     panels,
+                                     kPlanes > 1 ? 1.0f : head.q_factor};
     score_tile(head, column, first, n, scores, scratch.s, nullptr, tile_max, &dead);
-    for (Index lane = 0; lane < kColumn; lane += kLanes)
-      store(tile_max + lane, load(tile_max + lane) * factor);
   } else {
     const FloatScores scores{state.q_t, k, tile.k_row, p.D};
     score_tile(head, column, first, n, scores, scratch.s, nullptr, tile_max, &dead);
   }
   scratch.next_item.advance(kLinesPerTile);
   scratch.next_tile.advance(scratch.next_tile_lines);
-  rescale<kStats>(state, tile_max, head.to_log2(), p.D_v);
+  rescale<kStats>(state, tile_max, head.to_log2, p.D_v);
   const bool drops = p.dropout_p > 0.0;
   const Index lead = kPlanes ? skip % kPanel : 0;  // keys of the first panel that come before
   float* pairs = scratch.p_pairs + lead / 2 * kColumn;
   if (kPlanes && !kStats && !drops) {
     if constexpr (kPlanes > 0)
-      exponentiate_pairs<kNatural, kPlanes>(state, n, factor, scratch.s, pairs, kPairsPlane);
+      exponentiate_pairs<kScaled, kPlanes>(state, n, head.to_log2, scratch.s, pairs, kPairsPlane);
   } else {
-    exponentiate<kStats, kNatural>(state, column, head.shift, first, n, factor, scratch.s);
+    exponentiate<kStats, kScaled>(state, column, head.shift, first, n, head.to_log2, scratch.s);
     if (drops) {
       dropout_tile(head, column, first, n, 1.0f, scratch.keep);
       for (Index i = 0; i < n * kColumn; i += kLanes) {
@@ -268,43 +250,51 @@ void tile_step(const ForwardParams& p, const Head<Element>& head, const Column& 
   }
 }
 
-// The sums become the output row, lse and statistics.
+// The sums become the output row, lse, norm and statistics.
 template <class Element>
 void finish_column(const ForwardParams& p, const Head<Element>& head, const Column& column,
                    ColumnState& state) {
-  const float to_log2 = head.to_log2(), to_natural = head.to_natural();
+  const float to_log2 = head.to_log2, to_natural = head.to_natural;
   const float kept = p.dropout_p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p.dropout_p));
-  alignas(64) float factor[kColumn], lse[kColumn], max_logit[kColumn], entropy[kColumn],
-      reach[kColumn];
+  alignas(64) float factor[kColumn], lse[kColumn], base_of[kColumn], log_l_of[kColumn],
+      max_logit[kColumn], entropy[kColumn], reach[kColumn], focus[kColumn];
   for (Index lane = 0; lane < kColumn; lane += kLanes) {
     const Vec m = load(state.m + lane);
     Vec top = m, l = load(state.l + lane), h = load(state.entropy + lane), shrink = broadcast(1.0f);
+    Vec top_natural = m * to_natural;
     if (p.sinks) {
-      const Vec sink = broadcast(p.sinks[head.h] / to_natural);
+      const Vec sink = broadcast(head.sink);
       top = max(sink, m);
+      top_natural = sink >= m ? broadcast(p.sinks[head.h]) : top_natural;
       const Vec base = top == -kInfinity ? zeros() : top;
       const Vec fall = l == 0.0f ? zeros() : m - base;
       shrink = l == 0.0f ? broadcast(1.0f) : exp2(fall * to_log2);
       const Vec sink_p = exp2((sink - base) * to_log2);
-      h = (h + l * fall) * shrink + (sink_p > 0.0f ? sink_p * (sink - base) : zeros());
+      h = (shrink == 0.0f ? zeros() : (h + l * fall) * shrink) +
+          (sink_p > 0.0f ? sink_p * (sink - base) : zeros());
       l = l * shrink + sink_p;
     }
-    const Vec log_l = log2(l) * kLn2;
+    const Vec log2_l = log2(l), log_l = log2_l * kLn2;
     const IVec empty = l == 0.0f;
     const Vec inverse = empty ? zeros() : 1.0f / l;
     store(factor + lane, inverse * shrink * kept);
-    store(lse + lane, empty ? broadcast(-kInfinity) : top * to_natural + log_l);
+    store(lse + lane, empty ? broadcast(-kInfinity) : top_natural + log_l);
+    store(base_of + lane, empty ? zeros() : top);
+    store(log_l_of + lane, empty ? broadcast(kInfinity) : log2_l);
     store(max_logit + lane, m * to_natural);
     store(entropy + lane, empty ? zeros() : log_l - h * inverse * to_natural);
     store(reach + lane, load(state.reach + lane) * shrink * inverse);
+    store(focus + lane, m == -kInfinity ? zeros() : shrink * inverse);
   }
   const Index row = head.b * (p.cu_seqlens_q ? 0 : p.lse_stride_b) + head.h * p.lse_stride_h +
                     head.q_begin + column.t0;
-  memcpy(p.lse + row, lse, column.rows * sizeof(float));
+  const auto write = [&](float* to, const float* from) {
+    memcpy(to + row, from, column.rows * sizeof(float));
+  };
+  write(p.lse, lse), write(p.norm, base_of), write(p.norm + p.norm_plane, log_l_of);
   if (p.max_logit) {
-    memcpy(p.max_logit + row, max_logit, column.rows * sizeof(float));
-    memcpy(p.entropy + row, entropy, column.rows * sizeof(float));
-    memcpy(p.reach + row, reach, column.rows * sizeof(float));
+    write(p.max_logit, max_logit), write(p.entropy, entropy);
+    write(p.reach, reach), write(p.focus, focus);
   }
   if (state.start == Start::kZero) memset(state.o_t, 0, p.D_v * kColumn * sizeof(float));
   Element* out = static_cast<Element*>(p.out.data) + head.b * p.out.b + head.h * p.out.h +
@@ -313,7 +303,7 @@ void finish_column(const ForwardParams& p, const Head<Element>& head, const Colu
 }
 
 // False, with nothing done, where the block's queries are out of the range of their planes.
-template <bool kStats, bool kNatural, class Element, int kPlanes>
+template <bool kStats, bool kScaled, class Element, int kPlanes>
 bool query_block(const ForwardParams& p, const Head<Element>& head, Index t0, Index rows,
                  const PackedHeads<Element, kPlanes>& packed, Scratch& scratch) {
   const Index num_columns = (rows + kColumn - 1) / kColumn;
@@ -353,10 +343,11 @@ bool query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
   const Index step =
       min_of(round_up((span + tiles - 1) / tiles, kPlanes ? kPanel : kTileRows), most);
   begin -= (begin - origin) % step;
-  const bool in_rows = packed.most || !packed.layout.packs();  // one tile follows the other
+  const bool in_rows = packed.by_team() || !packed.layout.packs();  // one tile follows the other
   const bool asks_ahead = !kPlanes && in_rows && outgrows_cache(p, head.S);
   for (Index key = begin; key < end; key += step) {
     const Index n = min_of(step, end - key);
+    if (scratch.worker->stops(rows * n)) return true;
     const KeyTile tile = load_keys(head, key, n, packed, scratch);
     scratch.next_tile.clear();
     if (asks_ahead) {
@@ -370,8 +361,8 @@ bool query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
       Index first = max_of(key, column.begin), last = min_of(key + n, column.end);
       if (first >= last) continue;
       first -= (first - key) % kUnit;
-      tile_step<kStats, kNatural, kPlanes>(p, head, column, scratch.columns[c], key, first,
-                                           last - first, tile, scratch);
+      tile_step<kStats, kScaled, kPlanes>(p, head, column, scratch.columns[c], key, first,
+                                          last - first, tile, scratch);
     }
   }
   for (Index c = 0; c < num_columns; ++c) {
@@ -392,66 +383,51 @@ void prefetch_head(const ForwardParams& p, Index head_index, Prefetcher* next) {
 
 template <class Element, int kPlanes>
 auto query_block_for(const ForwardParams& p) {
+  const bool scaled = kPlanes == 1 || Scaling(p).unit == 1.0f;
   if (p.max_logit)
-    return p.bias.data ? query_block<true, true, Element, kPlanes>
-                       : query_block<true, false, Element, kPlanes>;
-  return p.bias.data ? query_block<false, true, Element, kPlanes>
-                     : query_block<false, false, Element, kPlanes>;
+    return scaled ? query_block<true, true, Element, kPlanes>
+                  : query_block<true, false, Element, kPlanes>;
+  return scaled ? query_block<false, true, Element, kPlanes>
+                : query_block<false, false, Element, kPlanes>;
 }
 
 template <class Element, int kPlanes>
 void forward(const ForwardParams& p) {
   const Index block = kPlanes ? kTallBlock : queries_per_block(p);
-  const Index blocks = (p.T + block - 1) / block, group = p.H / p.H_kv;
-  const Index items = p.B * p.H * blocks;
-  if (items == 0) return;
+  const Blocks blocks(p.cu_seqlens_q, p.B, p.H, p.T, block);
+  if (blocks.count() == 0) return;
   const auto run = query_block_for<Element, kPlanes>(p);
-  PackedHeads<Element, kPlanes> packed(p, group * blocks);
-  const Index key_heads = p.B * p.H_kv, heads_at_once = packed.most ? packed.most : key_heads;
+  const Index group = p.H / p.H_kv, key_heads = p.B * p.H_kv;
+  PackedHeads<Element, kPlanes> packed(p, group * ((p.T + block - 1) / block));
   [[maybe_unused]] const auto run_in_fp32 = query_block_for<Element, 0>(p);
   [[maybe_unused]] const PackedHeads<Element, 0> in_fp32(p, 1);  // items read for themselves
-  const int threads = usable_threads(p.num_threads);
-  const bool prefetches = p.T <= kPrefetchRows && p.S <= kPrefetchRows && !packed.most;
-  const Index chunk = prefetches ? max_of(min_of(items / (threads * 8), 8), 1) : 1;
-#pragma omp parallel num_threads(threads) if (items > 1 && threads > 1)
-  {
-    const TileRegisters registers;
-    Arena& arena = thread_arena();
-    Scratch scratch{};
-    scratch.take(arena, p, (min_of(block, p.T) + kColumn - 1) / kColumn, packed);
-    for (Index first = 0; first < key_heads; first += heads_at_once) {
-      const Index heads = min_of(heads_at_once, key_heads - first);
-      if (packed.most) {
-#pragma omp single
-        packed.first = first;
-#pragma omp for schedule(dynamic, 1)
-        for (Index i = 0; i < heads * packed.parts; ++i)
-          packed.pack(p, first + i / packed.parts, i % packed.parts);
-      }
-#pragma omp for schedule(dynamic, chunk) nowait
-      for (Index item = 0; item < heads * group * blocks; ++item) {
-        const Index head_index = first * group + item / blocks;
-        const Index t0 = (blocks - 1 - item % blocks) * block;
-        const Head<Element> head(p, head_index / p.H, head_index % p.H);
-        scratch.next_item.clear();
-        if (prefetches && t0 == 0 && head_index + 1 < p.B * p.H)
-          prefetch_head<Element>(p, head_index + 1, &scratch.next_item);
-        if (t0 >= head.T) continue;
-        const Index rows = min_of(block, head.T - t0);
-        if constexpr (kPlanes > 1) {
-          if (!packed.most || !packed.in_range(head_index / group) ||
-              !run(p, head, t0, rows, packed, scratch)) {
-            run_in_fp32(p, head, t0, rows, in_fp32, scratch);
-          }
-        } else {
-          run(p, head, t0, rows, packed, scratch);
+  const bool prefetches = p.T <= kPrefetchRows && p.S <= kPrefetchRows && !packed.by_team();
+  for (Index first = 0, last; first < key_heads; first = last) {
+    last = packed.by_team() ? packed.pack_from(p, first) : key_heads;
+    const Index first_item = blocks.first_of(first * group);
+    const Index items = blocks.first_of(last * group) - first_item;
+    const Index shares = items / (usable_threads(p.num_threads) * 8);
+    const auto prepare = [&](Parts& parts) {
+      return Scratch(parts, p, (min_of(block, p.T) + kColumn - 1) / kColumn, packed);
+    };
+    const auto attend = [&](Index item, Scratch& scratch) {
+      const Block at = blocks[first_item + item];
+      const Index t0 = (at.count - 1 - at.index) * block, head_index = at.b * p.H + at.h;
+      const Head<Element> head(p, at.b, at.h);
+      scratch.next_item.clear();
+      if (prefetches && t0 == 0 && head_index + 1 < p.B * p.H)
+        prefetch_head<Element>(p, head_index + 1, &scratch.next_item);
+      const Index rows = min_of(block, head.T - t0);
+      if constexpr (kPlanes > 1) {
+        if (!packed.by_team() || !packed.in_range(head_index / group) ||
+            !run(p, head, t0, rows, packed, scratch)) {
+          run_in_fp32(p, head, t0, rows, in_fp32, scratch);
         }
+      } else {
+        run(p, head, t0, rows, packed, scratch);
       }
-      if (first + heads < key_heads) {
-#pragma omp barrier
-      }
-    }
-    arena.release();
+    };
+    parallel(p, items, prefetches ? max_of(min_of(shares, 8), 1) : 1, prepare, attend);
   }
 }
 
@@ -461,7 +437,8 @@ void attention_fwd(const ForwardParams& p) {
   with_element(p.q.dtype, [&]([[maybe_unused]] auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     constexpr int kPlanes = kPlanesOf<Element>;
-    if (kPlanes > 1 && p.T * (p.H / p.H_kv) < kFewestQueries) {
+    const bool passes_follow = p.weights_mode != Weights::kNone || p.received;  // in fp32
+    if (kPlanes > 1 && (passes_follow || p.T * (p.H / p.H_kv) < kFewestQueries)) {
       forward<Element, 0>(p);
     } else {
       forward<Element, kPlanes>(p);

@@ -8,9 +8,10 @@
 // A key head is packed once: by the item that reads it where it is the only one, else by the team,
 // for as many heads at a time as kPackedBytes holds, before its items begin.
 #pragma once
-#include "arena.h"
+#include "blocks.h"
 #include "pairs.h"
 #include "scores.h"
+#include "team.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 
@@ -171,57 +172,89 @@ inline const float* without_poison(const float* rows, Index D_pad, Index plane_s
   return result;
 }
 
-// The packed heads that a team works on.
+// The packed heads that a team works on: consecutive ones, as many as kPackedBytes holds or one.
 template <class Element, int kPlanes>
-struct PackedHeads {
+class PackedHeads {
+ public:
   const KeyLayout<Element, kPlanes> layout;
-  const Index S;           // rows of a head
-  const Index parts;       // that a head is packed in
-  Index most = 0;          // heads that fit; 0: items pack for themselves
-  Index first = 0;         // of all key heads, b * H_kv + h_kv
-  float* data = nullptr;   // [most][k, v]
-  Peaks* peaks = nullptr;  // [most][parts], where there are three planes
 
   PackedHeads(const Problem& p, Index items_per_key_head)
-      : layout(p), S(p.S), parts((p.S + kPackedKeys - 1) / kPackedKeys) {
-    if (!layout.packs() || S == 0) return;
+      : layout(p),
+        heads_(p.B * p.H_kv),
+        panels_(p.cu_seqlens_k, p.B, p.H_kv, p.S, kPanel),
+        parts_(p.cu_seqlens_k, p.B, p.H_kv, p.S, kPackedKeys) {
+    if (!layout.packs() || panels_.count() == 0) return;
     if (kPlanes < 2 && items_per_key_head < 2) return;
-    const Index fits = static_cast<Index>(kPackedBytes / (floats() * sizeof(float)));
-    most = min_of(max_of(fits, 1), p.B * p.H_kv);
-    Arena& arena = team_arena();
-    arena.reset(Arena::bytes_for<float>(most * floats()) + Arena::bytes_for<Peaks>(most * parts));
-    data = arena.take<float>(most * floats());
-    peaks = arena.take<Peaks>(most * parts);
-  }
-  ~PackedHeads() {
-    if (most) team_arena().release();
+    most_panels_ = static_cast<Index>(kPackedBytes / (panel_floats() * sizeof(float)));
+    const Index longest = (p.S + kPanel - 1) / kPanel;
+    const Index panels = min_of(max_of(most_panels_, longest), panels_.count());
+    const auto cut = [&](Parts parts) {
+      data_ = parts.take<float>(panels * panel_floats());
+      peaks_ = parts.take<Peaks>(kPlanes > 1 ? panels : 0);
+      return parts.bytes();
+    };
+    memory_ = Arena(cut(Parts()));
+    cut(Parts(memory_.data()));
   }
 
-  Index floats() const { return layout.k_floats(S) + layout.v_floats(S); }
-  float* k(Index head) const { return data + (head - first) * floats(); }
-  float* v(Index head) const { return k(head) + layout.k_floats(S); }
+  // Whether the team packs; else items do, for themselves.
+  bool by_team() const { return data_ != nullptr; }
 
-  // Packs part `part` of a head's keys.
-  void pack(const Problem& p, Index head_index, Index part) const {
-    const Head<Element> head(p, head_index / p.H_kv, head_index % p.H_kv * (p.H / p.H_kv));
-    const Index key = part * kPackedKeys, n = min_of(kPackedKeys, head.S - key);
-    Peaks& peak = peaks[(head_index - first) * parts + part];
-    peak = {};
-    if (n <= 0) return;
-    layout.pack(head, key, n, k(head_index) + key * layout.k_row,
-                v(head_index) + layout.v_offset(key), S, &peak);
+  // Packs the heads from `first` (b * H_kv + h_kv) on; returns the first that is not.
+  Index pack_from(const Problem& p, Index first) {
+    first_ = first;
+    Index last = first + 1;
+    while (last < heads_ && panels_.first_of(last + 1) - panels_.first_of(first) <= most_panels_)
+      ++last;
+    struct Nothing {
+      Worker* worker = nullptr;
+    };
+    const Index first_part = parts_.first_of(first);
+    parallel(
+        p, parts_.first_of(last) - first_part, 1, [](Parts&) { return Nothing(); },
+        [&](Index i, Nothing&) { pack(p, parts_[first_part + i], first_part + i); });
+    return last;
   }
+
+  // Of the head in work numbered b * H_kv + h_kv.
+  Index capacity(Index head) const {  // rows
+    return (panels_.first_of(head + 1) - panels_.first_of(head)) * kPanel;
+  }
+  float* k(Index head) const {
+    return data_ + (panels_.first_of(head) - panels_.first_of(first_)) * panel_floats();
+  }
+  float* v(Index head) const { return k(head) + layout.k_floats(capacity(head)); }
 
   // Whether three planes serve for a head.
   bool in_range(Index head) const {
     Peaks most_of_all;
-    for (Index part = 0; part < parts; ++part) {
-      const Peaks& peak = peaks[(head - first) * parts + part];
+    const Index end = parts_.first_of(head + 1);
+    for (Index part = parts_.first_of(head); part < end; ++part) {
+      const Peaks& peak = peaks_[part - parts_.first_of(first_)];
       if (peak.k > most_of_all.k) most_of_all.k = peak.k;
       if (peak.v > most_of_all.v) most_of_all.v = peak.v;
     }
     return most_of_all.in_range();
   }
+
+ private:
+  Index panel_floats() const { return layout.k_floats(kPanel) + layout.v_floats(kPanel); }
+
+  void pack(const Problem& p, const Block& part, Index number) const {
+    const Head<Element> head(p, part.b, part.h * (p.H / p.H_kv));
+    const Index head_index = part.b * p.H_kv + part.h;
+    const Index key = part.index * kPackedKeys, n = min_of(kPackedKeys, head.S - key);
+    Peaks peak;
+    layout.pack(head, key, n, k(head_index) + key * layout.k_row,
+                v(head_index) + layout.v_offset(key), capacity(head_index), &peak);
+    if (kPlanes > 1) peaks_[number - parts_.first_of(first_)] = peak;
+  }
+
+  Index heads_, most_panels_ = 0, first_ = 0;
+  Blocks panels_, parts_;  // of all key heads
+  Arena memory_;
+  float* data_ = nullptr;   // k and v of each head in work
+  Peaks* peaks_ = nullptr;  // of each part
 };
 
 }  // namespace attnfast::cpu::ATTNFAST_ISA

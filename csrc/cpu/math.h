@@ -52,7 +52,7 @@ ATTNFAST_INLINE Vec log2(Vec x) {
   p = p * f + 1.4426950f;
   const Vec y = p * f + __builtin_convertvector(exponent, Vec);
   const Vec special = x == 0.0f ? broadcast(-kInfinity) : x;  // 0, inf, NaN
-  return (x > 0.0f) & (x < kInfinity) ? y : special;
+  return ((x > 0.0f) & (x < kInfinity)) ? y : special;
 }
 
 // tanh through expm1(2x): small arguments keep their relative precision.

@@ -24,11 +24,11 @@ constexpr Index kPanel = 2 * kPanelPairs;  // numbers of a row of a panel
 
 // How many planes the products of an element use; 0: they are not on pairs.
 template <class Element>
-constexpr int kPlanesOf = 0;
+inline constexpr int kPlanesOf = 0;
 template <>
-constexpr int kPlanesOf<BFloat16> = kHasPairs ? 1 : 0;
+inline constexpr int kPlanesOf<BFloat16> = kHasPairs ? 1 : 0;
 template <>
-constexpr int kPlanesOf<float> = kHasTiles ? 3 : 0;
+inline constexpr int kPlanesOf<float> = kHasTiles ? 3 : 0;
 
 // a[plane][i][panel * 16 + k] = data[plane * plane_stride + panel * panel_stride + i * row + k]
 struct PairsA {

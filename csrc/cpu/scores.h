@@ -3,8 +3,8 @@
 //
 // Queries lie in vector lanes. A column is kColumn consecutive queries of one head; a tile is
 // S[key][lane]. Scores are in units of log2 (scale * log2 e folded into q) so that p = exp2(s - m);
-// where there is a bias they are in natural units, since log2 e times a huge negative bias would
-// overflow to -inf.
+// where Scaling says so in natural units; and products on pairs that nothing edits stay what they
+// are, so that a row's maximum is rounded as its scores: exp2((s - m) * to_log2) is at most 1.
 #pragma once
 #include "arena.h"
 #include "elements.h"
@@ -15,6 +15,52 @@
 namespace attnfast::cpu::ATTNFAST_ISA {
 
 constexpr Index kMaxKeys = 96;  // keys of one tile
+
+constexpr float kMaxFloat = 3.4028234663852886e38f;
+
+ATTNFAST_INLINE float clamp_finite(float x) {
+  return x > kMaxFloat ? kMaxFloat : x < -kMaxFloat ? -kMaxFloat : x;
+}
+
+// How products become scores: times `factor`, then the cap. Whatever the scale and the cap are, no
+// intermediate overflows where the score does not.
+struct Scaling {
+  static constexpr float kHuge = 0x1p60f;
+
+  float unit;    // log2 e, or 1: natural, with a bias or where log2 e times a score might overflow
+  float factor;  // of the products; without the cap's share where the cap divides
+  float cap;     // softcap in units; 0: none
+  bool after;    // the products are multiplied, and clamped, since q would overflow
+  bool divides;  // tanh(score / cap), since 1 / cap would under- or overflow
+
+  template <class Params>
+  explicit Scaling(const Params& p) {
+    const float size = __builtin_fabsf(p.scale);
+    unit = p.bias.data || size > kHuge || p.softcap > kHuge ? 1.0f : kLog2E;
+    cap = p.softcap * unit;
+    divides = p.softcap > 0.0f && (p.softcap > kHuge || size > kHuge * p.softcap);
+    factor = p.softcap > 0.0f && !divides ? p.scale / p.softcap : p.scale * unit;
+    after = __builtin_fabsf(factor) > kHuge;
+  }
+
+  float folded() const { return after ? 1.0f : factor; }  // into q
+
+  // Scores of n vectors from their products; slope_of_cap: null, or d capped / d uncapped.
+  void finish(Index n, float* s, float* slope_of_cap) const {
+    if (after) {
+      for (Index i = 0; i < n * kLanes; i += kLanes) {
+        const Vec x = load(s + i) * factor, most = broadcast(kMaxFloat);
+        store(s + i, x > most ? most : x < -most ? -most : x);
+      }
+    }
+    if (cap == 0.0f) return;
+    for (Index i = 0; i < n * kLanes; i += kLanes) {
+      const Vec x = load(s + i), y = divides ? x / cap : x, u = tanh(y);
+      store(s + i, divides ? abs(y) < 0x1p-12f ? x : u * cap : u * cap);
+      if (slope_of_cap) store(slope_of_cap + i, 1.0f - u * u);
+    }
+  }
+};
 
 // One (batch entry or sequence, head): where its rows lie and which keys a query may attend to.
 template <class Element>
@@ -27,11 +73,14 @@ struct Head {
   Index live_begin, live_end;  // keys outside are padding for every query
   const Element *q, *k, *v;
   const char *mask, *bias;  // at (b, h, 0, 0)
-  float unit;               // 1 or log2 e: what the scores are multiplied with
-  float q_factor;           // folded into q when it is transposed
-  float slope;              // ALiBi's, in units; 0: none
+  Scaling scaling;
+  float slope;       // ALiBi's, in units of scaling; 0: none
+  float q_factor;    // folded into q when it is transposed, or into products on pairs
+  float to_log2;     // makes a difference of scores one of powers of two,
+  float to_natural;  // or natural
+  float sink;        // in the scores' units; -inf: none
 
-  Head(const Problem& p, Index b_, Index h_) : problem(p), b(b_), h(h_) {
+  Head(const Problem& p, Index b_, Index h_) : problem(p), b(b_), h(h_), scaling(p) {
     q_begin = p.cu_seqlens_q ? p.cu_seqlens_q[b] : 0;
     k_begin = p.cu_seqlens_k ? p.cu_seqlens_k[b] : 0;
     T = p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - q_begin : p.T;
@@ -44,9 +93,16 @@ struct Head {
     v = static_cast<const Element*>(p.v.data) + b * p.v.b + h_kv * p.v.h + k_begin * p.v.t;
     mask = at_head(p.mask);
     bias = at_head(p.bias);
-    unit = p.bias.data ? 1.0f : kLog2E;
-    q_factor = p.softcap > 0.0f ? p.scale / p.softcap : p.scale * unit;
+    const float unit = scaling.unit;
     slope = p.alibi_slopes ? p.alibi_slopes[b * p.alibi_stride_b + h] * unit : 0.0f;
+    to_log2 = kLog2E / unit, to_natural = 1.0f / unit;
+    q_factor = scaling.folded();
+    if (kPlanesOf<Element> == 1 && !edits_scores() && q_factor > 1.0f / Scaling::kHuge) {
+      to_log2 *= q_factor, to_natural *= q_factor;  // products stay what they are
+      q_factor = 1.0f;
+    }
+    sink = p.sinks ? p.sinks[h] : -kInfinity;
+    if (sink > -kInfinity) sink = clamp_finite(sink / to_natural);
     live_begin = 0, live_end = S;
     if (mask && p.mask.t == 0) {  // key padding: nothing to do for the keys at either end
       while (live_end > 0 && !mask[(live_end - 1) * p.mask.d]) --live_end;
@@ -86,12 +142,9 @@ struct Head {
 
   // Whether scores are changed after the products, but by position.
   bool edits_scores() const {
-    return problem.softcap > 0.0f || slope != 0.0f || mask != nullptr || bias != nullptr;
+    return problem.softcap > 0.0f || scaling.after || slope != 0.0f || mask != nullptr ||
+           bias != nullptr;
   }
-
-  // Multiplies a score to make it natural, or to make it a power of two.
-  float to_natural() const { return bias ? 1.0f : kLn2; }
-  float to_log2() const { return bias ? kLog2E : 1.0f; }
 };
 
 struct Column {
@@ -252,14 +305,7 @@ ATTNFAST_NOINLINE void score_tile(const Head<Element>& head, const Column& colum
   }
   scores.template run<false>(n, s, nullptr);
 
-  if (p.softcap > 0.0f) {
-    const float cap = p.softcap * head.unit;
-    for (Index i = 0; i < n * kColumn; i += kLanes) {
-      const Vec x = tanh(load(s + i));
-      store(s + i, x * cap);
-      if (slope_of_cap) store(slope_of_cap + i, 1.0f - x * x);
-    }
-  }
+  if (p.softcap > 0.0f || head.scaling.after) head.scaling.finish(n * kTileVecs, s, slope_of_cap);
   if (head.slope != 0.0f) {
     for (Index lane = 0; lane < kColumn; lane += kLanes) {
       const IVec t = positions(column, head.shift, lane);
@@ -291,7 +337,7 @@ ATTNFAST_NOINLINE void score_tile(const Head<Element>& head, const Column& colum
         if (key + j >= column.inner_begin && key + j < column.inner_end) continue;
         float* x = s + j * kColumn + lane;
         const IVec ahead = static_cast<int32_t>(key + j) - t;
-        store(x, (ahead <= right) & (ahead >= -left) ? load(x) : masked);
+        store(x, ((ahead <= right) & (ahead >= -left)) ? load(x) : masked);
       }
     }
   }
@@ -459,8 +505,9 @@ inline bool outgrows_cache(const Problem& p, Index S) {
 constexpr Index kTallBlock = 128, kLowBlock = 64;
 
 inline Index queries_per_block(const Problem& p) {
-  const Index tall = p.B * p.H * ((p.T + kTallBlock - 1) / kTallBlock);
-  return tall < 4 * usable_threads(p.num_threads) ? kLowBlock : kTallBlock;
+  Index tall = p.B * ((p.T + kTallBlock - 1) / kTallBlock);
+  if (p.cu_seqlens_q) tall = min_of(tall, p.B + p.cu_seqlens_q[p.B] / kTallBlock);
+  return tall * p.H < 4 * usable_threads(p.num_threads) ? kLowBlock : kTallBlock;
 }
 
 }  // namespace attnfast::cpu::ATTNFAST_ISA

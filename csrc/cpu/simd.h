@@ -12,6 +12,9 @@
 #include <immintrin.h>
 #endif
 
+#if !(__clang_major__ >= 14 || __GNUC__ >= 12)
+#error "attnfast's CPU kernels need g++ 12 or clang 14, or newer"
+#endif
 #ifndef ATTNFAST_ISA
 #error "compile with -DATTNFAST_ISA=portable|avx2|avx512|avx512_bf16|amx|lanes16|tiles16"
 #endif
@@ -218,7 +221,6 @@ ATTNFAST_INLINE void multiply_wide(UVec a, uint32_t b, UVec* high, UVec* low) {
 }
 
 // Transposes the kLanes x kLanes tile whose rows are r[0], r[1], ...
-#if defined(__clang__) || __GNUC__ >= 12
 template <int... I>
 ATTNFAST_INLINE Vec shuffle(Vec a, Vec b) {
   return __builtin_shufflevector(a, b, I...);
@@ -280,8 +282,5 @@ ATTNFAST_INLINE void transpose_tile(Vec* r) {
   r[3] = shuffle<2, 3, 6, 7>(t[1], t[3]);
 #endif
 }
-#else
-#error "attnfast's CPU kernels need g++ 12 or clang 14, or newer"
-#endif
 
 }  // namespace attnfast::cpu::ATTNFAST_ISA

@@ -1,6 +1,6 @@
 // The gradient of a bias, ds summed over the dimensions that the bias broadcasts, in a fixed order.
 // Each block owns a tile of the bias, and goes through all that share it.
-//   dbias = sum of p (Z dP + row - dH s)
+//   dbias = sum of p (Z dP + row - dH (s - m))
 // Grid:   (bias's batch entry, bias's head, block of kM queries or 1, block of kN keys or 1)
 // Memory: tiles of q, do, k and v in shared memory; s, dP and the sum in registers
 // Limits: D and D_v up to kD; bf16, fp16
@@ -76,7 +76,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
     commit_copies();
     wait_copies<0>();
     sync_block();  // all four are here
-    const ScoreOptions options(p, head);
+    const ScoreOptions options(arguments, head);
     const Philox philox(p, arguments.dropout, head.b, head.h);
     const OwnTerms<1> terms(TermRows(arguments, head.b, head.h), t0, head.T, lane);
     float s[1][kN / 8][4] = {}, dp[1][kN / 8][4] = {};

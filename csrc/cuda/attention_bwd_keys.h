@@ -9,6 +9,7 @@
 #pragma once
 #include "gradients.h"
 #include "launch.h"
+#include "prims/opaque.h"
 
 namespace attnfast::cuda {
 
@@ -22,10 +23,11 @@ struct MovingTerms {
 
   ATTNFAST_DEVICE void of_columns(int n) {
     const uint32_t at = rows + (n * 4 + lane % 4) * 8;
-    const auto norm = load_shared<Floats2>(at), row = load_shared<Floats2>(at + kTermBytes);
+    const auto m = load_shared<Floats2>(at), log2_l = load_shared<Floats2>(at + kTermBytes);
+    const auto row = load_shared<Floats2>(at + 2 * kTermBytes);
     Floats2 spread{0.0f, 0.0f};
-    if (has_spread) spread = load_shared<Floats2>(at + 2 * kTermBytes);
-    of[0] = {norm.x, row.x, spread.x}, of[1] = {norm.y, row.y, spread.y};
+    if (has_spread) spread = load_shared<Floats2>(at + 3 * kTermBytes);
+    of[0] = {m.x, log2_l.x, row.x, spread.x}, of[1] = {m.y, log2_l.y, row.y, spread.y};
   }
   ATTNFAST_DEVICE RowTerms operator()(int, int e) const { return of[e % 2]; }
 };
@@ -60,17 +62,18 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
   // Fetches the tile of queries from t0 on of head.h into a stage.
   const auto fetch = [&](uint32_t stage, int t0) {
     const uint32_t terms = stage + 2 * Shape::kMoveBytes;
+    const bool all = kPlain && !crosses_edge(head, t0, kMove, s_block, kStay);
     load_tile<kD, kMove, kThreads, !kPlain>(
-        stage, head.queries_of<Element>(p.q, p.D, arguments.q_aligned), t0);
+        stage, known_queries<Element>(p, head, arguments.q_aligned, all), t0);
     load_tile<kD, kMove, kThreads, !kPlain>(
         stage + Shape::kMoveBytes,
         head.queries_of<Element>(p.grad_out, p.D_v, arguments.grad_out_aligned), t0);
     constexpr int kChunks = Shape::kTermBytes / 16;
     const int which = thread_index() / kChunks, chunk = thread_index() % kChunks;
     const TermRows rows(arguments, head.b, head.h);
-    const float* from = which == 0 ? rows.norm : which == 1 ? rows.row : rows.spread;
-    if (which < (rows.spread ? 3 : 2)) {
-      copy_async(terms + which * Shape::kTermBytes + chunk * 16, from + t0 + chunk * 4, 16);
+    if (which < rows.planes) {
+      copy_async(terms + which * Shape::kTermBytes + chunk * 16,
+                 rows.m + which * rows.plane + t0 + chunk * 4, 16);
     }
   };
 
@@ -103,19 +106,19 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
     }
 
     if (s0 < head.S) {
+      // Anew in each turn: kept, it takes a register that D = 64 lacks (sm_75 spilled 100 bytes).
+      const int lane = opaque(thread_index()) % kWarpSize;
       const uint32_t q_rows = stage, do_rows = q_rows + Shape::kMoveBytes;
       const uint32_t term_rows = do_rows + Shape::kMoveBytes;
       head.h = h;
-      const ScoreOptions options(p, head);
+      const ScoreOptions options(arguments, head);
       const bool edge = crosses_edge(head, t0, kMove, s0, kRowTiles * 16);
       float s[kRowTiles][kMove / 8][4] = {}, dp[kRowTiles][kMove / 8][4] = {};
       float capped[kPlain ? 1 : kRowTiles][kMove / 8][4];
       uint32_t live = ~0u, kept[kRowTiles];
       ATTNFAST_UNROLL for (int m = 0; m < kRowTiles; ++m) kept[m] = ~0u;
       add_rows_times_rows<Element, kD>(s, k_tile + own, q_rows, lane);
-      if constexpr (kPlain) {
-        if (edge) options.mask_positions<true>(s, head, t0, s0, lane);
-      } else {
+      if constexpr (!kPlain) {
         options.apply<true>(s, head, t0, s0, lane, edge, capped);
         if (options.drops_keys()) live = live_columns(s);
         philox.stream = static_cast<uint32_t>(head.b * p.H + head.h);
@@ -131,6 +134,10 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
       }
       const MovingTerms<Shape::kTermBytes> terms{term_rows, lane, !kPlain && p.grad_entropy};
       score_gradients<kPlain>(s, dp, options, kept, keep, kPlain ? nullptr : capped, terms);
+      if (kPlain && edge) {
+        options.mask_positions<true>(s, head, t0, s0, lane, 0.0f);
+        options.mask_positions<true>(dp, head, t0, s0, lane, 0.0f);
+      }
       if constexpr (kWantsV) {
         add_registers_times_rows<Element, kD, !kPlain>(dv, s, do_rows, live, lane);
       }

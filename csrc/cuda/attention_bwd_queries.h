@@ -18,27 +18,27 @@ struct OwnTerms {
   ATTNFAST_DEVICE OwnTerms(const TermRows& rows, int t0, int T, int lane) {
     ATTNFAST_UNROLL for (int r = 0; r < 2 * kRowTiles; ++r) {
       const int t = t0 + r * 8 + lane / 4;
-      of[r] = {kInfinity, 0.0f, 0.0f};
-      if (t >= T) continue;
-      of[r].norm = load_global(rows.norm + t), of[r].row = load_global(rows.row + t);
-      if (rows.spread) of[r].spread = load_global(rows.spread + t);
+      if (t < T) of[r] = rows.load(t);
     }
   }
   ATTNFAST_DEVICE void of_columns(int) {}
   ATTNFAST_DEVICE RowTerms operator()(int m, int e) const { return of[2 * m + e / 2]; }
 };
 
-// The same of plain calls, from shared memory.
+// The same of plain calls, from shared memory, anew each time: kept, they take registers.
+template <int kTermBytes>
 struct SharedTerms {
-  RowTerms of[2];
+  uint32_t rows;  // the warp's first
+  int lane;
+  RowTerms of[2] = {};
 
-  ATTNFAST_DEVICE SharedTerms(uint32_t norms, uint32_t rows, int t0, int lane) {
+  ATTNFAST_DEVICE void of_columns(int) {
     ATTNFAST_UNROLL for (int r = 0; r < 2; ++r) {
-      const int t = t0 + r * 8 + lane / 4;
-      of[r] = {load_shared<float>(norms + t * 4), load_shared<float>(rows + t * 4), 0.0f};
+      const uint32_t at = rows + (r * 8 + lane / 4) * 4;
+      of[r] = {load_shared<float>(at), load_shared<float>(at + kTermBytes),
+               load_shared<float>(at + 2 * kTermBytes), 0.0f};
     }
   }
-  ATTNFAST_DEVICE void of_columns(int) {}
   ATTNFAST_DEVICE RowTerms operator()(int, int e) const { return of[e / 2]; }
 };
 
@@ -60,7 +60,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
   const int t0 = t_block + warp * kRowTiles * 16;  // the warp's first query
   const int t_last = min_of(t_block + kStay, head.T) - 1;
   const int key_begin = head.first_key(t_block) / kMove * kMove, key_end = head.end_key(t_last);
-  const ScoreOptions options(p, head);
+  const ScoreOptions options(arguments, head);
   const Philox philox(p, arguments.dropout, head.b, head.h);
   const float keep = dropout_factor(p);
   const OwnTerms<kRowTiles> terms(TermRows(arguments, head.b, head.h), t0, head.T, lane);
@@ -107,9 +107,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
       uint32_t live = ~0u, kept[kRowTiles];
       ATTNFAST_UNROLL for (int m = 0; m < kRowTiles; ++m) kept[m] = ~0u;
       add_rows_times_rows<Element, kD>(s, q_tile + own, k_rows, lane);
-      if constexpr (kPlain) {
-        if (edge) options.mask_positions<false>(s, head, t0, s0, lane);
-      } else {
+      if constexpr (!kPlain) {
         options.apply<false>(s, head, t0, s0, lane, edge, capped);
         if (options.drops_keys()) live = live_columns(s);
         if (philox.threshold) {
@@ -123,6 +121,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
         }
       }
       score_gradients<kPlain>(s, dp, options, kept, keep, kPlain ? nullptr : capped, terms);
+      if (kPlain && edge) options.mask_positions<false>(dp, head, t0, s0, lane, 0.0f);
       add_registers_times_rows<Element, kD, !kPlain>(dq, dp, k_rows, live, lane);
     }
     if (Shape::kStages == 1 && s0 + kMove < key_end) {

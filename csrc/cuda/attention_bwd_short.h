@@ -22,7 +22,7 @@ struct ShortShape {
   // Rows of a product's other side at a time; 32 would spill at 128.
   static constexpr int kPart = kD == 128 ? 16 : 32;
   static constexpr int kTileBytes = kShort * kD * 2, kTermBytes = kShort * 4;
-  static constexpr int kSharedBytes = 4 * kTileBytes + 2 * kTermBytes;
+  static constexpr int kSharedBytes = 4 * kTileBytes + 3 * kTermBytes;
 };
 
 // Writes a warp's 16 rows of sums times `factor`, rounded to Element, and past shared memory, which
@@ -65,7 +65,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
   // Shared memory
   const uint32_t k_tile = shared_memory(), v_tile = k_tile + Shape::kTileBytes;
   const uint32_t q_tile = v_tile + Shape::kTileBytes, do_tile = q_tile + Shape::kTileBytes;
-  const uint32_t norms = do_tile + Shape::kTileBytes, rows = norms + Shape::kTermBytes;
+  const uint32_t rows = do_tile + Shape::kTileBytes;
   const uint32_t own = warp * 16 * kD * 2;  // the warp's rows of any tile
   // Loads a query head's q and do with their row terms; with the first, k and v, which stay.
   const auto load = [&](const Head& head, bool with_keys) {
@@ -75,15 +75,20 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
     } else {
       sync_block();  // no warp reads the last head's rows any more
     }
-    load_tile<kD, kShort, kThreads, false>(q_tile, head.queries_of<Element>(p.q, p.D, true), 0);
+    const bool all = !crosses_edge(head, 0, head.T, 0, head.S);
+    const auto q = known_queries<Element>(p, head, true, all);
+    ATTNFAST_NO_UNROLL for (int t = 0; t < kShort; t += 32) {  // unrolled, it would spill at 128
+      load_tile<kD, 32, kThreads, false>(q_tile + t * kD * 2, q, t);
+    }
     load_tile<kD, kShort, kThreads, false>(do_tile,
                                            head.queries_of<Element>(p.grad_out, p.D_v, true), 0);
     commit_copies();
     for (int t = thread_index() / kLanesPerRow; t < kShort; t += kThreads / kLanesPerRow) {
       const RowTerms terms = row_terms<Element>(a, head, t, thread_index() % kLanesPerRow);
       if (thread_index() % kLanesPerRow > 0) continue;
-      store_shared(norms + t * 4, terms.norm);
-      store_shared(rows + t * 4, terms.row);
+      store_shared(rows + t * 4, terms.m);
+      store_shared(rows + Shape::kTermBytes + t * 4, terms.log2_l);
+      store_shared(rows + 2 * Shape::kTermBytes + t * 4, terms.row);
     }
     wait_copies<0>();
     sync_block();  // tiles and terms are here
@@ -96,19 +101,19 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
     const Head head(p, a.rows_q, a.rows_k, b, first_head + g);
     load(head, g == group - 1);
     if (own_first >= head.T) continue;
-    const ScoreOptions options(p, head);
-    const SharedTerms terms(norms, rows, own_first, lane);
+    const ScoreOptions options(a, head);
+    const SharedTerms<Shape::kTermBytes> terms{rows + own_first * 4, lane};
     const int key_end = head.end_key(min_of(own_first + 16, head.T) - 1);
     float dq[1][kD / 8][4] = {};
     for (int s0 = head.first_key(own_first) / kPart * kPart; s0 < key_end; s0 += kPart) {
       const uint32_t k_rows = k_tile + s0 * kD * 2, v_rows = v_tile + s0 * kD * 2;
       float s[1][kPart / 8][4] = {}, dp[1][kPart / 8][4] = {};
       add_rows_times_rows<Element, kD>(s, q_tile + own, k_rows, lane);
-      if (crosses_edge(head, own_first, 16, s0, kPart)) {
-        options.mask_positions<false>(s, head, own_first, s0, lane);
-      }
       add_rows_times_rows<Element, kD>(dp, do_tile + own, v_rows, lane);
       score_gradients<true>(s, dp, options, kept, 1.0f, uncapped, terms);
+      if (crosses_edge(head, own_first, 16, s0, kPart)) {
+        options.mask_positions<false>(dp, head, own_first, s0, lane, 0.0f);
+      }
       add_registers_times_rows<Element, kD, false>(dq, dp, k_rows, ~0u, lane);
     }
     auto* out = head.rows_to<Element>(p.dq, head.h, head.q_begin);
@@ -123,18 +128,19 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
     const Head head(p, a.rows_q, a.rows_k, b, first_head + g);
     if (g > 0) load(head, false);
     if (own_first >= head.S) continue;
-    const ScoreOptions options(p, head);
+    const ScoreOptions options(a, head);
     const int query_end = head.end_query(min_of(own_first + 16, head.S) - 1);
     for (int t0 = head.first_query(own_first) / kPart * kPart; t0 < query_end; t0 += kPart) {
       const uint32_t q_rows = q_tile + t0 * kD * 2, do_rows = do_tile + t0 * kD * 2;
       float s[1][kPart / 8][4] = {}, dp[1][kPart / 8][4] = {};
       add_rows_times_rows<Element, kD>(s, k_tile + own, q_rows, lane);
-      if (crosses_edge(head, t0, kPart, own_first, 16)) {
-        options.mask_positions<true>(s, head, t0, own_first, lane);
-      }
       add_rows_times_rows<Element, kD>(dp, v_tile + own, do_rows, lane);
-      const MovingTerms<Shape::kTermBytes> terms{norms + t0 * 4, lane, false};
+      const MovingTerms<Shape::kTermBytes> terms{rows + t0 * 4, lane, false};
       score_gradients<true>(s, dp, options, kept, 1.0f, uncapped, terms);
+      if (crosses_edge(head, t0, kPart, own_first, 16)) {
+        options.mask_positions<true>(s, head, t0, own_first, lane, 0.0f);
+        options.mask_positions<true>(dp, head, t0, own_first, lane, 0.0f);
+      }
       add_registers_times_rows<Element, kD, false>(dv, s, do_rows, ~0u, lane);
       add_registers_times_rows<Element, kD, false>(dk, dp, q_rows, ~0u, lane);
     }

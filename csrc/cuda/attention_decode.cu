@@ -101,8 +101,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
   const auto v = cached<Element>(p, p.v, b, h_kv, reach_begin, length, p.D_v, a.v_aligned);
 
   // The lane's two rows of queries
-  const float unit = p.bias.data ? 1.0f : kLog2E, to_log2 = p.bias.data ? kLog2E : 1.0f;
-  const float factor = p.softcap > 0.0f ? p.scale / p.softcap : p.scale * unit;
+  const Units& units = a.units;
   int t[2];
   float slope[2] = {};
   int64_t bias_at[2];
@@ -110,7 +109,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
     const int row = min_of(row_block + r * 8 + lane / 4, group * T - 1);
     const int h = h_kv * group + row / T;
     t[r] = row % T;
-    if (p.alibi_slopes) slope[r] = unit * load_global(p.alibi_slopes + b * p.alibi_stride_b + h);
+    if (p.alibi_slopes) {
+      slope[r] = units.natural * load_global(p.alibi_slopes + b * p.alibi_stride_b + h);
+    }
     bias_at[r] = b * p.bias.b + h * p.bias.h + t[r] * p.bias.t;
   }
 
@@ -134,14 +135,14 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
     ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
       ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
         const int r = e / 2, key = s0 + n * 8 + lane % 4 * 2 + e % 2, ahead = key - t[r] - shift;
-        float x = s[0][n][e] * factor;
-        if (p.softcap > 0.0f) x = p.softcap * unit * tanhf(x);
+        float x = s[0][n][e] * units.factor;
+        if (units.softcap > 0.0f) x = units.softcap * tanhf(x * units.uncap);
         x -= slope[r] * fabsf(static_cast<float>(ahead));
         if (key >= key_end || ahead > 0 || (p.window_left >= 0 && ahead < -p.window_left)) {
           x = -kInfinity;
         } else if (p.bias.data) {
           const float addend = load_addend(p.bias, bias_at[r] + key * p.bias.d);
-          x = addend == -kInfinity ? addend : x + addend;
+          x = addend == -kInfinity ? addend : fmaf(addend, units.natural, x);
         }
         s[0][n][e] = x;
       }
@@ -160,14 +161,15 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
       }
       top = fmaxf(top, shuffle_xor(top, 1));
       top = fmaxf(top, shuffle_xor(top, 2));
-      const float base = top == -kInfinity ? 0.0f : top, keep = exp2_fast((m[r] - base) * to_log2);
+      const float base = top == -kInfinity ? 0.0f : top;
+      const float keep = exp2_fast((m[r] - base) * units.to_log2);
       m[r] = top, l[r] *= keep;
       ATTNFAST_UNROLL for (int n = 0; n < kD / 8; ++n) {
         acc[0][n][2 * r] *= keep, acc[0][n][2 * r + 1] *= keep;
       }
       ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
         ATTNFAST_UNROLL for (int e = 2 * r; e < 2 * r + 2; ++e) {
-          s[0][n][e] = exp2_fast((s[0][n][e] - base) * to_log2);
+          s[0][n][e] = exp2_fast((s[0][n][e] - base) * units.to_log2);
           l[r] += s[0][n][e];
         }
       }
@@ -203,7 +205,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
     }
     const float base = top == -kInfinity ? 0.0f : top;
     ATTNFAST_UNROLL for (int w = 0; w < Shape::kWarps; ++w) {
-      const float share = exp2_fast((of[w].x - base) * to_log2);
+      const float share = exp2_fast((of[w].x - base) * units.to_log2);
       const auto x = load_shared<Floats2>(place_of(w, row, column / 2));
       sum += share * of[w].y, total.x += share * x.x, total.y += share * x.y;
     }

@@ -1,6 +1,6 @@
 // Attention forward, one warp per 16 or 32 query rows (FlashAttention-2, arXiv:2307.08691,
 // Algorithm 1).
-//   o = softmax(scale * q k^T + bias) v        lse = logsumexp of the scores
+//   o = softmax(scale * q k^T + bias) v        lse = logsumexp of the scores = m + log l
 // Grid:   (batch entry, head, block of kM queries); the last queries, with causal the longest,
 //         come first
 // Memory: q, one tile of k and one of v in shared memory: v arrives during q k^T, the next k
@@ -76,7 +76,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   if (t_block >= head.T) return;
   const int t_last = min_of(t_block + kM, head.T) - 1;
   const int key_begin = head.first_key(t_block) / kN * kN, key_end = head.end_key(t_last);
-  const ScoreOptions options(p, head);
+  const ScoreOptions options(arguments, head);
   const Philox philox(p, arguments.dropout, head.b, head.h);
 
   // Shared memory
@@ -127,7 +127,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
     commit_copies();
     if (t0 >= head.T) continue;
 
-    const float factor = kPlain ? options.factor : options.to_log2();  // from the scores' units
+    const float to_log2 = arguments.units.to_log2;
     ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
       const int i = r / 2, half = r % 2 * 2;
       float m = softmax.m[r];
@@ -138,11 +138,11 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
       m = fmaxf(m, shuffle_xor(m, 2));
       const float base = m == -kInfinity ? 0.0f : m;
       const float past = softmax.m[r] - base;  // of the maximum, in units
-      const float keep = exp2_fast(past * factor);
+      const float keep = exp2_fast(past * to_log2);
       softmax.m[r] = m;
       if constexpr (!kPlain) {
         if (p.entropy) {
-          const float moved = past == -kInfinity ? 0.0f : past;
+          const float moved = keep > 0.0f ? past : 0.0f;
           moments.depth[r] = keep * (moments.depth[r] + moved * softmax.l[r]);
           moments.distance[r] *= keep;
         }
@@ -154,11 +154,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
       ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
         ATTNFAST_UNROLL for (int e = half; e < half + 2; ++e) {
           float& x = s[i][n][e];
-          if constexpr (kPlain) {
-            x = exp2_fast(fmaf(x, factor, -base * factor));
-          } else {
-            const float depth = x - base;
-            x = exp2_fast(depth * factor);
+          const float depth = x - base;  // first: at most 0, so that p is at most 1
+          x = exp2_fast(depth * to_log2);
+          if constexpr (!kPlain) {
             if (p.entropy && depth != -kInfinity) {
               const Position at = position_of<false>(t0, s0, i, n, e, lane);
               moments.depth[r] += x * depth;
@@ -186,7 +184,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   // Rows
   const auto [lane, t0, q_rows] = ForwardPlace<kD, kPlain>(t_block, q_tile);
   if (t0 >= head.T) return;
-  const float to_natural = kPlain ? p.scale : options.to_natural();
+  const Units& units = arguments.units;
   const float keep = dropout_factor(p);
   float norm[kRows];
   ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -203,11 +201,10 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
         depth += shuffle_xor(depth, 2), distance += shuffle_xor(distance, 2);
       }
       if (p.sinks) {
-        const float sink = load_global(p.sinks + head.h) * options.unit;
+        const float sink = load_global(p.sinks + head.h) * units.natural;
         const float top = fmaxf(m, sink), base = top == -kInfinity ? 0.0f : top;
-        const float to_log2 = options.to_log2();
-        past = exp2_fast((m - base) * to_log2);
-        const float p_sink = exp2_fast((sink - base) * to_log2);
+        past = exp2_fast((m - base) * units.to_log2);
+        const float p_sink = exp2_fast((sink - base) * units.to_log2);
         depth = past * depth;
         if (m != -kInfinity) depth += past * (m - base) * l;
         if (sink != -kInfinity) depth += p_sink * (sink - base);
@@ -219,14 +216,19 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
     norm[r] = l == 0.0f ? 0.0f : past * keep / l;
     if (lane % 4 == 0 && t < head.T) {
       const int64_t row = head.row_number(p, t);
-      const float lse = l == 0.0f ? -kInfinity : m * to_natural + logf(l);
-      store_global(p.lse + row, lse);
+      const bool any = l != 0.0f;  // keys, or a sink
+      const float log2_l = log2f(l), log_l = log2_l * kLn2;
+      store_global(p.lse + row, any ? m * units.to_natural + log_l : -kInfinity);
+      store_global(p.norm + row, any ? m : 0.0f);
+      store_global(p.norm + p.norm_plane + row, any ? log2_l : kInfinity);
       if constexpr (!kPlain) {
         if (p.entropy) {
-          const float entropy = l == 0.0f ? 0.0f : logf(l) - depth / l * to_natural;
-          store_global(p.max_logit + row, softmax.m[r] * to_natural);
+          const float entropy = any ? log_l - depth / l * units.to_natural : 0.0f;
+          const float focus = exp2_fast((softmax.m[r] - m) * units.to_log2) / l;
+          store_global(p.max_logit + row, softmax.m[r] * units.to_natural);
           store_global(p.entropy + row, entropy);
-          store_global(p.reach + row, l == 0.0f ? 0.0f : distance / l);
+          store_global(p.reach + row, any ? distance / l : 0.0f);
+          store_global(p.focus + row, any ? focus : 0.0f);
         }
       }
     }

@@ -115,7 +115,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ProbabilityShape<kD>::kThreads), 1)
     row[half] += shuffle_xor(row[half], 2);
     const int t = t0 + half * 8 + lane / 4;
     if (lane % 4 || t >= head.T) continue;
-    float* to = a.terms + p.B * p.H * a.padded + bh * a.padded + t;
+    float* to = TermRows(a, head.b, head.h).row(t);
     store_global(to, load_global(to) - row[half]);
   }
 }

@@ -20,8 +20,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
   const int64_t b = row / p.T / p.H, h = row / p.T % p.H, t = row % p.T;
   const int length = min_of(max_of(load_global(p.cache_seqlens + b), 0), static_cast<int>(p.S));
   const int64_t splits = min_of(splits_of(length), a.splits);
-  const float unit = p.bias.data ? 1.0f : kLog2E, to_log2 = p.bias.data ? kLog2E : 1.0f;
-  const float sink = p.sinks ? unit * load_global(p.sinks + h) : -kInfinity;
+  const float to_log2 = a.units.to_log2;
+  const float sink = p.sinks ? a.units.natural * load_global(p.sinks + h) : -kInfinity;
   float top = sink;
   for (int64_t i = 0; i < splits; ++i) top = fmaxf(top, load_global(a.softmax + i * rows + row).x);
   const float base = top == -kInfinity ? 0.0f : top;
@@ -42,8 +42,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
     store_global(out + column, Element{static_cast<uint16_t>(pack<Element>(sum * norm, 0.0f))});
   }
   if (thread_index() == 0) {
-    const float to_natural = p.bias.data ? 1.0f : kLn2;
-    store_global(p.lse + row, l == 0.0f ? -kInfinity : top * to_natural + logf(l));
+    store_global(p.lse + row, l == 0.0f ? -kInfinity : top * a.units.to_natural + logf(l));
   }
 }
 

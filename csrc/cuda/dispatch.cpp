@@ -21,10 +21,7 @@ bool aligned(const AnyView& x, int64_t columns) {
 }
 
 // Whether no option but positions is at work.
-bool plain(const Problem& p) {
-  return !p.mask.data && !p.bias.data && !p.alibi_slopes && !p.sinks && !(p.softcap > 0.0f) &&
-         !(p.dropout_p > 0.0) && p.scale > 0.0f;
-}
+bool plain(const Problem& p) { return has_raw_scores(p) && !p.mask.data && !(p.dropout_p > 0.0); }
 
 // What dispatch.py refuses with these reasons, before it comes to this.
 template <class Params>
@@ -58,7 +55,7 @@ void with_head_dim(const Params& p, Run run) {
 void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
                    int64_t rows_k, Stream stream) {
   refuse_on_turing(p, false, stream);
-  ForwardArguments a{p, dropout, rows_q, rows_k};
+  ForwardArguments a{p, units_of(p), dropout, rows_q, rows_k};
   a.q_aligned = aligned(p.q, p.D), a.k_aligned = aligned(p.k, p.D);
   a.v_aligned = aligned(p.v, p.D_v), a.out_aligned = aligned(p.out, p.D_v);
   const bool simple =
@@ -69,12 +66,12 @@ void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t ro
   });
 }
 
-int64_t backward_scratch(const BackwardParams& p) { return 3 * p.B * p.H * padded_rows(p.T); }
+int64_t backward_scratch(const BackwardParams& p) { return 4 * p.B * p.H * padded_rows(p.T); }
 
 void attention_bwd(const BackwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
                    int64_t rows_k, const int64_t (&bias_sizes)[4], float* scratch, Stream stream) {
   refuse_on_turing(p, true, stream);
-  BackwardArguments a{p, dropout, rows_q, rows_k, {}, scratch, padded_rows(p.T)};
+  BackwardArguments a{p, units_of(p), dropout, rows_q, rows_k, {}, scratch, padded_rows(p.T)};
   a.bias = {bias_sizes[0], bias_sizes[1], bias_sizes[2], bias_sizes[3]};
   a.q_aligned = aligned(p.q, p.D), a.k_aligned = aligned(p.k, p.D);
   a.v_aligned = aligned(p.v, p.D_v), a.out_aligned = aligned(p.out, p.D_v);
@@ -96,7 +93,7 @@ void attention_decode(const DecodeParams& p, float* scratch, Stream stream) {
   refuse_on_turing(p, false, stream);
   const int64_t splits = most_splits(p.S), rows = p.B * p.H * p.T;
   auto* softmax = reinterpret_cast<Floats2*>(scratch);
-  DecodeArguments a{p, splits, 0, scratch + 2 * splits * rows, softmax};
+  DecodeArguments a{p, units_of(p), splits, 0, scratch + 2 * splits * rows, softmax};
   a.q_aligned = aligned(p.q, p.D), a.k_aligned = aligned(p.k, p.D);
   a.v_aligned = aligned(p.v, p.D_v);
   with_head_dim(p, [&](auto head_dim) { run_attention_decode<head_dim()>(a, stream); });

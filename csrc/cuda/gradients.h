@@ -1,6 +1,7 @@
 // What the backward kernels share: tile sizes, and the step from scores and dP to ds (docs/math.md,
 // section 4).
-//   ds = p (Z (dP + dw) + row - dH s)    row = -delta + dlse + dH (lse - H), one number per query
+//   p = exp(s - m) / l
+//   ds = p (Z (dP + dw) + row - dH (s - m))    row = -delta + dlse + dH (log l - H), for each query
 #pragma once
 #include "arguments.h"
 #include "head.h"
@@ -23,9 +24,9 @@ struct BackwardShape {
   static constexpr int kStages = kD > (kSmall ? 96 : 192) ? 1 : 2;
   static constexpr int kStayBytes = kStay * kD * 2;  // of one of two tiles
   static constexpr int kMoveBytes = kMove * kD * 2;
-  // With the queries' norm, row and spread, where it is they that move.
+  // With the queries' row terms, where it is they that move.
   static constexpr int kTermBytes = kMove * 4;
-  static constexpr int kStageBytes = 2 * kMoveBytes + 3 * kTermBytes;
+  static constexpr int kStageBytes = 2 * kMoveBytes + 4 * kTermBytes;
   static constexpr int kSharedBytes = 2 * kStayBytes + kStages * kStageBytes;
   static constexpr bool kOnTuring = kSharedBytes <= kTuringShared;
   static_assert(kSmall ? kOnTuring : kSharedBytes <= kSharedLimit);
@@ -42,11 +43,36 @@ void with_shape(Stream stream, Run run) {
   run(std::false_type());
 }
 
-// Of one query: what is subtracted from its scores, lse in their units, +inf where it has no key;
-// the `row` above; and dH for scores in units.
+// Of one query: its norm as forward left it, the `row` above, and dH for scores in units.
 struct RowTerms {
-  float norm, row, spread;
+  float m = 0.0f, log2_l = kInfinity;  // those of a query without keys
+  float row = 0.0f, spread = 0.0f;
 };
+
+// s - m where it is multiplied with p: it ends where p is 0, before dH times it is infinite.
+ATTNFAST_DEVICE float depth_of(float x, float m, const Units& units) {
+  return fmaxf(x - m, units.deepest);
+}
+
+// A head's queries; those whose softmax is NaN read as zero. Their row terms make NaN of what they
+// attend to, and q would make it of other keys as well.
+template <class Element>
+struct KnownQueries : Rows<Element> {
+  const float* log2_l;  // of the head's queries; null: all known, or attending to all keys at hand
+
+  ATTNFAST_DEVICE bool has(int r) const {
+    if (!Rows<Element>::has(r)) return false;
+    if (!log2_l) return true;
+    const float x = load_global(log2_l + r);
+    return x == x;
+  }
+};
+template <class Element>
+ATTNFAST_DEVICE KnownQueries<Element> known_queries(const BackwardParams& p, const Head& head,
+                                                    bool aligned, bool all) {
+  return {head.queries_of<Element>(p.q, p.D, aligned),
+          all ? nullptr : p.norm + p.norm_plane + head.row_number(p, 0)};
+}
 
 // The gradient of the returned weights: of the mean, each head's share.
 struct WeightGradient {
@@ -77,7 +103,7 @@ struct WeightGradient {
   }
 };
 
-// Scores to p Z, and dP to dx, the gradient of scale * q k^T.
+// Scores to p Z, and dP to dx, the gradient of scale * q k^T. Plain calls mask both afterwards.
 //   terms            terms.of_columns(n), then terms(m, e): the RowTerms of an element's query
 //   kept, keep       dropout's bits as kept_by_dropout has them, and 1 / (1 - dropout_p)
 //   capped           d capped / d uncapped; null: 1
@@ -92,28 +118,39 @@ ATTNFAST_DEVICE void score_gradients(float (&s)[kM][kN][4], float (&dp)[kM][kN][
         const RowTerms of = terms(m, e);
         const float x = s[m][n][e];
         if constexpr (kPlain) {
-          const float p = exp2_fast(fmaf(x, options.factor, -of.norm));
+          const float p = exp2_fast(fmaf(x - of.m, options.units.to_log2, -of.log2_l));
           s[m][n][e] = p;
-          dp[m][n][e] = x == -kInfinity ? 0.0f : p * (dp[m][n][e] + of.row);
+          dp[m][n][e] = p * (dp[m][n][e] + of.row);
         } else {
-          const float p = exp2_fast((x - of.norm) * options.to_log2());
+          const bool masked = x == -kInfinity;
+          const float depth = depth_of(x, of.m, options.units);
+          const float p = exp2_fast(fmaf(depth, options.units.to_log2, -of.log2_l));
           const float z = kept[m] >> (n * 4 + e) & 1 ? keep : 0.0f;
-          const float ds = p * (z * dp[m][n][e] + of.row - of.spread * x);
-          s[m][n][e] = p * z;
-          dp[m][n][e] = x == -kInfinity ? 0.0f : ds * (capped ? capped[m][n][e] : 1.0f);
+          const float ds = p * (z * dp[m][n][e] + of.row - of.spread * depth);
+          s[m][n][e] = masked ? 0.0f : p * z;
+          dp[m][n][e] = masked ? 0.0f : ds * (capped ? capped[m][n][e] : 1.0f);
         }
       }
     }
   }
 }
 
-// The row terms of a head's queries; `spread` is zero without a gradient of the entropy.
+// The row terms of a head's queries, as many planes as there are: without a gradient of the entropy
+// no spread.
 struct TermRows {
-  const float *norm, *row, *spread;
+  float* m;
+  int64_t plane;
+  int planes;
 
-  ATTNFAST_DEVICE TermRows(const BackwardArguments& a, int64_t b, int64_t h) {
-    const int64_t at = (b * a.p.H + h) * a.padded, all = a.p.B * a.p.H * a.padded;
-    norm = a.terms + at, row = norm + all, spread = a.p.grad_entropy ? row + all : nullptr;
+  ATTNFAST_DEVICE TermRows(const BackwardArguments& a, int64_t b, int64_t h)
+      : m(a.terms + (b * a.p.H + h) * a.padded),
+        plane(a.p.B * a.p.H * a.padded),
+        planes(a.p.grad_entropy ? 4 : 3) {}
+
+  ATTNFAST_DEVICE float* row(int64_t t) const { return m + 2 * plane + t; }
+  ATTNFAST_DEVICE RowTerms load(int64_t t) const {
+    return {load_global(m + t), load_global(m + plane + t), load_global(row(t)),
+            planes > 3 ? load_global(m + 3 * plane + t) : 0.0f};
   }
 };
 
@@ -149,17 +186,22 @@ ATTNFAST_DEVICE RowTerms row_terms(const BackwardArguments& a, const Head& head,
     }
   }
   for (int lanes = 1; lanes < kLanesPerRow; lanes *= 2) dot += shuffle_xor(dot, lanes);
-  RowTerms terms{kInfinity, 0.0f, 0.0f};
+  RowTerms terms;
   if (t >= head.T) return terms;
   const int64_t at = head.row_number(p, t);
-  const float lse = load_global(p.lse + at);
-  if (lse == -kInfinity) return terms;
-  terms.norm = p.bias.data ? lse : lse * kLog2E;
+  const float log2_l = load_global(p.norm + p.norm_plane + at);
+  if (log2_l == kInfinity) return terms;
+  terms.m = load_global(p.norm + at), terms.log2_l = log2_l;
+  // Nothing but the sink: o is zero, whatever do is.
+  if (dot != dot && p.sinks && log2_l == 0.0f &&
+      terms.m == load_global(p.sinks + head.h) * a.units.natural) {
+    dot = 0.0f;
+  }
   terms.row = -dot + (p.grad_lse ? load_global(p.grad_lse + at) : 0.0f);
   if (p.grad_entropy) {
     const float grad = load_global(p.grad_entropy + at);
-    terms.row += grad * (lse - load_global(p.entropy + at));
-    terms.spread = grad * (p.bias.data ? 1.0f : kLn2);
+    terms.row += grad * (log2_l * kLn2 - load_global(p.entropy + at));
+    terms.spread = grad * a.units.to_natural;
   }
   return terms;
 }

@@ -7,6 +7,8 @@
 
 namespace attnfast::cuda {
 
+constexpr int kFarthest = 1 << 30;  // what is added to it, up to 2^28 rows, leaves no overflow
+
 ATTNFAST_DEVICE int saturate(int64_t x) {
   return static_cast<int>(min_of<int64_t>(max_of<int64_t>(x, INT32_MIN), INT32_MAX));
 }
@@ -26,7 +28,7 @@ struct Head {
   int b, h, h_kv;
   int T, S;              // of this sequence
   int q_begin, k_begin;  // first row of this sequence (varlen), else 0
-  int shift;             // t' = t + shift
+  int shift;             // t' = t + shift, from -kFarthest to kFarthest
   int low, high;         // query t may attend to key s if low <= s - t <= high
 
   ATTNFAST_DEVICE Head(const Problem& p, int64_t rows_q, int64_t rows_k, int64_t b_, int64_t h_)
@@ -36,10 +38,10 @@ struct Head {
     q_begin = q.begin, k_begin = k.begin, T = q.end - q.begin, S = k.end - k.begin;
     int64_t by = p.align_offset + (p.align_per_batch ? load_global(p.align_per_batch + b) : 0);
     if (p.align_bottom_right) by += S - T;
-    shift = saturate(by);
+    shift = static_cast<int>(min_of<int64_t>(max_of<int64_t>(by, -kFarthest), kFarthest));
     low = p.window_left < 0 ? INT32_MIN : saturate(by - p.window_left);
     high = p.window_right < 0 ? INT32_MAX : saturate(by + p.window_right);
-    if (p.causal) high = min_of(high, shift);
+    if (p.causal) high = min_of(high, saturate(by));
   }
 
   // Query t may attend to keys first_key(t) <= s < end_key(t), if that is a range at all.

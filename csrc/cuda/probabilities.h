@@ -1,5 +1,5 @@
-// Tiles of probabilities from the saved lse, for the passes that follow the forward.
-//   p = exp(s - lse)
+// Tiles of probabilities from the saved norm, for the passes that follow the forward.
+//   p = exp(s - m) / l
 #pragma once
 #include "gradients.h"
 
@@ -12,18 +12,17 @@ struct ProbabilityShape {
   static constexpr int kSharedBytes = (kM + kN) * kD * 2;
 };
 
-// lse of a lane's two queries in the scores' units, +inf where there is no key, or no query.
+// The norm of a lane's two queries; 0 and inf where there is no key, or no query.
 struct OwnNorms {
-  float of[2];
+  float m[2] = {}, log2_l[2] = {kInfinity, kInfinity};
 
   template <class Params>
   ATTNFAST_DEVICE OwnNorms(const Params& p, const Head& head, int t0, int lane) {
     ATTNFAST_UNROLL for (int r = 0; r < 2; ++r) {
       const int t = t0 + r * 8 + lane / 4;
-      of[r] = kInfinity;
       if (t >= head.T) continue;
-      const float lse = load_global(p.lse + head.row_number(p, t));
-      if (lse != -kInfinity) of[r] = p.bias.data ? lse : lse * kLog2E;
+      const float* at = p.norm + head.row_number(p, t);
+      m[r] = load_global(at), log2_l[r] = load_global(at + p.norm_plane);
     }
   }
 };
@@ -49,7 +48,7 @@ ATTNFAST_DEVICE bool probability_tile(const Arguments& a, const Head& head, int 
   commit_copies();
   wait_copies<0>();
   sync_block();  // both are here
-  const ScoreOptions options(a.p, head);
+  const ScoreOptions options(a, head);
   const OwnNorms norms(a.p, head, t0, lane);
   ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
     ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) p[0][n][e] = 0.0f;
@@ -58,7 +57,8 @@ ATTNFAST_DEVICE bool probability_tile(const Arguments& a, const Head& head, int 
   options.apply<false>(p, head, t0, s0, lane, crosses_edge(head, t0, 16, s0, Shape::kN));
   ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
     ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
-      p[0][n][e] = exp2_fast((p[0][n][e] - norms.of[e / 2]) * options.to_log2());
+      const float depth = p[0][n][e] - norms.m[e / 2];
+      p[0][n][e] = exp2_fast(fmaf(depth, a.units.to_log2, -norms.log2_l[e / 2]));
     }
   }
   return true;

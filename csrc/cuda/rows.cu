@@ -1,6 +1,6 @@
 // Backward's numbers per query, before the walk over the keys, and the sinks' gradient after it.
-//   row = -rowsum(do o) + dlse + dH (lse - H)
-//   dsink = sum over b, t of p_sink (row - dH sink)
+//   row = -rowsum(do o) + dlse + dH (log l - H)
+//   dsink = sum over b, t of p_sink (row - dH (sink - m))
 // Grid:   rows: (batch entry, head, block of kRows queries), the padding included; sinks: (head)
 // Memory: registers; sinks: one number per warp in shared memory
 #include "gradients.h"
@@ -24,27 +24,27 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
     const int t = first + r;
     const RowTerms terms = row_terms<Element>(a, head, t, lane);
     if (lane > 0) continue;
-    const int64_t to = bh * a.padded + t, all = p.B * p.H * a.padded;
-    store_global(a.terms + to, terms.norm);
-    store_global(a.terms + all + to, terms.row);
-    if (p.grad_entropy) store_global(a.terms + 2 * all + to, terms.spread);
+    const TermRows to(a, head.b, head.h);
+    store_global(to.m + t, terms.m);
+    store_global(to.m + to.plane + t, terms.log2_l);
+    store_global(to.row(t), terms.row);
+    if (to.planes > 3) store_global(to.m + 3 * to.plane + t, terms.spread);
   }
 }
 
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
     attention_bwd_sinks_kernel(ATTNFAST_PARAMS BackwardArguments a) {
   const BackwardParams& p = a.p;
-  const int64_t h = block_index(), all = p.B * p.H * a.padded;
-  const float sink = load_global(p.sinks + h), unit = p.bias.data ? 1.0f : kLog2E;
+  const int64_t h = block_index();
+  const float sink = load_global(p.sinks + h) * a.units.natural;
   float sum = 0.0f;
   for (int64_t b = 0; b < p.B; ++b) {
-    const int64_t row = (b * p.H + h) * a.padded;
+    const TermRows rows(a, b, h);
     for (int64_t t = thread_index(); t < a.padded; t += kThreads) {
-      const float norm = load_global(a.terms + row + t);
-      const float share = exp2_fast((sink * unit - norm) * (p.bias.data ? kLog2E : 1.0f));
-      if (share == 0.0f) continue;
-      const float spread = p.grad_entropy ? load_global(a.terms + 2 * all + row + t) * unit : 0.0f;
-      sum += share * (load_global(a.terms + all + row + t) - spread * sink);
+      const RowTerms of = rows.load(t);
+      const float depth = depth_of(sink, of.m, a.units);
+      const float share = exp2_fast(fmaf(depth, a.units.to_log2, -of.log2_l));
+      if (share != 0.0f) sum += share * (of.row - of.spread * depth);
     }
   }
   for (int lanes = 1; lanes < kWarpSize; lanes *= 2) sum += shuffle_xor(sum, lanes);

@@ -2,9 +2,9 @@
 // masks, bias, ALiBi, softcap and dropout live.
 //
 // A warp's tile is [kM][kN][4]: 16 * kM queries by 8 * kN keys, or kTransposed, 16 * kM keys by 8 *
-// kN queries (tile.h says which lane holds what). Scores are in units of log2; with a bias in
-// natural units, since log2 e times a huge negative bias would overflow.
+// kN queries (tile.h says which lane holds what). Scores are in the Units of arguments.h.
 #pragma once
+#include "arguments.h"
 #include "head.h"
 #include "philox.h"
 #include "prims/prims.h"
@@ -24,6 +24,13 @@ ATTNFAST_DEVICE Position position_of(int t0, int s0, int m, int n, int e, int la
   return kTransposed ? Position{t0 + column, s0 + row} : Position{t0 + row, s0 + column};
 }
 
+// Finite where x is.
+ATTNFAST_DEVICE float narrowed(double x) {
+  const auto y = static_cast<float>(x);
+  if (fabsf(y) != kInfinity || fabs(x) == static_cast<double>(kInfinity)) return y;
+  return y > 0.0f ? kLargest : -kLargest;
+}
+
 // An element of a mask or a bias; of a mask, 0 where true and -inf where false.
 ATTNFAST_DEVICE float load_addend(const View& x, int64_t element) {
   switch (x.dtype) {
@@ -36,32 +43,26 @@ ATTNFAST_DEVICE float load_addend(const View& x, int64_t element) {
     case DType::kFloat16:
       return to_float(load_global(static_cast<const Float16*>(x.data) + element));
     default:
-      return static_cast<float>(load_global(static_cast<const double*>(x.data) + element));
+      return narrowed(load_global(static_cast<const double*>(x.data) + element));
   }
 }
 
 // The options that change scores, as one head sees them.
 struct ScoreOptions {
   View mask, bias;  // at (b, h, 0, 0)
-  float unit;       // 1 or log2 e: what natural scores are multiplied with
-  float factor;     // what raw products are multiplied with first
-  float softcap;    // in units; 0: none
-  float slope;      // ALiBi's, in units; 0: none
+  Units units;
+  float slope;  // ALiBi's, in units; 0: none
 
-  ATTNFAST_DEVICE ScoreOptions(const Problem& p, const Head& head) : mask(p.mask), bias(p.bias) {
-    unit = p.bias.data ? 1.0f : kLog2E;
-    factor = p.softcap > 0.0f ? p.scale / p.softcap : p.scale * unit;
-    softcap = p.softcap * unit;
-    slope = 0.0f;
-    if (p.alibi_slopes) {
-      slope = unit * load_global(p.alibi_slopes + head.b * p.alibi_stride_b + head.h);
+  template <class Arguments>
+  ATTNFAST_DEVICE ScoreOptions(const Arguments& a, const Head& head)
+      : mask(a.p.mask), bias(a.p.bias), units(a.units), slope(0.0f) {
+    if (a.p.alibi_slopes) {
+      slope = units.natural * load_global(a.p.alibi_slopes + head.b * a.p.alibi_stride_b + head.h);
     }
     mask_at = head.b * mask.b + head.h * mask.h;
     bias_at = head.b * bias.b + head.h * bias.h;
   }
 
-  ATTNFAST_DEVICE float to_log2() const { return bias.data ? kLog2E : 1.0f; }
-  ATTNFAST_DEVICE float to_natural() const { return bias.data ? 1.0f : kLn2; }
   // Whether keys may be left out that positions allow.
   ATTNFAST_DEVICE bool drops_keys() const { return mask.data || bias.data; }
 
@@ -83,13 +84,13 @@ struct ScoreOptions {
     };
     each([&](float x, Position, float* slope_of_cap) {
       if (slope_of_cap) *slope_of_cap = 1.0f;
-      return x * factor;
+      return x * units.factor;
     });
-    if (softcap > 0.0f) {
+    if (units.softcap > 0.0f) {
       each([&](float x, Position, float* slope_of_cap) {
-        const float u = tanhf(x);
+        const float u = tanhf(x * units.uncap);
         if (slope_of_cap) *slope_of_cap = 1.0f - u * u;
-        return softcap * u;
+        return units.softcap * u;
       });
     }
     if (slope != 0.0f) {
@@ -101,7 +102,7 @@ struct ScoreOptions {
       each([&](float x, Position at, float*) {
         if (at.t >= head.T || at.key >= head.S) return -kInfinity;
         const float addend = load_addend(bias, bias_at + at.t * bias.t + at.key * bias.d);
-        return addend == -kInfinity ? addend : x + addend;
+        return addend == -kInfinity ? addend : fmaf(addend, units.natural, x);
       });
     }
     if (mask.data) {
@@ -114,15 +115,15 @@ struct ScoreOptions {
     if (edge) mask_positions<kTransposed>(s, head, t0, s0, lane);
   }
 
-  // -inf where positions do not allow a query its key.
+  // `value` where positions do not allow a query its key.
   template <bool kTransposed, int kM, int kN>
   static ATTNFAST_DEVICE void mask_positions(float (&s)[kM][kN][4], const Head& head, int t0,
-                                             int s0, int lane) {
+                                             int s0, int lane, float value = -kInfinity) {
     ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
       ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
         ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
           const Position at = position_of<kTransposed>(t0, s0, m, n, e, lane);
-          if (at.key >= head.S || !head.in_reach(at.t, at.key)) s[m][n][e] = -kInfinity;
+          if (at.key >= head.S || !head.in_reach(at.t, at.key)) s[m][n][e] = value;
         }
       }
     }

@@ -84,6 +84,50 @@ def test_unattended_keys_may_hold_anything(case: Case, value: float) -> None:
     check(run(given, "cpu"), given)
 
 
+FAR = 2**31 - 1
+NEAR = replace(cut(Case(stats=1, alibi="h"), fp32), H=1)
+
+
+@pytest.mark.parametrize(
+    ("align", "window"),
+    [
+        (FAR, (FAR - 5, FAR)),
+        (-FAR, (FAR, FAR - 5)),
+        (2**30, (2**30, 2**30)),
+        (-(2**30), (2**30, 2**30)),
+        (-FAR, (FAR, FAR)),
+    ],
+)
+def test_positions_beyond_32_bits(align: int, window: tuple[int, int]) -> None:
+    """Shift and window add up in 64 bits; what is left of both is exact to the key."""
+    given = problem(replace(NEAR, align=align, window=window))
+    check(run(given, "cpu"), given)
+    entries = torch.full((1,), align).int()
+    given = problem(replace(NEAR, align="tensor", window=window))
+    given = given._replace(inputs=given.inputs._replace(align=entries))
+    check(run(given, "cpu"), given)
+
+
+@pytest.mark.parametrize("case", [
+    Case(causal=True), Case(window=(3, 2)), Case(causal=True, sinks=True), Case(mask="bts"),
+], ids=str)  # fmt: skip
+def test_a_query_of_nan_reaches_the_keys_that_it_attends(case: Case) -> None:
+    given = problem(replace(case, B=1, H=1, H_kv=1, T=35, S=37))
+    inputs = given.inputs
+    q = inputs.q.clone()
+    q[0, 0, 20, 3] = torch.nan
+    results = run(given._replace(inputs=inputs._replace(q=q)), "cpu")
+    attended = torch.arange(37) <= 20 if case.causal else torch.ones(37, dtype=torch.bool)
+    if inputs.mask is not None:
+        attended = inputs.mask[0, 0, 20]
+    if case.window != (-1, -1):
+        attended = (torch.arange(37) - 20).abs() <= 3
+        attended[23] = False
+    for name in ("dk", "dv"):
+        assert torch.equal(results[name][0, 0].isnan().any(-1), attended), name
+    assert torch.equal(results["dq"][0, 0].isnan().any(-1), torch.arange(35) == 20)
+
+
 def test_tiles_of_eight_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The least that the backward's tiles are anywhere: fp32 with D of 512 in 99 KB."""
     for name in ("dq", "dkdv", "dbias"):

@@ -1,0 +1,123 @@
+"""Which masks a model of transformers gets with attnfast, and why.
+
+Code that is made for fused attention gets bool masks, or none where being causal says it all:
+transformers' ``sdpa_mask``. All other code gets eager's float masks, which every model can take,
+and a warning that says why. What its classes and its module say of themselves decides, never a
+model's name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+NAME = "attnfast.integrations.transformers"
+UNKNOWN = "none of its models is loaded"
+# Code that takes a way of its own where the implementation is called "sdpa".
+ASKS_THE_NAME = re.compile(r"""_attn_implementation\s*(==|!=|in|not in)\s*[^\n:]*["']sdpa["']""")
+ALWAYS_CAUSAL = "self.is_causal = True"  # layers that are causal whenever they get no mask
+
+
+class Needs(NamedTuple):
+    """What models of one class of configuration need.
+
+    Attributes:
+        eager: Why they need eager's masks; None if they do not.
+        all_masks: Whether no mask at all would be taken for a causal one.
+    """
+
+    eager: str | None
+    all_masks: bool = False
+
+
+_needs: dict[type, Needs] = {}
+
+
+def attention_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
+    """What transformers' mask functions call under our name."""
+    masks = sys.modules["transformers.masking_utils"]
+    function = masks.eager_mask
+    if why_eager(config) is None:
+        function = masks.sdpa_mask
+        if _needs_of(type(config)).all_masks:
+            kwargs["allow_is_bidirectional_skip"] = False
+        if getattr(config, "use_bidirectional_attention", None) is True:  # of the layers alone
+            kwargs["allow_is_causal_skip"] = False
+    mask: Tensor | None = function(*args, config=config, **kwargs)
+    return mask
+
+
+def why_eager(config: Any) -> str | None:
+    """Why models of a configuration, or of its text model's, need eager's masks; None if not.
+
+    Warns once per class of configuration that does.
+    """
+    text = getattr(config, "text_config", None)
+    kinds = [type(config)] if text is None else [type(config), type(text)]
+    reasons: list[str | None] = [_needs_of(kind).eager for kind in kinds]
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def forget() -> None:
+    """Forget what was found, and thereby what was warned about."""
+    _needs.clear()
+
+
+@torch.compiler.assume_constant_result
+def _needs_of(kind: type) -> Needs:
+    if kind not in _needs:
+        found = _needs[kind] = _found(kind)
+        if found.eager is not None:
+            warnings.warn(
+                f"{NAME}: models of {kind.__name__} get the float masks of eager attention,"
+                f" T x S of them: {found.eager}",
+                stacklevel=4,
+            )
+    return _needs[kind]
+
+
+def _found(kind: type) -> Needs:
+    """From the classes and the source of the models that have this configuration."""
+    models = _models(kind)
+    if not models:
+        return Needs(UNKNOWN)
+    for model in models:
+        fused = model._supports_flash_attn and model._supports_attention_backend
+        if not (model._supports_sdpa or fused):
+            name = model.__name__
+            return Needs(f"{name} supports neither sdpa nor other fused attention")
+    all_masks = False
+    for module in sorted({model.__module__ for model in models}):
+        try:
+            source = inspect.getsource(sys.modules[module])
+        except (KeyError, OSError, TypeError):
+            return Needs(f"the source of {module} cannot be read")
+        if ASKS_THE_NAME.search(source):
+            return Needs(f"{module} does otherwise where attention is called 'sdpa'")
+        all_masks = all_masks or ALWAYS_CAUSAL in source
+    return Needs(None, all_masks)
+
+
+def _models(kind: type) -> list[Any]:
+    """Loaded models of a configuration or of its nearest base, or else those beside it."""
+    base = sys.modules["transformers.modeling_utils"].PreTrainedModel
+    loaded = sorted(set(_subclasses(base)), key=lambda model: model.__qualname__)
+    for ancestor in kind.__mro__:
+        found = [model for model in loaded if model.config_class is ancestor]
+        if found:
+            return found
+    package = kind.__module__.rpartition(".")[0]
+    return [model for model in loaded if package and model.__module__.startswith(f"{package}.")]
+
+
+def _subclasses(cls: Any) -> Iterator[Any]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)

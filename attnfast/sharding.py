@@ -1,0 +1,178 @@
+"""DTensor: along which dimensions the operators may be cut over a mesh of processes.
+
+Entries of a batch, and heads, do not know of each other: each may be cut, in every mesh dimension,
+heads into parts of whole groups. A tensor that they share (a broadcast mask or bias, sinks, the
+pages of a cache) is then whole everywhere, and its gradient a sum over the processes. Whatever is
+cut otherwise, along the sequence say, DTensor gathers first, as it does for torch's own attention;
+and with dropout everything, because its mask counts the entries and heads of the whole call.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from . import ops
+from .options import Inputs, Options
+from .requirements import fail
+from .subclasses import PLAIN, is_dtensor
+
+BATCH, HEADS = 0, 1
+SUM = "sum"  # every process has a part of the sum
+
+# One way to cut a call: for every result and every argument a dimension, SUM, or None for whole.
+Cut = tuple[list[Any], list[Any]]
+
+
+def register() -> None:
+    """Tell torch.distributed.tensor how every operator may be cut."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    every_argument_matters = RuntimeSchemaInfo(0)
+    rules: list[tuple[Any, Any, int | None]] = [(ops.SELF_ATTENTION, self_attention_cuts, None)]
+    for each in ops.DEFINED.values():
+        rules += [
+            (each.fwd, fwd_cuts, 1),
+            (each.bwd, bwd_cuts, 10),
+            (each.decode, decode_cuts, 1),
+        ]
+    for op, cuts, k in rules:
+        strategy = functools.partial(_strategy, cuts, k)
+        propagator.register_op_strategy(op, strategy, every_argument_matters)
+
+
+def fwd_cuts(*args: Any) -> Iterable[Cut]:
+    """Of ``NAME_fwd``; tensors are given as their shapes."""
+    inputs, options = Inputs(*args[:11]), Options(*args[11:])
+    for cut in _ways(inputs, options):
+        results = [
+            *(cut, cut, cut + 1),
+            cut + 1 if options.stats else None,
+            cut if options.stats == 2 else None,
+            cut if options.weights else None,
+        ]
+        yield results, [*_inputs(cut, inputs), *(None for _ in options)]
+
+
+def bwd_cuts(*args: Any) -> Iterable[Cut]:
+    """Of ``NAME_bwd``."""
+    need_dbias, need_dsinks = args[7:9]
+    inputs, options = Inputs(*args[9:20]), Options(*args[20:])
+    for cut in _ways(inputs, options):
+        dims = _inputs(cut, inputs)
+        dbias, dsinks = (SUM if dim is None else dim for dim in (dims.bias, dims.sinks))
+        results = [
+            *(cut, cut, cut),
+            dbias if need_dbias else None,
+            dsinks if need_dsinks else None,
+        ]
+        given = [cut, cut, cut, cut, cut, cut + 1, cut, None, None]
+        yield results, [*given, *dims, *(None for _ in options)]
+
+
+def decode_cuts(*args: Any) -> Iterable[Cut]:
+    """Of ``NAME_decode``."""
+    _, _, _, _, page_table, bias, alibi_slopes, _, *values = args
+    for cut in (BATCH, HEADS):
+        cache: int | None = cut
+        if page_table is not None:  # (P, page, H_kv, D)
+            cache = 2 if cut == HEADS else None
+        entries, heads = (0, None) if cut == BATCH else (None, 0)
+        shared = _where(cut, bias), _where(cut, alibi_slopes)
+        given = [cut, cache, cache, entries, entries, *shared, heads]
+        yield [cut, cut], [*given, *(None for _ in values)]
+
+
+def self_attention_cuts(*args: Any) -> Iterable[Cut]:
+    """Of the layer's operator, whose heads lie packed."""
+    _, _, batch_first, mask, bias, _, weights = args
+    batch = 0 if batch_first else 1
+    given = [batch, None, None, _where(BATCH, mask), _where(BATCH, bias), None, None]
+    yield [batch, 0 if weights else None], given
+
+
+def needs_operator(function: str, q: Tensor) -> None:
+    """Raise for a DTensor where the reference runs, whose positions and masks are no DTensors."""
+    if type(q) not in PLAIN and is_dtensor(q):
+        requirement = "a plain Tensor where the reference runs: to_local() is one"
+        fail(function, "q", requirement, f"a DTensor of {q.dtype}", TypeError)
+
+
+def needs_seed(function: str, q: Tensor) -> None:
+    """Raise for a DTensor without a seed of dropout: every process would draw its own."""
+    if type(q) not in PLAIN and is_dtensor(q):
+        raise ValueError(
+            f"{function}: dropout_seed must be given, as a replicated DTensor, where q is a DTensor"
+            " and dropout_p is not 0: every process would draw another"
+        )
+
+
+def _ways(inputs: Inputs, options: Options) -> tuple[int, ...]:
+    if options.dropout_p > 0:
+        return ()
+    entries = () if inputs.cu_seqlens_q is not None else (BATCH,)
+    return entries if options.weights == 1 else (*entries, HEADS)  # 1: their mean over all heads
+
+
+def _inputs(cut: int, x: Inputs) -> Any:
+    entries, heads = (0, None) if cut == BATCH else (None, 0)
+    dims: Any = Inputs
+    return dims(
+        *(cut, cut, cut),
+        *(_where(cut, x.mask), _where(cut, x.bias), _where(cut, x.alibi_slopes)),
+        *(heads, entries, None, None, None),
+    )
+
+
+def _where(cut: int, shape: Any) -> int | None:
+    """The dimension to cut of what may be broadcast there."""
+    return None if shape is None or shape[cut] == 1 else cut
+
+
+def _strategy(cuts: Callable[..., Iterable[Cut]], k: int | None, schema: Any) -> Any:
+    """An OpStrategy of everything whole, and every cut that leaves groups of heads whole."""
+    from torch.distributed.tensor._op_schema import OpStrategy
+    from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
+    from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
+
+    def placement(dim: Any) -> Any:
+        if dim is None:
+            return Replicate()
+        return Partial(SUM) if dim == SUM else Shard(dim)
+
+    args = schema.args_schema
+    tensors = [isinstance(x, OpStrategy) for x in args]
+    shapes = [tuple(x.shape) if known else x for x, known in zip(args, tensors, strict=True)]
+    count = len(schema.op._schema.returns)
+    rows: list[list[Any]] = [
+        [Replicate()] * count + [Replicate() if known else None for known in tensors]
+    ]
+    for results, given in cuts(*shapes):
+        there = zip(given, tensors, strict=True)
+        rows.append(
+            [placement(dim) for dim in results]
+            + [placement(dim) if known else None for dim, known in there]
+        )
+    mesh = schema.get_mesh_from_args()
+    strategy = expand_to_full_mesh_op_strategy(mesh, schema, rows, input_index=count)
+    if k is not None:
+        heads = 2 if len(args) == 12 and args[4] is not None else HEADS  # decode: pages
+        place, size = sum(tensors[:k]), shapes[k][heads]
+
+        def in_whole_groups(specs: Any) -> bool:
+            cuts_of_k = specs.input_specs[place].placements
+            return bool(size % _parts(mesh, cuts_of_k, Shard(heads)) == 0)
+
+        strategy.strategies = list(filter(in_whole_groups, strategy.strategies))
+    return strategy
+
+
+def _parts(mesh: Any, placements: Iterable[Any], wanted: Any) -> int:
+    """Into how many parts a tensor is cut that way."""
+    return math.prod(mesh.size(i) for i, x in enumerate(placements) if x == wanted)

@@ -1,0 +1,242 @@
+"""One architecture, with eager attention and with attnfast: outputs, weights, gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import signal
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+
+from attnfast.integrations import transformers as integration
+
+from . import models
+
+TOLERANCE = 1e-3  # of the largest value; the weights are random and layers few
+SECONDS = 100  # for one architecture
+
+
+class Verdict(NamedTuple):
+    """How an architecture compares.
+
+    Attributes:
+        name: The configuration's ``model_type``.
+        outcome: "equal", "fewer" (equal, but some weights are None), "refused", "wrong" or
+            "not built".
+        warned: Whether attnfast said that this model gets eager's masks.
+        calls: How many attentions of one forward pass attnfast computed.
+        ran: What was compared, in words.
+        detail: The first difference or reason.
+    """
+
+    name: str
+    outcome: str
+    warned: bool = False
+    calls: int = 0
+    ran: str = ""
+    detail: str = ""
+
+
+class Different(Exception):
+    """Where attnfast's results are not eager's."""
+
+
+def judge(name: str, cls: type[transformers.PreTrainedModel]) -> Verdict:
+    """Compare one architecture in every way that it can run."""
+    try:
+        with _deadline():
+            return _judge(name, cls)
+    except models.CannotBuild as error:
+        return Verdict(name, "not built", detail=str(error))
+    except TimeoutError:
+        return Verdict(name, "not built", detail=f"took more than {SECONDS} s")
+
+
+def _judge(name: str, cls: type[transformers.PreTrainedModel]) -> Verdict:
+    eager, config, given = models.build(cls)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ran: list[str] = []
+        calls, outcome, detail = [0], "equal", ""
+        try:
+            loaded = models.make(cls, config, integration.register())
+            loaded.load_state_dict(eager.state_dict())
+            with _counted() as calls:
+                models.run(loaded, given)
+            for model in (loaded, _switched(eager)):
+                for padding in models.PADDING:
+                    _compare(eager, model, padding, ran)
+            _compare_gradients(eager, loaded, ran)
+        except TimeoutError:
+            raise
+        except Different as error:
+            outcome, detail = "wrong", str(error)
+        except Exception as error:
+            outcome, detail = "refused", models.told(error)
+        if outcome == "equal" and "not all weights" in ran:
+            outcome = "fewer"
+    warned = any(integration.NAME in str(warning.message) for warning in caught)
+    return Verdict(name, outcome, warned, calls[0], ", ".join(dict.fromkeys(ran)), detail)
+
+
+def _switched(eager: Any) -> Any:
+    """The same model, given attnfast after it was made."""
+    model = copy.deepcopy(eager)
+    model.set_attn_implementation(integration.IMPLEMENTATION)
+    return model
+
+
+def _compare(eager: Any, model: Any, padding: str, ran: list[str]) -> None:
+    """Outputs without gradients, and weights, with one kind of padding."""
+    for given in models.inputs(model, padding):
+        for weights in (False, True):
+            more = {"output_attentions": True} if weights else {}
+            try:
+                expected = models.run(eager, given, **more)
+            except TimeoutError:
+                raise
+            except Exception:
+                break
+            found = models.run(model, given, **more)
+            what = f"{padding} padding" + (", weights" if weights else "")
+            complete = _check(expected, found, given, padding, weights, what)
+            if not complete:
+                ran.append("not all weights")
+            ran.append("weights" if weights else padding)
+        else:
+            return
+
+
+def _check(
+    expected: Any, found: Any, given: dict[str, Any], padding: str, weights: bool, what: str
+) -> bool:
+    """Whether all of eager's weights are there; all that is there must be equal."""
+    a, b = dict(_tensors(expected)), dict(_tensors(found))
+    if not weights:  # some give eager's, which are there, to those who did not ask
+        a, b = ({k: x for k, x in c.items() if "attentions" not in k} for c in (a, b))
+    lacking = sorted(a.keys() - b.keys())
+    if b.keys() - a.keys() or not all("attentions" in key for key in lacking):
+        raise Different(f"{what}: {sorted(a.keys() ^ b.keys())[:3]} in one alone")
+    rows = {
+        models.L: given.get("attention_mask"),
+        models.L_DECODER: given.get("decoder_attention_mask"),
+    }
+    for key in a.keys() & b.keys():
+        x, y = a[key], b[key]
+        if x.shape != y.shape:
+            raise Different(f"{what}: {key} has shape {tuple(y.shape)}, not {tuple(x.shape)}")
+        attended = "attentions" in key and x.dim() == 4
+        if attended:
+            x, y = x.transpose(1, 2), y.transpose(1, 2)
+        if padding == "left" and (x.dim() < 2 or x.shape[1] not in rows):
+            continue  # may come from padding
+        own = rows.get(x.shape[1]) if x.dim() > 1 else None
+        if own is not None:
+            x, y = x[own.bool()], y[own.bool()]
+        if attended and ((x.sum(-1) - 1).abs() < 1e-4).all():
+            y = y / y.sum(-1, keepdim=True)  # a sink's share may be left out of eager's weights
+        _close(x, y, f"{what}: {key}")
+    return not lacking
+
+
+def _close(x: Tensor, y: Tensor, what: str) -> None:
+    x, y = x.double(), y.double()
+    finite = x.isfinite()  # where not, a query of eager's had no key
+    if not y[finite].isfinite().all():
+        raise Different(f"{what}: NaN or Inf where eager has none")
+    x, y = x[finite], y[finite]
+    if x.numel() == 0:
+        return
+    error = (x - y).abs().max().item() / max(x.abs().max().item(), 1e-6)
+    if error > TOLERANCE:
+        raise Different(f"{what} off by {error:.1e} of the largest value")
+
+
+def _tensors(output: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The float tensors of a model's output, by name."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield prefix, output
+    elif isinstance(output, dict):
+        for key, value in output.items():
+            if "cache" not in key and "past" not in key:
+                yield from _tensors(value, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(output, (list, tuple)):
+        for i, value in enumerate(output):
+            yield from _tensors(value, f"{prefix}[{i}]")
+
+
+def _compare_gradients(eager: Any, model: Any, ran: list[str]) -> None:
+    """Gradients of every parameter, of the sum of weighted outputs that are not padding."""
+    for given in models.inputs(model, "right"):
+        grads = []
+        for one in (eager, model):
+            one.zero_grad()
+            torch.manual_seed(0)
+            generator = torch.Generator().manual_seed(4)
+            try:
+                outputs = dict(_tensors(one(**copy.deepcopy(given))))
+                total = torch.zeros(())
+                for x in (x for key, x in outputs.items() if "attentions" not in key):
+                    weight = torch.randn(x.shape, generator=generator)
+                    own = given.get("attention_mask")
+                    if own is not None and x.shape[1:2] == (models.L,):
+                        weight[~own.bool()] = 0
+                    if x.requires_grad and x.isfinite().all():
+                        total = total + (x * weight).mean()
+                total.backward()
+            except Exception:
+                if one is model and grads:
+                    raise
+                break
+            grads.append(
+                {n: p.grad for n, p in one.named_parameters() if p.grad is not None and p.numel()}
+            )
+        if len(grads) < 2 or not grads[0]:
+            continue
+        expected, found = grads
+        if expected.keys() != found.keys():
+            raise Different(f"gradients: {sorted(expected.keys() ^ found.keys())[:2]} in one alone")
+        largest = max(x.abs().max().item() for x in expected.values())
+        for key, x in expected.items():
+            error = (x - found[key]).abs().max().item() / max(largest, 1e-12)
+            if not error <= TOLERANCE:
+                raise Different(f"gradients: {key} off by {error:.1e} of the largest")
+        ran.append("gradients")
+        return
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[list[int]]:
+    """Count the calls of our attention meanwhile."""
+    mapping = transformers.AttentionInterface._global_mapping
+    ours, calls = mapping[integration.IMPLEMENTATION], [0]
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return ours(*args, **kwargs)
+
+    mapping[integration.IMPLEMENTATION] = counting
+    try:
+        yield calls
+    finally:
+        mapping[integration.IMPLEMENTATION] = ours
+
+
+@contextlib.contextmanager
+def _deadline() -> Iterator[None]:
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
