@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import requirements as require
-from .subclasses import PLAIN, is_causal_bias
+from .subclasses import PLAIN, is_causal_bias, refusal
 
 NAME = "MultiheadAttention"
 
@@ -44,12 +44,13 @@ def check_inputs(
 
 
 def check_tensors(*inputs: Any) -> None:
-    """Raise unless query, key and value are Tensors, or key and value None."""
+    """Raise unless query, key and value are Tensors of values, or key and value None."""
     for name, x in zip(("query", "key", "value"), inputs, strict=True):
         if x is None and name != "query":
             continue
-        if not isinstance(x, Tensor):
-            require.fail(NAME, name, "a Tensor", type(x).__name__, TypeError)
+        reason = refusal(x) if isinstance(x, Tensor) else "a Tensor"
+        if reason is not None:
+            require.fail(NAME, name, reason, type(x).__name__, TypeError)
 
 
 def projection_weight(module: nn.MultiheadAttention) -> Tensor:
@@ -207,11 +208,7 @@ def _viewed_attn_mask(mask: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
 
 def _check_mask(name: str, mask: Any, device: torch.device) -> None:
     meaning = "bool (True = masked out) or floating point (added to the scores)"
-    if not isinstance(mask, Tensor):
-        require.fail(NAME, name, f"a Tensor, {meaning}", type(mask).__name__, TypeError)
-    if mask.is_nested or mask.layout is not torch.strided:
-        got = f"a nested tensor of layout {mask.layout}" if mask.is_nested else mask.layout
-        require.fail(NAME, name, "a dense strided Tensor", got, TypeError)
+    require.tensor(NAME, name, mask, f"a Tensor, {meaning}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         require.fail(NAME, name, meaning, mask.dtype, TypeError)
     if mask.device != device:

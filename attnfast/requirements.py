@@ -11,10 +11,10 @@ import os
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .sizes import certain
-from .subclasses import PLAIN, is_at_hand, is_lower_right, refusal
+from .subclasses import LAZY, PLAIN, is_at_hand, is_lower_right, refusal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ALIGNMENTS = {"top_left": False, "bottom_right": True}
@@ -65,7 +65,7 @@ def environment(name: str, *choices: str) -> str:
 
 def shown(x: object) -> str:
     """A value in a few words on one line: of an array its type and shape, never its values."""
-    if isinstance(x, Tensor) and (x.is_nested or nn.parameter.is_lazy(x)):
+    if isinstance(x, Tensor) and (x.is_nested or isinstance(x, LAZY)):
         return type(x).__name__
     if isinstance(x, Tensor) or (hasattr(x, "__array__") and not isinstance(x, numbers.Number)):
         return f"{type(x).__name__} of shape {tuple(getattr(x, 'shape', ()))}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 PLAIN = (Tensor, nn.Parameter)  # types whose memory holds their values
+LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)  # not even a shape yet
 
 
 def overridden(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -51,7 +52,7 @@ def refusal(x: Tensor) -> str | None:
     """What an argument must be instead of a tensor subclass that stands for more than values."""
     if is_causal_bias(x):
         return "a Tensor of values"
-    if nn.parameter.is_lazy(x):
+    if isinstance(x, LAZY):
         return "initialised"
     if _is_a(x, "torch.masked.maskedtensor.core", "MaskedTensor"):
         return "a Tensor without a mask of its own (get_data() and get_mask() are two arguments)"

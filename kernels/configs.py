@@ -58,6 +58,7 @@ _SECOND_PASSES = {
 # IEEE products hold their operands in registers: smaller tiles or more warps than bf16's.
 _FP32_DBIAS = _entries((32, 16, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1))
 _FP32_FWD = _entries((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 4, 1), (16, 16, 4, 1))
+_SMALL_FP32_FWD = (Config(32, 32, 8, 1), *_FP32_FWD[1:])
 _FP32_DQ = _entries((64, 32, 8, 1), (32, 16, 8, 1), (32, 16, 4, 1), (16, 16, 4, 1))
 _FP32_DKDV = _entries((32, 32, 8, 1), (16, 32, 8, 1), (32, 16, 4, 1), (16, 16, 4, 1))
 _COMMON = dict.fromkeys(("rows", "weights", "received"), _SECOND_PASSES) | {
@@ -70,7 +71,7 @@ _COMMON = dict.fromkeys(("rows", "weights", "received"), _SECOND_PASSES) | {
 TABLE["small"] = _COMMON | {
     "fwd": {
         2: _entries((128, 64, 8, 2), (128, 32, 8, 3), (64, 32, 4, 1), (32, 16, 4, 1)),
-        4: _FP32_FWD,
+        4: _SMALL_FP32_FWD,
     },
     "dq": {
         2: _entries((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
@@ -93,14 +94,14 @@ TABLE["ampere"] = TABLE["small"] | {
     "dbias": _COMMON["dbias"],
     "fwd": {
         2: _entries((128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 8, 2), (64, 16, 8, 1)),
-        4: (Config(32, 32, 8, 1), *_FP32_FWD[1:]),
+        4: _SMALL_FP32_FWD,
     },
     "dq": {
         2: _entries((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
         4: _FP32_DQ,
     },
     "dkdv": {
-        2: _entries((32, 128, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
+        2: _entries((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
         4: _FP32_DKDV,
     },
 }
@@ -120,8 +121,16 @@ TABLE["hopper"] = TABLE["ampere"] | {
 }
 TABLE["blackwell"] = TABLE["hopper"] | {
     "fwd": {
-        2: _entries((128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+        2: _entries((64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
         4: _FP32_FWD,
+    },
+    "dq": {
+        2: _entries((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 16, 8, 1)),
+        4: _FP32_DQ,
+    },
+    "dbias": {
+        2: _COMMON["dbias"][2],
+        4: (_FP32_DBIAS[0], Config(32, 32, 8, 1), *_FP32_DBIAS[2:]),
     },
     "dkdv": {
         2: _entries((64, 128, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),

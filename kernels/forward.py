@@ -149,10 +149,6 @@ def attention_fwd_kernel(x, to, p, f, tile):
     # the sums become the output row, lse, norm and statistics
     empty = l == 0.0
     inverse = tl.where(empty, 0.0, 1.0 / l)
-    out_base = to.out + offset(b, to.out_b, h, to.out_h, q_row + t0, to.out_t)
-    acc = acc * (inverse * shrink * p.kept)[:, None]
-    acc = tl.where(without_keys[:, None], 0.0, acc)
-    store_rows(out_base, row, to.out_t, t < T, f.D_V, tile.BLOCK_DV, f, acc)
     batch = b * 0 if x.cu_seqlens_q is not None else b
     at = (batch.to(tl.int64) * p.H + h) * p.rows_q + q_row + t0 + row
     lse = tl.where(empty, -float("inf"), highest_of_all + tl.log(l))
@@ -160,6 +156,10 @@ def attention_fwd_kernel(x, to, p, f, tile):
     tl.store(to.norm + at, tl.where(top == -float("inf"), 0.0, top), mask=t < T)
     log2_l = tl.where(without_keys, float("inf"), tl.log2(l))
     tl.store(to.norm + to.plane + at, log2_l, mask=t < T)
+    out_base = to.out + offset(b, to.out_b, h, to.out_h, q_row + t0, to.out_t)
+    acc = acc * (inverse * shrink * p.kept)[:, None]
+    acc = tl.where(without_keys[:, None], 0.0, acc)
+    store_rows(out_base, row, to.out_t, t < T, f.D_V, tile.BLOCK_DV, f, acc)
     if to.stats is not None:
         at = to.stats + at
         tl.store(at, highest, mask=t < T)

@@ -252,12 +252,11 @@ def edit_scores(s, t, j, T, S, shift, mask, bias, slope, x, p, f, BY_POSITION: t
         s = tl.where(attend, s, -float("inf"))
     if BY_POSITION:
         attend = j < S
-        near = narrow(shift)
-        ahead = j - (t + near)
+        ahead = j - t
         if f.HAS_LEFT:
-            attend = attend & (ahead >= narrow(shift - p.left) - near)
+            attend = attend & (ahead >= narrow(shift - p.left))
         if f.HAS_RIGHT:
-            attend = attend & (ahead <= narrow(shift + p.right) - near)
+            attend = attend & (ahead <= narrow(shift + p.right))
         s = tl.where(attend, s, -float("inf"))
     return s, capped
 

@@ -282,6 +282,8 @@ OPTIONS: tuple[Case, ...] = (
     Case("window_causal", window=(30, 8), causal=True),
     Case("window_bottom_right", window=(12, 5), align="bottom_right"),
     Case("window_outside", window=(3, 0), align=140),
+    Case("far_ahead", window=(2**29 + 20, 2**31 - 1), align=2**29),
+    Case("far_behind", window=(2**31 - 1, 2**29 + 9), align=-(2**29)),
     Case("scale", scale=0.37),
     Case("scale_negative", scale=-0.2),
     Case("scale_zero", scale=0.0),

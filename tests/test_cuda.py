@@ -12,12 +12,14 @@ import pytest
 import torch
 from cases import CASES, EVERYTHING, Case, bf16, fp16, problem, run
 from emulation import EMULATED, NOT_EMULATED, SEEDS, architecture, check_case, places, schedule
+from test_given_back import CALLS as GIVEN_BACK
+from test_given_back import EACH, complaint
 from torch import Tensor
 
 import attnfast
 from attnfast import dispatch, ops, triton_backend
 from attnfast.functional import attention_problem
-from attnfast.options import Inputs
+from attnfast.options import Inputs, Options
 
 if not EMULATED:
     pytest.skip(NOT_EMULATED, allow_module_level=True)
@@ -379,6 +381,28 @@ def test_lengths_and_pages_never_lead_out_of_a_cache() -> None:
         lengths = torch.tensor([5, length]).int()
         attnfast.decode_attention(q, cache, cache, lengths, backend="cuda")
         attnfast.decode_attention(q, pages, pages, lengths, page_table=table, backend="cuda")
+
+
+@pytest.mark.parametrize(("call", "name"), EACH, ids=lambda x: getattr(x, "__name__", x))
+def test_a_storage_given_back(call: Any, name: str) -> None:
+    given = {name: x.to(bf16) if name[0] in "qkv" else x for name, x in GIVEN_BACK[call]().items()}
+    call("cuda", **given)  # right, before
+    given[name].untyped_storage().resize_(0)
+    assert f"attention: {name} must have its memory" in complaint(call, "cuda", **given)
+
+
+def test_numbers_beyond_int32_are_refused_or_seen_as_out_of_range() -> None:
+    q, k = torch.randn(2, 2, 6, 8).to(bf16), torch.randn(2, 2, 9, 8).to(bf16)
+    outs = [
+        attnfast.attention(q, k, k, causal=True, align=align, backend="cuda")
+        for align in (torch.tensor([far, -far - 1]).int() for far in (2**31 - 1, 2**29))
+    ]
+    assert torch.equal(*outs)
+    assert outs[0][0].any(-1).all()
+    assert not outs[0][1].any()
+    inputs = Inputs(q, k, k, align=torch.tensor([2**32, 0]))
+    with pytest.raises(RuntimeError, match="align must be int32"):
+        ops.CUDA.fwd(*inputs, *Options(1.0, causal=True))
 
 
 def test_opcheck() -> None:

@@ -114,6 +114,7 @@ def build(kind: str, implementation: str, **changes: Any) -> Any:
     _, config, options, _ = KINDS[kind]
     made = getattr(transformers, config)(**options | changes)
     made._attn_implementation = implementation
+    made._experts_implementation = "eager"  # any dtype
     torch.manual_seed(0)
     model = getattr(transformers, KINDS[kind].name)(made).eval()
     assert model.config._attn_implementation == implementation

@@ -8,6 +8,8 @@ import pytest
 import torch
 from modules import B, E, H, S, T
 from torch import Tensor
+from torch.masked import masked_tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from attnfast import MultiheadAttention
 
@@ -56,6 +58,26 @@ OTHER = torch.zeros(B, S, E)
             TypeError,
             "key_padding_mask must be bool (True = masked out) or floating point (added to the "
             "scores), got torch.int32",
+        ),
+        (
+            (X, X, masked_tensor(X, X > 0)),
+            {},
+            TypeError,
+            "value must be a Tensor without a mask of its own (get_data() and get_mask() are two "
+            "arguments), got MaskedTensor",
+        ),
+        (
+            (X, X, X),
+            {"key_padding_mask": masked_tensor(X[..., 0], X[..., 0] > 0)},
+            TypeError,
+            "key_padding_mask must be a Tensor without a mask of its own (get_data() and "
+            "get_mask() are two arguments), got MaskedTensor",
+        ),
+        (
+            (causal_lower_right(5, 5),) * 3,
+            {},
+            TypeError,
+            "query must be a Tensor of values, got CausalBias",
         ),
         (
             (X, X, X),
@@ -114,9 +136,9 @@ A_TENSOR = "a Tensor, bool (True = masked out) or floating point (added to the s
         ([[1.0]], "list", None),
         (3, "int", None),
         ("x", "str", None),
-        (X.to_sparse(), "layout torch.sparse_coo", "torch.sparse_coo"),
-        (X[0].to_sparse_csr(), "layout torch.sparse_csr", "torch.sparse_csr"),
-        (NESTED, "nested of layout torch.jagged", "a nested tensor of layout torch.jagged"),
+        (X.to_sparse(), "layout torch.sparse_coo", None),
+        (X[0].to_sparse_csr(), "layout torch.sparse_csr", None),
+        (NESTED, "nested of layout torch.jagged", "layout torch.jagged"),
     ],
     ids=["numpy", "list", "int", "str", "sparse", "csr", "nested"],
 )

@@ -283,6 +283,8 @@ def read_binary(kernel: Any) -> tuple[int, int, int, str]:
         usage = run(NVIDIA / "cuobjdump", "-res-usage", file.name)
         code = run(NVIDIA / "cuobjdump", "-sass", file.name)
     registers, spills = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("REG", "STACK"))
+    if not re.search(r"\b(STL|LDL)\b", code):
+        spills = 0  # a stack that nothing uses
     return registers, spills, kernel.metadata.shared, code
 
 

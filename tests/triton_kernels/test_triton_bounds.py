@@ -5,6 +5,7 @@ Programs beyond 16 bits are here too; offsets beyond 31 bits are in test_triton_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,8 @@ from cases import DTYPES, EVERYTHING, Case, bf16, fp32, problem, run
 from decode_cases import CASES as DECODE_CASES
 from decode_cases import WAYS, judge, make
 from dense import Problem
+from test_given_back import CALLS as GIVEN_BACK
+from test_given_back import EACH, complaint
 from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder
 
@@ -129,6 +132,24 @@ def test_pages_and_lengths_that_lead_astray(
     out = attnfast.decode_attention(q, pages, pages, lengths, page_table=table, backend="cpu")
     canaries()
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(("call", "name"), EACH, ids=lambda x: getattr(x, "__name__", x))
+def test_a_storage_given_back(call: Any, name: str) -> None:
+    given = GIVEN_BACK[call]()
+    given[name].untyped_storage().resize_(0)
+    assert re.search(rf"{name} must (have its|be in) memory", complaint(call, "cpu", **given))
+
+
+def test_aligns_beyond_all_positions() -> None:
+    q, k = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 9, 8)
+    outs = [
+        attnfast.attention(q, k, k, causal=True, align=align, backend="cpu")
+        for align in (torch.tensor([far, -far - 1]).int() for far in (2**31 - 1, 2**29))
+    ]
+    assert torch.equal(*outs)
+    assert outs[0][0].any(-1).all()
+    assert not outs[0][1].any()
 
 
 @pytest.mark.parametrize(("B", "H"), [(66_000, 1), (1, 66_000), (270, 260)])
