@@ -230,7 +230,7 @@ def test_without_write_what_is_missing_is_a_fault(
     assert aot.main(asked) == 0
 
 
-def test_comments_do_not_change_a_fingerprint(
+def test_only_device_code_changes_a_fingerprint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "decode.py"
@@ -240,7 +240,16 @@ def test_comments_do_not_change_a_fingerprint(
     for text, same in (
         (plain, True),
         ("# a line of it\n\n" + plain.replace("\n\n", "\n    # more\n\n"), True),
+        ("import sys\n" + plain.replace("def attention_decode(", "def decode_attention("), True),
+        (
+            plain.replace('"""The pieces and the results', '"""What is').replace(
+                '"""The cache, ', '"""A '
+            ),
+            True,
+        ),
         (plain + "X = 1\n", False),
+        (plain.replace("tl.cdiv(keys, MAX_PIECES)", "tl.cdiv(keys + 1, MAX_PIECES)"), False),
+        (plain.replace("    page_size: int\n", "    page_size: float\n"), False),
     ):
         copy.write_text(text)
         assert (aot.fingerprint.__wrapped__("decode") == before) is same

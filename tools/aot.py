@@ -17,6 +17,7 @@ the committed table says.
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import functools
 import hashlib
@@ -260,15 +261,34 @@ def reason(error: BaseException) -> str:
 
 @functools.cache
 def fingerprint(name: str) -> str:
-    """8 hex digits that change with the code a pass is compiled from, comments left out."""
+    """8 hex digits that change with the device code that a pass is compiled from."""
     folder = Path(configs.__file__).parent
     own = Path(MODULES[name].__file__)
     lines = []
     for path in (own, *(folder / f"{module}.py" for module in SHARED_SOURCES)):
-        code = path.read_text(encoding="utf-8").splitlines()
-        lines += [line.partition("  #")[0].rstrip() for line in code]
-    kept = [line for line in lines if line and not line.lstrip().startswith("#")]
-    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:8]
+        lines += device_code(path.read_text(encoding="utf-8"))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
+
+
+def device_code(source: str) -> list[str]:
+    """Jitted functions, the classes of their arguments and constants, without comments.
+
+    What the host's functions hand to them shows in a table's numbers.
+    """
+    lines = source.splitlines()
+    kept = []
+    for node in ast.parse(source).body:
+        is_definition = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        decorators = node.decorator_list if is_definition else []
+        if not (decorators or isinstance(node, (ast.ClassDef, ast.Assign, ast.AnnAssign))):
+            continue
+        first = min(x.lineno for x in (node, *decorators))
+        text = lines[first - 1 : node.end_lineno]
+        if is_definition and ast.get_docstring(node) is not None:
+            said = node.body[0]
+            del text[said.lineno - first : said.end_lineno - first + 1]
+        kept += [line.partition("  #")[0].rstrip() for line in text]
+    return [line for line in kept if line and not line.lstrip().startswith("#")]
 
 
 def read_binary(kernel: Any) -> tuple[int, int, int, str]:
