@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__, dispatch, ops, selfcheck
-from .options import Options
+from .call import Options
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ eager mode `fused_attention` goes to the Functions at once, which is cheaper.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -21,11 +22,20 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from .checks import rows
-from .options import Inputs, Options, Outputs
+from .call import (
+    Gradients,
+    Inputs,
+    Options,
+    Outputs,
+    Upstream,
+    backward_call,
+    cut,
+    forward_call,
+)
+from .checks import contiguous, rows
 from .second_order import (
     PRIMALS,
-    RESULTS,
+    ResultGradients,
     present,
     second_derivative_names,
     second_derivatives,
@@ -99,68 +109,84 @@ def attention_forward(ops: Any, options: Options, *inputs: Tensor | None) -> Any
 def save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep what the backward of ``attention_forward`` needs."""
     ops, options, *tensors = inputs
-    out, _, norm, stats, received, weights = output
+    outputs = Outputs(*output)
     ctx.set_materialize_grads(False)
-    constants = [norm, received]
+    constants = [outputs.norm, outputs.received]
     if not options.stats:
-        constants.append(stats)
+        constants.append(outputs.stats)
     if not options.weights:
-        constants.append(weights)
+        constants.append(outputs.weights)
     ctx.mark_non_differentiable(*constants)
-    ctx.save_for_backward(out, norm, stats if options.stats else None, *tensors)
+    stats = outputs.stats if options.stats else None
+    ctx.save_for_backward(outputs.out, outputs.norm, stats, *tensors)
     ctx.ops, ctx.options = ops, options
 
 
 def attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of ``attention_forward``'s arguments from those of its results."""
-    grad_out, grad_lse, _, grad_stats, _, grad_weights = grads
+    wanted: Any = Outputs
+    to = wanted(*grads)
     out, norm, stats, *tensors = ctx.saved_tensors
-    inputs, options = Inputs(*tensors), ctx.options
-    if grad_out is None and grad_lse is None and grad_stats is None and grad_weights is None:
-        return (None,) * (2 + len(inputs))
-    need_dbias, need_dsinks = ctx.needs_input_grad[6], ctx.needs_input_grad[8]
-    args = (
-        torch.zeros_like(out) if grad_out is None else rows(grad_out),
-        None if grad_lse is None else grad_lse.contiguous(),
-        None if grad_stats is None else grad_stats[1].contiguous(),
-        None if grad_weights is None else rows(grad_weights),
-        out,
-        norm,
-        None if grad_stats is None else stats[1],
-        need_dbias,
-        need_dsinks,
-        *inputs,
+    inputs = Inputs(*tensors)
+    if all(x is None for x in (to.out, to.lse, to.stats, to.weights)):
+        return None, None, *of_inputs()
+    _, _, *needed = ctx.needs_input_grad
+    needs = Inputs(*needed)
+    upstream = Upstream(
+        grad_out=torch.zeros_like(out) if to.out is None else rows(to.out),
+        grad_lse=contiguous(to.lse),
+        grad_entropy=None if to.stats is None else to.stats[1].contiguous(),
+        grad_weights=None if to.weights is None else rows(to.weights),
+        out=out,
+        norm=norm,
+        entropy=None if to.stats is None else stats[1],
+        need_dbias=bool(needs.bias),
+        need_dsinks=bool(needs.sinks),
     )
-    if torch.is_grad_enabled():
-        gradients = ctx.ops.bwd(*args, *options)
-    else:
-        gradients = call(ctx.ops.bwd, *args, *options)
-    dq, dk, dv, dbias, dsinks = gradients
+    bwd = ctx.ops.bwd if torch.is_grad_enabled() else functools.partial(call, ctx.ops.bwd)
+    found = Gradients(*bwd(*upstream, *inputs, *ctx.options))
     return (
-        *(None, None),
-        *(dq, dk, dv, None, dbias if need_dbias else None, None, dsinks if need_dsinks else None),
-        *(None, None, None, None),
+        None,
+        None,
+        *of_inputs(
+            q=found.dq,
+            k=found.dk,
+            v=found.dv,
+            bias=found.dbias if needs.bias else None,
+            sinks=found.dsinks if needs.sinks else None,
+        ),
     )
+
+
+def of_inputs(**gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients by the name of their input, in the order of ``Inputs``; None for all others."""
+    return tuple(gradients.get(name) for name in Inputs._fields)
 
 
 def backward_forward(ops: Any, options: Options, *args: Any) -> Any:
-    """(operators, options, arguments of the backward operator up to Inputs) -> Gradients."""
+    """(operators, options, *Upstream, *Inputs) -> Gradients."""
     return call_below(ops.bwd, *args, *options)
 
 
 def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep what second derivatives need: what backward was given, but no results of forward."""
-    _, options, *tensors = inputs
-    need_dbias, need_dsinks = tensors[7:9]
+    _, options, *args = inputs
+    upstream, tensors = cut(args, Upstream, Inputs)
+    gradients = Gradients(*output)
     ctx.set_materialize_grads(False)
     constants = []
-    if not need_dbias:
-        constants.append(output[3])
-    if not need_dsinks:
-        constants.append(output[4])
+    if not upstream.need_dbias:
+        constants.append(gradients.dbias)
+    if not upstream.need_dsinks:
+        constants.append(gradients.dsinks)
     ctx.mark_non_differentiable(*constants)
-    ctx.save_for_backward(*tensors[:4], *tensors[9:])
+    ctx.save_for_backward(*given_gradients(upstream), *tensors)
     ctx.options = options
+
+
+def given_gradients(upstream: Upstream) -> ResultGradients:
+    """The part of Upstream by which second derivatives are taken."""
+    return ResultGradients(*(getattr(upstream, f"grad_{name}") for name in ResultGradients._fields))
 
 
 def second_backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -171,22 +197,16 @@ def second_backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None
         names = second_derivative_names(*second_order_call(tensors)[:2])
         values = SecondDerivatives.apply(ctx.options, *tensors)
         results = dict(zip(names, values, strict=True))
-    get = results.get
-    return (
-        *(None, None),
-        *(get("grad_out"), get("grad_lse"), get("grad_entropy"), get("grad_weights")),
-        *(None, None, None, None, None),
-        *(get("q"), get("k"), get("v"), None, get("bias"), None, get("sinks")),
-        *(None, None, None, None),
-    )
+    fields = (*Upstream._fields, *Inputs._fields)
+    return None, None, *(results.get(name) for name in fields)
 
 
 def second_order_call(
     tensors: tuple[Tensor | None, ...],
 ) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:
     """Directions, gradients and Inputs, in a row, as ``second_derivatives`` takes them."""
-    inputs = Inputs(*tensors[9:])  # type: ignore[arg-type]
-    return inputs, present(RESULTS, tensors[5:9]), present(PRIMALS, tensors[:5])
+    toward, grads, inputs = cut(tensors, Gradients, ResultGradients, Inputs)
+    return inputs, present(grads._fields, grads), present(PRIMALS, toward)
 
 
 def second_forward(options: Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -250,10 +270,10 @@ def fwd_kernel(ops: Any) -> Callable[..., Any]:
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if not is_recorded(args):
             return redispatch(ops.fwd, keyset, args)
-        inputs = Inputs(*args[:11])
+        inputs, options = forward_call(args)
         if is_differentiated(inputs.alibi_slopes):
             refuse(ops.fwd, "alibi_slopes has no gradient: detach it (a bias has one)")
-        return record(AttentionFunction, ops, Options(*args[11:]), *inputs)
+        return record(AttentionFunction, ops, options, *inputs)
 
     return kernel
 
@@ -268,15 +288,16 @@ def bwd_kernel(ops: Any) -> Callable[..., Any]:
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if not is_recorded(args):
             return redispatch(ops.bwd, keyset, args)
-        out, norm, entropy = args[4:7]
-        inputs = Inputs(*args[9:20])
-        if is_differentiated(norm) or is_differentiated(inputs.alibi_slopes):
+        upstream, inputs, options = backward_call(args)
+        if is_differentiated(upstream.norm) or is_differentiated(inputs.alibi_slopes):
             refuse(ops.bwd, "norm and alibi_slopes have no gradient: detach them")
         primals = (inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sinks)
-        for x in (out, entropy):
-            if is_differentiated(x) and (x.is_leaf or not any(map(is_differentiated, primals))):
+        for x in (upstream.out, upstream.entropy):
+            if x is None or not is_differentiated(x):
+                continue
+            if x.is_leaf or not any(map(is_differentiated, primals)):
                 refuse(ops.bwd, "out and entropy have none apart from the inputs': detach them")
-        return record(AttentionBackward, ops, Options(*args[20:]), *args[:20])
+        return record(AttentionBackward, ops, options, *upstream, *inputs)
 
     return kernel
 

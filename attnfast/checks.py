@@ -7,13 +7,13 @@ requirements.py has each requirement and its message.
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import requirements as require
-from .options import Inputs, Options
+from .call import DecodeInputs, DecodeOptions, Inputs, Options, Sequences
 from .reference import autocast_available
 from .requirements import fail
 from .sizes import assume_shape
@@ -25,28 +25,6 @@ COMPLAINT = re.compile(r"\b(?:decode_)?attention: (\S+) (.*)")  # what native co
 STATS: dict[Any, int] = {False: 0, True: 1, "received": 2}
 WEIGHTS: dict[Any, int] = {False: 0, "mean": 1, True: 2}
 ORDINARY = (*PLAIN, type(None))  # types of most masks and biases
-
-
-class Sequences(NamedTuple):
-    """What a varlen call has beside the arguments of a dense one."""
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-
-
-class DecodeInputs(NamedTuple):
-    """Every tensor of a decode call, in the order of the decode operators."""
-
-    q: Tensor  # (B, H, T, D)
-    k_cache: Tensor  # (B, H_kv, S, D), or pages (P, page, H_kv, D)
-    v_cache: Tensor  # (B, H_kv, S, D_v), or pages (P, page, H_kv, D_v)
-    cache_seqlens: Tensor  # (B,) int32
-    page_table: Tensor | None  # (B, n) int32
-    bias: Tensor | None  # (B|1, H|1, T|1, S|1) float
-    alibi_slopes: Tensor | None  # (1|B, H) fp32
-    sinks: Tensor | None  # (H,) float
 
 
 def attention_call(
@@ -150,32 +128,32 @@ def attention_call(
         )
     return (
         Inputs(
-            q,
-            k,
-            v,
-            mask,
-            bias,
-            alibi_slopes,
-            sinks,
-            align_tensor,
-            dropout_seed,
-            cu_seqlens_q,
-            cu_seqlens_k,
+            q=q,
+            k=k,
+            v=v,
+            mask=mask,
+            bias=bias,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            align=align_tensor,
+            dropout_seed=dropout_seed,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
         ),
         Options(
-            D**-0.5 if scale is None else require.scale_factor(function, scale),
-            causal,
-            window_left,
-            window_right,
-            align_offset,
-            bottom_right,
-            0.0 if softcap is None else require.softcap_limit(function, softcap),
-            dropout_p,
-            weights,
-            stats,
-            deterministic,
-            max_seqlen_q,
-            max_seqlen_k,
+            scale=D**-0.5 if scale is None else require.scale_factor(function, scale),
+            causal=causal,
+            window_left=window_left,
+            window_right=window_right,
+            align_offset=align_offset,
+            align_bottom_right=bottom_right,
+            softcap=0.0 if softcap is None else require.softcap_limit(function, softcap),
+            dropout_p=dropout_p,
+            weights=weights,
+            stats=stats,
+            deterministic=deterministic,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
         ),
     )
 
@@ -193,7 +171,7 @@ def decode_call(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     bias: Tensor | None,
-) -> tuple[DecodeInputs, Options]:
+) -> tuple[DecodeInputs, DecodeOptions]:
     """The canonical form of a call of ``decode_attention``.
 
     Raises:
@@ -228,22 +206,21 @@ def decode_call(
             if x is not None:
                 why = "decoding has none (detach it, or run under torch.no_grad())"
                 require.without_gradient(function, name, x, why)
-    options = Options(
-        D**-0.5 if scale is None else require.scale_factor(function, scale),
-        True,
-        window_left,
-        window_right,
+    options = DecodeOptions(
+        scale=D**-0.5 if scale is None else require.scale_factor(function, scale),
+        window_left=window_left,
+        window_right=window_right,
         softcap=0.0 if softcap is None else require.softcap_limit(function, softcap),
     )
     inputs = DecodeInputs(
-        rows(q, function, "q"),
-        rows(k_cache, function, "k_cache"),
-        rows(v_cache, function, "v_cache"),
-        cache_seqlens,
-        page_table,
-        bias,
-        alibi_slopes,
-        sinks,
+        q=rows(q, function, "q"),
+        k_cache=rows(k_cache, function, "k_cache"),
+        v_cache=rows(v_cache, function, "v_cache"),
+        cache_seqlens=cache_seqlens,
+        page_table=page_table,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
     )
     return inputs, options
 
@@ -302,6 +279,11 @@ def rows(x: Tensor, function: str = "attention", name: str = "a gradient") -> Te
         return x
     require.memory(function, name, x)
     return x.contiguous()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """X without gaps, copied only if it has any."""
+    return None if x is None else x.contiguous()
 
 
 def memory(function: str, inputs: Inputs | DecodeInputs, names: tuple[str, ...] = NAMES) -> None:

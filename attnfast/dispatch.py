@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from . import ops, triton_backend
-from .options import Options
+from .call import Options
 from .requirements import checks_values, environment
 
 NAMES = ("cpu", "triton", "gluon", "cuda", "reference")

@@ -10,6 +10,7 @@ import torch
 
 from . import checks, dispatch
 from . import requirements as require
+from .call import Sequences
 from .dispatch import Problem, dtype_name
 from .functional import (
     attention,
@@ -76,7 +77,7 @@ def _problem(function: str, arguments: dict[str, Any]) -> Problem:
         return decode_problem(*_checked(checks.decode_call, function, arguments))
     sequences = None
     if function == "varlen_attention":
-        sequences = checks.Sequences(*(arguments[name] for name in checks.Sequences._fields))
+        sequences = Sequences(*(arguments[name] for name in Sequences._fields))
     arguments = {**arguments, "sequences": sequences, "names": checks.NAMES}
     return attention_problem(*_checked(checks.attention_call, function, arguments))
 

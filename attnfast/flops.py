@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .options import Inputs, Options
+from .call import Inputs, Options, backward_call, decode_call, forward_call
 
 
 def register() -> None:
@@ -29,19 +29,19 @@ def register() -> None:
 
 def forward(*args: Any, out_val: Any = None) -> int:
     """Two products: q k^T and p v."""
-    inputs, options = Inputs(*args[:11]), Options(*args[11:])
+    inputs, options = forward_call(args)
     return 2 * pairs(inputs, options) * (inputs.q.shape[3] + inputs.v.shape[3])
 
 
 def backward(*args: Any, out_val: Any = None) -> int:
     """Five products: q k^T, ds k and ds^T q of size D; do v^T and p^T do of size D_v."""
-    inputs, options = Inputs(*args[9:20]), Options(*args[20:])
+    _, inputs, options = backward_call(args)
     return 2 * pairs(inputs, options) * (3 * inputs.q.shape[3] + 2 * inputs.v.shape[3])
 
 
 def decode(*args: Any, out_val: Any = None) -> int:
     """Two products, with the keys in the cache."""
-    q, k_cache, v_cache, cache_seqlens, page_table = args[:5]
+    (q, k_cache, v_cache, cache_seqlens, page_table, *_), _ = decode_call(args)
     B, H, T, D = q.shape
     S = k_cache.shape[2] if page_table is None else page_table.shape[1] * k_cache.shape[1]
     keys = sum(cache_seqlens.tolist()) if is_known(cache_seqlens) else B * S

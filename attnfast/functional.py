@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from . import autograd, checks, dispatch, sharding
-from .options import Inputs, Options, Outputs
+from .call import DecodeInputs, DecodeOptions, Inputs, Options, Outputs, Sequences
 from .reference import reference_attention, reference_decode
 from .requirements import nothing_else, truth
 from .stats import AttentionStats
@@ -260,7 +260,7 @@ def varlen_attention(
         return_stats,
         return_weights,
         deterministic,
-        checks.Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
     )
     outputs = run("varlen_attention", inputs, options, backend)
     out, lse, norm, stats, received, weights = outputs
@@ -352,24 +352,16 @@ def decode_attention(
     row = dispatch.select(decode_problem(inputs, options), backend, function=function)
     if _in_onnx_export():
         row = dispatch.REFERENCE
-    scale, left, right, softcap = (
-        options.scale,
-        options.window_left,
-        options.window_right,
-        options.softcap,
-    )
     if row.ops is None:
         sharding.needs_operator(function, inputs.q)
         checks.memory(function, inputs)
     if dispatch.wants_checks(row):
         checks.cache_values(function, inputs)
     if row.ops is None:
-        out, lse = reference_decode(
-            *inputs, scale=scale, window_left=left, window_right=right, softcap=softcap
-        )
+        out, lse = reference_decode(inputs, options)
     else:
         try:
-            out, lse = autograd.call(row.ops.decode, *inputs, scale, left, right, softcap)
+            out, lse = autograd.call(row.ops.decode, *inputs, *options)
         except RuntimeError as error:
             raise checks.value_error(function, error) from None
     return (out, lse) if return_lse else out
@@ -447,7 +439,7 @@ def attention_problem(inputs: Inputs, options: Options) -> dispatch.Problem:
     )
 
 
-def decode_problem(inputs: checks.DecodeInputs, options: Options) -> dispatch.Problem:
+def decode_problem(inputs: DecodeInputs, options: DecodeOptions) -> dispatch.Problem:
     """A call of ``decode_attention`` as backends see it."""
     q, _, v_cache, _, page_table, bias, alibi_slopes, sinks = inputs
     B, H, T, D = q.shape
@@ -467,7 +459,7 @@ def decode_problem(inputs: checks.DecodeInputs, options: Options) -> dispatch.Pr
         S,
         D,
         D_v,
-        options,
+        options.as_options(),
         bias=None if bias is None else bias.dtype,
         alibi=alibi_slopes is not None,
         sinks=sinks is not None,

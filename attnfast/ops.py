@@ -1,9 +1,8 @@
 """The raw operators: torch.ops.attnfast.NAME_fwd, NAME_bwd and NAME_decode of every fused backend.
 
-All backends share one schema and one fake per operation, defined here; a backend adds kernels for
-its device, in C++ (the CPU's, from the native library) or in Python. The tensors come in the order
-of ``Inputs``, then the values in the order of ``Options``; ``Outputs`` and ``Gradients`` come back,
-with empty tensors of shape (0,) for what was not asked for. Shapes and dtypes are checked by the
+All backends share one schema, which call.py makes, and one fake per operation, defined here; a
+backend adds kernels for its device, in C++ (the CPU's, from the native library) or in Python. Empty
+tensors of shape (0,) come back for what was not asked for. Shapes and dtypes are checked by the
 public functions, not here.
 
 ``NAME_fwd`` and ``NAME_bwd`` are differentiable (autograd.py), the others raise where a gradient
@@ -22,29 +21,17 @@ import torch
 from torch import Tensor
 
 from . import autograd, vmap
-from .options import Inputs, Options
+from .call import (
+    OPERATORS,
+    DecodeOutputs,
+    Gradients,
+    Outputs,
+    backward_call,
+    decode_call,
+    forward_call,
+    schema,
+)
 from .sizes import memory_order
-
-TENSORS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks,"
-    " Tensor? align, Tensor? dropout_seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
-)
-VALUES = (
-    "float scale, bool causal, SymInt window_left, SymInt window_right, SymInt align_offset,"
-    " bool align_bottom_right, float softcap, float dropout_p, int weights, int stats,"
-    " bool deterministic, SymInt max_seqlen_q, SymInt max_seqlen_k"
-)
-SCHEMAS = {
-    "fwd": f"({TENSORS}, {VALUES})"
-    " -> (Tensor out, Tensor lse, Tensor norm, Tensor stats, Tensor received, Tensor weights)",
-    "bwd": "(Tensor grad_out, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_weights,"
-    " Tensor out, Tensor norm, Tensor? entropy, bool need_dbias, bool need_dsinks,"
-    f" {TENSORS}, {VALUES})"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
-    "decode": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? page_table,"
-    " Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, float scale, SymInt window_left,"
-    " SymInt window_right, float softcap) -> (Tensor out, Tensor lse)",
-}
 
 EMULATOR = os.environ.get("ATTNFAST_EMULATOR", "0")  # "0" for none, see load_emulator
 
@@ -63,7 +50,7 @@ class Ops(NamedTuple):
 @functools.cache
 def define(backend: str) -> Ops:
     """Define a backend's operators: schemas, fakes, gradients, and what vmap does."""
-    ops = Ops(*(_define(f"{backend}_{kind}", SCHEMAS[kind], FAKES[kind]) for kind in SCHEMAS))
+    ops = Ops(*(_define(f"{backend}_{kind}", schema(kind), FAKES[kind]) for kind in OPERATORS))
     for op, kernel, rule in (
         (ops.fwd, autograd.fwd_kernel(ops), vmap.fwd_rule),
         (ops.bwd, autograd.bwd_kernel(ops), vmap.bwd_rule),
@@ -98,8 +85,8 @@ def empty_in_order(like: Tensor, last: int) -> Tensor:
     )
 
 
-def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    inputs, options = Inputs(*args[:11]), Options(*args[11:])
+def _fwd_fake(*args: Any) -> Outputs:
+    inputs, options = forward_call(args)
     q, (B, H, T, _), S = inputs.q, inputs.q.shape, inputs.k.shape[2]
     fp32 = functools.partial(q.new_empty, dtype=torch.float32)
     weights: tuple[Any, ...] = (B, H, T, S)
@@ -112,7 +99,7 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
         )
     if options.weights == 1:
         weights = (weights[0], *weights[2:])
-    return (
+    return Outputs(
         empty_in_order(q, inputs.v.shape[3]),
         fp32((B, H, T)),
         fp32((2, B, H, T)),
@@ -122,22 +109,26 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    need_dbias, need_dsinks = args[7:9]
-    inputs = Inputs(*args[9:20])
-    q, k, v, _, bias, _, sinks, *_ = inputs
-    return (
-        *(empty_in_order(x, x.shape[3]) for x in (q, k, v)),
-        q.new_empty((0,)) if bias is None or not need_dbias else bias.new_empty(bias.shape),
-        q.new_empty((0,)) if sinks is None or not need_dsinks else sinks.new_empty(sinks.shape),
+def _bwd_fake(*args: Any) -> Gradients:
+    upstream, inputs, _ = backward_call(args)
+    dbias, dsinks = (
+        x.new_empty(x.shape) if x is not None and wanted else inputs.q.new_empty((0,))
+        for x, wanted in (
+            (inputs.bias, upstream.need_dbias),
+            (inputs.sinks, upstream.need_dsinks),
+        )
     )
+    dq, dk, dv = (empty_in_order(x, x.shape[3]) for x in (inputs.q, inputs.k, inputs.v))
+    return Gradients(dq, dk, dv, dbias, dsinks)
 
 
-def _decode_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return empty_in_order(q, v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _decode_fake(*args: Any) -> DecodeOutputs:
+    (q, _, v_cache, *_), _ = decode_call(args)
+    out = empty_in_order(q, v_cache.shape[3])
+    return DecodeOutputs(out, q.new_empty(q.shape[:3], dtype=torch.float32))
 
 
-FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+FAKES: dict[str, Callable[..., Any]] = {
     "fwd": _fwd_fake,
     "bwd": _bwd_fake,
     "decode": _decode_fake,
@@ -208,13 +199,13 @@ def load_emulator() -> str | None:
     path = built if EMULATOR == "1" else Path(EMULATOR)
     if not path.exists():
         return f"emulator not built: no {path}; build it with `make emulator`"
-    for schema in (
+    for test_hook in (
         "emulator_sabotage(str kind, str place, int amount) -> ()",
         "emulator_count(bool on) -> ()",
         "emulator_counts() -> str",
         "emulator_selftest(str kernel, str bug) -> ()",
     ):
-        _LIBRARY.define(schema)
+        _LIBRARY.define(test_hook)
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:

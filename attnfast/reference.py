@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .options import Inputs, Options, Outputs
+from .call import DecodeInputs, DecodeOptions, DecodeOutputs, Inputs, Options, Outputs
 from .sizes import memory_order
 
 NEG_INF = float("-inf")
@@ -101,52 +101,28 @@ def reference_attention(
     return Outputs(out, lse.to(stat_dtype), None, stats, received, weights)
 
 
-def reference_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    page_table: Tensor | None = None,
-    bias: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    scale: float,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def reference_decode(inputs: DecodeInputs, options: DecodeOptions) -> DecodeOutputs:
     """Attention of a few new queries over a cache: causal from t' = cache_seqlens[b] - T + t on.
 
-    Args:
-        q: (B, H, T, D).
-        k_cache: (B, H_kv, S, D), or pages (P, page, H_kv, D).
-        v_cache: (B, H_kv, S, D_v), or pages (P, page, H_kv, D_v).
-        cache_seqlens: (B,) int32, the keys in the cache, the T new ones included. Slots past them
-            may hold anything, NaN included.
-        page_table: (B, n) int32: page i of entry b is ``k_cache[page_table[b, i]]``. Entries past
-            cache_seqlens may hold anything.
-        bias: (B|1, H|1, T|1, S|1) float, S = n * page when paged.
-        alibi_slopes: (1|B, H) fp32.
-        sinks: (H,) float.
-        scale: Of q k^T.
-        window_left: Keys from t' - window_left on; -1 is unbounded.
-        window_right: Of no effect, because no key stands after t'.
-        softcap: As in ``Options``.
-
-    Returns:
-        out (B, H, T, D_v) in q's dtype and lse (B, H, T) fp32.
+    Slots of the cache past cache_seqlens, and entries of page_table, may hold anything, NaN
+    included. With pages, S = n * page and page i of entry b is ``k_cache[page_table[b, i]]``.
+    ``window_right`` is of no effect, because no key stands after t'.
     """
-    if page_table is not None:
-        pages = page_table.long().clamp(0, k_cache.shape[0] - 1)
-        k_cache = k_cache[pages].flatten(1, 2).transpose(1, 2)  # [B, H_kv, n * page, D]
-        v_cache = v_cache[pages].flatten(1, 2).transpose(1, 2)
-    align = cache_seqlens - q.shape[2]
-    inputs = Inputs(q, k_cache, v_cache, None, bias, alibi_slopes, sinks, align)
-    outputs = reference_attention(
-        inputs, Options(scale, True, window_left, window_right, softcap=softcap)
+    k, v = inputs.k_cache, inputs.v_cache
+    if inputs.page_table is not None:
+        pages = inputs.page_table.long().clamp(0, k.shape[0] - 1)
+        k, v = (x[pages].flatten(1, 2).transpose(1, 2) for x in (k, v))  # [B, H_kv, n * page, D]
+    whole = Inputs(
+        q=inputs.q,
+        k=k,
+        v=v,
+        bias=inputs.bias,
+        alibi_slopes=inputs.alibi_slopes,
+        sinks=inputs.sinks,
+        align=inputs.cache_seqlens - inputs.q.shape[2],
     )
-    return outputs.out, outputs.lse
+    outputs = reference_attention(whole, options.as_options())
+    return DecodeOutputs(outputs.out, outputs.lse)
 
 
 def positions(inputs: Inputs, options: Options, row_start: int = 0) -> Tensor:

@@ -8,12 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .options import Inputs, Options
+from .call import Inputs, Options
 from .reference import reference_attention, without_autocast
 
 PRIMALS = ("q", "k", "v", "bias", "sinks")
-RESULTS = ("out", "lse", "entropy", "weights")
 BLOCK_ELEMENTS = 1 << 20  # scores in one block of rows
+
+
+class ResultGradients(NamedTuple):
+    """The gradients of a call's results that its backward was given."""
+
+    out: Tensor
+    lse: Tensor | None
+    entropy: Tensor | None
+    weights: Tensor | None
 
 
 def present(names: Iterable[str], values: Iterable[Tensor | None]) -> dict[str, Tensor]:

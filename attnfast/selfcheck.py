@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .call import Inputs, Options
 from .functional import attention, attention_problem
-from .options import Inputs, Options
 from .reference import reference_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,13 +11,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from . import ops
-from .options import Inputs, Options
+from .call import (
+    DecodeInputs,
+    DecodeOptions,
+    Gradients,
+    Inputs,
+    Options,
+    Outputs,
+    Upstream,
+    backward_call,
+    decode_call,
+    forward_call,
+)
 from .requirements import fail
 from .subclasses import PLAIN, is_dtensor
 
@@ -25,7 +36,14 @@ BATCH, HEADS = 0, 1
 SUM = "sum"  # every process has a part of the sum
 
 # One way to cut a call: for every result and every argument a dimension, SUM, or None for whole.
-Cut = tuple[list[Any], list[Any]]
+Cut = tuple[Sequence[Any], Sequence[Any]]
+# Records of a call with such dimensions, or whole, in their fields.
+_inputs_at: Any = Inputs
+_upstream_at: Any = Upstream
+_outputs_at: Any = Outputs
+_gradients_at: Any = Gradients
+_decode_inputs_at: Any = DecodeInputs
+WHOLE, DECODE_WHOLE = (None,) * len(Options._fields), (None,) * len(DecodeOptions._fields)
 
 
 def register() -> None:
@@ -35,58 +53,75 @@ def register() -> None:
 
     propagator = DTensor._op_dispatcher.sharding_propagator
     every_argument_matters = RuntimeSchemaInfo(0)
-    rules: list[tuple[Any, Any, int | None]] = [(ops.SELF_ATTENTION, self_attention_cuts, None)]
+    rules: list[tuple[Any, Any]] = [(ops.SELF_ATTENTION, self_attention_cuts)]
     for each in ops.DEFINED.values():
-        rules += [
-            (each.fwd, fwd_cuts, 1),
-            (each.bwd, bwd_cuts, 10),
-            (each.decode, decode_cuts, 1),
-        ]
-    for op, cuts, k in rules:
-        strategy = functools.partial(_strategy, cuts, k)
+        rules += [(each.fwd, fwd_cuts), (each.bwd, bwd_cuts), (each.decode, decode_cuts)]
+    for op, cuts in rules:
+        strategy = functools.partial(_strategy, cuts)
         propagator.register_op_strategy(op, strategy, every_argument_matters)
 
 
 def fwd_cuts(*args: Any) -> Iterable[Cut]:
     """Of ``NAME_fwd``; tensors are given as their shapes."""
-    inputs, options = Inputs(*args[:11]), Options(*args[11:])
+    inputs, options = forward_call(args)
     for cut in _ways(inputs, options):
-        results = [
-            *(cut, cut, cut + 1),
-            cut + 1 if options.stats else None,
-            cut if options.stats == 2 else None,
-            cut if options.weights else None,
-        ]
-        yield results, [*_inputs(cut, inputs), *(None for _ in options)]
+        results = _outputs_at(
+            out=cut,
+            lse=cut,
+            norm=cut + 1,
+            stats=cut + 1 if options.stats else None,
+            received=cut if options.stats == 2 else None,
+            weights=cut if options.weights else None,
+        )
+        yield results, (*_inputs(cut, inputs), *WHOLE)
 
 
 def bwd_cuts(*args: Any) -> Iterable[Cut]:
     """Of ``NAME_bwd``."""
-    need_dbias, need_dsinks = args[7:9]
-    inputs, options = Inputs(*args[9:20]), Options(*args[20:])
+    upstream, inputs, options = backward_call(args)
     for cut in _ways(inputs, options):
         dims = _inputs(cut, inputs)
         dbias, dsinks = (SUM if dim is None else dim for dim in (dims.bias, dims.sinks))
-        results = [
-            *(cut, cut, cut),
-            dbias if need_dbias else None,
-            dsinks if need_dsinks else None,
-        ]
-        given = [cut, cut, cut, cut, cut, cut + 1, cut, None, None]
-        yield results, [*given, *dims, *(None for _ in options)]
+        results = _gradients_at(
+            dq=cut,
+            dk=cut,
+            dv=cut,
+            dbias=dbias if upstream.need_dbias else None,
+            dsinks=dsinks if upstream.need_dsinks else None,
+        )
+        given = _upstream_at(
+            grad_out=cut,
+            grad_lse=cut,
+            grad_entropy=cut,
+            grad_weights=cut,
+            out=cut,
+            norm=cut + 1,
+            entropy=cut,
+            need_dbias=None,
+            need_dsinks=None,
+        )
+        yield results, (*given, *dims, *WHOLE)
 
 
 def decode_cuts(*args: Any) -> Iterable[Cut]:
     """Of ``NAME_decode``."""
-    _, _, _, _, page_table, bias, alibi_slopes, _, *values = args
+    inputs, _ = decode_call(args)
     for cut in (BATCH, HEADS):
         cache: int | None = cut
-        if page_table is not None:  # (P, page, H_kv, D)
+        if inputs.page_table is not None:  # (P, page, H_kv, D)
             cache = 2 if cut == HEADS else None
         entries, heads = (0, None) if cut == BATCH else (None, 0)
-        shared = _where(cut, bias), _where(cut, alibi_slopes)
-        given = [cut, cache, cache, entries, entries, *shared, heads]
-        yield [cut, cut], [*given, *(None for _ in values)]
+        given = _decode_inputs_at(
+            q=cut,
+            k_cache=cache,
+            v_cache=cache,
+            cache_seqlens=entries,
+            page_table=entries,
+            bias=_where(cut, inputs.bias),
+            alibi_slopes=_where(cut, inputs.alibi_slopes),
+            sinks=heads,
+        )
+        yield (cut, cut), (*given, *DECODE_WHOLE)
 
 
 def self_attention_cuts(*args: Any) -> Iterable[Cut]:
@@ -122,11 +157,15 @@ def _ways(inputs: Inputs, options: Options) -> tuple[int, ...]:
 
 def _inputs(cut: int, x: Inputs) -> Any:
     entries, heads = (0, None) if cut == BATCH else (None, 0)
-    dims: Any = Inputs
-    return dims(
-        *(cut, cut, cut),
-        *(_where(cut, x.mask), _where(cut, x.bias), _where(cut, x.alibi_slopes)),
-        *(heads, entries, None, None, None),
+    return _inputs_at(
+        q=cut,
+        k=cut,
+        v=cut,
+        mask=_where(cut, x.mask),
+        bias=_where(cut, x.bias),
+        alibi_slopes=_where(cut, x.alibi_slopes),
+        sinks=heads,
+        align=entries,
     )
 
 
@@ -135,7 +174,7 @@ def _where(cut: int, shape: Any) -> int | None:
     return None if shape is None or shape[cut] == 1 else cut
 
 
-def _strategy(cuts: Callable[..., Iterable[Cut]], k: int | None, schema: Any) -> Any:
+def _strategy(cuts: Callable[..., Iterable[Cut]], schema: Any) -> Any:
     """An OpStrategy of everything whole, and every cut that leaves groups of heads whole."""
     from torch.distributed.tensor._op_schema import OpStrategy
     from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
@@ -161,8 +200,11 @@ def _strategy(cuts: Callable[..., Iterable[Cut]], k: int | None, schema: Any) ->
         )
     mesh = schema.get_mesh_from_args()
     strategy = expand_to_full_mesh_op_strategy(mesh, schema, rows, input_index=count)
+    names = [argument.name for argument in schema.op._schema.arguments]
+    k = next((i for i, name in enumerate(names) if name in ("k", "k_cache")), None)
     if k is not None:
-        heads = 2 if len(args) == 12 and args[4] is not None else HEADS  # decode: pages
+        paged = "page_table" in names and args[names.index("page_table")] is not None
+        heads = 2 if paged else HEADS
         place, size = sum(tensors[:k]), shapes[k][heads]
 
         def in_whole_groups(specs: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from . import ops
+from .call import OPERATORS
 
 OLDEST = (3, 6)
 MAX_HEAD_DIM = 512
@@ -38,7 +39,7 @@ def _implementation(kind: str) -> Any:
     return run
 
 
-for _kind in ops.SCHEMAS:
+for _kind in OPERATORS:
     for _key in ("CPU", "CUDA"):
         _LIBRARY.impl(f"triton_{_kind}", _implementation(_kind), _key)
     _gluon = _implementation("gluon_fwd" if _kind == "fwd" else _kind)  # the forward only

@@ -16,8 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import rows
-from .options import Inputs, Options
+from .call import (
+    DecodeInputs,
+    Gradients,
+    Inputs,
+    Options,
+    Outputs,
+    Upstream,
+    backward_call,
+    decode_call,
+    forward_call,
+)
+from .checks import contiguous, rows
 
 
 class Fold(NamedTuple):
@@ -50,15 +60,47 @@ class Fold(NamedTuple):
     def inputs(self, x: Inputs, dims: Any, bias_apart: bool = False) -> Inputs:
         """Every tensor of a call."""
         return Inputs(
-            rows(self.tensor(x.q, dims.q)),
-            rows(self.tensor(x.k, dims.k)),
-            rows(self.tensor(x.v, dims.v)),
-            self.broadcast(x.mask, dims.mask),
-            self.broadcast(x.bias, dims.bias, bias_apart),
-            self.broadcast(x.alibi_slopes, dims.alibi_slopes),
-            x.sinks,
-            self.optional(x.align, dims.align),
+            q=rows(self.tensor(x.q, dims.q)),
+            k=rows(self.tensor(x.k, dims.k)),
+            v=rows(self.tensor(x.v, dims.v)),
+            mask=self.broadcast(x.mask, dims.mask),
+            bias=self.broadcast(x.bias, dims.bias, bias_apart),
+            alibi_slopes=self.broadcast(x.alibi_slopes, dims.alibi_slopes),
+            sinks=x.sinks,
+            align=self.optional(x.align, dims.align),
         )
+
+    def upstream(self, x: Upstream, dims: Any) -> Upstream:
+        """What a backward receives before the inputs."""
+        return Upstream(
+            grad_out=rows(self.tensor(x.grad_out, dims.grad_out)),
+            grad_lse=contiguous(self.optional(x.grad_lse, dims.grad_lse)),
+            grad_entropy=contiguous(self.optional(x.grad_entropy, dims.grad_entropy)),
+            grad_weights=contiguous(self.optional(x.grad_weights, dims.grad_weights)),
+            out=rows(self.tensor(x.out, dims.out)),
+            norm=self.tensor(x.norm, dims.norm, 1).contiguous(),
+            entropy=contiguous(self.optional(x.entropy, dims.entropy)),
+            need_dbias=x.need_dbias,
+            need_dsinks=x.need_dsinks,
+        )
+
+    def decode_inputs(self, x: DecodeInputs, dims: Any) -> DecodeInputs:
+        """Every tensor of a decode call; all calls share a pool of pages."""
+        paged = x.page_table is not None
+        return DecodeInputs(
+            q=rows(self.tensor(x.q, dims.q)),
+            k_cache=x.k_cache if paged else rows(self.tensor(x.k_cache, dims.k_cache)),
+            v_cache=x.v_cache if paged else rows(self.tensor(x.v_cache, dims.v_cache)),
+            cache_seqlens=self.tensor(x.cache_seqlens, dims.cache_seqlens).contiguous(),
+            page_table=contiguous(self.optional(x.page_table, dims.page_table)),
+            bias=self.broadcast(x.bias, dims.bias),
+            alibi_slopes=self.broadcast(x.alibi_slopes, dims.alibi_slopes),
+            sinks=x.sinks,
+        )
+
+    def result(self, x: Any, batch: int | None) -> Any:
+        """A result whose batch has that dimension; None: as it is."""
+        return x if batch is None else self.apart(x, batch)
 
     def apart(self, x: Tensor, batch: int = 0) -> Tensor:
         """A result whose mapped dimension stands before its batch."""
@@ -68,35 +110,33 @@ class Fold(NamedTuple):
 
 def fwd_rule(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     """Of ``NAME_fwd``."""
-    inputs, options = Inputs(*args[:11]), Options(*args[11:])
-    dims: Any = Inputs(*in_dims[:11])
+    inputs, options = forward_call(args)
+    dims: Any
+    dims, _ = forward_call(in_dims)
     if not joins(inputs, dims, options):
         return one_by_one(op, info, in_dims, *args)
     fold = fold_of(info, inputs.q, dims.q)
-    out, lse, norm, stats, received, weights = op(*fold.inputs(inputs, dims), *options)
-    return (
-        fold.apart(out),
-        fold.apart(lse),
-        fold.apart(norm, 1),
-        fold.apart(stats, 1) if options.stats else stats,
-        fold.apart(received) if options.stats == 2 else received,
-        fold.apart(weights) if options.weights else weights,
-    ), (
-        0,
-        0,
-        1,
-        1 if options.stats else None,
-        0 if options.stats == 2 else None,
-        0 if options.weights else None,
+    places: Any = Outputs
+    out_dims = places(
+        out=0,
+        lse=0,
+        norm=1,
+        stats=1 if options.stats else None,
+        received=0 if options.stats == 2 else None,
+        weights=0 if options.weights else None,
     )
+    results = op(*fold.inputs(inputs, dims), *options)
+    return tuple(map(fold.result, results, out_dims)), tuple(out_dims)
 
 
 def bwd_rule(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     """Of ``NAME_bwd``."""
-    inputs, options = Inputs(*args[9:20]), Options(*args[20:])
-    dims: Any = Inputs(*in_dims[9:20])
-    need_dbias, need_dsinks = args[7:9]
-    if need_dsinks or not joins(inputs, dims, options):
+    upstream, inputs, options = backward_call(args)
+    up_dims: Any
+    dims: Any
+    up_dims, dims, _ = backward_call(in_dims)
+    need_dbias = upstream.need_dbias
+    if upstream.need_dsinks or not joins(inputs, dims, options):
         return one_by_one(op, info, in_dims, *args)
     fold = fold_of(info, inputs.q, dims.q)
     bias, shared = inputs.bias, False
@@ -104,47 +144,31 @@ def bwd_rule(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         shared = bias.shape[0 if dims.bias != 0 else 1] != fold.B
         if shared and bias.dtype != torch.float64:  # its gradient is summed here, as in the kernel
             inputs = inputs._replace(bias=bias.float())
-    grad_out, grad_lse, grad_entropy, grad_weights, out, norm, entropy = args[:7]
-    dq, dk, dv, dbias, dsinks = op(
-        rows(fold.tensor(grad_out, in_dims[0])),
-        contiguous(fold.optional(grad_lse, in_dims[1])),
-        contiguous(fold.optional(grad_entropy, in_dims[2])),
-        contiguous(fold.optional(grad_weights, in_dims[3])),
-        rows(fold.tensor(out, in_dims[4])),
-        contiguous(fold.tensor(norm, in_dims[5], 1)),
-        contiguous(fold.optional(entropy, in_dims[6])),
-        need_dbias,
-        need_dsinks,
-        *fold.inputs(inputs, dims, bias_apart=need_dbias),
-        *options,
-    )
-    if need_dbias:
+    folded = fold.upstream(upstream, up_dims)
+    gradients = Gradients(*op(*folded, *fold.inputs(inputs, dims, need_dbias), *options))
+    places: Any = Gradients
+    out_dims = places(dq=0, dk=0, dv=0, dbias=0 if need_dbias else None, dsinks=None)
+    results = Gradients(*map(fold.result, gradients, out_dims))
+    if shared:
         assert bias is not None
-        dbias = fold.apart(dbias)
-        dbias = dbias.sum(1, keepdim=True).to(bias.dtype) if shared else dbias
-    results = fold.apart(dq), fold.apart(dk), fold.apart(dv), dbias, dsinks
-    return results, (0, 0, 0, 0 if need_dbias else None, None)
+        assert results.dbias is not None
+        dbias = results.dbias.sum(1, keepdim=True).to(bias.dtype)
+        results = results._replace(dbias=dbias)
+    return tuple(results), tuple(out_dims)
 
 
 def decode_rule(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     """Of ``NAME_decode``."""
-    q, k_cache, v_cache, cache_seqlens, page_table, bias, alibi_slopes, sinks, *values = args
-    paged = page_table is not None
-    if in_dims[7] is not None or (paged and in_dims[1:3] != (None, None)):
+    inputs, options = decode_call(args)
+    dims: Any
+    dims, _ = decode_call(in_dims)
+    paged = inputs.page_table is not None
+    pool = (dims.k_cache, dims.v_cache)
+    if dims.sinks is not None or (paged and pool != (None, None)):
         return one_by_one(op, info, in_dims, *args)
-    fold = fold_of(info, q, in_dims[0])
-    out, lse = op(
-        rows(fold.tensor(q, in_dims[0])),
-        k_cache if paged else rows(fold.tensor(k_cache, in_dims[1])),
-        v_cache if paged else rows(fold.tensor(v_cache, in_dims[2])),
-        contiguous(fold.tensor(cache_seqlens, in_dims[3])),
-        contiguous(fold.optional(page_table, in_dims[4])),
-        fold.broadcast(bias, in_dims[5]),
-        fold.broadcast(alibi_slopes, in_dims[6]),
-        sinks,
-        *values,
-    )
-    return (fold.apart(out), fold.apart(lse)), (0, 0)
+    fold = fold_of(info, inputs.q, dims.q)
+    results = op(*fold.decode_inputs(inputs, dims), *options)
+    return tuple(map(fold.apart, results)), (0, 0)
 
 
 def one_by_one(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -178,8 +202,3 @@ def joins(inputs: Inputs, dims: Any, options: Options) -> bool:
 def fold_of(info: Any, q: Tensor, dim: int | None) -> Fold:
     """The numbers of calls and of entries, of which q (B, H, T, D) has every one."""
     return Fold(info.batch_size, q.shape[0 if dim != 0 else 1])
-
-
-def contiguous(x: Tensor | None) -> Tensor | None:
-    """X without gaps."""
-    return None if x is None else x.contiguous()

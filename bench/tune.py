@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attnfast import dispatch
-from attnfast.options import Inputs, Options
+from attnfast.call import DecodeInputs, DecodeOptions, Inputs, Options, Upstream
 
 from . import ROOT, clock, environment
 
@@ -167,8 +167,8 @@ def call_of(
     if place.name == "decode":
         q = normal(B, 8 * H, 1, place.D)
         lengths = torch.full((B,), T, dtype=torch.int32, device=device)
-        rest = (k, v, lengths, None, None, None, None, scale, -1, -1, 0.0)
-        return lambda: tuple(ops.decode(q, *rest)), T
+        step, given = DecodeInputs(q, k, v, lengths), DecodeOptions(scale)
+        return lambda: tuple(ops.decode(*step, *given)), T
     q = normal(B, H, T, place.D)
     inputs = Inputs(q, k, v, bias=normal(1, H, T, T) if place.name == "dbias" else None)
     asked = {"weights": {"weights": 1}, "received": {"stats": 2}}
@@ -177,11 +177,11 @@ def call_of(
         return lambda: tuple(ops.fwd(*inputs, *options)), T
     out, _, norm, *_ = ops.fwd(*inputs, *options)
     grad_out = normal(*out.shape)
-    grad_weights = None
+    upstream = Upstream.plain(grad_out, out, norm)._replace(need_dbias=place.name == "dbias")
     if place.name == "rows":  # which has products only then
-        options, grad_weights = options._replace(weights=1), normal(B, T, T)
-    before = (grad_out, None, None, grad_weights, out, norm, None, place.name == "dbias", False)
-    return lambda: tuple(ops.bwd(*before, *inputs, *options)), T
+        options = options._replace(weights=1)
+        upstream = upstream._replace(grad_weights=normal(B, T, T))
+    return lambda: tuple(ops.bwd(*upstream, *inputs, *options)), T
 
 
 class Trial:

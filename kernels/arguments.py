@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnfast.options import Inputs, Options
+from attnfast.call import Inputs, Options
 
 LOG2_E = math.log2(math.e)
 MAX_ROWS = 1 << 28  # of positions no sum then leaves 32 bits

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 from attnfast import checks
-from attnfast.options import Inputs, Options
+from attnfast.call import (
+    DecodeOutputs,
+    Gradients,
+    Outputs,
+    backward_call,
+    decode_call,
+    forward_call,
+)
 from attnfast.requirements import checks_values
 
 from . import backward as gradients
@@ -16,18 +22,16 @@ from . import bias_gradients, configs, forward, launch, weights
 from .arguments import MAX_ROWS, gather
 from .decode import attention_decode
 
-RESULTS = ("grad_out", "grad_lse", "grad_entropy", "grad_weights", "out", "lse", "entropy")
-
 if launch.INTERPRETED:
     from . import interpreter
 
     interpreter.mend()
 
 
-def fwd(*args: Any) -> tuple[Tensor, ...]:
-    """``triton_fwd``: ``Inputs``, then ``Options``; returns ``Outputs``."""
-    inputs, options = Inputs(*args[:11]), Options(*args[11:])
-    check_memory(Inputs._fields, inputs)
+def fwd(*args: Any) -> Outputs:
+    """``triton_fwd``."""
+    inputs, options = forward_call(args)
+    check_memory(inputs)
     check_rows(q=inputs.q, k=inputs.k, v=inputs.v)
     if checks_values() and inputs.cu_seqlens_q is not None:
         checks.sequence_values("varlen_attention", inputs, options)
@@ -41,15 +45,16 @@ def fwd(*args: Any) -> tuple[Tensor, ...]:
     probabilities = inputs.q.new_empty(0)
     if options.weights:
         probabilities = weights.weights_fwd(options, call, norm, arch)
-    return out, lse, norm, nothing if stats is None else stats, received, probabilities
+    stats = nothing if stats is None else stats
+    return Outputs(out, lse, norm, stats, received, probabilities)
 
 
-def gluon_fwd(*args: Any) -> tuple[Tensor, ...]:
+def gluon_fwd(*args: Any) -> Outputs:
     """``gluon_fwd``: out, lse and norm by the forward for Hopper."""
     from . import gluon_forward
 
-    inputs, options = Inputs(*args[:11]), Options(*args[11:])
-    check_memory(Inputs._fields, inputs)
+    inputs, options = forward_call(args)
+    check_memory(inputs)
     check_rows(q=inputs.q, k=inputs.k, v=inputs.v)
     call = gather(inputs, options, configs.l2_bytes("sm_90"))
     reason = gluon_forward.unsupported(call)
@@ -59,57 +64,41 @@ def gluon_fwd(*args: Any) -> tuple[Tensor, ...]:
     gluon_forward.give_scratch()
     launch.launch(gluon_forward.hopper_launch(call, to))
     nothing = to.lse.new_empty(0)
-    return to.out, to.lse, to.norm, nothing, nothing, inputs.q.new_empty(0)
+    return Outputs(to.out, to.lse, to.norm, nothing, nothing, inputs.q.new_empty(0))
 
 
-def bwd(*args: Any) -> tuple[Tensor, ...]:
-    """``triton_bwd``: gradients and results of the forward, then its arguments; ``Gradients``."""
-    grad_out, grad_lse, grad_entropy, grad_weights, out, norm, entropy = args[:7]
-    need_dbias, need_dsinks = args[7:9]
-    inputs, options = Inputs(*args[9:20]), Options(*args[20:])
-    check_memory(Inputs._fields, inputs)
-    check_memory(RESULTS, args[:7])
-    check_rows(q=inputs.q, k=inputs.k, v=inputs.v, out=out)
-    if grad_out.shape[3] > 1 and grad_out.stride(3) != 1:
-        grad_out = grad_out.contiguous()
-    grad_lse, grad_entropy, entropy, norm = (
-        None if x is None else x.contiguous() for x in (grad_lse, grad_entropy, entropy, norm)
-    )
+def bwd(*args: Any) -> Gradients:
+    """``triton_bwd``."""
+    upstream, inputs, options = backward_call(args)
+    check_memory(inputs)
+    check_memory(upstream)
+    check_rows(q=inputs.q, k=inputs.k, v=inputs.v, out=upstream.out)
     arch = configs.architecture(inputs.q.device)
-    call = gather(inputs, options, configs.l2_bytes(arch), grad_out, out)
-    given = gradients.given(
-        grad_out,
-        grad_lse,
-        grad_entropy,
-        grad_weights,
-        out,
-        norm,
-        entropy,
-        inputs.cu_seqlens_q is not None,
-    )
+    given = gradients.given(upstream, inputs.cu_seqlens_q is not None)
+    call = gather(inputs, options, configs.l2_bytes(arch), given.grad_out, given.out)
     to = gradients.attention_bwd(inputs, call, given, arch)
     dbias = dsinks = inputs.q.new_empty(0)
-    if need_dbias:
+    if upstream.need_dbias:
         dbias = bias_gradients.bias_gradient(call, given, arch)
-    if need_dsinks:
+    if upstream.need_dsinks:
         dsinks = bias_gradients.sink_gradient(call, given, arch)
-    return to.dq, to.dk, to.dv, dbias, dsinks
+    return Gradients(to.dq, to.dk, to.dv, dbias, dsinks)
 
 
-def decode(*args: Any) -> tuple[Tensor, Tensor]:
+def decode(*args: Any) -> DecodeOutputs:
     """``triton_decode``."""
-    q, k_cache, v_cache, *_ = args
-    check_memory(checks.DecodeInputs._fields, args[:8])
-    check_rows(q=q, k_cache=k_cache, v_cache=v_cache)
+    inputs, options = decode_call(args)
+    check_memory(inputs)
+    check_rows(q=inputs.q, k_cache=inputs.k_cache, v_cache=inputs.v_cache)
     if checks_values():
-        checks.cache_values("decode_attention", checks.DecodeInputs(*args[:8]))
-    return attention_decode(*args, arch=configs.architecture(q.device))
+        checks.cache_values("decode_attention", inputs)
+    return attention_decode(inputs, options, arch=configs.architecture(inputs.q.device))
 
 
-def check_memory(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
+def check_memory(record: Any) -> None:
     """A tensor's storage may have been given back, which Triton would not see."""
-    for name, x in zip(names, tensors, strict=True):
-        if x is not None and not x.untyped_storage().nbytes() and x.numel():
+    for name, x in record._asdict().items():
+        if isinstance(x, Tensor) and not x.untyped_storage().nbytes() and x.numel():
             raise RuntimeError(f"attention: {name} must have its memory, got a storage of 0 bytes")
 
 

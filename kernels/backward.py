@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnfast.call import Inputs, Upstream
+from attnfast.checks import contiguous
 from attnfast.ops import empty_in_order
-from attnfast.options import Inputs
 
 from . import configs
 from .arguments import Call, Tile, block, rows, strides
@@ -340,34 +341,25 @@ def attention_bwd(inputs: Inputs, call: Call, given: Given, arch: str) -> Result
     return to
 
 
-def given(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_weights: Tensor | None,
-    out: Tensor,
-    norm: Tensor,
-    entropy: Tensor | None,
-    varlen: bool,
-) -> Given:
+def given(upstream: Upstream, varlen: bool) -> Given:
     """The gradients as kernels take them."""
-    dw = strides(
-        grad_weights
-        if grad_weights is None or grad_weights.dim() == 4
-        else grad_weights.unsqueeze(1)
-    )
+    grad_out, grad_lse, grad_entropy, grad_weights, out, norm, entropy, *_ = upstream
+    if grad_out.shape[3] > 1 and grad_out.stride(3) != 1:
+        grad_out = grad_out.contiguous()
     mean = grad_weights is not None and grad_weights.dim() == 3
+    dw = strides(grad_weights.unsqueeze(1) if mean else grad_weights)
+    norm = norm.contiguous()
     terms = torch.empty_like(norm[0])
     if varlen:  # rows past the last sequence belong to no program
         terms.zero_()
     return Given(
         grad_out,
-        grad_lse,
-        grad_entropy,
+        contiguous(grad_lse),
+        contiguous(grad_entropy),
         grad_weights,
         out,
         norm,
-        entropy,
+        contiguous(entropy),
         terms,
         *rows(grad_out, varlen),
         *rows(out, varlen),
@@ -380,7 +372,7 @@ def given(
 def results(inputs: Inputs) -> Results:
     """Memory for the results. Varlen rows past the last sequence belong to no program."""
     varlen = inputs.cu_seqlens_q is not None
-    tensors = [empty_in_order(x, x.shape[3]) for x in inputs[:3]]
+    tensors = [empty_in_order(x, x.shape[3]) for x in (inputs.q, inputs.k, inputs.v)]
     if varlen:
         for x in tensors:
             x.zero_()

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnfast.call import DecodeInputs, DecodeOptions, DecodeOutputs, Inputs
 from attnfast.ops import empty_in_order
-from attnfast.options import Inputs, Options
 
 from . import configs
 from .arguments import Call, Tile, block, gather, rows
@@ -206,43 +206,30 @@ def combine_kernel(x, c, p, f, tile):
     tl.store(out + dims, acc.to(c.out.dtype.element_ty), mask=dims < f.D_V)
 
 
-def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    page_table: Tensor | None,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    *,
-    arch: str,
-) -> tuple[Tensor, Tensor]:
+def attention_decode(inputs: DecodeInputs, options: DecodeOptions, *, arch: str) -> DecodeOutputs:
     """Run decoding, see ``attnfast.decode_attention``; all arguments checked.
 
     Lengths are clamped to the cache's capacity and pages to those that there are.
-
-    Returns:
-        out (B, H, T, D_v) in q's dtype and stride order, lse (B, H, T) fp32.
     """
-    if page_table is not None:  # pages (P, page, H_kv, D) as (P, H_kv, page, D)
-        k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    options = Options(scale, True, window_left, window_right, softcap=softcap)
-    inputs = Inputs(q, k_cache, v_cache, None, bias, alibi_slopes, sinks)
-    call = gather(inputs, options, configs.l2_bytes(arch))
-    S = k_cache.shape[2]
-    if page_table is not None:
-        S *= page_table.shape[1]
+    k, v, table = inputs.k_cache, inputs.v_cache, inputs.page_table
+    if table is not None:  # pages (P, page, H_kv, D) as (P, H_kv, page, D)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    whole = Inputs(
+        q=inputs.q,
+        k=k,
+        v=v,
+        bias=inputs.bias,
+        alibi_slopes=inputs.alibi_slopes,
+        sinks=inputs.sinks,
+    )
+    call = gather(whole, options.as_options(), configs.l2_bytes(arch))
+    S = k.shape[2] if table is None else k.shape[2] * table.shape[1]
     call = call._replace(p=call.p._replace(S=S))
-    jobs = decode_launches(call, cache_seqlens, page_table, arch)
+    jobs = decode_launches(call, inputs.cache_seqlens, table, arch)
     for job in jobs:
         launch(job)
     cache = jobs[0].tensors[1]
-    return cache.out, cache.lse
+    return DecodeOutputs(cache.out, cache.lse)
 
 
 def decode_launches(

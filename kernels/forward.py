@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnfast.call import Inputs, Options
 from attnfast.ops import empty_in_order
-from attnfast.options import Inputs, Options
 
 from . import configs
 from .arguments import Call, Tile, block, rows

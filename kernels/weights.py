@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnfast.options import Inputs, Options
+from attnfast.call import Inputs, Options
 
 from . import configs
 from .arguments import Call, Tile, block

@@ -8,7 +8,7 @@ import torch
 from dense import Problem, dense
 from torch import Tensor
 
-from attnfast.options import Inputs, Outputs
+from attnfast.call import Inputs, Outputs
 from attnfast.reference import reference_attention
 
 Results = dict[str, Tensor]  # by the names of `dense.dense`

@@ -17,7 +17,7 @@ from dense import Cotangents, Problem
 from torch import Tensor
 
 import attnfast
-from attnfast.options import Inputs, Options, Outputs
+from attnfast.call import Inputs, Options, Outputs
 
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (fp32, bf16, fp16)

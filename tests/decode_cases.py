@@ -12,7 +12,7 @@ from dense import Cotangents, Problem
 from torch import Tensor
 
 import attnfast
-from attnfast.options import Inputs, Options
+from attnfast.call import Inputs, Options
 
 PAGE = 16
 

@@ -42,7 +42,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnfast.options import Inputs, Options
+from attnfast.call import Inputs, Options
 from attnfast.reference import dropout_mask
 
 

@@ -11,7 +11,7 @@ from accuracy import Results, check, reference_results
 from cases import DTYPES, EVERYTHING, Case, problem
 from dense import Cotangents, Problem
 
-from attnfast.options import Inputs
+from attnfast.call import Inputs
 
 LEAN = Case("lean", T=65, S=90, D=16)  # one option at a time is added
 

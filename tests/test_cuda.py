@@ -18,8 +18,8 @@ from torch import Tensor
 
 import attnfast
 from attnfast import dispatch, ops, triton_backend
+from attnfast.call import Inputs, Options
 from attnfast.functional import attention_problem
-from attnfast.options import Inputs, Options
 
 if not EMULATED:
     pytest.skip(NOT_EMULATED, allow_module_level=True)

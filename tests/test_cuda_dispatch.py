@@ -16,9 +16,9 @@ import torch
 
 from attnfast import __main__ as about
 from attnfast import dispatch, explain, selfcheck
+from attnfast.call import Options
 from attnfast.dispatch import Problem
 from attnfast.explain import describe
-from attnfast.options import Options
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "build" / "emulator" / "_emulator.so"

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import attnfast
 from attnfast import ops
-from attnfast.options import Inputs, Options
+from attnfast.call import Inputs, Options
 
 if not EMULATED:
     pytest.skip(NOT_EMULATED, allow_module_level=True)

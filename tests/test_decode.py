@@ -15,7 +15,7 @@ from dense import Cotangents, Problem
 from torch import Tensor
 
 import attnfast
-from attnfast.options import Inputs, Options
+from attnfast.call import Inputs, Options
 
 EVERY = pytest.mark.parametrize("way", WAYS)
 

@@ -12,7 +12,7 @@ from cases import DTYPES, EVERYTHING, OPTIONS, Case, bf16, fp16, fp32, problem, 
 from dense import Cotangents, Problem
 from torch import Tensor
 
-from attnfast.options import Inputs
+from attnfast.call import Inputs
 
 ROW_RESULTS = ("out", "lse", "dq")
 LARGER = (

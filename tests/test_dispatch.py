@@ -14,8 +14,8 @@ from torch import Tensor
 
 import attnfast
 from attnfast import dispatch, ops
+from attnfast.call import Options
 from attnfast.dispatch import Backend, Problem
-from attnfast.options import Options
 
 PROBLEM = Problem(
     "attention", torch.device("cpu"), torch.float32, 2, 4, 2, 10, 12, 64, 32, Options(0.125)

@@ -22,8 +22,8 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import attnfast
 from attnfast import dispatch
+from attnfast.call import Inputs, Options
 from attnfast.integrations import sdpa
-from attnfast.options import Inputs, Options
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

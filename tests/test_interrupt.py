@@ -50,7 +50,7 @@ lengths, caches = torch.full((64,), T), [x.expand(64, 8, T, 64) for x in (k, v)]
 interrupted(lambda: attnfast.decode_attention(torch.randn(64, 64, 64, 64), *caches, lengths))
 """,
     "raw operator": """
-from attnfast.options import Inputs, Options
+from attnfast.call import Inputs, Options
 arguments = (*Inputs(q, k, v), *Options(0.125))
 interrupted(lambda: torch.ops.attnfast.cpu_fwd(*arguments))
 """,

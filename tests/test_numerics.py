@@ -12,7 +12,7 @@ from cases import DTYPES, Case, fp16, fp32, problem, run
 from dense import Problem
 from torch import Tensor
 
-from attnfast.options import Inputs
+from attnfast.call import Inputs
 
 ALL_GRADS = ("out", "lse", "entropy")
 POISON = (torch.nan, torch.inf, -torch.inf)

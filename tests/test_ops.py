@@ -15,8 +15,8 @@ from torch.autograd import forward_ad
 
 import attnfast
 from attnfast import ops
+from attnfast.call import Gradients, Inputs, Options, Outputs, forward_call
 from attnfast.dispatch import BACKENDS, CPU
-from attnfast.options import Gradients, Inputs, Options, Outputs
 
 SMALL = Case(B=2, H=4, H_kv=2, T=5, S=7, D=16, D_v=8, causal=True)
 EVERYTHING = replace(
@@ -192,9 +192,7 @@ def test_the_forward_operator_has_the_gradients_of_attention(case: Case) -> None
     found = []
     for run in (
         lambda *x: ops.CPU.fwd(*x),
-        lambda *x: attnfast.autograd.fused_attention(
-            ops.CPU, Inputs(*x[:11]), Options(*x[11:]), True
-        ),
+        lambda *x: attnfast.autograd.fused_attention(ops.CPU, *forward_call(x), True),
     ):
         given = differentiable(arguments, *places)
         first = torch.autograd.grad(sum_of(run(*given)), wanted(given, places), create_graph=True)
@@ -350,7 +348,7 @@ def test_a_call_passes_the_documented_arguments(monkeypatch: pytest.MonkeyPatch)
         return_weights="mean",
         deterministic=True,
     )
-    inputs, options = Inputs(*seen[:11]), Options(*seen[11:])
+    inputs, options = forward_call(seen)
     assert options == Options(
         0.5, True, 4, -1, 0, False, 2.0, 0.5, 1, 2, True, max_seqlen_q=0, max_seqlen_k=0
     )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from attnfast.options import Inputs, Options, Outputs
+from attnfast.call import DecodeInputs, DecodeOptions, Inputs, Options, Outputs
 from attnfast.reference import dropout_mask, reference_attention, reference_decode
 
 B, H, H_KV, T, S, D, D_V = 2, 4, 2, 3, 5, 2, 3
@@ -419,7 +419,9 @@ def test_decode_is_dense(paged: bool) -> None:
         table = order.int()
         table[1, 1:], table[2] = -1, 2**30
     seqlens = torch.tensor(lengths, dtype=torch.int32)
-    out, lse = reference_decode(q, *caches, seqlens, table, bias, slopes, sinks, **DECODE)
+    out, lse = reference_decode(
+        DecodeInputs(q, *caches, seqlens, table, bias, slopes, sinks), DecodeOptions(**DECODE)
+    )
     assert_close(out, torch.cat([x.out for x in expected]))
     assert_close(lse, torch.cat([x.lse for x in expected]))
 

@@ -12,7 +12,7 @@ from dense import Problem
 from torch import Tensor
 
 from attnfast import second_order
-from attnfast.options import Inputs
+from attnfast.call import Inputs
 from attnfast.reference import reference_attention
 
 ALL_GRADS = ("out", "lse", "entropy", "weights")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils import _pytree
 
-from attnfast.options import Inputs, Options
+from attnfast.call import Inputs, Options
 from attnfast.reference import reference_attention
 from attnfast.stats import AttentionStats
 

@@ -16,7 +16,7 @@ import torch
 import attnfast
 from attnfast import __main__ as about
 from attnfast import dispatch, triton_backend
-from attnfast.options import Options
+from attnfast.call import Options
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEM = dispatch.Problem(

@@ -48,7 +48,7 @@ from attnfast.kernels.launch import Launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from attnfast.options import Inputs, Options
+from attnfast.call import Inputs, Options, Upstream
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "docs" / "triton-resources"
@@ -208,10 +208,12 @@ def job(entry: Entry) -> Launch:
             table = empty(B, 8, dtype=torch.int32)
         jobs = decode.decode_launches(call, lengths, table, entry.arch)
         return jobs[("decode", "combine").index(entry.name)]
-    extra = (rows, rows, empty(B, H, T, T)) if everything else (None, None, None)
-    if entry.name == "rows":  # which has products only then
-        extra = (*extra[:2], empty(B, H, T, T))
-    given = backward.given(q, *extra, q, norm, extra[0], False)
+    upstream = Upstream.plain(q, q, norm)
+    if everything:
+        upstream = upstream._replace(grad_lse=rows, grad_entropy=rows, entropy=rows)
+    if everything or entry.name == "rows":  # which has products only then
+        upstream = upstream._replace(grad_weights=empty(B, H, T, T))
+    given = backward.given(upstream, False)
     if entry.name == "dbias":
         return bias_gradients.bias_launch(call, given, entry.arch)
     if entry.name == "dsinks":

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from attnfast import dispatch
-from attnfast.options import Options
+from attnfast.call import Options
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"

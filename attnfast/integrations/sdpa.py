@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .. import dispatch, ops
+from ..call import DecodeInputs, DecodeOptions, Upstream
 from ..checks import attention_call, rows
 from ..sdpa import scaled_dot_product_attention
 
@@ -138,10 +139,10 @@ class _Kernels:
             return out, lse
         inputs, options = _flash_call(query, key, value, dropout_p, is_causal, attn_mask, scale)
         if query.shape[2] == 1 and not is_causal:
-            q, k, v = inputs[:3]
+            q, k, v = inputs.q, inputs.k, inputs.v
             lengths = torch.full((q.shape[0],), k.shape[2], dtype=torch.int32)
-            tensors = (q, k, v, lengths, None, inputs.bias, None, None)
-            out, lse = ops.CPU.decode(*tensors, options.scale, -1, -1, 0.0)
+            step = DecodeInputs(q, k, v, lengths, bias=inputs.bias)
+            out, lse = ops.CPU.decode(*step, *DecodeOptions(options.scale))
         else:
             out, lse, *_ = ops.CPU.fwd(*inputs, *options)
         return out, lse.transpose(1, 2).contiguous().transpose(1, 2)  # with torch's strides
@@ -166,9 +167,8 @@ class _Kernels:
             dq, dk, dv = _boxed(self.flash_backward, *given, attn_mask=attn_mask, scale=scale)
             return dq, dk, dv
         inputs, options = _flash_call(query, key, value, dropout_p, is_causal, attn_mask, scale)
-        results = (rows(out), logsumexp.contiguous(), None)
-        grads = (rows(grad_out), None, None, None)
-        dq, dk, dv, *_ = ops.CPU.bwd(*grads, *results, False, False, *inputs, *options)
+        upstream = Upstream.plain(rows(grad_out), rows(out), logsumexp.contiguous())
+        dq, dk, dv, *_ = ops.CPU.bwd(*upstream, *inputs, *options)
         dq, dk, dv = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (dq, dk, dv))
         return dq, dk, dv
 
