@@ -34,14 +34,15 @@ def fwd(*args: Any) -> tuple[Tensor, ...]:
     arch = configs.architecture(inputs.q.device)
     call = gather(inputs, options, configs.l2_bytes(arch))
     out, lse, norm, stats, *_ = forward.attention_fwd(inputs, options, call, arch)
-    nothing = lse.new_empty(0)
-    received = nothing
+    if stats is None:
+        stats = lse.new_empty(0)
+    received = lse.new_empty(0)  # no result may be another's memory, not even of nothing
     if options.stats == 2:
         received = weights.received_fwd(inputs, options, call, norm, arch)
     probabilities = inputs.q.new_empty(0)
     if options.weights:
         probabilities = weights.weights_fwd(options, call, norm, arch)
-    return out, lse, norm, nothing if stats is None else stats, received, probabilities
+    return out, lse, norm, stats, received, probabilities
 
 
 def gluon_fwd(*args: Any) -> tuple[Tensor, ...]:
@@ -58,8 +59,8 @@ def gluon_fwd(*args: Any) -> tuple[Tensor, ...]:
     to = forward.results(inputs, options)
     gluon_forward.give_scratch()
     launch.launch(gluon_forward.hopper_launch(call, to))
-    nothing = to.lse.new_empty(0)
-    return to.out, to.lse, to.norm, nothing, nothing, inputs.q.new_empty(0)
+    stats, received = to.lse.new_empty(0), to.lse.new_empty(0)
+    return to.out, to.lse, to.norm, stats, received, inputs.q.new_empty(0)
 
 
 def bwd(*args: Any) -> tuple[Tensor, ...]:
@@ -88,7 +89,7 @@ def bwd(*args: Any) -> tuple[Tensor, ...]:
         inputs.cu_seqlens_q is not None,
     )
     to = gradients.attention_bwd(inputs, call, given, arch)
-    dbias = dsinks = inputs.q.new_empty(0)
+    dbias, dsinks = inputs.q.new_empty(0), inputs.q.new_empty(0)
     if need_dbias:
         dbias = bias_gradients.bias_gradient(call, given, arch)
     if need_dsinks:

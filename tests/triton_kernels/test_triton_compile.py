@@ -45,6 +45,18 @@ def test_registration(varlen: bool) -> None:
         )
 
 
+def test_no_result_has_the_memory_of_another() -> None:
+    """Not even the empty ones: torch's compiler refuses such operators."""
+    inputs, options, _ = problem(Case(T=3, S=3, D=8))
+    with torch.no_grad():
+        outputs = torch.ops.attnfast.triton_fwd(*inputs, *options)
+        out, _, norm, *_ = outputs
+        upstream = (out, None, None, None, out, norm, None, False, False)
+        gradients = torch.ops.attnfast.triton_bwd(*upstream, *inputs, *options)
+    for results in (outputs, gradients):
+        assert len({x.untyped_storage()._cdata for x in results}) == len(results)
+
+
 def test_it_is_named_whatever_the_device() -> None:
     assert EVERYTHING.H
     q = torch.randn(1, 1, 3, 8)
