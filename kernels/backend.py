@@ -38,14 +38,14 @@ def fwd(*args: Any) -> Outputs:
     arch = configs.architecture(inputs.q.device)
     call = gather(inputs, options, configs.l2_bytes(arch))
     out, lse, norm, stats, *_ = forward.attention_fwd(inputs, options, call, arch)
-    nothing = lse.new_empty(0)
-    received = nothing
+    if stats is None:
+        stats = lse.new_empty(0)
+    received = lse.new_empty(0)  # no result may be another's memory, not even of nothing
     if options.stats == 2:
         received = weights.received_fwd(inputs, options, call, norm, arch)
     probabilities = inputs.q.new_empty(0)
     if options.weights:
         probabilities = weights.weights_fwd(options, call, norm, arch)
-    stats = nothing if stats is None else stats
     return Outputs(out, lse, norm, stats, received, probabilities)
 
 
@@ -63,8 +63,8 @@ def gluon_fwd(*args: Any) -> Outputs:
     to = forward.results(inputs, options)
     gluon_forward.give_scratch()
     launch.launch(gluon_forward.hopper_launch(call, to))
-    nothing = to.lse.new_empty(0)
-    return Outputs(to.out, to.lse, to.norm, nothing, nothing, inputs.q.new_empty(0))
+    stats, received = to.lse.new_empty(0), to.lse.new_empty(0)
+    return Outputs(to.out, to.lse, to.norm, stats, received, inputs.q.new_empty(0))
 
 
 def bwd(*args: Any) -> Gradients:
@@ -77,7 +77,7 @@ def bwd(*args: Any) -> Gradients:
     given = gradients.given(upstream, inputs.cu_seqlens_q is not None)
     call = gather(inputs, options, configs.l2_bytes(arch), given.grad_out, given.out)
     to = gradients.attention_bwd(inputs, call, given, arch)
-    dbias = dsinks = inputs.q.new_empty(0)
+    dbias, dsinks = inputs.q.new_empty(0), inputs.q.new_empty(0)
     if upstream.need_dbias:
         dbias = bias_gradients.bias_gradient(call, given, arch)
     if upstream.need_dsinks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from dataclasses import replace
 from typing import Any
@@ -388,10 +389,11 @@ def test_a_storage_given_back(call: Any, name: str) -> None:
     given = {name: x.to(bf16) if name[0] in "qkv" else x for name, x in GIVEN_BACK[call]().items()}
     call("cuda", **given)  # right, before
     given[name].untyped_storage().resize_(0)
-    assert f"attention: {name} must have its memory" in complaint(call, "cuda", **given)
+    said = complaint(call, "cuda", **given)
+    assert re.search(rf"{name} must (have its|be in) memory", said)
 
 
-def test_numbers_beyond_int32_are_refused_or_seen_as_out_of_range() -> None:
+def test_numbers_beyond_int32_are_out_of_range() -> None:
     q, k = torch.randn(2, 2, 6, 8).to(bf16), torch.randn(2, 2, 9, 8).to(bf16)
     outs = [
         attnfast.attention(q, k, k, causal=True, align=align, backend="cuda")
@@ -400,9 +402,8 @@ def test_numbers_beyond_int32_are_refused_or_seen_as_out_of_range() -> None:
     assert torch.equal(*outs)
     assert outs[0][0].any(-1).all()
     assert not outs[0][1].any()
-    inputs = Inputs(q, k, k, align=torch.tensor([2**32, 0]))
-    with pytest.raises(RuntimeError, match="align must be int32"):
-        ops.CUDA.fwd(*inputs, *Options(1.0, causal=True))
+    inputs = Inputs(q, k, k, align=torch.tensor([2**32, -(2**32)]))  # saturates, never wraps
+    assert torch.equal(ops.CUDA.fwd(*inputs, *Options(8**-0.5, causal=True))[0], outs[0])
 
 
 def test_opcheck() -> None:

@@ -138,7 +138,8 @@ def test_pages_and_lengths_that_lead_astray(
 def test_a_storage_given_back(call: Any, name: str) -> None:
     given = GIVEN_BACK[call]()
     given[name].untyped_storage().resize_(0)
-    assert re.search(rf"{name} must (have its|be in) memory", complaint(call, "cpu", **given))
+    said = complaint(call, "cpu", **given)
+    assert re.search(rf"{name} must (have its|be in) memory", said)
 
 
 def test_aligns_beyond_all_positions() -> None:

@@ -9,6 +9,7 @@ from cases import EVERYTHING, Case, problem
 from dense import Problem
 
 import attnfast
+from attnfast.call import DecodeInputs, DecodeOptions, Upstream
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> tuple:
@@ -45,12 +46,24 @@ def test_registration(varlen: bool) -> None:
         )
 
 
+def test_no_result_has_the_memory_of_another() -> None:
+    """Not even the empty ones: torch's compiler refuses such operators."""
+    inputs, options, _ = problem(Case(T=3, S=3, D=8))
+    with torch.no_grad():
+        outputs = torch.ops.attnfast.triton_fwd(*inputs, *options)
+        out, _, norm, *_ = outputs
+        gradients = torch.ops.attnfast.triton_bwd(
+            *Upstream.plain(out, out, norm), *inputs, *options
+        )
+    for results in (outputs, gradients):
+        assert len({x.untyped_storage()._cdata for x in results}) == len(results)
+
+
 def test_it_is_named_whatever_the_device() -> None:
     assert EVERYTHING.H
     q = torch.randn(1, 1, 3, 8)
     with torch.no_grad():
-        out = torch.ops.attnfast.triton_decode(
-            q, q, q, torch.tensor([3]).int(), None, None, None, None, 0.3, -1, -1, 0.0
-        )[0]
+        cache = DecodeInputs(q, q, q, torch.tensor([3]).int())
+        out = torch.ops.attnfast.triton_decode(*cache, *DecodeOptions(0.3))[0]
     expected = attnfast.attention(q, q, q, causal=True, scale=0.3, backend="reference")
     torch.testing.assert_close(out, expected)
