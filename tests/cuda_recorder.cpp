@@ -307,6 +307,7 @@ void backward(const std::string& kind, int device) {
   const bool options = kind == "options";
   const int64_t B = x.q.size(0), D = x.q.size(3);
   const Tensor out = tensor(device, kBf16, {B, 4, 70, D}), lse = tensor(device, kFp32, {B, 4, 70});
+  const Tensor norm = tensor(device, kFp32, {2, B, 4, 70});
   // As sum() gives it: one number at every place.
   const Tensor ones(made({B, 4, 70, D}, {0, 0, 0, 0}, kBf16, kGpu, device));
   OptionalTensor grad_lse, grad_weights;
@@ -315,7 +316,7 @@ void backward(const std::string& kind, int device) {
     grad_weights = tensor(device, kBf16, {B, 4, 70, 130});
   }
   const OptionalTensor rows = options ? OptionalTensor(lse) : OptionalTensor();
-  cuda_bwd(options ? ones : out, grad_lse, rows, grad_weights, out, lse, rows, options, options,
+  cuda_bwd(options ? ones : out, grad_lse, rows, grad_weights, out, norm, rows, options, options,
            INPUTS(x));
 }
 

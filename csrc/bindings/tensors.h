@@ -96,13 +96,6 @@ inline void check_count(const OptionalTensor& x, const char* name, int64_t count
                   " elements, got ", x ? x->numel() : 0);
 }
 
-inline void check_counts(int64_t B, int64_t H, const OptionalTensor& alibi_slopes,
-                         const OptionalTensor& sinks) {
-  const bool shared = alibi_slopes && (alibi_slopes->dim() < 2 || alibi_slopes->size(0) == 1);
-  check_count(alibi_slopes, "alibi_slopes", shared ? H : B * H);
-  check_count(sinks, "sinks", H);
-}
-
 // Keys and values (B, H_kv, S, D), or pages (P, page, H_kv, D).
 inline void check_sizes(const Tensor& q, const Tensor& k, const Tensor& v, const char* k_name,
                         const char* v_name, const OptionalTensor& page_table) {
@@ -186,18 +179,22 @@ inline Tensor empty_in_order(const Tensor& like, int64_t last) {
   return empty_strided(like, like.scalar_type(), sizes.data(), strides.data(), 4);
 }
 
-// x, or if its rows are expanded or transposed a copy of it.
-inline Tensor with_rows(const Tensor& x, const char* name) {
-  if (has_rows(x)) return x;
-  data_of(x, name);
-  Tensor copy = empty_in_order(x, x.size(3));
-  torch::stable::copy_(copy, x);
-  return copy;
+// The sizes of another tensor, dense.
+inline Tensor empty_like(const Tensor& x, ScalarType type) {
+  const auto sizes = x.sizes();
+  std::array<int64_t, 4> strides;
+  int64_t next = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = next;
+    next *= std::max<int64_t>(sizes[i], 1);
+  }
+  return empty_strided(x, type, sizes.data(), strides.data(), sizes.size());
 }
 
 inline Tensor nothing(const Tensor& like) { return empty(like, like.scalar_type(), {0}); }
 
-// The arguments of forward, in the order of ops.py; backward has them after its own.
+// The operators' arguments, in the order of attnfast/call.py: a record as parameters, and as what
+// is handed on.
 #define ATTNFAST_INPUTS                                                                           \
   const Tensor &q, const Tensor &k, const Tensor &v, OptionalTensor mask, OptionalTensor bias,    \
       OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor align,                    \
@@ -209,5 +206,19 @@ inline Tensor nothing(const Tensor& like) { return empty(like, like.scalar_type(
   q, k, v, mask, bias, alibi_slopes, sinks, align, dropout_seed, cu_seqlens_q, cu_seqlens_k, \
       scale, causal, window_left, window_right, align_offset, align_bottom_right, softcap,   \
       dropout_p, weights, stats, deterministic, max_seqlen_q, max_seqlen_k
+#define ATTNFAST_UPSTREAM                                                                         \
+  const Tensor &grad_out, OptionalTensor grad_lse, OptionalTensor grad_entropy,                   \
+      OptionalTensor grad_weights, const Tensor &out, const Tensor &norm, OptionalTensor entropy, \
+      bool need_dbias, bool need_dsinks
+#define ATTNFAST_UPSTREAM_NAMES \
+  grad_out, grad_lse, grad_entropy, grad_weights, out, norm, entropy, need_dbias, need_dsinks
+#define ATTNFAST_DECODE_INPUTS                                                                \
+  const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &cache_seqlens, \
+      OptionalTensor page_table, OptionalTensor bias, OptionalTensor alibi_slopes,            \
+      OptionalTensor sinks, double scale, int64_t window_left, int64_t window_right,          \
+      double softcap
+#define ATTNFAST_DECODE_INPUT_NAMES                                                              \
+  q, k_cache, v_cache, cache_seqlens, page_table, bias, alibi_slopes, sinks, scale, window_left, \
+      window_right, softcap
 
 }  // namespace attnfast::bindings
