@@ -247,8 +247,8 @@ def select(problem: Problem, backend: str = "auto", *, function: str = "attentio
             that variable such a fallback warns once per reason.
     """
     name, source = requested(backend)
+    check_name(function, name, source)
     if name != "auto":
-        check_name(function, name, source)
         reason = refusal(name, problem)
         if reason is not None:
             raise ValueError(f"{function}: {source} {name!r} cannot run this call: {reason}")
@@ -263,7 +263,7 @@ def select(problem: Problem, backend: str = "auto", *, function: str = "attentio
 
 def requested(backend: str) -> tuple[str, str]:
     """The backend asked for, and by what: the argument, or else ``ATTNFAST_BACKEND``."""
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         return os.environ.get("ATTNFAST_BACKEND") or "auto", "ATTNFAST_BACKEND"
     return backend, "backend"
 

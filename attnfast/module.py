@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import extras, inference
 from . import requirements as require
 from .cache import KVCache
+from .dispatch import check_name
 from .functional import attention, decode_attention
 from .jagged import jagged_forward
 from .linear import use_projection_linear
@@ -137,6 +138,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         for name, size in sizes.items():
             if size is not None or name in ("embed_dim", "num_heads"):
                 require.integer(NAME, name, size, low=1)
+        flags = {"bias": bias, "add_bias_kv": add_bias_kv, "add_zero_attn": add_zero_attn}
+        flags |= {"batch_first": batch_first, "sinks": sinks, "alibi": alibi}
+        bias, add_bias_kv, add_zero_attn, batch_first, sinks, alibi = (
+            require.truth(NAME, name, x) for name, x in flags.items()
+        )
+        check_name(NAME, backend, "backend")
+        require.flag(NAME, "deterministic", deterministic, (None, True, False))
         super().__init__(
             embed_dim,
             num_heads,

@@ -92,8 +92,10 @@ def memory(function: str, name: str, x: Tensor) -> None:
     """Check that x's memory was not given back, before torch reads it; kernels look themselves."""
     if type(x) not in PLAIN or torch.compiler.is_compiling() or not torch._C._has_storage(x):
         return
-    if not x.untyped_storage().nbytes() and x.numel():
-        fail(function, name, "in memory", "a storage of 0 bytes")
+    last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    size = x.untyped_storage().nbytes()
+    if size < (last + 1) * x.element_size() and x.numel():
+        fail(function, name, "in memory", f"a storage of {size} bytes")
 
 
 def view(function: str, name: str, x: Tensor, *index: Any) -> Tensor:

@@ -29,6 +29,7 @@ import attnfast
 INTERNAL = re.compile(
     r"INTERNAL ASSERT|aoti_torch|file an issue|[Ii]nternal error|std::|vector|report a bug"
 )
+TORCHS_ASSERTION = "embed_dim must be divisible by num_heads"
 TORCHS = (RuntimeError, NotImplementedError, MemoryError)  # in torch's own words, where it raises
 
 
@@ -381,7 +382,7 @@ def outcome(function: Any, arguments: dict[str, Any], names: str) -> str | None:
         named = returned or "Refusing" in text or re.search(rf"\b({names})\b", text)
         return None if named else f"{type(error).__name__} without a name: {text}"
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return None if str(error) == TORCHS_ASSERTION else f"{type(error).__name__}: {error}"
     return None
 
 

@@ -401,6 +401,23 @@ def test_statistics_of_a_replaced_model() -> None:
             "collect_stats must be one of [False, True, 'received'], got 'all'",
         ),
         (
+            {"backend": "opencl"},
+            ValueError,
+            "backend must be one of ('auto', 'cpu', 'triton', 'gluon', 'cuda', 'reference'), got "
+            "'opencl'",
+        ),
+        (
+            {"backend": torch.nn.Parameter(torch.zeros(()))},
+            TypeError,
+            "backend must be a str, got Parameter",
+        ),
+        ({"deterministic": 1}, TypeError, "deterministic must be None or True or False, got 1"),
+        (
+            {"sinks": torch.zeros(2)},
+            TypeError,
+            "sinks must be True or False, got Tensor of shape (2,)",
+        ),
+        (
             {"window": (1, 1), "add_bias_kv": True},
             ValueError,
             "window must not be combined with add_bias_kv or add_zero_attn, whose keys have no "

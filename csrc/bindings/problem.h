@@ -7,6 +7,10 @@
 
 #include "tensors.h"
 
+// Whole records are handed on, of which a function uses what it needs.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+
 namespace attnfast::bindings {
 
 // int64 with all that int32 lacks at its ends, where copying would wrap.
@@ -95,7 +99,6 @@ void fill_edits(Params* p, Kept<Call>* kept, const OptionalTensor& alibi_slopes,
 // and S are the maxima given, or all rows if that is less.
 template <class Call>
 void fill_problem(Problem* p, Kept<Call>* kept, ATTNFAST_INPUTS) {
-  (void)weights, (void)stats, (void)deterministic;  // the kernels are deterministic always
   check_sizes(q, k, v, "k", "v", std::nullopt);
   p->B = q.size(0), p->H = q.size(1), p->T = q.size(2), p->D = q.size(3);
   p->H_kv = k.size(1), p->S = k.size(2), p->D_v = v.size(3);
@@ -145,3 +148,5 @@ void fill_decode(DecodeParams* p, Kept<Call>* kept, ATTNFAST_DECODE_INPUTS) {
 }
 
 }  // namespace attnfast::bindings
+
+#pragma GCC diagnostic pop

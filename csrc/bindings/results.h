@@ -6,6 +6,10 @@
 
 #include "problem.h"
 
+// Whole records are handed on, of which a function uses what it needs.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+
 namespace attnfast::bindings {
 
 using ForwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -137,3 +141,5 @@ DecodeTensors decode_results(DecodeParams* p, Call* call, const Tensor& q) {
 }
 
 }  // namespace attnfast::bindings
+
+#pragma GCC diagnostic pop
