@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, dispatch, ops, selfcheck
+from . import __version__, backends, dispatch, ops, selfcheck
 from .call import Options
 
 
@@ -81,7 +81,7 @@ def backend(name: str) -> dict[str, Any]:
         "devices": devices,
         "reason": None if devices else "; ".join(dict.fromkeys(map(str, refusals.values()))),
         "details": served[devices[0]].details() if devices else None,
-        "dtypes": [dispatch.dtype_name(x) for x in dtypes(name, devices[0])] if devices else [],
+        "dtypes": [backends.dtype_name(x) for x in dtypes(name, devices[0])] if devices else [],
     }
     if name == "cpu" and devices:
         result |= {"instruction_set": ops.cpu_isa(), "instruction_sets": ops.cpu_isas()}
@@ -92,7 +92,7 @@ def dtypes(name: str, device: str) -> list[torch.dtype]:
     """The dtypes in which a backend takes a plain call on a device."""
     return [
         dtype
-        for dtype in dispatch.FUSED_DTYPES
+        for dtype in backends.FUSED_DTYPES
         if dispatch.refusal(name, plain_problem(device, dtype)) is None
     ]
 
@@ -111,9 +111,9 @@ def absent(device: str) -> str | None:
     return None
 
 
-def plain_problem(device: str, dtype: torch.dtype) -> dispatch.Problem:
+def plain_problem(device: str, dtype: torch.dtype) -> backends.Problem:
     """A small call without options: what refuses it in every dtype refuses everything."""
-    return dispatch.Problem(
+    return backends.Problem(
         kind="attention",
         device=torch.device(device),
         dtype=dtype,
@@ -141,7 +141,7 @@ def as_text(report: dict[str, Any]) -> str:
         others = [x for x in row.get("instruction_sets", []) if x != row["instruction_set"]]
         if others:
             state += f" (ATTNFAST_CPU_ISA can choose {', '.join(others)})"
-        if row["available"] and len(row["dtypes"]) < len(dispatch.FUSED_DTYPES):
+        if row["available"] and len(row["dtypes"]) < len(backends.FUSED_DTYPES):
             state += f" ({', '.join(row['dtypes'])} only)"
         lines.append(f"{row['name']:<10} {state}")
     return "\n".join(lines)

@@ -10,8 +10,8 @@ import torch
 
 from . import checks, dispatch
 from . import requirements as require
+from .backends import Problem, dtype_name
 from .call import Sequences
-from .dispatch import Problem, dtype_name
 from .functional import (
     attention,
     attention_problem,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from . import autograd, checks, dispatch, sharding
+from . import autograd, backends, checks, dispatch, sharding
+from .backends import reference
 from .call import DecodeInputs, DecodeOptions, Inputs, Options, Outputs, Sequences
 from .reference import reference_attention, reference_decode
 from .requirements import nothing_else, truth
@@ -351,7 +352,7 @@ def decode_attention(
     )
     row = dispatch.select(decode_problem(inputs, options), backend, function=function)
     if _in_onnx_export():
-        row = dispatch.REFERENCE
+        row = reference.ROW
     if row.ops is None:
         sharding.needs_operator(function, inputs.q)
         checks.memory(function, inputs)
@@ -381,7 +382,7 @@ def run(
     problem = attention_problem(inputs, options)
     row = dispatch.select(problem, backend, function=function)
     if _in_onnx_export():  # ONNX has no operator of ours: the reference's are known
-        row = dispatch.REFERENCE
+        row = reference.ROW
     if options.dropout_p > 0 and inputs.dropout_seed is None:
         sharding.needs_seed(function, inputs.q)
         drawn = torch.randint(1 << 32, (2,), dtype=torch.int64, device=inputs.q.device)
@@ -405,12 +406,12 @@ def _in_onnx_export() -> bool:
     return captured and torch.onnx.is_in_onnx_export()
 
 
-def attention_problem(inputs: Inputs, options: Options) -> dispatch.Problem:
+def attention_problem(inputs: Inputs, options: Options) -> backends.Problem:
     """A call of ``attention`` or ``varlen_attention`` as backends see it."""
     q, k, v, mask, bias, alibi_slopes, sinks, align, _, cu_seqlens_q, _ = inputs
     B, H, T, D = q.shape
     _, H_kv, S, D_v = v.shape
-    return dispatch.Problem(
+    return backends.Problem(
         "attention" if cu_seqlens_q is None else "varlen",
         q.device,
         q.dtype,
@@ -439,7 +440,7 @@ def attention_problem(inputs: Inputs, options: Options) -> dispatch.Problem:
     )
 
 
-def decode_problem(inputs: DecodeInputs, options: DecodeOptions) -> dispatch.Problem:
+def decode_problem(inputs: DecodeInputs, options: DecodeOptions) -> backends.Problem:
     """A call of ``decode_attention`` as backends see it."""
     q, _, v_cache, _, page_table, bias, alibi_slopes, sinks = inputs
     B, H, T, D = q.shape
@@ -448,7 +449,7 @@ def decode_problem(inputs: DecodeInputs, options: DecodeOptions) -> dispatch.Pro
     if page_table is not None:
         _, page_size, H_kv, D_v = v_cache.shape
         S = page_table.shape[1] * page_size
-    return dispatch.Problem(
+    return backends.Problem(
         "decode",
         q.device,
         q.dtype,

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, ops
+from . import backends, dispatch, ops
 from .autograd import call
+from .backends import cpu
 from .linear import is_watched, linear
 from .module_inputs import split_masks
 
@@ -26,7 +27,7 @@ def takes(module: Any, weight: Tensor | None, query: Tensor) -> bool:
         and type(query) is Tensor
         and query.dim() == 3
         and query.is_cpu
-        and query.dtype in dispatch.FUSED_DTYPES
+        and query.dtype in backends.FUSED_DTYPES
         and weight is not None
         and not (module.training and module.dropout)
         and weight.shape[0] == 3 * module.embed_dim
@@ -38,7 +39,7 @@ def takes(module: Any, weight: Tensor | None, query: Tensor) -> bool:
         and module.similarity == "dot"
         and not (module.alibi or module._has_sinks or module.collect_stats)
         and dispatch.requested(module.backend)[0] in ("auto", "cpu")
-        and dispatch.NATIVE_MISSING is None
+        and cpu.MISSING is None
         and not is_watched()
     )
 
@@ -75,7 +76,7 @@ def self_attention(
         if not (_is_plain(mask) and _is_plain(bias)):
             return None
     packed = linear(query, weight, module.in_proj_bias)
-    if packed.dtype not in dispatch.FUSED_DTYPES or not packed.is_contiguous():
+    if packed.dtype not in backends.FUSED_DTYPES or not packed.is_contiguous():
         return None
     out, probabilities = call(
         ops.SELF_ATTENTION,

@@ -223,3 +223,7 @@ def cpu_isas() -> list[str]:
     """The instruction sets that this machine can run, the fastest first."""
     isas: str = torch.ops.attnfast.cpu_isas()
     return isas.split(",")
+
+
+MISSING = load()  # why there is no native library, or None
+EMULATOR_MISSING = load_emulator()

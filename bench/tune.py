@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnfast import dispatch
+from attnfast.backends import triton
 from attnfast.call import DecodeInputs, DecodeOptions, Inputs, Options, Upstream
 
 from . import ROOT, clock, environment
@@ -156,7 +156,7 @@ def call_of(
     """A call of the operator that runs a pass, and how many terms its sums have."""
     generator = torch.Generator(device).manual_seed(0)
     B, H, T = sizes
-    ops = dispatch.TRITON.ops
+    ops = triton.ROW.ops
 
     def normal(*shape: int) -> Tensor:
         x = torch.randn(shape, generator=generator, device=device)

@@ -18,7 +18,8 @@ from test_given_back import EACH, complaint
 from torch import Tensor
 
 import attnfast
-from attnfast import dispatch, ops, triton_backend
+from attnfast import dispatch, ops
+from attnfast.backends import cuda, gpus
 from attnfast.call import Inputs, Options
 from attnfast.functional import attention_problem
 
@@ -32,7 +33,7 @@ OPTIONS = replace(EVERYTHING, name="options", dtype=fp16, H=2, H_kv=1, T=90)
 
 def accepted(case: Case) -> bool:
     """Whether the kernels take a case, by their dtypes and head dims."""
-    return case.dtype in (bf16, fp16) and max(case.D, case.D_v) <= dispatch.CUDA_MAX_HEAD_DIM
+    return case.dtype in (bf16, fp16) and max(case.D, case.D_v) <= cuda.MAX_HEAD_DIM
 
 
 TABLE = [case for case in CASES if accepted(case)]
@@ -320,8 +321,8 @@ def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         (8, 0): None,
         (12, 0): None,
     }.items():
-        monkeypatch.setattr(triton_backend, "capability", lambda _, found=capability: found)
-        assert dispatch.CUDA.unsupported(call) == reason
+        monkeypatch.setattr(gpus, "capability", lambda _, found=capability: found)
+        assert cuda.ROW.unsupported(call) == reason
 
 
 def test_checks_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +338,7 @@ def test_checks_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
 DECODED = [
     replace(case, dtype=dtype)
     for case in decode_cases.CASES
-    if max(case.D, case.D_v) <= dispatch.CUDA_MAX_HEAD_DIM
+    if max(case.D, case.D_v) <= cuda.MAX_HEAD_DIM
     for dtype in (bf16, fp16)
 ]
 

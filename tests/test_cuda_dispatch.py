@@ -16,8 +16,8 @@ import torch
 
 from attnfast import __main__ as about
 from attnfast import dispatch, explain, selfcheck
+from attnfast.backends import Problem, cuda, gluon, reference, triton
 from attnfast.call import Options
-from attnfast.dispatch import Problem
 from attnfast.explain import describe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,9 +30,9 @@ PROBLEM = Problem(
 @pytest.fixture
 def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table for GPUs as it is where the library has the CUDA kernels."""
-    table = (dispatch.TRITON, dispatch.CUDA, dispatch.REFERENCE, dispatch.GLUON)
+    table = (triton.ROW, cuda.ROW, reference.ROW, gluon.ROW)
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", table)
-    monkeypatch.setattr(dispatch, "_cuda_unusable", {})
+    monkeypatch.setattr(cuda, "_unusable", {})
 
 
 def test_every_row_has_a_reason_for_its_place() -> None:
@@ -51,13 +51,13 @@ def test_explain_says_why_the_chosen_one_comes_first(
     with_cuda: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reasons = dispatch.REASONS["cuda"]
-    monkeypatch.setitem(dispatch._cuda_unusable, 0, None)
-    monkeypatch.setattr(dispatch.triton_backend, "MISSING", None)
-    monkeypatch.setattr(dispatch.triton_backend, "NO_COMPILER", None)
+    monkeypatch.setitem(cuda._unusable, 0, None)
+    monkeypatch.setattr(triton, "MISSING", None)
+    monkeypatch.setattr(triton, "NO_COMPILER", None)
     assert f"chosen: triton, the first that accepts\nits place: {reasons['triton']}" in describe(
         "attention", PROBLEM
     )
-    monkeypatch.setattr(dispatch.triton_backend, "MISSING", "Triton is not installed")
+    monkeypatch.setattr(triton, "MISSING", "Triton is not installed")
     text = describe("attention", PROBLEM)
     assert "triton     Triton is not installed\n  cuda       accepted (sm_75 and later)" in text
     assert f"chosen: cuda, the first that accepts\nits place: {reasons['cuda']}" in text
@@ -70,8 +70,8 @@ def test_a_driver_that_cannot_run_the_kernels_leaves_the_call_to_others(
     with_cuda: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason = "the NVIDIA driver is older than this build's CUDA"
-    monkeypatch.setitem(dispatch._cuda_unusable, 0, reason)
-    monkeypatch.setattr(dispatch.triton_backend, "MISSING", "Triton is not installed")
+    monkeypatch.setitem(cuda._unusable, 0, reason)
+    monkeypatch.setattr(triton, "MISSING", "Triton is not installed")
     assert dispatch.refusal("cuda", PROBLEM) == reason
     with pytest.warns(RuntimeWarning, match=f"cuda: {reason}"):
         assert dispatch.select(PROBLEM).name == "reference"
@@ -90,10 +90,10 @@ def test_the_library_is_asked_once_per_gpu(
             asked.append(index)
             return "broken" if index else ""
 
-    monkeypatch.setattr(dispatch, "IN_LIBRARY", True)
+    monkeypatch.setattr(cuda, "IN_LIBRARY", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops, "attnfast", Operators)
-    assert [dispatch.cuda_unusable(i) for i in (0, 1, 0, 1)] == [None, "broken"] * 2
+    assert [cuda.unusable(i) for i in (0, 1, 0, 1)] == [None, "broken"] * 2
     assert asked == [0, 1]
 
 
@@ -101,17 +101,17 @@ def test_asking_does_not_break_a_compiled_graph(monkeypatch: pytest.MonkeyPatch)
     """The first time too, when an operator is called that answers with words."""
     library = torch.library.Library("attnfast", "IMPL")
     library.impl("cuda_unusable", lambda i: "broken" if i else "", "CompositeExplicitAutograd")
-    monkeypatch.setattr(dispatch, "IN_LIBRARY", True)
-    monkeypatch.setattr(dispatch, "_cuda_unusable", {})
-    cuda = SimpleNamespace(is_available=lambda: True)  # to others there is no GPU
-    monkeypatch.setattr(dispatch, "torch", SimpleNamespace(cuda=cuda, ops=torch.ops))
+    monkeypatch.setattr(cuda, "IN_LIBRARY", True)
+    monkeypatch.setattr(cuda, "_unusable", {})
+    gpu = SimpleNamespace(is_available=lambda: True)  # to others there is no GPU
+    monkeypatch.setattr(cuda, "torch", SimpleNamespace(cuda=gpu, ops=torch.ops))
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        return x + sum(dispatch.cuda_unusable(i) is None for i in range(2))
+        return x + sum(cuda.unusable(i) is None for i in range(2))
 
     try:
         assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
-        assert dispatch._cuda_unusable == {0: None, 1: "broken"}
+        assert cuda._unusable == {0: None, 1: "broken"}
     finally:
         library._destroy()
 
@@ -123,8 +123,8 @@ class TestReport:
         self, with_cuda: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(about, "absent", lambda device: None)
-        monkeypatch.setattr(dispatch.triton_backend, "MISSING", None)
-        monkeypatch.setattr(dispatch.triton_backend, "NO_COMPILER", None)
+        monkeypatch.setattr(triton, "MISSING", None)
+        monkeypatch.setattr(triton, "NO_COMPILER", None)
         for name in ("cuda", "gluon"):
             row = about.backend(name)
             assert row["available"]

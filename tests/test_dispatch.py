@@ -14,8 +14,8 @@ from torch import Tensor
 
 import attnfast
 from attnfast import dispatch, ops
+from attnfast.backends import Backend, Problem, cpu, cuda
 from attnfast.call import Options
-from attnfast.dispatch import Backend, Problem
 
 PROBLEM = Problem(
     "attention", torch.device("cpu"), torch.float32, 2, 4, 2, 10, 12, 64, 32, Options(0.125)
@@ -33,7 +33,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the native library were missing."""
-    monkeypatch.setattr(dispatch, "NATIVE_MISSING", MISSING)
+    monkeypatch.setattr(cpu, "MISSING", MISSING)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_a_fallback_warns_once_per_reason(
         warnings.simplefilter("error")
         attnfast.attention(*qkv())
         attnfast.attention(*qkv(torch.bfloat16))
-    monkeypatch.setattr(dispatch, "NATIVE_MISSING", "another reason")
+    monkeypatch.setattr(cpu, "MISSING", "another reason")
     with pytest.warns(RuntimeWarning, match="cpu: another reason"):
         attnfast.scaled_dot_product_attention(*(x.repeat(1, 2, 1, 1)[:, :4] for x in qkv()))
     assert calls == ["reference"] * 4
@@ -142,7 +142,7 @@ def test_the_fallback_is_one_of_two(
 def test_checks_are_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNFAST_CHECK", "yes")
     with pytest.raises(ValueError, match="ATTNFAST_CHECK must be '0' or '1', got 'yes'"):
-        dispatch.wants_checks(dispatch.CUDA)
+        dispatch.wants_checks(cuda.ROW)
 
 
 def test_a_compiled_graph_falls_back_without_a_warning() -> None:
@@ -389,12 +389,12 @@ MISSING_LIBRARY = """
 import os, warnings
 os.environ["ATTNFAST_NATIVE"] = {path!r}
 import attnfast, torch
-from attnfast import dispatch
+from attnfast.backends import cpu
 x = torch.randn(1, 1, 4, 8)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     attnfast.attention(x, x, x)
-print(dispatch.NATIVE_MISSING)
+print(cpu.MISSING)
 print([str(w.message) for w in caught])
 """
 

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.common_methods_invocations import op_db
 
 import attnfast
-from attnfast import dispatch
+from attnfast.backends import cpu
 from attnfast.call import Inputs, Options
 from attnfast.integrations import sdpa
 
@@ -423,7 +423,7 @@ def test_a_torch_without_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "NATIVE_MISSING", "native library not built: no _native.so")
+    monkeypatch.setattr(cpu, "MISSING", "native library not built: no _native.so")
     message = "there are no kernels to activate: native library not built: no _native.so"
     with pytest.raises(RuntimeError, match=message):
         sdpa.activate()

@@ -15,8 +15,9 @@ from torch.autograd import forward_ad
 
 import attnfast
 from attnfast import ops
+from attnfast.backends import cpu
 from attnfast.call import Gradients, Inputs, Options, Outputs, forward_call
-from attnfast.dispatch import BACKENDS, CPU
+from attnfast.dispatch import BACKENDS
 
 SMALL = Case(B=2, H=4, H_kv=2, T=5, S=7, D=16, D_v=8, causal=True)
 EVERYTHING = replace(
@@ -325,7 +326,7 @@ def test_a_call_passes_the_documented_arguments(monkeypatch: pytest.MonkeyPatch)
     """Everything that attention() takes reaches the operator, in canonical form."""
     seen: list[Any] = []
     spy = ops.CPU._replace(fwd=lambda *x: seen.extend(x) or ops.CPU.fwd(*x))
-    monkeypatch.setitem(BACKENDS, "cpu", (CPU._replace(ops=spy),))
+    monkeypatch.setitem(BACKENDS, "cpu", (cpu.ROW._replace(ops=spy),))
     q, k, v = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 8)
     mask, bias = torch.ones(5, 7, dtype=torch.bool), torch.randn(4, 1, 1)
     slopes, sinks, seed = torch.rand(4), torch.randn(4), torch.tensor([1, 2])

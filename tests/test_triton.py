@@ -15,11 +15,12 @@ import torch
 
 import attnfast
 from attnfast import __main__ as about
-from attnfast import dispatch, triton_backend
+from attnfast import backends, dispatch
+from attnfast.backends import gluon, gpus, triton
 from attnfast.call import Options
 
 ROOT = Path(__file__).resolve().parent.parent
-PROBLEM = dispatch.Problem(
+PROBLEM = backends.Problem(
     "attention", torch.device("cuda", 0), torch.bfloat16, 2, 4, 4, 64, 64, 64, 64, Options(0.125)
 )
 
@@ -73,8 +74,8 @@ REFUSALS = (
 
 @pytest.mark.parametrize(("changes", "reason"), REFUSALS, ids=lambda x: str(x)[:40])
 def test_what_is_refused(changes: dict[str, object], reason: str) -> None:
-    assert dispatch.TRITON.unsupported(PROBLEM) is None
-    assert dispatch.TRITON.unsupported(PROBLEM._replace(**changes)) == reason
+    assert triton.ROW.unsupported(PROBLEM) is None
+    assert triton.ROW.unsupported(PROBLEM._replace(**changes)) == reason
 
 
 @pytest.mark.parametrize(
@@ -90,19 +91,19 @@ def test_what_is_refused(changes: dict[str, object], reason: str) -> None:
 def test_what_is_missing(
     version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_backend, "VERSION", version)
-    assert triton_backend.missing() == reason
+    monkeypatch.setattr(triton, "VERSION", version)
+    assert triton.missing() == reason
 
 
 def test_a_compiler_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/nonexistent/cc")
-    assert triton_backend.no_compiler() == (
+    assert triton.no_compiler() == (
         "Triton finds no C compiler (/nonexistent/cc): install gcc, or name one in CC"
     )
     monkeypatch.setenv("CC", "env gcc")
-    assert triton_backend.no_compiler() is not None, "Triton takes CC as one word"
+    assert triton.no_compiler() is not None, "Triton takes CC as one word"
     monkeypatch.delenv("CC")
-    assert triton_backend.no_compiler() is None
+    assert triton.no_compiler() is None
 
 
 @pytest.mark.parametrize("name", ["MISSING", "NO_COMPILER"])
@@ -110,8 +111,8 @@ def test_what_is_missing_is_refused_and_said(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By every call on a GPU, and by python -m attnfast without one."""
-    monkeypatch.setattr(triton_backend, name, "something is missing: install it")
-    assert dispatch.TRITON.unsupported(PROBLEM) == "something is missing: install it"
+    monkeypatch.setattr(triton, name, "something is missing: install it")
+    assert triton.ROW.unsupported(PROBLEM) == "something is missing: install it"
     about.main([])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("triton")]
     assert len(said) == 1
@@ -120,22 +121,20 @@ def test_what_is_missing_is_refused_and_said(
 
 def test_gluon_needs_a_gpu() -> None:
     on_cpu = PROBLEM._replace(device=torch.device("cpu"))
-    assert triton_backend.gluon_unsupported(on_cpu) == (
-        "runs on GPUs only: Triton cannot interpret Gluon"
-    )
-    assert triton_backend.gluon_unsupported(PROBLEM) is None
+    assert gluon.unsupported(on_cpu) == ("runs on GPUs only: Triton cannot interpret Gluon")
+    assert gluon.unsupported(PROBLEM) is None
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.1, 2.0**101])
 def test_gluon_takes_a_scale_that_its_units_hold(scale: float) -> None:
-    reason = triton_backend.gluon_unsupported(PROBLEM._replace(options=Options(scale)))
+    reason = gluon.unsupported(PROBLEM._replace(options=Options(scale)))
     assert reason is not None
     assert "a scale in (0, 2**100]" in reason
 
 
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backend, "capability", lambda index: (7, 5))
-    assert dispatch.TRITON.unsupported(PROBLEM) == (
+    monkeypatch.setattr(gpus, "capability", lambda index: (7, 5))
+    assert triton.ROW.unsupported(PROBLEM) == (
         "needs a GPU of compute capability 8.0 or later, got 7.5"
     )
 
@@ -176,6 +175,6 @@ assert not {"triton", "torch._dynamo"} & set(sys.modules)
 attnfast.__main__.main([])
 """
     done = interpreted("-c", code)
-    assert f"Triton {triton_backend.VERSION}, interpreted" in done.stdout, done.stderr
+    assert f"Triton {triton.VERSION}, interpreted" in done.stdout, done.stderr
     q = torch.zeros(1, 1, 2, 8)
     assert "set TRITON_INTERPRET=1" in attnfast.explain(q, q, q, backend="triton")

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from attnfast import dispatch
+from attnfast import backends
+from attnfast.backends import cpu, cuda, reference, triton
 from attnfast.call import Options
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -80,10 +81,10 @@ def matrix() -> str:
     columns = [
         (device, row, plain(device, row))
         for device, row in (
-            ("cpu", dispatch.CPU),
-            ("cuda", dispatch.TRITON),
-            ("cuda", dispatch.CUDA),
-            ("cpu", dispatch.REFERENCE),
+            ("cpu", cpu.ROW),
+            ("cuda", triton.ROW),
+            ("cuda", cuda.ROW),
+            ("cpu", reference.ROW),
         )
     ]
     reasons: list[str] = []
@@ -99,7 +100,7 @@ def matrix() -> str:
     return "\n".join([f"| | {head} |", "| --- |" + " --- |" * len(columns), *lines, "", *notes])
 
 
-def plain(device: str, row: dispatch.Backend) -> dict[str, Any]:
+def plain(device: str, row: backends.Backend) -> dict[str, Any]:
     """What changes a plain call into one that the backend takes: its dtype, or nothing."""
     dtypes: tuple[dict[str, Any], ...] = ({}, {"dtype": torch.bfloat16})
     answers = [row.unsupported(problem(device, dtype)) for dtype in dtypes]
@@ -117,9 +118,9 @@ def cell(refused: list[str], reasons: list[str]) -> str:
     return f"no ({', '.join(map(str, numbers))})"
 
 
-def problem(device: str, changes: dict[str, Any]) -> dispatch.Problem:
+def problem(device: str, changes: dict[str, Any]) -> backends.Problem:
     """A plain call with these changes, as backends see it."""
-    return dispatch.Problem(device=torch.device(device), **(PLAIN | changes))
+    return backends.Problem(device=torch.device(device), **(PLAIN | changes))
 
 
 def filled(readme: str) -> str:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .. import dispatch, ops
+from .. import backends, ops
+from ..backends import cpu
 from ..call import DecodeInputs, DecodeOptions, Upstream
 from ..checks import attention_call, rows
 from ..sdpa import scaled_dot_product_attention
@@ -68,8 +69,8 @@ def activate() -> None:
             f"{NAME}: torch must have torch.nn.attention.{missing[0]} (2.13 does), got torch"
             f" {torch.__version__}: call attnfast.scaled_dot_product_attention instead"
         )
-    if dispatch.NATIVE_MISSING is not None:
-        raise RuntimeError(f"{NAME}: there are no kernels to activate: {dispatch.NATIVE_MISSING}")
+    if cpu.MISSING is not None:
+        raise RuntimeError(f"{NAME}: there are no kernels to activate: {cpu.MISSING}")
     active = nn.attention.current_flash_attention_impl()
     if active == IMPLEMENTATION:
         return
@@ -133,7 +134,7 @@ class _Kernels:
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(B, H, L, E) and (B, H_kv, S, E) twice -> out (B, H, L, E), lse (B, H, L)."""
-        if query.dtype not in dispatch.FUSED_DTYPES:
+        if query.dtype not in backends.FUSED_DTYPES:
             given = (query, key, value, dropout_p, is_causal)
             out, lse = _boxed(self.flash, *given, attn_mask=attn_mask, scale=scale)
             return out, lse
@@ -162,7 +163,7 @@ class _Kernels:
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value, their rows in the order (B, L, H)."""
-        if query.dtype not in dispatch.FUSED_DTYPES:
+        if query.dtype not in backends.FUSED_DTYPES:
             given = (grad_out, query, key, value, out, logsumexp, dropout_p, is_causal)
             dq, dk, dv = _boxed(self.flash_backward, *given, attn_mask=attn_mask, scale=scale)
             return dq, dk, dv
@@ -209,7 +210,7 @@ def _attention(
 def _is_ours(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> bool:
     """Whether torch may use its flash attention, on plain tensors, with nobody watching."""
     return (
-        query.dtype in dispatch.FUSED_DTYPES
+        query.dtype in backends.FUSED_DTYPES
         and torch.backends.cuda.flash_sdp_enabled()
         and all(type(x) in (Tensor, nn.Parameter) for x in (query, key, value))
         and (attn_mask is None or type(attn_mask) in (Tensor, nn.Parameter))

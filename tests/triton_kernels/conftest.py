@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 
 from attnfast import dispatch
+from attnfast.backends import reference, triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
@@ -50,8 +51,8 @@ if INTERPRETED:
 @pytest.fixture(autouse=True)
 def triton_in_place_of_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors are Triton's, and values are checked as the CPU's operators check them."""
-    row = dispatch.TRITON._replace(name="cpu")
-    monkeypatch.setattr(dispatch, "BACKENDS", {"cpu": (row, dispatch.REFERENCE)})
+    row = triton.ROW._replace(name="cpu")
+    monkeypatch.setattr(dispatch, "BACKENDS", {"cpu": (row, reference.ROW)})
     monkeypatch.setenv("ATTNFAST_CHECK", "1")
 
 

@@ -1,4 +1,4 @@
-"""The Triton backend's row of the table: what it refuses, and its operators, imported when called.
+"""The Triton kernels: what they refuse, and their operators, imported when called.
 
 Triton is never imported here: whether it is there, and which version, is read from its files.
 """
@@ -17,33 +17,29 @@ from typing import Any
 
 import torch
 
-from . import ops
-from .call import OPERATORS
+from .. import ops
+from ..call import OPERATORS
+from . import Backend, Problem, gpus
 
 OLDEST = (3, 6)
 MAX_HEAD_DIM = 512
 OLDEST_CAPABILITY = (8, 0)
-GLUON_HEAD_DIMS = (64, 128, 256)
-LARGEST_SCALE = 2.0**100  # of Gluon: beyond, scores leave their units of log2
 OPS = ops.define("triton")
-GLUON_OPS = ops.define("gluon")
 _LIBRARY = torch.library.Library("attnfast", "IMPL")
 
 
-def _implementation(kind: str) -> Any:
+def implementation(kind: str) -> Any:
     """An operator's implementation, which imports the kernels and Triton when it is called."""
 
     def run(*args: Any) -> Any:
-        return getattr(import_module(".kernels.backend", __package__), kind)(*args)
+        return getattr(import_module("attnfast.kernels.backend"), kind)(*args)
 
     return run
 
 
 for _kind in OPERATORS:
     for _key in ("CPU", "CUDA"):
-        _LIBRARY.impl(f"triton_{_kind}", _implementation(_kind), _key)
-    _gluon = _implementation("gluon_fwd" if _kind == "fwd" else _kind)  # the forward only
-    _LIBRARY.impl(f"gluon_{_kind}", _gluon, "CUDA")
+        _LIBRARY.impl(f"triton_{_kind}", implementation(_kind), _key)
 
 
 def version() -> str | None:
@@ -84,14 +80,6 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-def capability(index: int) -> tuple[int, int]:
-    """An NVIDIA GPU's compute capability; of any other device more than enough."""
-    if torch.version.hip is not None or not torch.cuda.is_available():
-        return (99, 0)
-    found = torch.cuda.get_device_properties(index)  # a constant to torch.compile
-    return found.major, found.minor
-
-
 @functools.cache
 def imported_without_interpreter() -> bool:
     """Whether Triton was imported before it could know that it is to interpret."""
@@ -100,7 +88,7 @@ def imported_without_interpreter() -> bool:
     return jit is not None and language is not None and isinstance(language.cdiv, jit.JITFunction)
 
 
-def unsupported(problem: Any) -> str | None:
+def unsupported(problem: Problem) -> str | None:
     """Why Triton refuses a problem, or None."""
     widest = max(problem.D, problem.D_v)
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -120,44 +108,14 @@ def unsupported(problem: Any) -> str | None:
         return None
     if NO_COMPILER is not None and not interpreted():
         return NO_COMPILER
-    found = capability(problem.device.index or 0)
+    found = gpus.capability(problem.device.index or 0)
     if found < OLDEST_CAPABILITY:
         oldest, got = (".".join(map(str, x)) for x in (OLDEST_CAPABILITY, found))
         return f"needs a GPU of compute capability {oldest} or later, got {got}"
     return None
 
 
-def gluon_unsupported(problem: Any) -> str | None:
-    """Why the experimental forward for Hopper refuses a problem, or None."""
-    options, D = problem.options, problem.D
-    tensors = problem.mask or problem.bias or problem.alibi or problem.sinks or problem.align
-    plain = options._replace(scale=1.0, causal=False, deterministic=False, align_bottom_right=False)
-    reasons = (
-        (problem.device.type == "cpu", "runs on GPUs only: Triton cannot interpret Gluon"),
-        (problem.kind != "attention", f"takes attention only, got {problem.kind}"),
-        (
-            problem.dtype not in (torch.bfloat16, torch.float16),
-            f"takes bfloat16 and float16, got {str(problem.dtype).removeprefix('torch.')}",
-        ),
-        (
-            problem.D_v != D or D not in GLUON_HEAD_DIMS,
-            f"takes D = D_v of {GLUON_HEAD_DIMS}, got {D} and {problem.D_v}",
-        ),
-        (
-            bool(tensors)
-            or plain != type(options)(scale=1.0)
-            or not 0 < options.scale <= LARGEST_SCALE,
-            "takes no options but causal, a bottom-right align and a scale in (0, 2**100]",
-        ),
-        (problem.S == 0, "needs keys"),
-    )
-    reason = next((text for holds, text in reasons if holds), None) or unsupported(problem)
-    if reason is None and capability(problem.device.index or 0) not in ((9, 0), (99, 0)):
-        return "needs a GPU of compute capability 9.0"
-    return reason
-
-
-def workspace(problem: Any) -> tuple[int, int]:
+def workspace(problem: Problem) -> tuple[int, int]:
     """Bytes: the sums of decoding's pieces; backward a number per row, and sums of dbias."""
     rows = problem.T * problem.H * (1 if problem.kind == "varlen" else problem.B)
     if problem.kind == "decode":
@@ -169,3 +127,6 @@ def workspace(problem: Any) -> tuple[int, int]:
 def details() -> str:
     """Triton's version and how it runs."""
     return f"Triton {VERSION}" + (", interpreted" if interpreted() else "")
+
+
+ROW = Backend("triton", unsupported, OPS, workspace, details)

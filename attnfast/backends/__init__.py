@@ -1,0 +1,60 @@
+"""The backends, a module each with its ``ROW`` of the table in dispatch.py, and what a row is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..call import Options
+from ..ops import Ops
+
+HALF = (torch.bfloat16, torch.float16)
+FUSED_DTYPES = (torch.float32, *HALF)
+
+
+class Problem(NamedTuple):
+    """What a backend needs to know of a call to accept or refuse it."""
+
+    kind: str  # "attention", "varlen" or "decode"
+    device: torch.device
+    dtype: torch.dtype
+    B: int  # varlen: the number of sequences
+    H: int
+    H_kv: int
+    T: int  # varlen: all queries of all sequences
+    S: int  # varlen: all keys; decode: the capacity of the cache
+    D: int
+    D_v: int
+    options: Options
+    mask: bool = False
+    bias: torch.dtype | None = None
+    alibi: bool = False
+    sinks: bool = False
+    align: bool = False  # one offset per batch entry
+    page_size: int = 0  # decode: 0 is a contiguous cache
+    requires_grad: bool = False
+
+
+class Backend(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        name: What ``backend=`` calls it.
+        unsupported: The reason why a problem is refused, or None.
+        ops: Its operators; None for the reference, which is plain PyTorch.
+        workspace: Bytes that a call needs beside its inputs and outputs, forward and backward.
+        details: What ``explain`` adds, the instruction set for example.
+    """
+
+    name: str
+    unsupported: Callable[[Problem], str | None]
+    ops: Ops | None
+    workspace: Callable[[Problem], tuple[int, int]]
+    details: Callable[[], str]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")

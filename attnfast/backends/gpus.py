@@ -1,0 +1,13 @@
+"""What the GPUs' backends ask of a device."""
+
+from __future__ import annotations
+
+import torch
+
+
+def capability(index: int) -> tuple[int, int]:
+    """An NVIDIA GPU's compute capability; of any other device more than enough."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return (99, 0)
+    found = torch.cuda.get_device_properties(index)  # a constant to torch.compile
+    return found.major, found.minor
