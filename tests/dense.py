@@ -25,8 +25,10 @@ the absolute terms of x summed:
     entropy    es (1 + |log l| + sum_s p (|s - m| + sum p |s - m|) E)
     reach      es sum_s p |s - t'| (1 + E)          received   es sum_t p (1 + E)
 
-    dP         |dP|' = Z (|do| |v|^T + |dW|) delta      es sum_s p |dP|' (1 + E) ds         e
-    (|ds| + p sum_d |do o|) + es |ds|' (1 + E) + p (unit(delta) + |dH| (es E + unit(H)))
+    dP         |dP|' = Z (|do| |v|^T + |dW|)
+    delta      es sum_s p |dP|' (1 + E)
+    ds         e (|ds| + p sum_d |do o|) + es |ds|' (1 + E)
+                 + p (unit(delta) + |dH| (es E + unit(H))),
                |ds|' = p (|dP|' + sum_s p |dP|' + |dlse| + |dH| (|log p| + H))
     dx         unit(ds) (1 - u^2) + es |ds|' (u^2 + 2 |u| (1 - u^2) A_x / c),   u = tanh(x / c)
     dq, dk     |scale| sum unit(dx) |k|, and |q|    dv         sum_t rho p Z |do|
