@@ -116,6 +116,18 @@ class DecodeInputs(NamedTuple):
     alibi_slopes: Tensor | None = None  # (1|B, H) fp32
     sinks: Tensor | None = None  # (H,) float
 
+    def as_inputs(self, k: Tensor, v: Tensor, align: Tensor | None = None) -> Inputs:
+        """Those of a call without a cache: its keys and values as ``(B, H_kv, S, D)``."""
+        return Inputs(
+            self.q,
+            k,
+            v,
+            bias=self.bias,
+            alibi_slopes=self.alibi_slopes,
+            sinks=self.sinks,
+            align=align,
+        )
+
 
 class DecodeOptions(NamedTuple):
     """Every option of a decode call that is not a tensor; see `Options`."""

@@ -112,15 +112,7 @@ def reference_decode(inputs: DecodeInputs, options: DecodeOptions) -> DecodeOutp
     if inputs.page_table is not None:
         pages = inputs.page_table.long().clamp(0, k.shape[0] - 1)
         k, v = (x[pages].flatten(1, 2).transpose(1, 2) for x in (k, v))  # [B, H_kv, n * page, D]
-    whole = Inputs(
-        q=inputs.q,
-        k=k,
-        v=v,
-        bias=inputs.bias,
-        alibi_slopes=inputs.alibi_slopes,
-        sinks=inputs.sinks,
-        align=inputs.cache_seqlens - inputs.q.shape[2],
-    )
+    whole = inputs.as_inputs(k, v, align=inputs.cache_seqlens - inputs.q.shape[2])
     outputs = reference_attention(whole, options.as_options())
     return DecodeOutputs(outputs.out, outputs.lse)
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnfast.call import DecodeInputs, DecodeOptions, DecodeOutputs, Inputs
+from attnfast.call import DecodeInputs, DecodeOptions, DecodeOutputs
 from attnfast.ops import empty_in_order
 
 from . import configs
@@ -214,15 +214,7 @@ def attention_decode(inputs: DecodeInputs, options: DecodeOptions, *, arch: str)
     k, v, table = inputs.k_cache, inputs.v_cache, inputs.page_table
     if table is not None:  # pages (P, page, H_kv, D) as (P, H_kv, page, D)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-    whole = Inputs(
-        q=inputs.q,
-        k=k,
-        v=v,
-        bias=inputs.bias,
-        alibi_slopes=inputs.alibi_slopes,
-        sinks=inputs.sinks,
-    )
-    call = gather(whole, options.as_options(), configs.l2_bytes(arch))
+    call = gather(inputs.as_inputs(k, v), options.as_options(), configs.l2_bytes(arch))
     S = k.shape[2] if table is None else k.shape[2] * table.shape[1]
     call = call._replace(p=call.p._replace(S=S))
     jobs = decode_launches(call, inputs.cache_seqlens, table, arch)
