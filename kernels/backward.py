@@ -346,8 +346,10 @@ def given(upstream: Upstream, varlen: bool) -> Given:
     grad_out, grad_lse, grad_entropy, grad_weights, out, norm, entropy, *_ = upstream
     if grad_out.shape[3] > 1 and grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
-    mean = grad_weights is not None and grad_weights.dim() == 3
-    dw = strides(grad_weights.unsqueeze(1) if mean else grad_weights)
+    per_head, mean = grad_weights, False
+    if grad_weights is not None and grad_weights.dim() == 3:
+        per_head, mean = grad_weights.unsqueeze(1), True
+    dw = strides(per_head)
     norm = norm.contiguous()
     terms = torch.empty_like(norm[0])
     if varlen:  # rows past the last sequence belong to no program
@@ -372,11 +374,11 @@ def given(upstream: Upstream, varlen: bool) -> Given:
 def results(inputs: Inputs) -> Results:
     """Memory for the results. Varlen rows past the last sequence belong to no program."""
     varlen = inputs.cu_seqlens_q is not None
-    tensors = [empty_in_order(x, x.shape[3]) for x in (inputs.q, inputs.k, inputs.v)]
+    dq, dk, dv = (empty_in_order(x, x.shape[3]) for x in (inputs.q, inputs.k, inputs.v))
     if varlen:
-        for x in tensors:
+        for x in (dq, dk, dv):
             x.zero_()
-    return Results(*tensors, *(stride for x in tensors for stride in rows(x, varlen)))
+    return Results(dq, dk, dv, *rows(dq, varlen), *rows(dk, varlen), *rows(dv, varlen))
 
 
 def backward_launches(call: Call, given: Given, to: Results, arch: str) -> list[Launch]:

@@ -10,6 +10,7 @@ Memory:  a tile of ds and one of its sum in registers; partial sums in fp32, at 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import triton
@@ -190,7 +191,7 @@ def dsinks_kernel(x, g, to, p, f, tile):
 
 def bias_gradient(call: Call, given: Given, arch: str) -> Tensor:
     """dbias, in the bias's shape and dtype. ``given.rows`` must have been filled."""
-    bias = call.x.bias
+    bias: Tensor = call.x.bias
     job = bias_launch(call, given, arch)
     if job.grid == 0:
         return bias.new_zeros(bias.shape)
@@ -205,10 +206,9 @@ def bias_launch(call: Call, given: Given, arch: str) -> Launch:
     config = configs.choose(arch, "dbias", x.q.element_size(), f.D, f.D_V, True)
     kept = tuple(n > 1 for n in x.bias.shape)
     blocks = (p.B, p.H, -(-p.T // config.BLOCK_M), -(-p.S // config.BLOCK_N))
-    owned = tuple(n if keep else 1 for n, keep in zip(blocks, kept, strict=True))
-    summed = tuple(1 if keep else n for n, keep in zip(blocks, kept, strict=True))
-    number = summed[0] * summed[1] * summed[2] * summed[3]
-    programs = owned[0] * owned[1] * owned[2] * owned[3]
+    owned = [n if keep else 1 for n, keep in zip(blocks, kept, strict=True)]
+    summed = [1 if keep else n for n, keep in zip(blocks, kept, strict=True)]
+    programs, number = math.prod(owned), math.prod(summed)
     chunks = min(max(_PROGRAMS // max(programs, 1), 1), max(number, 1))
     per_chunk = -(-number // chunks)
     chunks = -(-number // max(per_chunk, 1))
@@ -216,16 +216,16 @@ def bias_launch(call: Call, given: Given, arch: str) -> Launch:
     sums = x.bias.new_empty((max(chunks, 1), *x.bias.shape), dtype=dtype)
     if (kept[2] and x.bias.shape[2] > p.T) or (kept[3] and x.bias.shape[3] > p.S):
         sums.zero_()  # varlen: a maximum that no sequence can reach
-    to = BiasSums(
-        sums, sums.stride(0), *strides(sums[0]), *owned, *summed[:3], number, max(per_chunk, 1)
-    )
+    whole = number, max(per_chunk, 1)
+    where = sums, sums.stride(0), *strides(sums[0])
+    to = BiasSums._make((*where, *owned, *summed[:3], *whole))
     tile = BiasTile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V), kept[2], kept[3])
     return Launch(dbias_kernel, programs * chunks, (x, given, to), p, f, tile, config)
 
 
 def sink_gradient(call: Call, given: Given, arch: str) -> Tensor:
     """The sinks' gradient, (H,) in the sinks' dtype. ``given.rows`` must have been filled."""
-    dsinks = call.x.sinks.new_zeros(call.x.sinks.shape)
+    dsinks: Tensor = call.x.sinks.new_zeros(call.x.sinks.shape)
     if given.norm.numel():
         launch(sink_launch(call, given, dsinks, arch))
     return dsinks

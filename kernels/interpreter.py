@@ -29,7 +29,7 @@ def widened(x: Any) -> Any:
     return Handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
-def rounded(x: np.ndarray) -> Handle:
+def rounded(x: np.ndarray) -> Any:
     """fp32 numbers as a block of bf16, rounded to nearest even; NaN stays NaN."""
     x = np.ascontiguousarray(x, np.float32)
     bits = x.view(np.uint32)

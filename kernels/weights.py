@@ -141,7 +141,7 @@ def weights_fwd(options: Options, call: Call, norm: Tensor, arch: str) -> Tensor
     if x.cu_seqlens_q is not None:
         sizes = options.max_seqlen_q, options.max_seqlen_k
     mean = options.weights == 1
-    weights = x.q.new_empty((p.B, *sizes) if mean else (p.B, p.H, *sizes))
+    weights: Tensor = x.q.new_empty((p.B, *sizes) if mean else (p.B, p.H, *sizes))
     if sizes != (p.T, p.S):
         weights.zero_()
     launch(weights_launch(call, weights, norm, mean, arch))
