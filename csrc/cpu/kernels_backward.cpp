@@ -12,6 +12,7 @@
 // Pairs:   where the processor multiplies pairs of bf16, all five products of bf16 inputs do, p and
 //          ds rounded to bf16; with AMX those of fp32 inputs too, in three planes (pairs.h)
 // Threads: results do not depend on their number
+#include <algorithm>
 #include <type_traits>
 
 #include "backward_pairs.h"
@@ -491,8 +492,8 @@ void attention_bwd(const BackwardParams& given) {
     if (p.T == 1 || kPlanes > 1 || p.norm_plane == 0) {
       norm = Arena(2 * size * sizeof(float));
       auto* planes = reinterpret_cast<float*>(norm.data());
-      memcpy(planes, p.norm, size * sizeof(float));
-      memcpy(planes + size, p.norm + p.norm_plane, size * sizeof(float));
+      std::copy_n(p.norm, size, planes);  // of no rows too, where there is no norm
+      std::copy_n(p.norm + p.norm_plane, size, planes + size);
       in_fp32.find_norms(planes, size);
       p.norm = planes, p.norm_plane = size;
     }
