@@ -6,12 +6,12 @@ See `attention` for the contract, `explain` for which backend runs a call and wh
 
 from . import flops, sharding
 from ._version import __version__
-from .cache import KVCache
 from .explain import explain
 from .functional import attention, decode_attention, varlen_attention
 from .late_imports import when_imported
-from .module import MultiheadAttention
-from .replace import replace, restore
+from .nn.attention import MultiheadAttention
+from .nn.cache import KVCache
+from .nn.replace import replace, restore
 from .sdpa import scaled_dot_product_attention
 from .stats import AttentionStats
 

@@ -151,7 +151,7 @@ def _self_attention_fake(
 
 
 def _define_self_attention() -> Callable[..., Any]:
-    """The CPU's operator for a layer without gradients, see attnfast/inference.py."""
+    """The CPU's operator for a layer without gradients, see attnfast/nn/fast_path.py."""
     schema = (
         "(Tensor packed, int heads, bool batch_first, Tensor? mask, Tensor? bias,"
         " bool causal, int weights) -> (Tensor out, Tensor weights)"

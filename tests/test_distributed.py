@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_policy
 
 import attnfast
-import attnfast.module
+import attnfast.nn.attention
 
 WORLD, B, T, E, STEPS = 2, 4, 6, 16, 3
 
@@ -96,13 +96,13 @@ def process(rank: int, wrap: Any, rendezvous: str, x: Tensor, expected: list[Ten
     """One of the processes: its half of the batch, gradients averaged over both."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=WORLD)
-    calls, attention = [], attnfast.module.attention
+    calls, attention = [], attnfast.nn.attention.attention
 
     def spy(*args: Tensor, **kwargs: Any) -> Any:
         calls.append(kwargs["backend"])
         return attention(*args, **kwargs)
 
-    attnfast.module.attention = spy
+    attnfast.nn.attention.attention = spy
     losses = train(wrap(model()), x.chunk(WORLD)[rank], 1.0)
     for loss in losses:
         dist.all_reduce(loss)

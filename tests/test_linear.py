@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import attnfast
-from attnfast import linear as projections
-from attnfast.linear import ProjectionLinear, linear
+from attnfast.nn import linear as projections
+from attnfast.nn.linear import ProjectionLinear, linear
 
 
 @pytest.fixture

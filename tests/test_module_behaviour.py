@@ -26,7 +26,7 @@ from modules import (
 )
 from torch import Tensor, nn
 
-import attnfast.module
+import attnfast.nn.attention
 from attnfast import MultiheadAttention
 
 
@@ -102,14 +102,14 @@ def test_masks_of_any_broadcastable_shape(
 def reached(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The arguments of every call of `attention` by the module, with its result as `result`."""
     calls = []
-    attention = attnfast.module.attention
+    attention = attnfast.nn.attention.attention
 
     def spy(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
         result = attention(q, k, v, **kwargs)
         calls.append(dict(q=q, k=k, v=v, result=result, **kwargs))
         return result
 
-    monkeypatch.setattr(attnfast.module, "attention", spy)
+    monkeypatch.setattr(attnfast.nn.attention, "attention", spy)
     return calls
 
 

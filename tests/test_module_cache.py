@@ -10,7 +10,7 @@ import torch
 from modules import random_mask
 from torch import Tensor, nn
 
-import attnfast.module
+import attnfast.nn.attention
 from attnfast import KVCache, MultiheadAttention, replace
 
 B, E, H, LENGTH = 3, 16, 4, 13
@@ -147,13 +147,13 @@ def test_a_step_is_computed_by_decode_attention(monkeypatch: pytest.MonkeyPatch)
     """Steps of one token, and short causal pieces, take the kernel that splits over the keys."""
     called = []
     for name in ("attention", "decode_attention"):
-        function = getattr(attnfast.module, name)
+        function = getattr(attnfast.nn.attention, name)
 
         def spy(*args: Any, f: Any = function, n: str = name, **kwargs: Any) -> Any:
             called.append(n)
             return f(*args, **kwargs)
 
-        monkeypatch.setattr(attnfast.module, name, spy)
+        monkeypatch.setattr(attnfast.nn.attention, name, spy)
     module, cache = layer(), KVCache()
 
     def step(count: int, **options: Any) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import attnfast
-from attnfast import inference, ops
+from attnfast import ops
+from attnfast.nn import fast_path as inference
 
 B, T, E, H = 3, 21, 48, 4
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import attnfast
-from attnfast import module as module_file
-from attnfast import padding
+from attnfast.nn import attention as module_file
+from attnfast.nn import unpad as padding
 
 B, T, E, H = 4, 19, 32, 4
 LENGTHS = (19, 7, 1, 12)

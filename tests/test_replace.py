@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import attnfast.module
+import attnfast.nn.attention
 from attnfast import MultiheadAttention, replace, restore
 
 E, H, B, T = 16, 4, 3, 6
@@ -39,13 +39,13 @@ def padded() -> tuple[Tensor, Tensor]:
 def attended(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The keyword arguments of every call of `attention` by the module."""
     calls: list[dict[str, Any]] = []
-    attention = attnfast.module.attention
+    attention = attnfast.nn.attention.attention
 
     def spy(*args: Tensor, **kwargs: Any) -> Any:
         calls.append(kwargs)
         return attention(*args, **kwargs)
 
-    monkeypatch.setattr(attnfast.module, "attention", spy)
+    monkeypatch.setattr(attnfast.nn.attention, "attention", spy)
     return calls
 
 

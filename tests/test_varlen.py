@@ -12,6 +12,8 @@ from cases import DTYPES, OPTIONS, Case, bf16, problem, run
 from torch import Tensor
 
 import attnfast
+from attnfast import ops
+from attnfast.call import Inputs, Options
 
 LENGTHS = ((5, 9), (0, 3), (66, 70), (40, 0), (0, 0), (1, 130), (129, 64))
 
@@ -258,3 +260,21 @@ def test_one_long_sequence_among_short_ones(dtype: torch.dtype, threads: int) ->
     for i in range(44):
         for given, moved in zip(found["given"][i], found["moved"][i], strict=True):
             assert torch.equal(given, moved)
+
+
+@pytest.mark.parametrize(
+    ("ends_q", "ends_k", "said"),
+    [
+        ([0, 4], None, "cu_seqlens_k must be given with cu_seqlens_q"),
+        ([], [0], "cu_seqlens_q must start with 0, got nothing"),
+        ([0, 4], [0, 2, 4], "cu_seqlens_k must have 2 elements, got 3"),
+    ],
+)
+def test_an_operator_without_all_boundaries(
+    ends_q: list[int], ends_k: list[int] | None, said: str
+) -> None:
+    x = torch.randn(1, 1, 4, 8)
+    q, k = (None if ends is None else torch.tensor(ends).int() for ends in (ends_q, ends_k))
+    inputs = Inputs(x, x, x, cu_seqlens_q=q, cu_seqlens_k=k)
+    with pytest.raises(RuntimeError, match=said):
+        ops.CPU.fwd(*inputs, *Options(1.0, max_seqlen_q=4, max_seqlen_k=4))

@@ -109,6 +109,7 @@ void fill_problem(Problem* p, Kept<Call>* kept, ATTNFAST_INPUTS) {
   if (packed) {
     p->B = cu_seqlens_q->numel() - 1;
     STD_TORCH_CHECK(p->B >= 0, "attention: cu_seqlens_q must start with 0, got nothing");
+    STD_TORCH_CHECK(cu_seqlens_k, "attention: cu_seqlens_k must be given with cu_seqlens_q");
     check_count(cu_seqlens_k, "cu_seqlens_k", p->B + 1);
     p->cu_seqlens_q = kept->ints(cu_seqlens_q, "cu_seqlens_q");
     p->cu_seqlens_k = kept->ints(cu_seqlens_k, "cu_seqlens_k");

@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .attention import HOOK, MultiheadAttention
 from .linear import is_watched
-from .module import HOOK, MultiheadAttention
 
 # Multiply-adds of padding per layer below which skipping it costs more: a jagged tensor's operators
 # go through Python.

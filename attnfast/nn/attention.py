@@ -15,14 +15,14 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from . import extras, inference
-from . import requirements as require
+from .. import requirements as require
+from ..dispatch import check_name
+from ..functional import attention, decode_attention
+from ..stats import AttentionStats
+from . import extras
+from . import fast_path as inference
 from .cache import KVCache
-from .dispatch import check_name
-from .functional import attention, decode_attention
-from .jagged import jagged_forward
-from .linear import use_projection_linear
-from .module_inputs import (
+from .inputs import (
     NAME,
     attend_appended,
     check_inputs,
@@ -30,8 +30,9 @@ from .module_inputs import (
     plain_mask,
     split_masks,
 )
+from .jagged import jagged_forward
+from .linear import use_projection_linear
 from .projections import merge_heads, project
-from .stats import AttentionStats
 from .tracing import first_proxy, module_node
 
 DECODE_ROWS = 4  # queries per sequence up to which decode_attention beats attention (Zen 5)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import requirements as require
-from .subclasses import PLAIN, is_causal_bias, refusal
+from .. import requirements as require
+from ..subclasses import PLAIN, is_causal_bias, refusal
 
 NAME = "MultiheadAttention"
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import requirements as require
+from .. import requirements as require
 
 FIRST_CAPACITY = 16  # keys; doubled whenever it does not suffice
 NAME = "KVCache"

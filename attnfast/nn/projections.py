@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import requirements as require
+from .. import requirements as require
+from .inputs import NAME
 from .linear import linear
-from .module_inputs import NAME
 
 
 def project(

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from . import dispatch, padding
+from .. import dispatch
+from . import unpad as padding
+from .attention import MultiheadAttention, abandon, adopt
 from .linear import use_torch_linear
-from .module import MultiheadAttention, abandon, adopt
 
 _REPLACED = "_attnfast_replaced"  # on a module whose class replace changed: the class it had
 _USED_NESTED = "_attnfast_used_nested_tensor"  # on an encoder that replace took it from

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
 
-from . import requirements as require
-from .module_inputs import NAME, projection_weight
-from .stats import AttentionStats
+from .. import requirements as require
+from ..stats import AttentionStats
+from .inputs import NAME, projection_weight
 
 SIMILARITIES = {"dot": 0, "cosine": 1}
 STATS = {False: 0, True: 1, "received": 2}

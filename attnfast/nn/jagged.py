@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..functional import varlen_attention
 from . import extras
-from .functional import varlen_attention
-from .module_inputs import NAME, check_kind, input_features, projection_weight
+from .inputs import NAME, check_kind, input_features, projection_weight
 from .projections import project
 
 if TYPE_CHECKING:
+    from .attention import MultiheadAttention
     from .cache import KVCache
-    from .module import MultiheadAttention
 
 
 def jagged_forward(

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, dispatch, ops
-from .autograd import call
-from .backends import cpu
+from .. import backends, dispatch, ops
+from ..autograd import call
+from ..backends import cpu
+from .inputs import split_masks
 from .linear import is_watched, linear
-from .module_inputs import split_masks
 
 
 def takes(module: Any, weight: Tensor | None, query: Tensor) -> bool:

@@ -1,0 +1,1 @@
+"""The layer: `MultiheadAttention`, what it is made of, and what puts it into models."""
