@@ -6,6 +6,7 @@ they have another now. Commit and date are those of the table's last change.
 
 from __future__ import annotations
 
+import ast
 import csv
 import hashlib
 from pathlib import Path
@@ -93,10 +94,26 @@ def _stale(rows: list[dict[str, Any]], tree: Path) -> str:
 
 
 def fingerprint(name: str, tree: Path) -> str:
-    """8 hex digits that change with the code a kernel is compiled from, comments left out."""
+    """8 hex digits that change with the device code a kernel is compiled from."""
     lines = []
     for file in (FILES[name], *SHARED):
-        code = (tree / "kernels" / f"{file}.py").read_text(encoding="utf-8").splitlines()
-        lines += [line.partition("  #")[0].rstrip() for line in code]
-    kept = [line for line in lines if line and not line.lstrip().startswith("#")]
-    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:8]
+        lines += device_code((tree / "kernels" / f"{file}.py").read_text(encoding="utf-8"))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
+
+
+def device_code(source: str) -> list[str]:
+    """As in tools/aot.py: jitted functions, their arguments' classes, constants, no comments."""
+    lines = source.splitlines()
+    kept = []
+    for node in ast.parse(source).body:
+        is_definition = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        decorators = node.decorator_list if is_definition else []
+        if not (decorators or isinstance(node, (ast.ClassDef, ast.Assign, ast.AnnAssign))):
+            continue
+        first = min(x.lineno for x in (node, *decorators))
+        text = lines[first - 1 : node.end_lineno]
+        if is_definition and ast.get_docstring(node) is not None:
+            said = node.body[0]
+            del text[said.lineno - first : said.end_lineno - first + 1]
+        kept += [line.partition("  #")[0].rstrip() for line in text]
+    return [line for line in kept if line and not line.lstrip().startswith("#")]
