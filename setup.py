@@ -73,7 +73,7 @@ SANITIZED = (
 )
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 
-# csrc/cpu/kernels_*.cpp are compiled once per row, with ATTNFAST_ISA as the row's name. The order
+# csrc/cpu/attention_*.cpp are compiled once per row, with ATTNFAST_ISA as the row's name. The order
 # is that of linking, lowest first: an inline function that several objects define (std::min, say)
 # is taken from the first, so no machine runs one compiled for instructions that it lacks.
 MAYBE = "-Wno-unknown-warning-option -Wno-maybe-uninitialized"  # clang does not know the second
@@ -239,7 +239,7 @@ def native_file(nvcc: str | None = None) -> str:
     build = Ninja(BUILD, mode, "" if SANITIZE else "-Wl,-z,defs")
     objects = [build.compile(CSRC / "bindings" / "cpu.cpp", extra="$torchflags")]
     cpu = sorted((CSRC / "cpu").glob("*.cpp"))
-    kernels = [source for source in cpu if source.name.startswith("kernels_")]
+    kernels = [source for source in cpu if source.name.startswith("attention_")]
     present = " ".join(f"-DATTNFAST_WITH_{isa}" for isa in ISAS)
     objects += [build.compile(source, extra=present) for source in cpu if source not in kernels]
     for isa, flags in ISAS.items():

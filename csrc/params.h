@@ -24,6 +24,25 @@ struct MutableView {
   DType dtype = DType::kFloat32;
 };
 
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// The units in which a kernel has scores: each backend chooses them (cpu/head.h, cuda/arguments.h).
+struct Units {
+  float natural = 1.0f;  // units of 1 in natural logarithms: of what is added to scores
+  float factor = 1.0f;   // units of 1 in a product q k^T
+  float to_log2 = kLog2E, to_natural = 1.0f;  // from units
+
+  // Units of which natural logarithms have `per_natural`.
+  void choose(float per_natural) {
+    natural = per_natural, to_log2 = kLog2E / per_natural, to_natural = 1.0f / per_natural;
+  }
+  // Scores stay products: the factor waits for the exponent.
+  void keep_products() {
+    to_log2 *= factor, to_natural *= factor;
+    factor = 1.0f;
+  }
+};
+
 enum class Weights : int32_t { kNone, kMean, kPerHead };
 
 // What forward, backward and the second passes have in common: the problem.

@@ -263,7 +263,7 @@ def test_the_library_uses_torchs_stable_interface_alone() -> None:
 @pytest.mark.parametrize("isa", [isa for isa in ops.cpu_isas() if isa != "portable"])
 def test_no_code_for_one_instruction_set_runs_at_load(isa: str) -> None:
     """A global constructor in such an object would be an illegal instruction on a lesser CPU."""
-    objects = sorted(OBJECTS.glob(f"kernels_*.{isa}.o"))
+    objects = sorted(OBJECTS.glob(f"attention_*.{isa}.o"))
     assert objects
     for path in objects:
         sections = run("objdump", "-h", str(path)).stdout
@@ -305,14 +305,14 @@ def linked_objects() -> list[str]:
 
 def linked_isas() -> list[str]:
     """The instruction set of every kernel's object."""
-    return [name.split(".")[1] for name in linked_objects() if "kernels_" in name]
+    return [name.split(".")[1] for name in linked_objects() if "attention_" in name]
 
 
 def test_lower_instruction_sets_are_linked_first() -> None:
     """Of an inline function in several objects the first is taken: every CPU must have its code."""
     order = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
     assert linked_isas() == sorted(linked_isas(), key=order.index)
-    once = [i for i, name in enumerate(linked_objects()) if "kernels_" not in name]
+    once = [i for i, name in enumerate(linked_objects()) if "attention_" not in name]
     assert once == list(range(len(once)))
 
 

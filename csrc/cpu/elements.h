@@ -1,7 +1,6 @@
 // Elements in memory (fp32, bf16, fp16) as fp32 vectors and back, and blocks of them moved and
 // transposed.
 #pragma once
-#include "../params.h"
 #include "simd.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {

@@ -10,7 +10,7 @@
 #pragma once
 #include "blocks.h"
 #include "pairs.h"
-#include "scores.h"
+#include "rows.h"
 #include "team.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {

@@ -12,7 +12,7 @@
 #pragma once
 #include "elements.h"
 #include "gemm.h"
-#include "tiles.h"
+#include "tile_registers.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 

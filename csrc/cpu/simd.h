@@ -1,6 +1,6 @@
 // Vectors of floats for one instruction set, from the compiler's vector extensions.
 //
-// Every kernels_*.cpp is compiled once per instruction set with ATTNFAST_ISA set to its name; all
+// Every attention_*.cpp is compiled once per instruction set with ATTNFAST_ISA set to its name; all
 // code then lives in attnfast::cpu::<name>, so that no two sets ever share a symbol. Arithmetic,
 // comparisons and `mask ? a : b` are the compiler's own; intrinsics appear only where those fall
 // short.
@@ -11,6 +11,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "../params.h"
 
 #if !(__clang_major__ >= 14 || __GNUC__ >= 12)
 #error "attnfast's CPU kernels need g++ 12 or clang 14, or newer"
@@ -48,8 +50,6 @@ typedef float VecUnaligned __attribute__((vector_size(kLanes * 4), aligned(4), m
 typedef uint16_t HalfBitsUnaligned __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 constexpr float kInfinity = __builtin_inff();
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 ATTNFAST_INLINE Index min_of(Index a, Index b) { return a < b ? a : b; }
 ATTNFAST_INLINE Index max_of(Index a, Index b) { return a > b ? a : b; }

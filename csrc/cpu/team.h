@@ -16,7 +16,7 @@
 
 #include "arena.h"
 #include "elements.h"
-#include "tiles.h"
+#include "tile_registers.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 

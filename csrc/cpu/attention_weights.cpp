@@ -1,7 +1,7 @@
 // Attention probabilities and their column sums: second passes over the scores, after the forward.
 //
 //   p = exp(s - m - log l)
-//   weights   p * keep / (1 - dropout_p), per head or the mean over the heads
+//   weights   p * z, per head or the mean over the heads
 //   received  sum over the queries of p
 //
 // Work:    weights: one item per (batch entry, head unless averaged, block of queries, range of
@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "blocks.h"
+#include "dropout.h"
 #include "kernels.h"
 #include "probabilities.h"
 #include "team.h"
@@ -24,7 +25,7 @@ constexpr Index kRange = 2 * kMaxKeys;  // keys of one item
 constexpr Index kColumns = kBlock / kColumn;
 
 struct Scratch {
-  float *q_t, *s, *keep, *k;
+  float *q_t, *s, *z, *k;
   float* sum;  // weights: [kColumns][kRange][kColumn]; received: [kRange][kLanes]
 
   Worker* worker = nullptr;
@@ -34,7 +35,7 @@ struct Scratch {
     const Index tile = (kMaxKeys + kTileSize) * kColumn;
     q_t = parts.take<float>(D_pad * kColumn);
     s = parts.take<float>(tile);
-    keep = parts.take<float>(tile);
+    z = parts.take<float>(tile);
     k = parts.take<float>(packs ? k_rows * D_pad : 0);
     sum = parts.take<float>(sums);
   }
@@ -46,7 +47,7 @@ void probability_tile(const Head<Element>& head, const Column& column, const Nor
                       Index n, const float* k, Index k_row, const Scratch& scratch) {
   DeadKeys dead;
   scores_of(head, column, key, n, k, k_row, scratch.q_t, scratch.s, nullptr, nullptr, &dead);
-  norm.exponentiate(n, head.to_log2, scratch.s);
+  norm.exponentiate(n, head.units.to_log2, scratch.s);
 }
 
 // Calls f(key, n) for the tiles of [begin, end).
@@ -63,19 +64,19 @@ void add_weights(const ForwardParams& p, const Head<Element>& head, const Column
   Norm norm;
   norm.load_rows(p, head, column.t0, column.rows);
   load_queries(head, column.t0, column.rows, scratch.q_t);
-  const float kept = p.dropout_p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p.dropout_p));
+  const float keep_scale = keep_scale_of(p);
   // A row that is NaN anywhere is NaN at all of its keys, as softmax would have it.
   const Index begin = norm.has_nan ? key_begin : max_of(key_begin, column.begin);
   const Index end = norm.has_nan ? key_end : min_of(key_end, column.end);
   for_each_tile(begin, end, [&](Index key, Index n) {
     probability_tile(head, column, norm, key, n, k + (key - key_begin) * k_row, k_row, scratch);
-    if (p.dropout_p > 0.0) dropout_tile(head, column, key, n, kept, scratch.keep);
+    if (p.dropout_p > 0.0) dropout_tile(head, column, key, n, keep_scale, scratch.z);
     float* out = sum + (key - key_begin) * kColumn;
     for (Index i = 0; i < n * kColumn; i += kLanes) {
       Vec weight = load(scratch.s + i);
       if (p.dropout_p > 0.0) {
-        const Vec keep = load(scratch.keep + i);
-        weight = keep == 0.0f ? zeros() : weight * keep;
+        const Vec z = load(scratch.z + i);
+        weight = z == 0.0f ? zeros() : weight * z;
       }
       store(out + i, load(out + i) + weight);
     }

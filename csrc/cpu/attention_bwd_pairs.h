@@ -5,7 +5,7 @@
 //   dq += ds k     panels of transposed k, ds in pairs of keys
 //   dk += ds^T q, dv += p^T do      p and ds in rows of queries, q and do in pairs of queries
 #pragma once
-#include "backward.h"
+#include "attention_bwd_tiles.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 
@@ -72,27 +72,18 @@ struct PairKeyLayout {
 };
 
 template <class Element, int kPlanes>
-struct BackwardPairs : BackwardTiles<Element> {
+struct GradientTiles : BackwardTiles<Element> {
   using Tiles = BackwardTiles<Element>;
+  using Tiles::column_of;
   using Tiles::grad_out;
   using Tiles::p;
+  using Keys = PairKeys;
 
-  static constexpr Index kDsPlane = kKeys / 2 * kColumn;
+  static constexpr Index kFirstKey = kPanel;
+  float dk_scale() const { return p.scale; }
 
-  Index q_t_plane() const { return round_up(p.D, kPanel) / 2 * kColumn; }
-  Index do_t_plane() const { return round_up(p.D_v, kPanel) / 2 * kColumn; }
-
-  // p_all and ds_all: from plane to plane.
-  static Index tile_plane(const BackwardScratch& s) { return s.num_columns * kKeys * kPanelPairs; }
-  static Index q_rows_plane(const BackwardScratch& s) {
-    return s.num_columns * kPanelPairs * s.D_pad;
-  }
-  static Index do_rows_plane(const BackwardScratch& s) {
-    return s.num_columns * kPanelPairs * s.D_v_pad;
-  }
-
-  // As load_block; here q is scaled neither in rows nor, in one plane, in columns.
-  void load_pairs(const Head<Element>& head, Index t0, Index n, BackwardScratch& s,
+  // q is scaled neither in rows nor, in one plane, in columns.
+  void load_block(const Head<Element>& head, Index t0, Index n, BackwardScratch& s,
                   bool row_major) const {
     s.num_columns = (n + kColumn - 1) / kColumn;
     const Element *q = head.q + t0 * p.q.t, *d_o = grad_out(head, t0);
@@ -101,7 +92,7 @@ struct BackwardPairs : BackwardTiles<Element> {
       BackwardColumn& state = s.columns[c];
       const Index t = c * kColumn, live = min_of(n - t, kColumn);
       transpose_column_in_planes<kPlanes>(q + t * p.q.t, p.q.t, live, p.D,
-                                          kPlanes > 1 ? head.q_factor : 1.0f, state.q_t,
+                                          kPlanes > 1 ? head.units.factor : 1.0f, state.q_t,
                                           q_t_plane(), &unused);
       transpose_column_in_planes<kPlanes>(d_o + t * p.grad_out.t, p.grad_out.t, live, p.D_v, 1.0f,
                                           state.do_t, do_t_plane(), &unused);
@@ -125,6 +116,55 @@ struct BackwardPairs : BackwardTiles<Element> {
       if (this->is_out_of_use(head, t0 + i))
         clear(q + i * p.q.t, p.D, i, s.q_rows, s.D_pad, q_rows_plane(s));
     }
+  }
+
+  // `packed`: the key head as PairKeyLayout has it; null: it is packed here.
+  Keys load_keys(const Head<Element>& head, Index keys, const float* packed, Element*, Element*,
+                 KeyGradients& to, BackwardScratch& s) const {
+    const PairKeyLayout<Element, kPlanes> layout(p, head.S);
+    if (!packed) {
+      layout.pack(head, 0, head.S, s.keys);
+      packed = s.keys;
+    }
+    const Index rows = round_up(keys, kTileSize);
+    memset(to.dk, 0, rows * to.dk_row * sizeof(float));
+    memset(to.dv, 0, rows * to.dv_row * sizeof(float));
+    return layout.keys(head, packed);
+  }
+
+  void key_tile(const Head<Element>& head, Index t0, Index rows_in_block, Index key, Index n, Index,
+                const Keys& keys, const KeyGradients& to, BackwardScratch& s) const {
+    constexpr Index kUnit = kHasTiles ? kTileSize : 2;
+    Index first = s.num_columns, last = 0;  // columns that see a key of the tile
+    for (Index c = 0; c < s.num_columns; ++c) {
+      const Column column = column_of(head, t0, rows_in_block, c);
+      Index begin = max_of(key, column.begin), end = min_of(key + n, column.end);
+      if (begin >= end) continue;
+      begin -= (begin - key) % kUnit;  // keys too many are masked by their position
+      for (; last < c && last > first; ++last) clear_rows(s, last, 0, 0, n);
+      first = min_of(first, c), last = c + 1;
+      DeadKeys dead;
+      pairs_tile(head, column, c, key, begin, end - begin, keys, s, &dead);
+      if (to.dq) add_dq(column, c, key, begin - key, end - key, keys, dead, s);
+      clear_rows(s, c, begin - key, end - key, n);
+    }
+    if (!to.dkv || first >= last) return;
+    add_dkv(first, last, n, to.dk + key * to.dk_row, to.dv + key * to.dv_row, s);
+  }
+
+ private:
+  static constexpr Index kDsPlane = kKeys / 2 * kColumn;
+
+  Index q_t_plane() const { return round_up(p.D, kPanel) / 2 * kColumn; }
+  Index do_t_plane() const { return round_up(p.D_v, kPanel) / 2 * kColumn; }
+
+  // p_all and ds_all: from plane to plane.
+  static Index tile_plane(const BackwardScratch& s) { return s.num_columns * kKeys * kPanelPairs; }
+  static Index q_rows_plane(const BackwardScratch& s) {
+    return s.num_columns * kPanelPairs * s.D_pad;
+  }
+  static Index do_rows_plane(const BackwardScratch& s) {
+    return s.num_columns * kPanelPairs * s.D_v_pad;
   }
 
   static bool all_finite(const Element* row, Index D) {
@@ -153,13 +193,13 @@ struct BackwardPairs : BackwardTiles<Element> {
     const PairScores<kPlanes> scores{{state.q_t, kColumn, q_t_plane()},
                                      rows_of(keys.k, key),
                                      (p.D + kPanel - 1) / kPanel,
-                                     kPlanes > 1 ? 1.0f : head.q_factor};
-    score_tile(head, column, key, n, scores, s.p_tile, s.cap, nullptr, dead);
+                                     kPlanes > 1 ? 1.0f : head.units.factor};
+    score_tile(head, column, key, n, scores, s.p_tile, s.dcapped, nullptr, dead);
     Tiles::spread_nan(state, n, s.p_tile);
     multiply_pairs<kPlanes>(n, kColumn, (p.D_v + kPanel - 1) / kPanel, rows_of(keys.v, key),
                             PairsB{state.do_t, kColumn, do_t_plane()}, MatrixC{s.ds_tile, kColumn},
                             Start::kZero);
-    if (p.dropout_p > 0.0) dropout_tile(head, column, key, n, this->kept(), s.keep);
+    if (p.dropout_p > 0.0) dropout_tile(head, column, key, n, keep_scale_of(p), s.z);
     if (p.grad_weights.data) this->weights_gradient_tile(head, column, key, n, s.dw);
     const Index row = c * kKeys + key - tile_key;
     float *p_rows = s.p_all + row * kPanelPairs, *ds_rows = s.ds_all + row * kPanelPairs;
@@ -171,19 +211,19 @@ struct BackwardPairs : BackwardTiles<Element> {
     }
   }
 
-  // p_tile, ds_tile: scores and dp, which become p (kept) and ds.
+  // p_tile, ds_tile: scores and dp, which become p * z and ds.
   template <bool kPlain>
   void gradients(const Head<Element>& head, const BackwardColumn& state, Index n,
                  const BackwardScratch& s, float* p_rows, float* ds_rows, float* ds_pairs) const {
-    const float to_log2 = head.to_log2, to_natural = head.to_natural;
+    const float to_log2 = head.units.to_log2, to_natural = head.units.to_natural;
     const bool drops = p.dropout_p > 0.0, weighs = p.grad_weights.data != nullptr,
                capped = p.softcap > 0.0f;
     const Index plane = tile_plane(s);
-    Vec m[kTileVecs], log_l[kTileVecs], row[kTileVecs], dh[kTileVecs];
+    Vec m[kTileVecs], log2_l[kTileVecs], row_term[kTileVecs], dentropy[kTileVecs];
     ATTNFAST_UNROLL for (int v = 0; v < kTileVecs; ++v) {
-      m[v] = load(state.norm.m + v * kLanes), log_l[v] = load(state.norm.log_l + v * kLanes);
-      row[v] = load(state.row + v * kLanes);
-      dh[v] = kPlain ? zeros() : load(state.dentropy + v * kLanes);
+      m[v] = load(state.norm.m + v * kLanes), log2_l[v] = load(state.norm.log2_l + v * kLanes);
+      row_term[v] = load(state.row_term + v * kLanes);
+      dentropy[v] = kPlain ? zeros() : load(state.dentropy + v * kLanes);
     }
     for (Index j = 0; j < n; j += 2) {
       Vec prob[2][kTileVecs], ds[2][kTileVecs];
@@ -191,18 +231,18 @@ struct BackwardPairs : BackwardTiles<Element> {
         ATTNFAST_UNROLL for (int v = 0; v < kTileVecs; ++v) {
           const Index i = (j + k) * kColumn + v * kLanes;
           const Vec score = load(s.p_tile + i);
-          Vec probability = Norm::probability(score, m[v], log_l[v], to_log2);
+          Vec probability = Norm::probability(score, m[v], log2_l[v], to_log2);
           Vec dp = load(s.ds_tile + i);
           if (kPlain) {
-            dp = probability * (dp + row[v]);
+            dp = probability * (dp + row_term[v]);
             prob[k][v] = probability;
           } else {
-            Vec keep = broadcast(1.0f);
+            Vec z = broadcast(1.0f);
             if (weighs) dp += load(s.dw + i);
-            if (drops) keep = load(s.keep + i);
-            dp = probability * (dp * keep + row[v] - dh[v] * ((score - m[v]) * to_natural));
-            if (capped) dp *= load(s.cap + i);
-            prob[k][v] = probability * keep;
+            if (drops) z = load(s.z + i);
+            dp = probability * (dp * z + row_term[v] - dentropy[v] * ((score - m[v]) * to_natural));
+            if (capped) dp *= load(s.dcapped + i);
+            prob[k][v] = probability * z;
           }
           ds[k][v] = probability == 0.0f ? zeros() : dp;
         }

@@ -1,13 +1,13 @@
 // The gradients of a bias and of the sinks: sums of ds over whatever the bias was broadcast over.
 //
-//   dbias = sum of ds        dsink = sum over rows of p_sink * (row - dentropy * (sink - m))
+//   dbias = sum of ds        dsink = sum over rows of p_sink * (row_term - dentropy * (sink - m))
 //
 // Work:    one item per block of dbias, which walks through all that is summed into it: no atomics
 // Memory:  per thread tiles, and the block of dbias in fp32
 // Threads: results do not depend on their number
 #include <type_traits>
 
-#include "backward.h"
+#include "attention_bwd_tiles.h"
 #include "kernels.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
@@ -24,7 +24,7 @@ struct BiasGradient : BackwardTiles<Element> {
   using Tiles::p;
   using Tiles::parallel;
   using Tiles::row_offset;
-  using Tiles::rows;
+  using Tiles::row_terms;
 
   // dbias: each item owns a block of it and walks through all that is summed into that block.
   void bias() const {
@@ -125,7 +125,7 @@ struct BiasGradient : BackwardTiles<Element> {
     }
   }
 
-  // dsink = sum over rows of p_sink * (row - dentropy * (sink - m))
+  // dsink = sum over rows of p_sink * (row_term - dentropy * (sink - m))
   void sinks() const {
     for (Index h = 0; h < p.H; ++h) {
       double total = 0.0;
@@ -134,12 +134,14 @@ struct BiasGradient : BackwardTiles<Element> {
         if (head.sink == -kInfinity) continue;
         for (Index t = 0; t < head.T; t += kLanes) {
           const Index n = min_of(kLanes, head.T - t), at = row_offset(head, t);
-          const Vec m = load_some(p.norm + at, n), log_l = load_some(p.norm + p.norm_plane + at, n);
-          const Vec sink = broadcast(head.sink);
-          Vec term = load_some(rows + at, n);
+          const Vec m = load_some(p.norm + at, n),
+                    log2_l = load_some(p.norm + p.norm_plane + at, n);
+          const Vec sink = broadcast(head.sink),
+                    p_sink = Norm::probability(sink, m, log2_l, head.units.to_log2);
+          Vec term = load_some(row_terms + at, n);
           if (p.grad_entropy)
-            term -= load_some(p.grad_entropy + at, n) * ((sink - m) * head.to_natural);
-          term *= Norm::probability(sink, m, log_l, head.to_log2);
+            term -= load_some(p.grad_entropy + at, n) * ((sink - m) * head.units.to_natural);
+          term *= p_sink;
           for (Index i = 0; i < n; ++i) total += static_cast<double>(term[i]);
         }
       }
@@ -150,10 +152,11 @@ struct BiasGradient : BackwardTiles<Element> {
 
 }  // namespace
 
-void bias_gradient(const BackwardParams& p, float* rows) {
+void bias_gradient(const BackwardParams& p, float* row_terms) {
   if (!p.dbias.data && !p.dsinks) return;
   with_element(p.q.dtype, [&](auto* element) {
-    const BiasGradient<std::remove_pointer_t<decltype(element)>> gradient{{p, rows, kTallBlock}};
+    const BiasGradient<std::remove_pointer_t<decltype(element)>> gradient{
+        {p, row_terms, kTallBlock}};
     if (p.dbias.data) gradient.bias();
     if (p.dsinks) gradient.sinks();
   });

@@ -1,29 +1,13 @@
-// Attention of a few new queries over a cache, split over the keys (Flash-Decoding, Dao et al.,
-// 2023).
+// The tiles of decoding: rows of queries against blocks of keys, which lie along the lanes.
 //
-// Query t stands at cache_seqlens[b] - T + t and attends the keys up to there:
-//
-//   o = softmax(scale * q k^T, causal, windowed, biased, capped) v
-//   lse = logsumexp of the scores
-//
-// Work: one item per (batch entry, key head, at most kMaxRows of the T * H / H_kv query rows that
-// share its keys, piece of the keys); then one per query row, to combine the pieces in order.
-//
-// Memory: per item m, l and o of its rows; per thread the item's q and one block of scores. Keys
-// and values are read once, where they lie, and converted in registers.
-//
-// Threads: how keys are cut into pieces depends on the sequence's own length alone, and so do the
-// results.
-#include <type_traits>
-#include <utility>
-
+// With few queries a tile of scores.h, whose lanes are queries, would be nearly empty. Scores here
+// are [row][key]; a row's options are constants of its pass over a block, its positions a range of
+// keys, and its bias one stretch of memory. What the two share is Scaling.
+#pragma once
 #include "blocks.h"
-#include "kernels.h"
 #include "scores.h"
-#include "team.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
-namespace {
 
 constexpr Index kMaxRows = 32;           // query rows of one item
 constexpr Index kMaxBlock = 128;         // keys whose scores are held at once
@@ -63,12 +47,13 @@ struct Row {
   float slope = 0.0f;        // ALiBi's, in units; 0: none
 
   Row() = default;
-  Row(const DecodeParams& p, const Sequence& sequence, Index b, Index h_kv, Index row, float unit) {
+  Row(const DecodeParams& p, const Sequence& sequence, Index b, Index h_kv, Index row,
+      float natural) {
     h = h_kv * (p.H / p.H_kv) + row / p.T, t = row % p.T;
     position = sequence.length - p.T + t;
     begin = p.window_left < 0 ? 0 : max_of(position - p.window_left, 0);
     end = position + 1;
-    slope = p.alibi_slopes ? p.alibi_slopes[b * p.alibi_stride_b + h] * unit : 0.0f;
+    slope = p.alibi_slopes ? p.alibi_slopes[b * p.alibi_stride_b + h] * natural : 0.0f;
   }
 };
 
@@ -223,7 +208,7 @@ void add_bias(const char* data, Index offset, Index stride, Index n, float* s) {
   }
 }
 
-void add_bias(const View& view, Index b, const Row& row, Index key, Index n, float* s) {
+inline void add_bias(const View& view, Index b, const Row& row, Index key, Index n, float* s) {
   const char* data = static_cast<const char*>(view.data);
   const Index offset = b * view.b + row.h * view.h + row.t * view.t + key * view.d;
   switch (view.dtype) {
@@ -239,10 +224,10 @@ void add_bias(const View& view, Index b, const Row& row, Index key, Index n, flo
 }
 
 // Dot products become scores: softcap, ALiBi, bias, and -inf where the row may not attend.
-void edit_scores(const DecodeParams& p, const Scaling& scaling, Index b, const Row& row, Index key,
-                 Index n, float* s) {
+inline void edit_scores(const DecodeParams& p, const Scaling& units, Index b, const Row& row,
+                        Index key, Index n, float* s) {
   const Index width = round_up(n, kLanes);
-  if (p.softcap > 0.0f || scaling.after) scaling.finish(width / kLanes, s, nullptr);
+  if (p.softcap > 0.0f || units.after) units.finish(width / kLanes, s, nullptr);
   if (row.slope != 0.0f) {
     for (Index j = 0; j < width; j += kLanes) {
       const IVec ahead = lane_numbers() + static_cast<int32_t>(key + j - row.position);
@@ -269,26 +254,27 @@ struct Partial {
   static Index size(const RowShape& v) { return v.padded + kLanes; }
 };
 
-float exp2_of(float x) { return exp2(broadcast(x))[0]; }
+inline float exp2_of(float x) { return exp2(broadcast(x))[0]; }
 
 // s -> p = exp2(s - m) in place, with m raised to the largest score first.
-void exponentiate(float to_log2, Index n, const RowShape& v, float* s, Partial partial) {
+inline void exponentiate(float to_log2, Index n, const RowShape& v, float* s, Partial partial) {
   const Index width = round_up(n, kLanes);
   Vec top = broadcast(partial.m);
   for (Index j = 0; j < width; j += kLanes) top = max(load(s + j), top);
   const float m = max_lanes(top);
   if (m > partial.m) {
-    const float keep = exp2_of((partial.m - m) * to_log2);
-    for (Index d = 0; d < v.padded; d += kLanes) store(partial.o + d, load(partial.o + d) * keep);
-    partial.l *= keep;
+    const float drop = partial.m - m, rescale = exp2_of(drop * to_log2);
+    for (Index d = 0; d < v.padded; d += kLanes)
+      store(partial.o + d, load(partial.o + d) * rescale);
+    partial.l *= rescale;
     partial.m = m;
   }
   const float base = m == -kInfinity ? 0.0f : m;
   Vec l = zeros();
   for (Index j = 0; j < width; j += kLanes) {
-    const Vec x = exp2((load(s + j) - base) * to_log2);
-    l += x;
-    store(s + j, x);
+    const Vec depth = load(s + j) - base, p = exp2(depth * to_log2);
+    l += p;
+    store(s + j, p);
   }
   partial.l += sum_lanes(l);
 }
@@ -366,176 +352,6 @@ bool has_poison(const KeyBlock<Element>& block, const RowShape& shape) {
     if (any(zero != 0.0f)) return true;
   }
   return false;
-}
-
-// One thread's memory.
-template <class Element>
-struct Scratch {
-  float* q;                  // [kMaxRows][padded D]
-  float* s;                  // [kMaxRows][kMaxBlock]
-  Element *k_copy, *v_copy;  // [2][kMaxBlock][kLanes]
-  Worker* worker = nullptr;
-
-  Scratch(Parts& parts, const RowShape& k)
-      : q(parts.take<float>(kMaxRows * k.padded)),
-        s(parts.take<float>(kMaxRows * kMaxBlock)),
-        k_copy(parts.take<Element>(2 * kMaxBlock * kLanes)),
-        v_copy(parts.take<Element>(2 * kMaxBlock * kLanes)) {}
-};
-
-template <class Element>
-struct Decode {
-  const DecodeParams& p;
-  const RowShape k_shape, v_shape;
-  const Index group_rows;  // query rows that share a key head
-  const Index chunks;      // items' worth of them
-  const Index block_keys;
-  const Scaling scaling;
-  const float to_log2, to_natural;  // from the scores' units
-  const Blocks pieces;              // of H_kv * chunks heads
-  float* partials = nullptr;  // of each sequence [H_kv][group_rows][its pieces][Partial::size]
-
-  explicit Decode(const DecodeParams& params)
-      : p(params),
-        k_shape(p.D),
-        v_shape(p.D_v),
-        group_rows(p.T * (p.H / p.H_kv)),
-        chunks((group_rows + kMaxRows - 1) / kMaxRows),
-        block_keys(keys_per_block(p)),
-        scaling(p),
-        to_log2(kLog2E / scaling.unit),
-        to_natural(1.0f / scaling.unit),
-        pieces(p.B, p.H_kv * chunks, [&](Index b) { return Sequence(p, b).pieces; }) {}
-
-  static Index keys_per_block(const DecodeParams& p) {
-    const Index fits = kBlockBytes / (max_of(p.D, p.D_v) * Index(sizeof(Element)));
-    return min_of(max_of(fits / 16 * 16, 16), kMaxBlock);
-  }
-
-  Index partials_size() const {
-    return pieces.count() / chunks * group_rows * Partial::size(v_shape);
-  }
-
-  float* partial(Index b, Index h_kv, Index row, Index piece) const {
-    const Index before = pieces.first_of(b * p.H_kv * chunks) / chunks * group_rows;
-    return partials +
-           (before + (h_kv * group_rows + row) * pieces.of(b) + piece) * Partial::size(v_shape);
-  }
-
-  // The query row in fp32, vector by vector as RowShape says, each element in one vector only.
-  void load_query(Index b, const Row& row, float* q) const {
-    const float factor = scaling.folded();
-    const Element* from =
-        static_cast<const Element*>(p.q.data) + b * p.q.b + row.h * p.q.h + row.t * p.q.t;
-    for (Index d = 0; d < k_shape.padded; ++d) {
-      const Index i = k_shape.at(d / kLanes * kLanes) + d % kLanes;
-      q[d] = i < p.D && i >= d / kLanes * kLanes ? to_float(from[i]) * factor : 0.0f;
-    }
-  }
-
-  void piece_of_keys(Index b, Index h_kv, Index row0, Index piece,
-                     const Scratch<Element>& scratch) const {
-    const Sequence sequence(p, b);
-    const Index num_rows = min_of(group_rows - row0, kMaxRows);
-    const Index begin = sequence.begin + piece * sequence.piece;
-    const Index end = min_of(begin + sequence.piece, sequence.length);
-    const Index o_stride = sequence.pieces * Partial::size(v_shape);
-    float* o = partial(b, h_kv, row0, piece);
-    Row rows[kMaxRows];
-    for (Index i = 0; i < num_rows; ++i) {
-      rows[i] = Row(p, sequence, b, h_kv, row0 + i, scaling.unit);
-      load_query(b, rows[i], scratch.q + i * k_shape.padded);
-      memset(o + i * o_stride, 0, v_shape.padded * sizeof(float));
-      Partial state(o + i * o_stride, v_shape);
-      state.m = -kInfinity, state.l = 0.0f;
-    }
-    KeyBlock<Element> even(scratch.k_copy, scratch.v_copy);
-    KeyBlock<Element> odd(scratch.k_copy + kMaxBlock * kLanes, scratch.v_copy + kMaxBlock * kLanes);
-    KeyBlock<Element>*block = &odd, *next = &even;
-    next->move_to(p, b, h_kv, begin, min_of(block_keys, end - begin));
-    while (next->n > 0) {
-      if (scratch.worker->stops(num_rows * next->n)) return;
-      std::swap(block, next);
-      const Index key = block->key + block->n;
-      next->move_to(p, b, h_kv, key, min_of(block_keys, end - key));
-      dot_block(*block, k_shape, scratch.q, num_rows, scratch.s, p.D_v);
-      for (Index i = 0; i < num_rows; ++i) {
-        float* s = scratch.s + i * kMaxBlock;
-        edit_scores(p, scaling, b, rows[i], block->key, block->n, s);
-        exponentiate(to_log2, block->n, v_shape, s, Partial(o + i * o_stride, v_shape));
-      }
-      if (p.bias.data && has_poison(*block, v_shape)) {
-        add_attended_values(*block, v_shape, num_rows, scratch.s, o, o_stride);
-      } else {
-        add_values(*block, *next, p.D, v_shape, num_rows, scratch.s, o, o_stride);
-      }
-    }
-  }
-
-  // One query row's pieces, in order, become its output, lse and norm.
-  void combine(Index b, Index h, Index t) const {
-    const Index pieces = Sequence(p, b).pieces, group = p.H / p.H_kv;
-    const auto piece = [&](Index i) {
-      return Partial(partial(b, h / group, h % group * p.T + t, i), v_shape);
-    };
-    const float sink_natural = p.sinks ? p.sinks[h] : -kInfinity;
-    const float sink =
-        sink_natural == -kInfinity ? sink_natural : clamp_finite(sink_natural / to_natural);
-    float m = sink;
-    for (Index i = 0; i < pieces; ++i) m = piece(i).m > m ? piece(i).m : m;
-    const float base = m == -kInfinity ? 0.0f : m;
-    float weight[kMaxPieces], l = exp2_of((sink - base) * to_log2);
-    for (Index i = 0; i < pieces; ++i) {
-      weight[i] = exp2_of((piece(i).m - base) * to_log2);
-      l += piece(i).l * weight[i];
-    }
-    const Index at = (b * p.H + h) * p.T + t;
-    const float log2_l = log2(broadcast(l))[0], top = m == sink ? sink_natural : m * to_natural;
-    p.lse[at] = l == 0.0f ? -kInfinity : top + log2_l * kLn2;
-    if (p.norm) {
-      p.norm[at] = base;
-      p.norm[p.B * p.H * p.T + at] = l == 0.0f ? kInfinity : log2_l;
-    }
-
-    const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
-    Element* out = static_cast<Element*>(p.out.data) + b * p.out.b + h * p.out.h + t * p.out.t;
-    for (Index d = 0; d < p.D_v; d += kLanes) {
-      Vec o = zeros();
-      for (Index i = 0; i < pieces; ++i) o += load(piece(i).o + d) * weight[i];
-      store_some(out + v_shape.at(d), o * inverse, min_of(p.D_v, kLanes));
-    }
-  }
-};
-
-template <class Element>
-void decode(const DecodeParams& p) {
-  const Index rows = p.B * p.H * p.T;
-  if (rows == 0) return;
-  Decode<Element> decode(p);
-  const Arena partials(decode.partials_size() * sizeof(float));
-  decode.partials = reinterpret_cast<float*>(partials.data());
-  const auto prepare = [&](Parts& parts) { return Scratch<Element>(parts, decode.k_shape); };
-  parallel(p, decode.pieces.count(), 1, prepare, [&](Index item, const Scratch<Element>& mine) {
-    // Heads before pieces: where the keys of all heads lie side by side, they share pages.
-    const Block at = decode.pieces[item];
-    const Index i = at.h * at.count + at.index, head = i / decode.chunks;
-    const Index row0 = i % decode.chunks * kMaxRows;
-    decode.piece_of_keys(at.b, head % p.H_kv, row0, head / p.H_kv, mine);
-  });
-  struct Nothing {
-    Worker* worker = nullptr;
-  };
-  const Index share = max_of(rows / usable_threads(p.num_threads), 16);
-  parallel(
-      p, rows, share, [](Parts&) { return Nothing(); },
-      [&](Index row, Nothing&) { decode.combine(row / p.T / p.H, row / p.T % p.H, row % p.T); });
-}
-
-}  // namespace
-
-void attention_decode(const DecodeParams& p) {
-  with_element(p.q.dtype,
-               [&](auto* element) { decode<std::remove_pointer_t<decltype(element)>>(p); });
 }
 
 }  // namespace attnfast::cpu::ATTNFAST_ISA

@@ -1,0 +1,257 @@
+// Attention backward (FlashAttention-2, Algorithm 2, with the queries in lanes and no atomics).
+//
+//   row_term = dlse - delta - dentropy * (entropy - log l)      dv = (p * z)^T do
+//   delta = rowsum(p * dp) = rowsum(do * o) + ...               dq = scale * ds k, dk = scale * ds^T q
+//
+// Work:    first row_term for every query; then one item per (batch entry, key head), which owns its
+//          dk and dv and all dq of its query heads. With too few heads for the threads, dq and
+//          dk/dv are computed apart instead, one item per block of queries or range of keys: 7
+//          products instead of 5, the same sums in the same order.
+// Memory:  per query one float; per thread tiles, and fp32 dk and dv and what has to be packed of k
+//          and v, of one head
+// Pairs:   where the processor multiplies pairs of bf16, all five products of bf16 inputs do, p and
+//          ds rounded to bf16; with AMX those of fp32 inputs too, in three planes (pairs.h)
+// Threads: results do not depend on their number
+#include <algorithm>
+#include <type_traits>
+
+#include "attention_bwd_pairs.h"
+#include "attention_bwd_rows.h"
+#include "kernels.h"
+
+namespace attnfast::cpu::ATTNFAST_ISA {
+namespace {
+
+constexpr KeyGradients kOnlyQueries{true, false, nullptr, nullptr, 0, 0};
+
+template <class Element, int kPlanes>
+struct Backward : GradientTiles<Element, kPlanes> {
+  using Tiles = GradientTiles<Element, kPlanes>;
+  using Keys = typename Tiles::Keys;
+  using Tiles::block_rows;
+  using Tiles::column_of;
+  using Tiles::columns_per_block;
+  using Tiles::grad_out;
+  using Tiles::kPacks;
+  using Tiles::p;
+  using Tiles::parallel;
+  using Tiles::row_offset;
+
+  // One block of queries against the keys key_begin .. key_end - 1.
+  void query_block(const Head<Element>& head, Index t0, Index n, Index key_begin, Index key_end,
+                   const Keys& keys, const KeyGradients& to, BackwardScratch& s) const {
+    Tiles::load_block(head, t0, n, s, to.dkv);
+    Index begin = head.S, end = 0;
+    for (Index c = 0; c < s.num_columns; ++c) {
+      const Column column = column_of(head, t0, n, c);
+      if (column.begin == column.end) continue;
+      begin = min_of(begin, column.begin), end = max_of(end, column.end);
+    }
+    begin -= begin % Tiles::kFirstKey;
+    begin = max_of(begin, key_begin), end = min_of(end, key_end);
+    for (Index key = begin; key < end;) {
+      Index stop = min_of((key / kKeys + 1) * kKeys, end);
+      if (s.worker->stops(n * (stop - key))) return;
+      for (Index c = 0; c < s.num_columns; ++c) {
+        // Where a column sees only some of the keys, thin slices waste less.
+        const Column column = column_of(head, t0, n, c);
+        const bool sees_none = column.end <= key || column.begin >= stop;
+        const bool sees_all = column.begin <= key && column.end >= stop;
+        if (!sees_none && !sees_all) stop = min_of(stop, (key / kColumn + 1) * kColumn);
+      }
+      Tiles::key_tile(head, t0, n, key, stop - key, end, keys, to, s);
+      key = stop;
+    }
+    if (!to.dq) return;
+    alignas(64) float factor[kColumn];
+    for (Index lane = 0; lane < kColumn; ++lane) factor[lane] = p.scale;
+    Element* dq = static_cast<Element*>(p.dq.data) + head.b * p.dq.b + head.h * p.dq.h +
+                  (head.q_begin + t0) * p.dq.t;
+    for (Index c = 0; c < s.num_columns; ++c) {
+      BackwardColumn& state = s.columns[c];
+      if (state.start == Start::kZero) memset(state.dq_t, 0, p.D * kColumn * sizeof(float));
+      transpose_out(state.dq_t, min_of(n - c * kColumn, kColumn), p.D, factor,
+                    dq + c * kColumn * p.dq.t, p.dq.t);
+    }
+  }
+
+  // dk and dv (and dq, if asked) of one key head, for the keys key_begin .. key_end - 1. `packed`:
+  // the key head on pairs; null: packed here.
+  void key_head(Index b, Index h_kv, Index key_begin, Index key_end, bool with_dq,
+                const float* packed, BackwardScratch& s) const {
+    const Index group = p.H / p.H_kv;
+    const Head<Element> first(p, b, h_kv * group);
+    key_end = min_of(key_end, first.S);
+    if (key_begin >= key_end) {
+      if (with_dq) each_query_block(b, h_kv, 0, 0, {}, kOnlyQueries, s);
+      return;
+    }
+    const Index keys = key_end - key_begin;
+    Element* dk = static_cast<Element*>(p.dk.data) + b * p.dk.b + h_kv * p.dk.h +
+                  (first.k_begin + key_begin) * p.dk.t;
+    Element* dv = static_cast<Element*>(p.dv.data) + b * p.dv.b + h_kv * p.dv.h +
+                  (first.k_begin + key_begin) * p.dv.t;
+    KeyGradients to{with_dq, true, s.dk_head, s.dv_head, s.D_pad, s.D_v_pad};
+    const Keys loaded = Tiles::load_keys(first, keys, packed, dk, dv, to, s);
+    to.dk -= key_begin * to.dk_row, to.dv -= key_begin * to.dv_row;  // row 0 is key 0
+    each_query_block(b, h_kv, key_begin, key_end, loaded, to, s);
+    if (!s.dk_head) return;
+    copy_rows(s.dk_head, s.D_pad, keys, p.D, Tiles::dk_scale(), dk, p.dk.t);
+    copy_rows(s.dv_head, s.D_v_pad, keys, p.D_v, 1.0f, dv, p.dv.t);
+  }
+
+  static void copy_rows(const float* from, Index from_row, Index n, Index D, float factor,
+                        Element* to, Index to_row) {
+    for (Index i = 0; i < n; ++i) {
+      Index d = 0;
+      for (; d + kLanes <= D; d += kLanes)
+        store(to + i * to_row + d, load(from + i * from_row + d) * factor);
+      if (d < D) store_some(to + i * to_row + d, load(from + i * from_row + d) * factor, D - d);
+    }
+  }
+
+  void each_query_block(Index b, Index h_kv, Index key_begin, Index key_end, const Keys& keys,
+                        const KeyGradients& to, BackwardScratch& s) const {
+    const Index group = p.H / p.H_kv;
+    for (Index g = 0; g < group; ++g) {
+      const Head<Element> head(p, b, h_kv * group + g);
+      for (Index t0 = 0; t0 < head.T; t0 += block_rows) {
+        query_block(head, t0, min_of(block_rows, head.T - t0), key_begin, key_end, keys, to, s);
+      }
+    }
+  }
+
+  // Whether key heads are too few, or one of them too long, to be shared out whole.
+  bool few_heads() const {
+    const Index heads = p.B * p.H_kv, threads = usable_threads(p.num_threads);
+    if ((heads + threads - 1) / threads * 5 * threads > heads * 7 + 2) return true;
+    if (!p.cu_seqlens_q || threads == 1) return false;
+    double longest = 0.0, all = 0.0;
+    for (Index b = 0; b < p.B; ++b) {
+      const Head<Element> head(p, b, 0);
+      const double pairs = static_cast<double>(head.T) * head.S;
+      longest = pairs > longest ? pairs : longest, all += pairs;
+    }
+    return longest * 5 * threads > all * p.H_kv * 7;
+  }
+
+  // dq, dk and dv of the key heads (b * H_kv + h_kv) that `mine` holds; null: of all.
+  void gradients(const bool* mine) const {
+    ScratchPlan plan{columns_per_block()};
+    plan.planes = kPlanes;
+    const bool in_place = !kPlanes && !kPacks && p.D % kLanes == 0 && p.D_v % kLanes == 0;
+    using Layout = PairKeyLayout<Element, kPlanes ? kPlanes : 1>;
+    if (!few_heads()) {
+      plan.packed_rows = kPacks && !kPlanes ? p.S : 0;
+      plan.head_rows = in_place ? 0 : round_up(p.S, kTileSize);
+      plan.keys = kPlanes ? Layout(p, p.S).floats() : 0;
+      parallel(p.B * p.H_kv, plan, [&](Index item, BackwardScratch& s) {
+        if (mine && !mine[item]) return;
+        key_head(item / p.H_kv, item % p.H_kv, 0, p.S, true, nullptr, s);
+      });
+      return;
+    }
+    const Blocks ranges(p.cu_seqlens_k, p.B, p.H_kv, p.S, kKeysPerItem);
+    const Blocks panels(p.cu_seqlens_k, p.B, p.H_kv, p.S, kPanel);
+    const Index panel_floats = Layout(p, kPanel).floats();
+    const Arena memory(kPlanes ? panels.count() * panel_floats * sizeof(float) : 0);
+    auto* all = reinterpret_cast<float*>(memory.data());
+    const auto packed_head = [&](Index index) {
+      return all ? all + panels.first_of(index) * panel_floats : nullptr;
+    };
+    if constexpr (kPlanes > 0) {
+      parallel(ranges.count(), ScratchPlan{0}, [&](Index item, BackwardScratch&) {
+        const Block at = ranges[item];
+        const Index index = at.b * p.H_kv + at.h, key = at.index * kKeysPerItem;
+        if (mine && !mine[index]) return;
+        const Head<Element> head(p, at.b, at.h * (p.H / p.H_kv));
+        Layout(p, head.S).pack(head, key, min_of(kKeysPerItem, head.S - key), packed_head(index));
+      });
+    }
+    this->each_block(plan, [&](const Head<Element>& head, Index t0, Index n, BackwardScratch& s) {
+      const Index index = head.b * p.H_kv + head.h / (p.H / p.H_kv);
+      if (mine && !mine[index]) return;
+      Keys keys;
+      if constexpr (kPlanes > 0) keys = Layout(p, head.S).keys(head, packed_head(index));
+      query_block(head, t0, n, 0, head.S, keys, kOnlyQueries, s);
+    });
+    plan.head_rows = in_place ? 0 : kKeysPerItem;
+    parallel(ranges.count(), plan, [&](Index item, BackwardScratch& s) {
+      const Block at = ranges[item];
+      const Index index = at.b * p.H_kv + at.h, key = at.index * kKeysPerItem;
+      if (mine && !mine[index]) return;
+      key_head(at.b, at.h, key, key + kKeysPerItem, false, packed_head(index), s);
+    });
+  }
+
+  // Which key heads three planes serve for.
+  void find_in_range(bool* in_range) const {
+    parallel(p.B * p.H_kv, ScratchPlan{0}, [&](Index item, BackwardScratch&) {
+      const Index group = p.H / p.H_kv;
+      const Head<Element> first(p, item / p.H_kv, item % p.H_kv * group);
+      Peak scores, values, upstream, norms;
+      const auto look = [](Peak& peak, const Element* rows, Index stride, Index n, Index D) {
+        for (Index i = 0; i < n; ++i)
+          for (Index d = 0; d < D; d += kLanes) peak.add(load_part(rows + i * stride + d, D - d));
+      };
+      look(scores, first.k, p.k.t, first.S, p.D);
+      look(values, first.v, p.v.t, first.S, p.D_v);
+      for (Index g = 0; g < group; ++g) {
+        const Head<Element> head(p, first.b, first.h + g);
+        look(scores, head.q, p.q.t, head.T, p.D);
+        look(upstream, grad_out(head, 0), p.grad_out.t, head.T, p.D_v);
+        look(norms, p.norm + row_offset(head, 0), head.T, 1, head.T);
+      }
+      in_range[item] = norms.get() <= kRoundedAlike && Peak::in_range_of_products(scores.get()) &&
+                       Peak::in_range_of_products(values.get()) &&
+                       Peak::in_range_of_products(upstream.get()) &&
+                       Peak::worth_summing(values.get()) && Peak::worth_summing(upstream.get());
+    });
+  }
+};
+
+}  // namespace
+
+void attention_bwd(const BackwardParams& given) {
+  BackwardParams p = given;
+  const Index size = p.cu_seqlens_q ? p.H * p.lse_stride_h : p.B * p.lse_stride_b;
+  const Arena memory(size * sizeof(float));
+  auto* row_terms = reinterpret_cast<float*>(memory.data());
+  Arena norm;
+  with_element(p.q.dtype, [&]([[maybe_unused]] auto* element) {
+    using Element = std::remove_pointer_t<decltype(element)>;
+    constexpr int kPlanes = kPlanesOf<Element>;
+    const BackwardRows<Element> queries{{p, row_terms}};
+    const Backward<Element, 0> in_fp32{{{p, row_terms}}};
+    // The forward was the decoding kernel's, or in planes; or torch has kept no more than the lse.
+    if (p.T == 1 || kPlanes > 1 || p.norm_plane == 0) {
+      norm = Arena(2 * size * sizeof(float));
+      auto* planes = reinterpret_cast<float*>(norm.data());
+      std::copy_n(p.norm, size, planes);  // of no rows too, where there is no norm
+      std::copy_n(p.norm + p.norm_plane, size, planes + size);
+      queries.find_norms(planes, size);
+      p.norm = planes, p.norm_plane = size;
+    }
+    queries.find_row_terms();
+    const Index heads = p.B * p.H_kv;
+    if constexpr (kPlanes == 0) {
+      in_fp32.gradients(nullptr);
+    } else if constexpr (kPlanes == 1) {
+      Backward<Element, kPlanes>{{{p, row_terms, kTallBlock}}}.gradients(nullptr);
+    } else if (p.T * (p.H / p.H_kv) < kFewestQueries) {
+      in_fp32.gradients(nullptr);
+    } else {
+      const Arena flags(2 * heads);
+      auto *in_range = reinterpret_cast<bool*>(flags.data()), *out_of_range = in_range + heads;
+      const Backward<Element, kPlanes> in_planes{{{p, row_terms, kTallBlock}}};
+      in_planes.find_in_range(in_range);
+      bool all = true;
+      for (Index i = 0; i < heads; ++i) all &= in_range[i], out_of_range[i] = !in_range[i];
+      in_planes.gradients(all ? nullptr : in_range);
+      if (!all) in_fp32.gradients(out_of_range);
+    }
+    bias_gradient(p, row_terms);
+  });
+}
+
+}  // namespace attnfast::cpu::ATTNFAST_ISA

@@ -1,0 +1,131 @@
+// Rows of keys and values as products over them read them, and asked for ahead.
+#pragma once
+#include "arena.h"
+#include "scores.h"
+
+namespace attnfast::cpu::ATTNFAST_ISA {
+
+// A tile's key or value rows in fp32: where they lie already, or copied to scratch.
+//
+// fp32 rows are copied only for products over the keys (`across`), and only where they lie far
+// apart: those walk down columns, and rows of a packed projection would all fall into a few sets of
+// the first-level cache.
+enum class Use { kAlongRows, kAcross };
+
+template <class Element>
+struct RowsAsFloat {
+  static constexpr bool kPacks = true;
+  static const float* get(const Element* rows, Index stride, Index n, Index D, Use, float* scratch,
+                          Index* out_stride) {
+    *out_stride = round_up(D, kLanes);
+    pack_rows(rows, stride, n, D, *out_stride, 1.0f, scratch);
+    return scratch;
+  }
+};
+template <>
+struct RowsAsFloat<float> {
+  static constexpr bool kPacks = false;
+  static bool lies_well(Index stride, Index D) { return stride <= 2 * D; }
+  static const float* get(const float* rows, Index stride, Index n, Index D, Use use,
+                          float* scratch, Index* out_stride) {
+    if (use == Use::kAlongRows || lies_well(stride, D)) {
+      *out_stride = stride;
+      return rows;
+    }
+    *out_stride = round_up(D, kLanes);
+    pack_rows(rows, stride, n, D, *out_stride, 1.0f, scratch);
+    return scratch;
+  }
+};
+
+// Asks for rows that are wanted soon a few cache lines at a time, between the products of those
+// that are there.
+class Prefetcher {
+ public:
+  void clear() { count_ = next_ = lines_ = 0; }
+
+  template <class Element>
+  void add(const Element* rows, Index stride, Index n, Index D) {
+    if (n <= 0 || D <= 0) return;
+    const Index bytes = D * Index(sizeof(Element));
+    ranges_[count_++] = {
+        reinterpret_cast<const char*>(rows), stride * Index(sizeof(Element)), n, bytes, 0, 0};
+    lines_ += n * ((bytes + 63) / 64);
+  }
+
+  Index lines() const { return lines_; }
+
+  void advance(Index lines) {
+    for (; lines > 0 && next_ < count_; --lines) {
+      Range& r = ranges_[next_];
+      __builtin_prefetch(r.base + r.row * r.stride + r.byte, 0, 2);
+      r.byte += 64;
+      if (r.byte < r.bytes) continue;
+      r.byte = 0;
+      if (++r.row == r.rows) ++next_;
+    }
+  }
+
+ private:
+  struct Range {
+    const char* base;
+    Index stride, rows, bytes, row, byte;
+  };
+  Range ranges_[8];
+  int count_ = 0, next_ = 0;
+  Index lines_ = 0;
+};
+
+// Bytes of a key head that a second-level cache surely keeps; of larger ones the next tile is asked
+// for ahead.
+constexpr Index kCachedBytes = 256 << 10;
+
+inline bool outgrows_cache(const Problem& p, Index S) {
+  return (p.D + p.D_v) * S * Index(sizeof(float)) > kCachedBytes;
+}
+
+// Whether a row that nobody attends to holds NaN or Inf, which 0 * x would let out.
+inline bool has_poison(const float* rows, Index stride, Index n, Index D, const DeadKeys& dead) {
+  if (!dead.any) return false;
+  for (Index j = 0; j < n; ++j) {
+    if (!dead.key[j]) continue;
+    for (Index d = 0; d < D; ++d) {
+      const float x = rows[j * stride + d];
+      if (!(x - x == 0.0f)) return true;
+    }
+  }
+  return false;
+}
+
+// C[D][kColumn] (+)= rows^T weights over the tile's keys: o += v^T p, or dq += k^T ds.
+inline Start gather_keys(const float* rows, Index stride, Index n, Index D, const float* weights,
+                         float* c, Start start, const DeadKeys& dead) {
+  const auto run = [&](Index j, Index count) {
+    gemm<kTileVecs>(D, count, MatrixA{rows + j * stride, 1, stride},
+                    MatrixB{weights + j * kColumn, kColumn}, MatrixC{c, kColumn}, start);
+    start = Start::kAccumulate;
+  };
+  if (!has_poison(rows, stride, n, D, dead)) {
+    run(0, n);
+    return start;
+  }
+  for (Index j = 0; j < n;) {
+    Index end = j;
+    while (end < n && !dead.key[end]) ++end;
+    if (end > j) run(j, end - j);
+    j = end + 1;
+  }
+  return start;
+}
+
+// Queries of a block: tall ones read k and v less often, low ones are more to share out. No bit of
+// a result depends on it.
+constexpr Index kTallBlock = 128, kLowBlock = 64;
+
+inline Index queries_per_block(const Problem& p) {
+  Index tall = p.B * ((p.T + kTallBlock - 1) / kTallBlock);
+  if (p.cu_seqlens_q) tall = min_of(tall, p.B + p.cu_seqlens_q[p.B] / kTallBlock);
+  return tall * p.H < 4 * usable_threads(p.num_threads) ? kLowBlock : kTallBlock;
+}
+
+}  // namespace attnfast::cpu::ATTNFAST_ISA
