@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 PYTHONS := python3.11 python3 python3.12 python3.13 python3.10
-# The compiler's command for a recipe; without CXX the first that there is, as in setup.py.
+# The compiler's command for a recipe; without CXX the first that there is, as in csrc/build.py.
 COMPILER = $(if $(filter default,$(origin CXX)),$$(command -v g++ || command -v clang++ || echo c++),$(CXX))
 WORKERS ?= 2
 TRITON ?= 3.9
@@ -90,7 +90,7 @@ gpu:  ## on a machine with a GPU: prove and time everything; OUT=build/gpu MINUT
 
 wheel: export ATTNFAST_ISAS = all
 wheel: export ATTNFAST_CUDA ?= 1
-wheel: export ATTNFAST_CUDA_ARCHS ?= 75 80 90 100 120
+wheel: export ATTNFAST_CUDA_ARCHS ?= all
 wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, and the sources, in dist/
 	@rm -rf build/lib* build/bdist* build/wheel dist *.egg-info
 	$(BUILD) --wheel --outdir build/wheel
@@ -111,7 +111,7 @@ asan: $(TEST)  ## the case table under AddressSanitizer and UndefinedBehaviorSan
 	ATTNFAST_SANITIZE=1 $(PY) setup.py -q build_ext
 	OMP_NUM_THREADS=1 $(ASAN_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal --capture=sys \
 	  $(ASAN_TESTS) -k "not reference" $(ARGS)
-	@for isa in lanes16 avx2 portable; do echo "the case table as $$isa"; \
+	@for isa in $$($(PY) -c 'from csrc import build; print(*[*build.SANITIZED_ISAS][-2::-1])'); do echo "the case table as $$isa"; \
 	  OMP_NUM_THREADS=1 $(ASAN_ENV) ATTNFAST_CPU_ISA=$$isa $(PY) -m pytest -n $(WORKERS) --dist worksteal \
 	    --capture=sys tests/test_table.py -k "not reference" $(ARGS) || exit 1; done
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -14,9 +15,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 
 import attnfast
 from attnfast import ops
+from csrc import build
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "attnfast" / "_native.so"
@@ -72,6 +75,15 @@ def test_the_readme_asks_for_the_compilers_that_the_kernels_need() -> None:
     assert f"a compiler ({needed()}, with OpenMP)" in (ROOT / "README.md").read_text()
 
 
+def refusal(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
+    """What the build says instead of beginning, with these environment variables set."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        build.native()
+    return str(stopped.value)
+
+
 def test_setup_without_a_compiler() -> None:
     line = only_line(run(sys.executable, "setup.py", "-q", "build_ext", CXX="/nonexistent"))
     assert line == (
@@ -84,9 +96,9 @@ def test_setup_without_a_compiler() -> None:
     "said",
     ["unrecognized option -mavx512", "In file included from a.h:\na.h:1: error: 'omp.h' not found"],
 )
-def test_setup_with_an_old_compiler(tmp_path: Path, said: str) -> None:
+def test_an_old_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str) -> None:
     old = script(tmp_path / "old-g++", f'echo "{said}" >&2; exit 1')
-    line = only_line(run(sys.executable, "setup.py", "-q", "build_ext", CXX=old))
+    line = refusal(monkeypatch, CXX=old)
     reason = said.splitlines()[-1]
     assert f"cannot compile the kernels ({reason}); install {needed()}, with OpenMP" in line
 
@@ -96,10 +108,12 @@ def older_compiler(folder: Path) -> str:
     return script(folder / "older-g++", 'exec g++ -U__GNUC__ -D__GNUC__=6 "$@"')
 
 
-def test_the_compilers_version_is_asked_of_the_kernels_own_header(tmp_path: Path) -> None:
+def test_the_compilers_version_is_asked_of_the_kernels_own_header(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Of make before anything is downloaded, and of setup.py."""
     old = older_compiler(tmp_path)
-    line = only_line(run(sys.executable, "setup.py", "-q", "build_ext", CXX=old))
+    line = refusal(monkeypatch, CXX=old)
     assert f'#error "attnfast\'s CPU kernels need {needed()}"' in line
     checkout = tmp_path / "checkout"
     checkout.mkdir()
@@ -118,27 +132,16 @@ def test_the_compilers_version_is_asked_of_the_kernels_own_header(tmp_path: Path
         ("MAX_JOBS", "many", "a number from 1 on, got 'many'"),
     ],
 )
-def test_environment_variables_are_checked(name: str, value: str, must: str) -> None:
-    done = run(sys.executable, "setup.py", "-q", "build_ext", **{name: value})
-    assert only_line(done) == f"attnfast: {name} must be {must}"
+def test_environment_variables_are_checked(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, must: str
+) -> None:
+    assert refusal(monkeypatch, **{name: value}) == f"attnfast: {name} must be {must}"
 
 
-def test_flags_of_ones_own_that_the_compiler_refuses() -> None:
-    done = run(sys.executable, "setup.py", "-q", "build_ext", ATTNFAST_CXXFLAGS="-fno-such-flag")
-    assert "cannot compile the kernels (" in only_line(done)
-    assert "-fno-such-flag" in done.stderr
-
-
-def test_setup_without_torch() -> None:
-    hide = (
-        "import importlib.util as u, runpy, sys; find = u.find_spec;"
-        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest);"
-        "sys.argv = ['setup.py', '-q', 'build_ext'];"
-        "runpy.run_path('setup.py', run_name='__main__')"
-    )
-    assert only_line(run(sys.executable, "-c", hide)).startswith(
-        "attnfast: torch is not installed, and its headers are needed to build: pip install torch"
-    )
+def test_flags_of_ones_own_that_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = refusal(monkeypatch, ATTNFAST_CXXFLAGS="-fno-such-flag")
+    assert "cannot compile the kernels (" in line
+    assert "-fno-such-flag" in line
 
 
 def test_make_without_a_compiler(tmp_path: Path) -> None:
@@ -191,36 +194,41 @@ def test_make_without_network(tmp_path: Path) -> None:
 
 
 def small_checkout(folder: Path) -> Path:
-    """A tree with two small sources that setup.py can build, and a torch of two empty libraries."""
-    clone, torch = folder / "clone: its $in", folder / "torch"
+    """A tree with two small sources that setup.py can build."""
     for name in ("cpu", "bindings"):
-        (clone / "csrc" / name).mkdir(parents=True)
-    for name in ("setup.py", "csrc/cpu/simd.h"):
-        shutil.copy(ROOT / name, clone / name)
-    (clone / "csrc" / "cpu" / "kernels_a.cpp").write_text(
+        (folder / "csrc" / name).mkdir(parents=True)
+    for name in ("setup.py", "csrc/build.py", "csrc/hooks.py", "csrc/cpu/simd.h"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "csrc" / "cpu" / "attention_a.cpp").write_text(
         '#include "cpu/simd.h"\n'
         "namespace attnfast::cpu::ATTNFAST_ISA { int a() { return WORD[0]; } }\n"
     )
-    (clone / "csrc" / "bindings" / "cpu.cpp").write_text(
+    (folder / "csrc" / "bindings" / "cpu.cpp").write_text(
         "#include <of_torch.h>\nnamespace attnfast::cpu::portable { int a(); }\n"
         'extern "C" __attribute__((visibility("default"))) int answer() {\n'
         "  return OF_TORCH + attnfast::cpu::portable::a();\n}\n"
     )
-    (torch / "include").mkdir(parents=True)
-    (torch / "lib").mkdir()
-    (torch / "__init__.py").touch()
-    (torch / "include" / "of_torch.h").write_text("#define OF_TORCH 1000\n")
+    return folder
+
+
+def small_torch(folder: Path, version: str) -> None:
+    """A torch of one header and two empty libraries."""
+    (folder / "torch" / "include").mkdir(parents=True)
+    (folder / "torch" / "lib").mkdir()
+    (folder / "torch" / "__init__.py").touch()
+    (folder / "torch" / "version.py").write_text(f"__version__ = '{version}'\n")
+    (folder / "torch" / "include" / "of_torch.h").write_text("#define OF_TORCH 1000\n")
     for name in ("libtorch.a", "libtorch_cpu.a"):
-        (torch / "lib" / name).write_bytes(b"!<arch>\n")  # an empty archive
-    return clone
+        (folder / "torch" / "lib" / name).write_bytes(b"!<arch>\n")  # an empty archive
 
 
 def test_folders_may_have_any_name(tmp_path: Path) -> None:
     """The clone's, the compiler's and torch's: ninja and the shell have their own characters."""
-    clone = small_checkout(tmp_path / ODD)
+    clone = small_checkout(tmp_path / ODD / "clone: its $in")
+    small_torch(tmp_path / ODD, "2.10.0")
     compiler = script(tmp_path / ODD / "g++", 'exec g++ "$@"')
 
-    def build() -> str:
+    def built() -> str:
         done = run(
             *(sys.executable, "setup.py", "build_ext"),
             cwd=clone,
@@ -235,16 +243,58 @@ def test_folders_may_have_any_name(tmp_path: Path) -> None:
         assert found.stdout == f"{1000 + ord('$')}\n", found.stderr
         return done.stderr
 
-    assert "compile build/native/cpu/kernels_a.portable.o" in build()
-    assert "no work to do" in build()
+    assert "compile build/native/cpu/attention_a.portable.o" in built()
+    commands = json.loads((clone / "build" / "native" / "compile_commands.json").read_text())
+    compiled = {command["file"]: command["directory"] for command in commands}
+    assert compiled == dict.fromkeys(
+        ("csrc/bindings/cpu.cpp", "csrc/cpu/attention_a.cpp"), str(clone)
+    )
+    assert "no work to do" in built()
     with (clone / "csrc" / "cpu" / "simd.h").open("a") as header:
         header.write("// changed\n")
-    told = build()
-    assert "kernels_a.portable.o" in told
+    told = built()
+    assert "attention_a.portable.o" in told
     assert "bindings/cpu.o" not in told
 
 
 ANSWER = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).answer())"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is built")
+@pytest.mark.parametrize("version", [None, "2.9.1", "2.10.0", "2.13.0+cpu"])
+def test_torch_is_fetched_only_where_there_is_none(tmp_path: Path, version: str | None) -> None:
+    """A build that pip isolates: beside setuptools it sees nothing of its environment."""
+    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"))
+    (packages,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+    if version is not None:
+        small_torch(packages, version)
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    tools = Path(setuptools.__file__).parent.parent
+    for path in (*tools.glob("setuptools*"), tools / "_distutils_hack"):
+        (seen / path.name).symlink_to(path)
+    clone = small_checkout(tmp_path / "clone")
+
+    def isolated(*command: str) -> subprocess.CompletedProcess[str]:
+        python = (str(tmp_path / "venv" / "bin" / "python"), "-S")
+        return run(*python, *command, cwd=clone, PYTHONPATH=str(seen), PYTHONNOUSERSITE="1")
+
+    asked = "from csrc import hooks; print(hooks.get_requires_for_build_wheel())"
+    done = isolated("-c", asked)
+    assert done.returncode == 0, done.stderr
+    requires = done.stdout.splitlines()[-1]
+    if version in (None, "2.9.1"):
+        assert requires == "['torch>=2.10']"
+        assert only_line(isolated("setup.py", "-q", "build_ext")) == (
+            "attnfast: torch 2.10 or later is not installed, and its headers are needed to build:"
+            " pip install 'torch>=2.10'"
+        )
+    else:
+        assert requires == "[]"
+    assert (
+        "torch"
+        not in (ROOT / "pyproject.toml").read_text().partition("[project]")[0].partition("#")[0]
+    )
 
 
 def test_the_library_knows_no_python() -> None:
@@ -276,44 +326,40 @@ def test_no_code_for_one_instruction_set_runs_at_load(isa: str) -> None:
     [
         ("all", ["portable", "avx2", "avx512", "avx512_bf16", "amx"]),
         ("avx512 avx2", ["portable", "avx2", "avx512"]),
-        ("native", [isa for isa in reversed(ops.cpu_isas()) if isa not in ("lanes16", "tiles16")]),
+        ("native", [isa for isa in reversed(ops.cpu_isas()) if isa in build.X86_ISAS]),
     ],
 )
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere there is one set")
-def test_the_instruction_sets_that_are_asked_for(asked: str, built: list[str]) -> None:
-    program = (
-        "import runpy, setuptools; setuptools.setup = lambda **_: None;"
-        " print(*runpy.run_path('setup.py')['ISAS'])"
-    )
-    done = run(sys.executable, "-c", program, ATTNFAST_ISAS=asked)
-    assert done.stdout.split() == built, done.stderr
+def test_the_instruction_sets_that_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str, built: list[str]
+) -> None:
+    monkeypatch.setenv("ATTNFAST_ISAS", asked)
+    monkeypatch.delenv("ATTNFAST_SANITIZE", raising=False)
+    assert list(build.instruction_sets()) == built
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere there is one set")
-def test_an_unknown_instruction_set() -> None:
-    done = run(sys.executable, "setup.py", "build_ext", ATTNFAST_ISAS="avx2 sse9")
-    assert only_line(done).endswith("out of portable avx2 avx512 avx512_bf16 amx, got 'sse9'")
+def test_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = refusal(monkeypatch, ATTNFAST_ISAS="avx2 sse9")
+    assert line.endswith("out of portable avx2 avx512 avx512_bf16 amx, got 'sse9'")
 
 
-def linked_objects() -> list[str]:
-    """What the library was last linked from, in order."""
-    text = (OBJECTS.parent / "build.ninja").read_text()
-    linked = re.search(r"build build/native/_native\.so: link (.*)", text)
+def linked_isas(ninja_file: str) -> list[str]:
+    """The instruction set of each of the library's objects, in order; of most there is none."""
+    linked = re.search(r"build build/native/_native\.so: link (.*)", ninja_file)
     assert linked is not None
-    return linked[1].split()
+    return [name.split(".")[1] if "attention_" in name else "" for name in linked[1].split()]
 
 
-def linked_isas() -> list[str]:
-    """The instruction set of every kernel's object."""
-    return [name.split(".")[1] for name in linked_objects() if "attention_" in name]
-
-
-def test_lower_instruction_sets_are_linked_first() -> None:
+def test_lower_instruction_sets_are_linked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an inline function in several objects the first is taken: every CPU must have its code."""
-    order = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
-    assert linked_isas() == sorted(linked_isas(), key=order.index)
-    once = [i for i, name in enumerate(linked_objects()) if "attention_" not in name]
-    assert once == list(range(len(once)))
+    monkeypatch.delenv("ATTNFAST_SANITIZE", raising=False)
+    monkeypatch.setenv("ATTNFAST_ISAS", "all")
+    order = ["", "portable", "avx2", "avx512", "avx512_bf16", "amx"]
+    isas = linked_isas(build.native_file())
+    assert isas == sorted(isas, key=order.index)
+    if platform.machine() == "x86_64":
+        assert set(isas) == set(order)
 
 
 def test_the_wheel(tmp_path: Path) -> None:
@@ -322,14 +368,16 @@ def test_the_wheel(tmp_path: Path) -> None:
         *("egg_info", "--egg-base", base, "build", "--build-base", base),
         *("bdist_wheel", "--bdist-dir", f"{base}/bdist", "--dist-dir", base),
     )
-    isas = " ".join(dict.fromkeys(linked_isas()))
-    done = run(sys.executable, "setup.py", "-q", *command, ATTNFAST_ISAS=isas)
+    built = OBJECTS.parent / "_native.so"
+    isas = linked_isas(built.with_name("build.ninja").read_text())
+    asked = " ".join(sorted(set(isas) - {""}))
+    done = run(sys.executable, "setup.py", "-q", *command, ATTNFAST_ISAS=asked)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert re.fullmatch(rf"attnfast-{attnfast.__version__}-py3-none-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as content:
         names = set(content.namelist())
-        assert content.read("attnfast/_native.so") == LIBRARY.read_bytes()
+        assert content.read("attnfast/_native.so") == built.read_bytes()
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "attnfast").rglob("*.py")}
     package |= {f"attnfast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     expected = package | {"attnfast/_native.so", "attnfast/py.typed"}

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from attnfast.backends import cuda
+from csrc import build
 from tools import cuda_resources
 from tools.cuda_resources import Kernel, Usage
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def build_cuda(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """`setup.py build_cuda` in a folder that has the sources' tree but nothing built."""
     shutil.copy(ROOT / "setup.py", folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
@@ -30,13 +32,13 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_left_out_on_request(tmp_path: Path) -> None:
-    done = build(tmp_path, ATTNFAST_CUDA="0")
+    done = build_cuda(tmp_path, ATTNFAST_CUDA="0")
     assert done.returncode == 0
     assert done.stderr == "attnfast: CUDA kernels left out, as ATTNFAST_CUDA=0 asks\n"
 
 
 def test_left_out_without_nvcc(tmp_path: Path) -> None:
-    done = build(tmp_path, NVCC="/nonexistent/nvcc")
+    done = build_cuda(tmp_path, NVCC="/nonexistent/nvcc")
     assert done.returncode == 0
     assert done.stderr.startswith("attnfast: no nvcc, so no CUDA kernels; install the CUDA toolkit")
     assert not (tmp_path / "build").exists()
@@ -44,10 +46,20 @@ def test_left_out_without_nvcc(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("archs", ["70", "sm_90", "80 x"])
 def test_architectures(tmp_path: Path, archs: str) -> None:
-    done = build(tmp_path, NVCC=sys.executable, ATTNFAST_CUDA_ARCHS=archs)
+    done = build_cuda(tmp_path, NVCC=sys.executable, ATTNFAST_CUDA_ARCHS=archs)
     assert done.returncode == 1
-    assert done.stderr.startswith("attnfast: ATTNFAST_CUDA_ARCHS must be numbers from 75 on")
+    assert done.stderr.startswith("attnfast: ATTNFAST_CUDA_ARCHS must be all or numbers from 75 on")
     assert done.stderr.endswith(f"got '{archs}'\n")
+
+
+def test_architectures_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, archs in (("all", [75, 80, 90, 100, 120]), ("", [80, 90]), ("90,80", [80, 90])):
+        monkeypatch.setenv("ATTNFAST_CUDA_ARCHS", asked)
+        assert build.cuda_archs() == archs
+
+
+def test_the_backend_takes_the_head_dims_that_are_compiled() -> None:
+    assert max(build.cuda_head_dims()) == cuda.MAX_HEAD_DIM
 
 
 @pytest.mark.parametrize(
@@ -140,9 +152,9 @@ def test_the_committed_table_is_of_all_architectures_and_without_faults() -> Non
                 int(row["registers"]), int(row["spilled"]), (*numbers, 1), int(row["shared"])
             )
     assert not list(cuda_resources.wrong(usages))
-    assert cuda_resources.architectures(usages) == [f"sm_{x}" for x in (75, 80, 90, 100, 120)]
-    makefile = (ROOT / "Makefile").read_text()
-    assert "ATTNFAST_CUDA_ARCHS ?= 75 80 90 100 120" in makefile
+    assert cuda_resources.architectures(usages) == [f"sm_{arch}" for arch in build.CUDA_ARCHS]
+    assert {each.head_dim for each in usages} == {0, *build.cuda_head_dims()}
+    assert "ATTNFAST_CUDA_ARCHS ?= all" in (ROOT / "Makefile").read_text()
     shared = cuda_resources.shared_bytes()
     for each, by_arch in usages.items():
         if each.head_dim:

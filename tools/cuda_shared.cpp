@@ -50,10 +50,6 @@ void say_all() {
 }  // namespace attnfast::cuda
 
 int main() {
-  attnfast::cuda::say_all<32>();
-  attnfast::cuda::say_all<64>();
-  attnfast::cuda::say_all<96>();
-  attnfast::cuda::say_all<128>();
-  attnfast::cuda::say_all<192>();
-  attnfast::cuda::say_all<256>();
+#define ATTNFAST_SAY(kHeadDim) attnfast::cuda::say_all<kHeadDim>();
+  ATTNFAST_HEAD_DIMS(ATTNFAST_SAY)
 }

@@ -17,49 +17,36 @@ struct Row {
   bool runs;
 };
 
-#define ATTNFAST_ROW(isa, runs) \
-  {{#isa, isa::attention_fwd, isa::attention_bwd, isa::attention_decode}, runs}
-
+// Whether this machine runs a set, by the set's name.
+[[maybe_unused]] bool runs_portable() { return true; }
 #if defined(__x86_64__)
 // clang's __builtin_cpu_supports does not know "f16c".
 bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+[[maybe_unused]] bool runs_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+}
+[[maybe_unused]] bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+[[maybe_unused]] bool runs_avx512_bf16() {
+  return runs_avx512() && __builtin_cpu_supports("avx512bf16");
+}
+[[maybe_unused]] bool runs_amx() { return runs_avx512_bf16() && has_tile_registers(); }
+// In sanitizer builds only, in AVX2 instructions: the shapes of avx512 and of amx.
+[[maybe_unused]] bool runs_lanes16() { return runs_avx2(); }
+[[maybe_unused]] bool runs_tiles16() { return runs_avx2(); }
 #endif
 
-// Best first, of those that the build has (setup.py says which).
+// Best first, of those that the build has.
 const Row* table(int* count) {
-#if defined(__x86_64__)
-  [[maybe_unused]] static const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-  [[maybe_unused]] static const bool has_avx512 =
-      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  [[maybe_unused]] static const bool has_avx512_bf16 =
-      has_avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
-  static const Row rows[] = {
-#if defined(ATTNFAST_WITH_amx)
-      ATTNFAST_ROW(amx, has_avx512_bf16 && has_tile_registers()),
-#endif
-#if defined(ATTNFAST_WITH_avx512_bf16)
-      ATTNFAST_ROW(avx512_bf16, has_avx512_bf16),
-#endif
-#if defined(ATTNFAST_WITH_avx512)
-      ATTNFAST_ROW(avx512, has_avx512),
-#endif
-#if defined(ATTNFAST_WITH_tiles16)
-      ATTNFAST_ROW(tiles16, has_avx2),
-#endif
-#if defined(ATTNFAST_WITH_lanes16)
-      ATTNFAST_ROW(lanes16, has_avx2),
-#endif
-#if defined(ATTNFAST_WITH_avx2)
-      ATTNFAST_ROW(avx2, has_avx2),
-#endif
-      ATTNFAST_ROW(portable, true),
-  };
+#define ATTNFAST_ROW(isa) \
+  {{#isa, isa::attention_fwd, isa::attention_bwd, isa::attention_decode}, runs_##isa()},
+  static const Row rows[] = {ATTNFAST_ISAS(ATTNFAST_ROW)};
+#undef ATTNFAST_ROW
   *count = sizeof rows / sizeof *rows;
   return rows;
 }

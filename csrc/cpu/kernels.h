@@ -11,6 +11,8 @@ struct Kernels {
   void (*attention_decode)(const DecodeParams&);
 };
 
+// An attention_*.cpp is compiled for one set, ATTNFAST_ISA; what is compiled once is told all that
+// the build has, ATTNFAST_ISAS(X) = X(best) ... X(portable): csrc/build.py has the list.
 #define ATTNFAST_DECLARE_ISA(isa)             \
   namespace isa {                             \
   void attention_fwd(const ForwardParams&);   \
@@ -19,14 +21,11 @@ struct Kernels {
   void weights_fwd(const ForwardParams&);     \
   void received_fwd(const ForwardParams&);    \
   }
-ATTNFAST_DECLARE_ISA(portable)
-ATTNFAST_DECLARE_ISA(avx2)
-ATTNFAST_DECLARE_ISA(avx512)
-ATTNFAST_DECLARE_ISA(avx512_bf16)  // and vdpbf16ps
-ATTNFAST_DECLARE_ISA(amx)          // and tile registers
-// In sanitizer builds only, in AVX2 instructions: the shapes of avx512 and of amx.
-ATTNFAST_DECLARE_ISA(lanes16)
-ATTNFAST_DECLARE_ISA(tiles16)
+#if defined(ATTNFAST_ISA)
+ATTNFAST_DECLARE_ISA(ATTNFAST_ISA)
+#elif defined(ATTNFAST_ISAS)
+ATTNFAST_ISAS(ATTNFAST_DECLARE_ISA)
+#endif
 #undef ATTNFAST_DECLARE_ISA
 
 // Whether this processor has AMX's tile registers for bf16, and the system lets this process use

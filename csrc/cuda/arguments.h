@@ -103,7 +103,8 @@ int64_t padded_rows(int64_t T);
 void run_attention_bwd_rows(const BackwardArguments& a, Stream stream);
 void run_attention_bwd_sinks(const BackwardArguments& a, Stream stream);
 
-// Which head dims there are, each defined in a compilation of its own.
+// The head dims that there are, each compiled by itself; csrc/build.py reads them here.
+#define ATTNFAST_HEAD_DIMS(X) X(32) X(64) X(96) X(128) X(192) X(256)
 #define ATTNFAST_DECLARE(kHeadDim)                                            \
   template <>                                                                 \
   void run_attention_fwd<kHeadDim>(const ForwardArguments&, bool, Stream);    \
@@ -115,12 +116,7 @@ void run_attention_bwd_sinks(const BackwardArguments& a, Stream stream);
   void run_attention_weight_rows<kHeadDim>(const BackwardArguments&, Stream); \
   template <>                                                                 \
   void run_attention_decode<kHeadDim>(const DecodeArguments&, Stream);
-ATTNFAST_DECLARE(32)
-ATTNFAST_DECLARE(64)
-ATTNFAST_DECLARE(96)
-ATTNFAST_DECLARE(128)
-ATTNFAST_DECLARE(192)
-ATTNFAST_DECLARE(256)
+ATTNFAST_HEAD_DIMS(ATTNFAST_DECLARE)
 #undef ATTNFAST_DECLARE
 
 }  // namespace attnfast::cuda

@@ -40,12 +40,10 @@ void refuse_on_turing(const Params& p, bool backward, Stream stream) {
 template <class Params, class Run>
 void with_head_dim(const Params& p, Run run) {
   const int64_t widest = p.D > p.D_v ? p.D : p.D_v;
-  if (widest <= 32) return run(std::integral_constant<int, 32>());
-  if (widest <= 64) return run(std::integral_constant<int, 64>());
-  if (widest <= 96) return run(std::integral_constant<int, 96>());
-  if (widest <= 128) return run(std::integral_constant<int, 128>());
-  if (widest <= 192) return run(std::integral_constant<int, 192>());
-  if (widest <= 256) return run(std::integral_constant<int, 256>());
+#define ATTNFAST_UP_TO(kHeadDim) \
+  if (widest <= kHeadDim) return run(std::integral_constant<int, kHeadDim>());
+  ATTNFAST_HEAD_DIMS(ATTNFAST_UP_TO)
+#undef ATTNFAST_UP_TO
   throw std::runtime_error("attention: the CUDA kernels take head dims up to 256, got " +
                            std::to_string(widest));
 }
