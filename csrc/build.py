@@ -283,7 +283,6 @@ def emulator_file() -> str:
         for name in ("cuda.cpp", "emulator.cpp")
     ]
     objects += [build.compile(source) for source in sorted((CSRC / "emulator").glob("*.cpp"))]
-    objects += [build.compile(source) for source in sorted((CSRC / "cuda").glob("*.cpp"))]
     for source, suffix, extra in cuda_sources():
         objects.append(build.compile(source, suffix, f"-x c++ {extra}"))
     return build.text(build.link("_emulator.so", objects))
@@ -308,7 +307,6 @@ def cuda_objects(build: Ninja, nvcc: str) -> list[str]:
         "  deps = gcc",
     ]
     objects = [build.compile(CSRC / "bindings" / "cuda.cpp", extra="$torchflags")]
-    objects += [build.compile(source) for source in sorted((CSRC / "cuda").glob("*.cpp"))]
     for source, suffix, flags in cuda_sources():
         flags += f""" -DATTNFAST_CUDA_ARCHS='"{names}"'"""
         objects.append(build.compile(source, suffix, flags, "nvcc"))

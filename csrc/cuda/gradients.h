@@ -33,7 +33,7 @@ struct BackwardShape {
 };
 
 // Calls run(std::bool_constant), true on sm_75 where only small shapes fit. Head dims that not even
-// these fit are refused there, by dispatch.cpp.
+// these fit are refused there, by dispatch.cu.
 template <class Element, int kD, bool kPlain, bool kKeys, class Run>
 void with_shape(Stream stream, Run run) {
   constexpr bool kFits = BackwardShape<kD, kPlain, kKeys, false>::kOnTuring;
