@@ -26,7 +26,8 @@ LIBRARY = ROOT / "attnfast" / "_native.so"
 SOURCES = {".py", ".h", ".hpp", ".inc", ".cpp", ".cu", ".cuh", ".md", ".txt", ".json", ".png"}
 OBJECTS = ROOT / "build" / "native" / "cpu"
 ODD = 'a b (c) ü\'d $HOME & co #1 "`q`" ;100%'  # a folder's name; a colon is made apart
-MAKE_NEEDS = ("Makefile", "setup.py", "pyproject.toml", "csrc/cpu/simd.h")
+SIMD = ("csrc/cpu/simd.h", "csrc/params.h")  # what the compiler is tried with
+MAKE_NEEDS = ("Makefile", "setup.py", "pyproject.toml", *SIMD)
 
 
 def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -197,7 +198,7 @@ def small_checkout(folder: Path) -> Path:
     """A tree with two small sources that setup.py can build."""
     for name in ("cpu", "bindings"):
         (folder / "csrc" / name).mkdir(parents=True)
-    for name in ("setup.py", "csrc/build.py", "csrc/hooks.py", "csrc/cpu/simd.h"):
+    for name in ("setup.py", "csrc/build.py", "csrc/hooks.py", *SIMD):
         shutil.copy(ROOT / name, folder / name)
     (folder / "csrc" / "cpu" / "attention_a.cpp").write_text(
         '#include "cpu/simd.h"\n'
