@@ -31,14 +31,14 @@ KERNELS = {  # by their names in the tables, the backend and the kind of kernel 
 # By the same names the file in kernels/, and what all of them are compiled from as well: as in
 # tools/aot.py, which cannot be asked without Triton.
 FILES = {
-    **dict.fromkeys(("rows", "dq", "dkdv"), "backward"),
-    **dict.fromkeys(("dbias", "dsinks"), "bias_gradients"),
-    **dict.fromkeys(("weights", "received"), "weights"),
-    **dict.fromkeys(("decode", "combine"), "decode"),
-    "fwd": "forward",
-    "gluon": "gluon_forward",
+    **dict.fromkeys(("rows", "dq", "dkdv"), "attention_bwd"),
+    **dict.fromkeys(("dbias", "dsinks"), "attention_bias"),
+    **dict.fromkeys(("weights", "received"), "attention_weights"),
+    **dict.fromkeys(("decode", "combine"), "attention_decode"),
+    "fwd": "attention_fwd",
+    "gluon": "attention_fwd_gluon",
 }
-SHARED = ("arguments", "launch", "scores")
+SHARED = ("arguments", "dropout", "gradients", "head", "launch", "rows", "scores")
 Key = tuple[str, str, str, str]  # backend, kind, dtype, architecture
 
 

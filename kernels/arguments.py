@@ -77,7 +77,7 @@ class Values(NamedTuple):
     right: int  # s <= t' + right; 0 if causal
     shift: int  # t' = t + shift, plus align[b], plus S - T with BOTTOM_RIGHT
     threshold: int  # dropout keeps what draws at least this, of 65536
-    kept: float  # what dropout multiplies the rest with
+    keep_scale: float  # 1 / (1 - dropout_p)
     section: int  # query heads whose keys share the second-level cache
 
 

@@ -17,10 +17,9 @@ from attnfast.call import (
 )
 from attnfast.requirements import checks_values
 
-from . import backward as gradients
-from . import bias_gradients, configs, forward, launch, weights
+from . import attention_bias, attention_bwd, attention_fwd, attention_weights, configs, launch
 from .arguments import MAX_ROWS, gather
-from .decode import attention_decode
+from .attention_decode import attention_decode
 
 if launch.INTERPRETED:
     from . import interpreter
@@ -37,32 +36,32 @@ def fwd(*args: Any) -> Outputs:
         checks.sequence_values("varlen_attention", inputs, options)
     arch = configs.architecture(inputs.q.device)
     call = gather(inputs, options, configs.l2_bytes(arch))
-    out, lse, norm, stats, *_ = forward.attention_fwd(inputs, options, call, arch)
+    out, lse, norm, stats, *_ = attention_fwd.attention_fwd(inputs, options, call, arch)
     if stats is None:
         stats = lse.new_empty(0)
     received = lse.new_empty(0)  # no result may be another's memory, not even of nothing
     if options.stats == 2:
-        received = weights.received_fwd(inputs, options, call, norm, arch)
+        received = attention_weights.received_fwd(inputs, options, call, norm, arch)
     probabilities = inputs.q.new_empty(0)
     if options.weights:
-        probabilities = weights.weights_fwd(options, call, norm, arch)
+        probabilities = attention_weights.weights_fwd(options, call, norm, arch)
     return Outputs(out, lse, norm, stats, received, probabilities)
 
 
 def gluon_fwd(*args: Any) -> Outputs:
     """``gluon_fwd``: out, lse and norm by the forward for Hopper."""
-    from . import gluon_forward
+    from . import attention_fwd_gluon
 
     inputs, options = forward_call(args)
     check_memory(inputs)
     check_rows(q=inputs.q, k=inputs.k, v=inputs.v)
     call = gather(inputs, options, configs.l2_bytes("sm_90"))
-    reason = gluon_forward.unsupported(call)
+    reason = attention_fwd_gluon.unsupported(call)
     if reason is not None:
         raise RuntimeError(f"attention: the gluon backend {reason}")
-    to = forward.results(inputs, options)
-    gluon_forward.give_scratch()
-    launch.launch(gluon_forward.hopper_launch(call, to))
+    to = attention_fwd.results(inputs, options)
+    attention_fwd_gluon.give_scratch()
+    launch.launch(attention_fwd_gluon.hopper_launch(call, to))
     stats, received = to.lse.new_empty(0), to.lse.new_empty(0)
     return Outputs(to.out, to.lse, to.norm, stats, received, inputs.q.new_empty(0))
 
@@ -74,14 +73,14 @@ def bwd(*args: Any) -> Gradients:
     check_memory(upstream)
     check_rows(q=inputs.q, k=inputs.k, v=inputs.v, out=upstream.out)
     arch = configs.architecture(inputs.q.device)
-    given = gradients.given(upstream, inputs.cu_seqlens_q is not None)
+    given = attention_bwd.given(upstream, inputs.cu_seqlens_q is not None)
     call = gather(inputs, options, configs.l2_bytes(arch), given.grad_out, given.out)
-    to = gradients.attention_bwd(inputs, call, given, arch)
+    to = attention_bwd.attention_bwd(inputs, call, given, arch)
     dbias, dsinks = inputs.q.new_empty(0), inputs.q.new_empty(0)
     if upstream.need_dbias:
-        dbias = bias_gradients.bias_gradient(call, given, arch)
+        dbias = attention_bias.bias_gradient(call, given, arch)
     if upstream.need_dsinks:
-        dsinks = bias_gradients.sink_gradient(call, given, arch)
+        dsinks = attention_bias.sink_gradient(call, given, arch)
     return Gradients(to.dq, to.dk, to.dv, dbias, dsinks)
 
 

@@ -126,7 +126,7 @@ def test_evidence_of_other_sources_is_stale(bench, evidence_file, tmp_path):
 
 
 def test_sources_of_a_backend(bench, tmp_path):
-    for name in ("csrc/params.h", "csrc/cpu/a.cpp", "csrc/bindings/cpu.cpp", "kernels/forward.py"):
+    for name in ("csrc/params.h", "csrc/cpu/a.cpp", "csrc/bindings/cpu.cpp", "kernels/scores.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     before = {x: bench.environment.sources(x, tmp_path) for x in ("cpu", "triton")}
@@ -153,7 +153,7 @@ def test_compilers_tables_are_evidence(bench, tmp_path):
     table, kernels = tree / "docs" / "triton-resources" / "3.9.csv", tree / "kernels"
     for path in (table.parent, kernels):
         path.mkdir(parents=True)
-    for name in ("forward", "backward", "gluon_forward", *compiled.SHARED):
+    for name in ("attention_fwd", "attention_bwd", "attention_fwd_gluon", *compiled.SHARED):
         (kernels / f"{name}.py").write_text(f"{name} = 1\n")
     columns = "arch,name,dtype,D,variant,tile,warps,stages,registers,spills,shared,matrix,source"
     rows = (
@@ -184,11 +184,11 @@ def test_compilers_tables_are_evidence(bench, tmp_path):
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     assert re.fullmatch(f"{most}{head[:9]}, 20[\\d-]+", found()[0].compiled)
     assert len(found("backward")) == len(found("forward", "gluon")) == 1
-    (kernels / "forward.py").write_text("forward = 1  # said better\n")
+    (kernels / "attention_fwd.py").write_text("attention_fwd = 1  # said better\n")
     assert not found()[0].compiled.endswith("stale)"), "comments are not compiled"
     write(changed=[1])
     assert found()[0].compiled.endswith("(1 of 2 stale)")
-    (kernels / "forward.py").write_text("forward = 2\n")
+    (kernels / "attention_fwd.py").write_text("attention_fwd = 2\n")
     assert found()[0].compiled.endswith("(stale)")
     assert not found("backward")[0].compiled.endswith("stale)")
     table.write_text(f"{columns}\nsm_90,paint,float16,64,plain,t,8,3,240,0,1,H,00000000\n")

@@ -39,14 +39,14 @@ def test_some_kernels_are_as_the_table_says(tmp_path: Path) -> None:
 
 FORWARD_WITH_SINKS = """
 import torch
-from attnfast.kernels import arguments, forward
+from attnfast.kernels import arguments, attention_fwd
 from attnfast.call import Inputs, Options
 from tools import aot
 q = torch.empty(2, 2, 256, 64, dtype=torch.bfloat16)
 inputs, options = Inputs(q, q, q, sinks=torch.empty(2)), Options(0.125)
 call = arguments.gather(inputs, options, 1 << 20)
 aot.driver.set_active(aot.NoDevice("sm_80"))
-job = forward.forward_launch(call, forward.results(inputs, options), "sm_80")
+job = attention_fwd.forward_launch(call, attention_fwd.results(inputs, options), "sm_80")
 print(aot.read_binary(job.kernel.warmup(*job.arguments(), grid=(1,), **job.options()))[3])
 """
 
@@ -233,10 +233,10 @@ def test_without_write_what_is_missing_is_a_fault(
 def test_only_device_code_changes_a_fingerprint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = tmp_path / "decode.py"
-    plain = Path(aot.decode.__file__).read_text()
+    copy = tmp_path / "attention_decode.py"
+    plain = Path(aot.attention_decode.__file__).read_text()
     before = aot.fingerprint.__wrapped__("decode")
-    monkeypatch.setattr(aot.decode, "__file__", str(copy))
+    monkeypatch.setattr(aot.attention_decode, "__file__", str(copy))
     for text, same in (
         (plain, True),
         ("# a line of it\n\n" + plain.replace("\n\n", "\n    # more\n\n"), True),

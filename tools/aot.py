@@ -36,13 +36,13 @@ import torch
 import triton
 from attnfast.kernels import (
     arguments,
-    backward,
-    bias_gradients,
+    attention_bias,
+    attention_bwd,
+    attention_decode,
+    attention_fwd,
+    attention_fwd_gluon,
+    attention_weights,
     configs,
-    decode,
-    forward,
-    gluon_forward,
-    weights,
 )
 from attnfast.kernels.launch import Launch
 from triton.backends.compiler import GPUTarget
@@ -69,19 +69,19 @@ UNTILED = ("combine", "dsinks")  # kernels without products
 EVERYTHING_FOR = (2, 128)  # bytes of an element and head dim also compiled with every option
 WRITE_EVERY = 10  # kernels
 # What kernels are made from beside the file that is named, for the fingerprint in the table.
-SHARED_SOURCES = ("arguments", "launch", "scores")
+SHARED_SOURCES = ("arguments", "dropout", "gradients", "head", "launch", "rows", "scores")
 MODULES = {
-    "fwd": forward,
-    "rows": backward,
-    "dq": backward,
-    "dkdv": backward,
-    "dbias": bias_gradients,
-    "dsinks": bias_gradients,
-    "weights": weights,
-    "received": weights,
-    "decode": decode,
-    "combine": decode,
-    "gluon": gluon_forward,
+    "fwd": attention_fwd,
+    "rows": attention_bwd,
+    "dq": attention_bwd,
+    "dkdv": attention_bwd,
+    "dbias": attention_bias,
+    "dsinks": attention_bias,
+    "weights": attention_weights,
+    "received": attention_weights,
+    "decode": attention_decode,
+    "combine": attention_decode,
+    "gluon": attention_fwd_gluon,
 }
 
 
@@ -151,7 +151,7 @@ def entries() -> Iterator[Entry]:
     for arch in ARCHITECTURES:
         for name in UNTILED:
             yield Entry(arch, name, 2, 128, "everything")
-    for D in gluon_forward.TILES:
+    for D in attention_fwd_gluon.TILES:
         for variant in VARIANTS[:2]:
             yield Entry("sm_90", "gluon", 2, D, variant)
 
@@ -193,33 +193,35 @@ def job(entry: Entry) -> Launch:
         inputs = inputs._replace(bias=empty(1, H, T, T))
     call = arguments.gather(inputs, options, configs.l2_bytes(entry.arch))
     if entry.name == "gluon":
-        return gluon_forward.hopper_launch(call, forward.results(inputs, options))
+        return attention_fwd_gluon.hopper_launch(call, attention_fwd.results(inputs, options))
     if entry.name == "fwd":
-        return forward.forward_launch(call, forward.results(inputs, options), entry.arch)
+        return attention_fwd.forward_launch(
+            call, attention_fwd.results(inputs, options), entry.arch
+        )
     rows, norm = empty(B, H, T, dtype=torch.float32), empty(2, B, H, T, dtype=torch.float32)
     if entry.name == "weights":
-        return weights.weights_launch(call, empty(B, H, T, T), norm, False, entry.arch)
+        return attention_weights.weights_launch(call, empty(B, H, T, T), norm, False, entry.arch)
     if entry.name == "received":
         received = empty(B, H, T, dtype=torch.float32)
-        return weights.received_launch(call, received, norm, entry.arch)
+        return attention_weights.received_launch(call, received, norm, entry.arch)
     if entry.name in ("decode", "combine"):
         lengths, table = empty(B, dtype=torch.int32), None
         if everything:
             table = empty(B, 8, dtype=torch.int32)
-        jobs = decode.decode_launches(call, lengths, table, entry.arch)
+        jobs = attention_decode.decode_launches(call, lengths, table, entry.arch)
         return jobs[("decode", "combine").index(entry.name)]
     upstream = Upstream.plain(q, q, norm)
     if everything:
         upstream = upstream._replace(grad_lse=rows, grad_entropy=rows, entropy=rows)
     if everything or entry.name == "rows":  # which has products only then
         upstream = upstream._replace(grad_weights=empty(B, H, T, T))
-    given = backward.given(upstream, False)
+    given = attention_bwd.given(upstream, False)
     if entry.name == "dbias":
-        return bias_gradients.bias_launch(call, given, entry.arch)
+        return attention_bias.bias_launch(call, given, entry.arch)
     if entry.name == "dsinks":
         dsinks = empty(H, dtype=torch.float32)
-        return bias_gradients.sink_launch(call, given, dsinks, entry.arch)
-    jobs = backward.backward_launches(call, given, backward.results(inputs), entry.arch)
+        return attention_bias.sink_launch(call, given, dsinks, entry.arch)
+    jobs = attention_bwd.backward_launches(call, given, attention_bwd.results(inputs), entry.arch)
     return jobs[("rows", "dq", "dkdv").index(entry.name)]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import check
-from attnfast.kernels import backward, decode, forward
+from attnfast.kernels import attention_bwd, attention_decode, attention_fwd
 from attnfast.kernels import launch as launching
 from cases import DTYPES, EVERYTHING, Case, bf16, fp32, problem, run
 from decode_cases import CASES as DECODE_CASES
@@ -33,7 +33,7 @@ MARGIN, CANARY = 64, -123.0
 def canaries(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Every tensor that the backend makes lies between canaries; a call asserts that all live."""
     stores: list[Tensor] = []
-    plain_new_empty, plain_in_order = Tensor.new_empty, forward.empty_in_order
+    plain_new_empty, plain_in_order = Tensor.new_empty, attention_fwd.empty_in_order
 
     def guarded(like: Tensor) -> Tensor:
         if not like.is_floating_point() or not like.numel():
@@ -50,7 +50,7 @@ def canaries(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         return guarded(plain_in_order(like, last))
 
     monkeypatch.setattr(Tensor, "new_empty", new_empty)
-    for module in (forward, backward, decode):
+    for module in (attention_fwd, attention_bwd, attention_decode):
         monkeypatch.setattr(module, "empty_in_order", in_order)
 
     def alive() -> None:
@@ -177,7 +177,7 @@ def test_the_last_of_66000_heads(B: int, H: int, monkeypatch: pytest.MonkeyPatch
         interpreter_builder.grid_dim = (skipped + few, 1, 1)
         place(x, y, z)
 
-    for module in (forward, backward):
+    for module in (attention_fwd, attention_bwd):
         monkeypatch.setattr(module, "launch", last_programs)
     results = run(given, "cpu")
     monkeypatch.undo()

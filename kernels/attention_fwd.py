@@ -25,26 +25,11 @@ from attnfast.ops import empty_in_order
 
 from . import configs
 from .arguments import Call, Tile, block, rows
+from .dropout import kept_by_dropout
+from .head import distances, key_range, scheduled, sequence_of, tiles_of
 from .launch import Launch, launch
-from .scores import (
-    LN2,
-    at_head,
-    distances,
-    dropout_keeps,
-    edit_scores,
-    in_log2,
-    in_units,
-    key_range,
-    load_rows,
-    natural,
-    offset,
-    scheduled,
-    sequence_of,
-    slope_of,
-    store_rows,
-    tiles_of,
-    without_dead_rows,
-)
+from .rows import at_head, load_rows, offset, row_at, store_rows, without_dead_rows
+from .scores import LN2, edit_scores, in_log2, in_units, natural, slope_of
 
 
 class Results(NamedTuple):
@@ -63,6 +48,7 @@ class Results(NamedTuple):
 @triton.jit
 def attention_fwd_kernel(x, to, p, f, tile):
     """One block of queries of one head."""
+    # Setup
     block, head = scheduled(p.B * p.H, tl.cdiv(p.T, tile.BLOCK_M), p.section, f.HAS_RIGHT)
     b, h = head // p.H, head % p.H
     T, S, q_row, k_row, shift = sequence_of(x, p, f, b)
@@ -77,13 +63,14 @@ def attention_fwd_kernel(x, to, p, f, tile):
     bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
     slope = slope_of(x, p, f, b, h)
 
+    # Load q
     q_base = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
     q = load_rows(q_base, row, p.q_t, t < T, f.D, tile.BLOCK_D, f, True)
     m = tl.full([tile.BLOCK_M], -float("inf"), tl.float32)
     l = tl.zeros([tile.BLOCK_M], tl.float32)
     acc = tl.zeros([tile.BLOCK_M, tile.BLOCK_DV], tl.float32)
-    surprise = tl.zeros([tile.BLOCK_M], tl.float32)  # sum of p (s - m), in units of log2
-    reach = tl.zeros([tile.BLOCK_M], tl.float32)  # sum of p |j - t'|
+    depth_sum = tl.zeros([tile.BLOCK_M], tl.float32)  # of e^(s - m) (s - m), in units of log2
+    distance_sum = tl.zeros([tile.BLOCK_M], tl.float32)  # of e^(s - m) |j - t'|
 
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
     begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
@@ -91,84 +78,84 @@ def attention_fwd_kernel(x, to, p, f, tile):
         if part > 0 or f.HAS_LEFT:
             first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
             for j0 in tl.range(first, last, tile.BLOCK_N):
-                # load
+                # Scores
                 j = j0 + key
                 live = (j >= begin) & (j < end)
                 k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
                 k = load_rows(k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1)
-                # scores
                 s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
-                s, _capped = edit_scores(
+                s, _tanh_x = edit_scores(
                     s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, part != 1
                 )
-                # softmax
+                # Softmax
                 m_new = tl.maximum(m, tl.max(s, 1))
                 base = tl.where(m_new == -float("inf"), 0.0, m_new)
-                height = in_log2(s - base[:, None], p, f)
-                probs = tl.exp2(height)
-                fall = in_log2(m - base, p, f)
-                keep = tl.exp2(fall)
+                depth = in_log2(s - base[:, None], p, f)
+                probs = tl.exp2(depth)
+                drop = in_log2(m - base, p, f)
+                rescale = tl.exp2(drop)
                 if to.stats is not None:
-                    moved = tl.where(keep > 0.0, keep * (surprise + l * fall), 0.0)
-                    surprise = moved + tl.sum(tl.where(probs > 0.0, probs * height, 0.0), 1)
-                    reach = keep * reach + tl.sum(
+                    moved = tl.where(rescale > 0.0, rescale * (depth_sum + l * drop), 0.0)
+                    depth_sum = moved + tl.sum(tl.where(probs > 0.0, probs * depth, 0.0), 1)
+                    distance_sum = rescale * distance_sum + tl.sum(
                         probs * distances(t[:, None], j[None, :], shift), 1
                     )
-                l = l * keep + tl.sum(probs, 1)
+                l = l * rescale + tl.sum(probs, 1)
                 m = m_new
                 if f.DROPOUT:
-                    kept = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                    kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
                     probs = tl.where(kept, probs, 0.0)
-                # values
+                # Output
                 v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, k_row + j0, p.v_t)
                 v = load_rows(v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1)
                 if mask is not None or bias is not None:
-                    v = without_dead_rows(v, tl.max((height != -float("inf")).to(tl.int32), 0) == 0)
-                acc = acc * keep[:, None]
+                    v = without_dead_rows(v, tl.max((depth != -float("inf")).to(tl.int32), 0) == 0)
+                acc = acc * rescale[:, None]
                 acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=f.PRECISION)
 
-    # the sink: one more key without a value
+    # Sinks: one more key without a value
     without_keys = l == 0.0
-    top, highest, shrink = m, natural(m, p, f), tl.full([tile.BLOCK_M], 1.0, tl.float32)
+    top, highest, rescale = m, natural(m, p, f), tl.full([tile.BLOCK_M], 1.0, tl.float32)
     if x.sinks is not None:
         sink = tl.load(x.sinks + h).to(tl.float32)
         sink_units = in_units(sink, f)
         top = tl.maximum(m, sink_units)
         base = tl.where(top == -float("inf"), 0.0, top)
-        fall = tl.where(without_keys, 0.0, in_log2(m - base, p, f))
-        shrink = tl.exp2(fall)
-        height = in_log2(sink_units - base, p, f)
-        sink_p = tl.exp2(height)
-        moved = tl.where(shrink > 0.0, (surprise + l * fall) * shrink, 0.0)
-        surprise = moved + tl.where(sink_p > 0.0, sink_p * height, 0.0)
-        l = l * shrink + sink_p
+        drop = tl.where(without_keys, 0.0, in_log2(m - base, p, f))
+        rescale = tl.exp2(drop)
+        depth = in_log2(sink_units - base, p, f)
+        l_sink = tl.exp2(depth)
+        moved = tl.where(rescale > 0.0, (depth_sum + l * drop) * rescale, 0.0)
+        depth_sum = moved + tl.where(l_sink > 0.0, l_sink * depth, 0.0)
+        l = l * rescale + l_sink
         highest_of_all = tl.where(sink_units >= m, sink, highest)
     else:
         highest_of_all = highest
 
-    # the sums become the output row, lse, norm and statistics
+    # Statistics
     empty = l == 0.0
     inverse = tl.where(empty, 0.0, 1.0 / l)
-    batch = b * 0 if x.cu_seqlens_q is not None else b
-    at = (batch.to(tl.int64) * p.H + h) * p.rows_q + q_row + t0 + row
+    at = row_at(x, p, b, h, q_row) + t0 + row
     lse = tl.where(empty, -float("inf"), highest_of_all + tl.log(l))
     tl.store(to.lse + at, lse, mask=t < T)
     tl.store(to.norm + at, tl.where(top == -float("inf"), 0.0, top), mask=t < T)
     log2_l = tl.where(without_keys, float("inf"), tl.log2(l))
     tl.store(to.norm + to.plane + at, log2_l, mask=t < T)
+    # Store
     out_base = to.out + offset(b, to.out_b, h, to.out_h, q_row + t0, to.out_t)
-    acc = acc * (inverse * shrink * p.kept)[:, None]
+    acc = acc * (inverse * rescale * p.keep_scale)[:, None]
     acc = tl.where(without_keys[:, None], 0.0, acc)
     store_rows(out_base, row, to.out_t, t < T, f.D_V, tile.BLOCK_DV, f, acc)
+    # Statistics that are asked for
     if to.stats is not None:
         at = to.stats + at
         tl.store(at, highest, mask=t < T)
-        entropy = tl.where(empty, 0.0, tl.log(l) - surprise * inverse * LN2)
+        entropy = tl.where(empty, 0.0, tl.log(l) - depth_sum * inverse * LN2)
         at = at + to.plane
         tl.store(at, entropy, mask=t < T)
         at = at + to.plane
-        tl.store(at, reach * shrink * inverse, mask=t < T)
-        tl.store(at + to.plane, tl.where(without_keys, 0.0, shrink * inverse), mask=t < T)
+        tl.store(at, distance_sum * rescale * inverse, mask=t < T)
+        tl.store(at + to.plane, tl.where(without_keys, 0.0, rescale * inverse), mask=t < T)
 
 
 def attention_fwd(inputs: Inputs, options: Options, call: Call, arch: str) -> Results:

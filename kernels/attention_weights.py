@@ -1,7 +1,7 @@
 """Attention probabilities and their column sums: second passes over the scores.
 
     p = exp(s - m) / l
-    weights   p * keep / (1 - dropout_p), per head or the mean over the heads
+    weights   p Z, per head or the mean over the heads
     received  sum over the queries of p
 
 Grid:    weights: batch * head (unless averaged) * blocks of queries * blocks of keys; received:
@@ -22,20 +22,11 @@ from attnfast.call import Inputs, Options
 
 from . import configs
 from .arguments import Call, Tile, block
-from .backward import row_at
+from .dropout import kept_by_dropout
+from .head import query_range, sequence_of
 from .launch import Launch, launch
-from .scores import (
-    at_head,
-    dropout_keeps,
-    edit_scores,
-    load_rows,
-    norm_of,
-    offset,
-    probabilities,
-    query_range,
-    sequence_of,
-    slope_of,
-)
+from .rows import at_head, load_rows, offset, row_at
+from .scores import edit_scores, norm_of, probabilities, slope_of
 
 
 class Weights(NamedTuple):
@@ -63,6 +54,7 @@ class Received(NamedTuple):
 @triton.jit
 def probability_tile(x, to, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift):
     """[M, N] of p before dropout. A row whose l is NaN is NaN at all keys, as softmax has it."""
+    # Load
     h_kv = h // p.group
     row = tl.arange(0, tile.BLOCK_M)
     key = tl.arange(0, tile.BLOCK_N)
@@ -75,15 +67,18 @@ def probability_tile(x, to, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift)
     bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
     slope = slope_of(x, p, f, b, h)
     m, log2_l = norm_of(to.norm, to.plane, row_at(x, p, b, h, q_row) + t, t < T)
+    # Scores
     s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
     s, _ = edit_scores(s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, True)
-    _height, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, False)
+    # Probabilities
+    _depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, False)
     return probs
 
 
 @triton.jit
 def weights_kernel(x, to, p, f, tile):
     """One tile of the weights."""
+    # Setup
     blocks_t, blocks_s = tl.cdiv(p.T, tile.BLOCK_M), tl.cdiv(p.S, tile.BLOCK_N)
     pid = tl.program_id(0)
     j0 = pid % blocks_s * tile.BLOCK_N
@@ -97,9 +92,11 @@ def weights_kernel(x, to, p, f, tile):
             h = h0 + member
             probs = probability_tile(x, to, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift)
             if f.DROPOUT:
-                kept = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
-                probs = tl.where(kept, probs * p.kept, 0.0)
+                kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                probs = tl.where(kept, probs * p.keep_scale, 0.0)
             total += probs
+
+    # Store
     t = t0 + tl.arange(0, tile.BLOCK_M)
     j = j0 + tl.arange(0, tile.BLOCK_N)
     at = to.weights + offset(b, to.b, h0, to.h, t0, to.t)
@@ -111,6 +108,7 @@ def weights_kernel(x, to, p, f, tile):
 @triton.jit
 def received_kernel(x, to, p, f, tile):
     """The column sums of one block of keys of one head, query by query in their order."""
+    # Setup
     blocks = tl.cdiv(p.S, tile.BLOCK_N)
     pid = tl.program_id(0)
     j0 = pid % blocks * tile.BLOCK_N
@@ -128,6 +126,8 @@ def received_kernel(x, to, p, f, tile):
         )
         live = t0 + tl.arange(0, tile.BLOCK_M) < T
         total += tl.sum(tl.where(live[:, None], probs, 0.0), 0)
+
+    # Store
     j = j0 + tl.arange(0, tile.BLOCK_N)
     batch = b * 0 if x.cu_seqlens_k is not None else b
     at = to.received + (batch.to(tl.int64) * p.H + h) * p.rows_k + k_row + j

@@ -1,12 +1,12 @@
 """Attention backward: a number per row, dq by blocks of queries, dk and dv by blocks of keys.
 
-    p = exp(s - m) / l    dp = keep * (do v^T + dw)    ds = p * (dp + row - dentropy * (s - m))
-    dq = scale * ds k     dk = scale * ds^T q          dv = (keep p)^T do
+    p = exp(s - m) / l    dP = Z (do v^T + dw)    ds = p (dP + row_term - dentropy (s - m))
+    dq = scale * ds k     dk = scale * ds^T q     dv = (p Z)^T do
 
-with ``row = -rowsum(do * o) + dlse + dentropy * (log l - entropy)``, and rowsum(keep p dw) taken
-off where the weights have a gradient (docs/math.md, section 4). m and l come apart from the
-forward: beside a huge m their lse would have lost log l. FlashAttention-2, Algorithm 2, with dq in
-a kernel of its own: scores are computed twice, and nothing is added by atomics.
+with ``row_term = -delta + dlse + dentropy * (log l - entropy)``; delta is rowsum(do * o), and where
+the weights have a gradient rowsum(p Z dw) more (docs/math.md, section 4). m and l come apart from
+the forward: beside a huge m their lse would have lost log l. FlashAttention-2, Algorithm 2, with dq
+in a kernel of its own: scores are computed twice, and nothing is added by atomics.
 
 Grid:    row terms and dq: as the forward; dk and dv: batch * key head * ceil(S / BLOCK_N)
 Memory:  dq: q, do [BLOCK_M, D] and dq in registers, k and v tiles pass by; dk, dv: k, v
@@ -31,27 +31,12 @@ from attnfast.ops import empty_in_order
 
 from . import configs
 from .arguments import Call, Tile, block, rows, strides
+from .dropout import kept_by_dropout
+from .gradients import before_cap, entropy_gradient, score_gradients, weight_gradient
+from .head import key_range, query_range, scheduled, sequence_of, tiles_of
 from .launch import Launch, launch
-from .scores import (
-    LN2,
-    at_head,
-    dropout_keeps,
-    edit_scores,
-    key_range,
-    load_rows,
-    norm_of,
-    offset,
-    probabilities,
-    query_range,
-    scheduled,
-    score_gradients,
-    sequence_of,
-    slope_of,
-    store_rows,
-    tiles_of,
-    weights_gradients,
-    without_dead_rows,
-)
+from .rows import at_head, load_rows, offset, row_at, store_rows, without_dead_rows
+from .scores import LN2, edit_scores, norm_of, probabilities, slope_of
 
 
 class Given(NamedTuple):
@@ -64,7 +49,7 @@ class Given(NamedTuple):
     out: Tensor  # (B, H, T, D_v)
     norm: Tensor  # (2, B, H, T) fp32
     entropy: Tensor | None  # (B, H, T) fp32
-    rows: Tensor  # (B, H, T) fp32
+    row_term: Tensor  # (B, H, T) fp32
     do_b: int
     do_h: int
     do_t: int
@@ -76,7 +61,7 @@ class Given(NamedTuple):
     dw_t: int
     dw_s: int
     dw_factor: float  # 1, or 1 / H for the mean over the heads
-    plane: int  # elements of rows
+    plane: int  # elements of row_term
 
 
 class Results(NamedTuple):
@@ -97,24 +82,9 @@ class Results(NamedTuple):
 
 
 @triton.jit
-def row_at(x, p, b, h, q_row):
-    """Where the numbers per row of a batch entry and head begin."""
-    batch = b * 0 if x.cu_seqlens_q is not None else b
-    return (batch.to(tl.int64) * p.H + h) * p.rows_q + q_row
-
-
-@triton.jit
-def entropy_gradient(g, at, live):
-    """The gradient of rows' entropy, times log 2: it multiplies what is in units of log2."""
-    if g.grad_entropy is not None:
-        return tl.load(g.grad_entropy + at, mask=live, other=0.0) * LN2
-    else:
-        return tl.zeros(at.shape, tl.float32)
-
-
-@triton.jit
 def row_terms_kernel(x, g, p, f, tile):
     """What of ds depends on the row alone, for one block of queries."""
+    # Setup
     block, head = scheduled(p.B * p.H, tl.cdiv(p.T, tile.BLOCK_M), p.section, f.HAS_RIGHT)
     b, h = head // p.H, head % p.H
     T, S, q_row, k_row, shift = sequence_of(x, p, f, b)
@@ -130,6 +100,7 @@ def row_terms_kernel(x, g, p, f, tile):
     m, log2_l = norm_of(g.norm, g.plane, at, live_row)
     has_keys = log2_l != float("inf")
 
+    # Load
     out_base = g.out + offset(b, g.out_b, h, g.out_h, q_row + t0, g.out_t)
     out = load_rows(out_base, row, g.out_t, live_row, f.D_V, tile.BLOCK_DV, f, True)
     do_base = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
@@ -145,35 +116,40 @@ def row_terms_kernel(x, g, p, f, tile):
         t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
         begin, end, _inner_begin, _inner_end = key_range(t0, t_last, S, shift, p, f)
         for j0 in tl.range(begin // tile.BLOCK_N * tile.BLOCK_N, end, tile.BLOCK_N):
+            # Scores
             j = j0 + key
             k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
             live = (j >= begin) & (j < end)
             k = load_rows(k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, True)
             s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
-            s, _capped = edit_scores(
+            s, _tanh_x = edit_scores(
                 s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, True
             )
-            _height, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, True)
-            dw = weights_gradients(g, b, h, t[:, None], j[None, :], T, S)
-            term = tl.where(probs == 0.0, 0.0, probs * dw)
+            # Probabilities
+            _depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, True)
+            # dP: what dw adds to delta
+            dw = weight_gradient(g, b, h, t[:, None], j[None, :], T, S)
+            w_dw = tl.where(probs == 0.0, 0.0, probs * dw)
             if f.DROPOUT:
-                kept = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
-                term = tl.where(kept, term * p.kept, 0.0)
-            delta += tl.sum(term, 1)
+                kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                w_dw = tl.where(kept, w_dw * p.keep_scale, 0.0)
+            delta += tl.sum(w_dw, 1)
 
-    total = -delta
+    # Store
+    row_term = -delta
     if g.grad_entropy is not None:
         dentropy = tl.load(g.grad_entropy + at, mask=live_row, other=0.0)
-        total += dentropy * (log2_l * LN2 - tl.load(g.entropy + at, mask=live_row, other=0.0))
-    total = tl.where(has_keys, total, 0.0)
+        row_term += dentropy * (log2_l * LN2 - tl.load(g.entropy + at, mask=live_row, other=0.0))
+    row_term = tl.where(has_keys, row_term, 0.0)
     if g.grad_lse is not None:
-        total += tl.load(g.grad_lse + at, mask=live_row, other=0.0)
-    tl.store(g.rows + at, total, mask=live_row)
+        row_term += tl.load(g.grad_lse + at, mask=live_row, other=0.0)
+    tl.store(g.row_term + at, row_term, mask=live_row)
 
 
 @triton.jit
 def dq_kernel(x, g, to, p, f, tile):
     """One block of queries' dq."""
+    # Setup
     block, head = scheduled(p.B * p.H, tl.cdiv(p.T, tile.BLOCK_M), p.section, f.HAS_RIGHT)
     b, h = head // p.H, head % p.H
     T, S, q_row, k_row, shift = sequence_of(x, p, f, b)
@@ -189,13 +165,14 @@ def dq_kernel(x, g, to, p, f, tile):
     bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
     slope = slope_of(x, p, f, b, h)
 
+    # Load
     q_base = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
     q = load_rows(q_base, row, p.q_t, live_row, f.D, tile.BLOCK_D, f, True)
     do_base = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
     do = load_rows(do_base, row, g.do_t, live_row, f.D_V, tile.BLOCK_DV, f, True)
     at = row_at(x, p, b, h, q_row) + t
     m, log2_l = norm_of(g.norm, g.plane, at, live_row)
-    term = tl.load(g.rows + at, mask=live_row, other=0.0)
+    row_term = tl.load(g.row_term + at, mask=live_row, other=0.0)
     dentropy = entropy_gradient(g, at, live_row)
     dq = tl.zeros([tile.BLOCK_M, tile.BLOCK_D], tl.float32)
 
@@ -205,36 +182,38 @@ def dq_kernel(x, g, to, p, f, tile):
         if part > 0 or f.HAS_LEFT:
             first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
             for j0 in tl.range(first, last, tile.BLOCK_N):
-                # load
+                # Load
                 j = j0 + key
                 live = (j >= begin) & (j < end)
                 k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
                 k = load_rows(k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1)
                 v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, k_row + j0, p.v_t)
                 v = load_rows(v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1)
-                # scores
+                # Scores
                 s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
-                s, capped = edit_scores(
+                s, tanh_x = edit_scores(
                     s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, part != 1
                 )
-                edited = part != 1 or mask is not None or bias is not None
-                height, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, edited)
-                # gradients of the scores
+                # Probabilities
+                holes = part != 1 or mask is not None or bias is not None
+                depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, holes)
+                # dP
                 dp = tl.dot(do, tl.trans(v), input_precision=f.PRECISION)
-                dw = weights_gradients(g, b, h, t[:, None], j[None, :], T, S)
+                dw = weight_gradient(g, b, h, t[:, None], j[None, :], T, S)
                 kept = True
                 if f.DROPOUT:
-                    kept = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                    kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                # ds
                 ds = score_gradients(
-                    height, probs, dp, dw, kept, term[:, None], dentropy[:, None], g, p, f, edited
+                    depth, probs, dp, dw, kept, row_term[:, None], dentropy[:, None], g, p, f, holes
                 )
-                if f.SOFTCAP:
-                    ds = tl.where(ds == 0.0, 0.0, ds * (1.0 - capped * capped))
-                # keys
+                ds = before_cap(ds, tanh_x, f)
+                # dq
                 if mask is not None or bias is not None:
                     k = without_dead_rows(k, tl.max((probs != 0.0).to(tl.int32), 0) == 0)
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=f.PRECISION)
 
+    # Store
     dq_base = to.dq + offset(b, to.dq_b, h, to.dq_h, q_row + t0, to.dq_t)
     store_rows(dq_base, row, to.dq_t, live_row, f.D, tile.BLOCK_D, f, dq * p.scale)
 
@@ -242,6 +221,7 @@ def dq_kernel(x, g, to, p, f, tile):
 @triton.jit
 def dkdv_kernel(x, g, to, p, f, tile):
     """One block of keys' dk and dv, summed over the query heads that share it."""
+    # Setup
     H_kv = p.H // p.group
     block, head = scheduled(p.B * H_kv, tl.cdiv(p.S, tile.BLOCK_N), p.section // p.group, False)
     b, h_kv = head // H_kv, head % H_kv
@@ -256,6 +236,8 @@ def dkdv_kernel(x, g, to, p, f, tile):
     # what no query may attend by position is zero: padded queries would meet NaN there
     first_key, last_key, _inner_first, _inner_last = key_range(j0 * 0, T - 1, S, shift, p, f)
     attended = (j >= first_key) & (j < last_key)
+
+    # Load
     k_base = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
     k = load_rows(k_base, key, p.k_t, attended, f.D, tile.BLOCK_D, f, True)
     v_base = x.v + offset(b, p.v_b, h_kv, p.v_h, k_row + j0, p.v_t)
@@ -273,50 +255,51 @@ def dkdv_kernel(x, g, to, p, f, tile):
                 last = end
             count = tl.maximum(tl.cdiv(last - first, tile.BLOCK_M), 0)
             for i in tl.range(0, p.group * count):
-                # load
+                # Load
                 h = h_kv * p.group + i // count
                 t0 = first + i % count * tile.BLOCK_M
                 t = t0 + row
                 live = (t >= begin) & (t < end)
                 at = row_at(x, p, b, h, q_row) + t
                 m, log2_l = norm_of(g.norm, g.plane, at, live)
-                term = tl.load(g.rows + at, mask=live, other=0.0)
+                row_term = tl.load(g.row_term + at, mask=live, other=0.0)
                 dentropy = entropy_gradient(g, at, live)
                 mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
                 bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
-                edited = part != 1 or mask is not None or bias is not None
-                if edited:  # a row of NaN, or without keys: p is known, and 0 * NaN would get out
+                holes = part != 1 or mask is not None or bias is not None
+                if holes:  # a row of NaN, or without keys: p is known, and 0 * NaN would get out
                     live = live & (log2_l < float("inf"))
                 q_tile = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
                 q = load_rows(q_tile, row, p.q_t, live, f.D, tile.BLOCK_D, f, True)
                 do_tile = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
                 do = load_rows(do_tile, row, g.do_t, live, f.D_V, tile.BLOCK_DV, f, True)
-                # scores, transposed
+                # Scores, transposed
                 slope = slope_of(x, p, f, b, h)
                 s = tl.dot(k, tl.trans(q), input_precision=f.PRECISION)
-                s, capped = edit_scores(
+                s, tanh_x = edit_scores(
                     s, t[None, :], j[:, None], T, S, shift, mask, bias, slope, x, p, f, part != 1
                 )
-                height, probs = probabilities(s, m[None, :], log2_l[None, :], p, f, edited)
+                # Probabilities
+                depth, probs = probabilities(s, m[None, :], log2_l[None, :], p, f, holes)
                 kept = True
-                dropped = probs
+                w = probs
                 if f.DROPOUT:
-                    keep = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
-                    kept = tl.trans(keep)
-                    dropped = tl.where(kept, probs * p.kept, 0.0)
-                # values
-                dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=f.PRECISION)
-                # gradients of the scores
+                    kept = tl.trans(kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N))
+                    w = tl.where(kept, probs * p.keep_scale, 0.0)  # p Z
+                # dv, before dP, so that w need not outlive it
+                dv = tl.dot(w.to(do.dtype), do, dv, input_precision=f.PRECISION)
+                # dP
                 dp = tl.dot(v, tl.trans(do), input_precision=f.PRECISION)
-                dw = weights_gradients(g, b, h, t[None, :], j[:, None], T, S)
+                dw = weight_gradient(g, b, h, t[None, :], j[:, None], T, S)
+                # ds
                 ds = score_gradients(
-                    height, probs, dp, dw, kept, term[None, :], dentropy[None, :], g, p, f, edited
+                    depth, probs, dp, dw, kept, row_term[None, :], dentropy[None, :], g, p, f, holes
                 )
-                if f.SOFTCAP:
-                    ds = tl.where(ds == 0.0, 0.0, ds * (1.0 - capped * capped))
-                # queries
+                ds = before_cap(ds, tanh_x, f)
+                # dk
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=f.PRECISION)
 
+    # Store
     dk_base = to.dk + offset(b, to.dk_b, h_kv, to.dk_h, k_row + j0, to.dk_t)
     store_rows(dk_base, key, to.dk_t, live_key, f.D, tile.BLOCK_D, f, dk * p.scale)
     dv_base = to.dv + offset(b, to.dv_b, h_kv, to.dv_h, k_row + j0, to.dv_t)
@@ -324,7 +307,7 @@ def dkdv_kernel(x, g, to, p, f, tile):
 
 
 def attention_bwd(inputs: Inputs, call: Call, given: Given, arch: str) -> Results:
-    """Run the backward but for dbias and dsinks; also fills ``given.rows``.
+    """Run the backward but for dbias and dsinks; also fills ``given.row_term``.
 
     Args:
         inputs: The call's tensors.
@@ -351,9 +334,9 @@ def given(upstream: Upstream, varlen: bool) -> Given:
         per_head, mean = grad_weights.unsqueeze(1), True
     dw = strides(per_head)
     norm = norm.contiguous()
-    terms = torch.empty_like(norm[0])
+    row_term = torch.empty_like(norm[0])
     if varlen:  # rows past the last sequence belong to no program
-        terms.zero_()
+        row_term.zero_()
     return Given(
         grad_out,
         contiguous(grad_lse),
@@ -362,12 +345,12 @@ def given(upstream: Upstream, varlen: bool) -> Given:
         out,
         norm,
         contiguous(entropy),
-        terms,
+        row_term,
         *rows(grad_out, varlen),
         *rows(out, varlen),
         *dw,
         1 / max(out.shape[1], 1) if mean else 1.0,
-        terms.numel(),
+        row_term.numel(),
     )
 
 

@@ -33,8 +33,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .arguments import Call
+from .attention_fwd import Results
 from .configs import Config
-from .forward import Results
 from .launch import Launch
 
 # Triton 3.9 has new names for them
@@ -95,12 +95,12 @@ def masked(s, t, j, S, shift, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def softmax_step(s, m, l, factor):
-    """Fold a tile of raw scores into the running maximum and sum: p, m, l, and what stays."""
+    """Fold a tile of raw scores into the running maximum and sum: p, m, l, and rescale."""
     m_new = gl.maximum(m, gl.max(s, 1))
     base = gl.where(m_new == -float("inf"), 0.0, m_new)
     p = gl.exp2((s - base[:, None]) * factor)
-    keep = gl.exp2((m - base) * factor)
-    return p, m_new, l * keep + gl.sum(p, 1), keep
+    rescale = gl.exp2((m - base) * factor)
+    return p, m_new, l * rescale + gl.sum(p, 1), rescale
 
 
 @gluon.jit
@@ -124,17 +124,17 @@ def consumer(
     acc = gl.zeros([ROWS, D], gl.float32, sums)
     q = q_s.index(member)
 
-    # the last tile of keys: always cut
+    # Scores and Softmax of the last tile of keys: always cut
     mbarrier.wait(q_full.index(member), 0)
     mbarrier.wait(k_full.index(0), 0)
     product = warpgroup_mma(q, k_s.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[product])
     mbarrier.arrive(k_empty.index(0), count=1)
     s = masked(s, t, (tiles - 1) * N + key, S, shift, CAUSAL)
-    p, m, l, keep = softmax_step(s, m, l, factor)
+    p, m, l, rescale = softmax_step(s, m, l, factor)
     p = gl.convert_layout(p.to(dtype), operand)
 
-    # then those that the diagonal cuts, then the rest
+    # Scores, Output of the tile before, Softmax: of those that the diagonal cuts, then of the rest
     for part in gl.static_range(2):
         first, last = 1, cut
         if part == 1:
@@ -153,18 +153,19 @@ def consumer(
             mbarrier.arrive(k_empty.index(place), count=1)
             if part == 0:
                 s = masked(s, t, (tiles - 1 - i) * N + key, S, shift, CAUSAL)
-            p, m, l, keep = softmax_step(s, m, l, factor)
+            p, m, l, rescale = softmax_step(s, m, l, factor)
             acc = warpgroup_mma_wait(0, deps=[gathered])
             mbarrier.arrive(v_empty.index(before), count=1)
-            acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, sums))[:, None]
+            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, sums))[:, None]
             p = gl.convert_layout(p.to(dtype), operand)
 
+    # Output of the first tile of keys
     place = (tiles - 1) % STAGES
     mbarrier.wait(v_full.index(place), ((tiles - 1) // STAGES) & 1)
     gathered = warpgroup_mma(p, v_s.index(place), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[gathered])
 
-    # the sums become the output rows and lse
+    # Statistics
     empty = l == 0.0
     inverse = gl.where(empty, 0.0, 1.0 / l)
     acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, sums))[:, None]
@@ -175,6 +176,7 @@ def consumer(
     gl.store(lse + t, gl.where(empty, -float("inf"), natural), mask=t < T)
     gl.store(norm + t, gl.where(m == -float("inf"), 0.0, m), mask=t < T)
     gl.store(norm + plane + t, gl.where(empty, float("inf"), log2_l), mask=t < T)
+    # Store
     q.store(acc.to(dtype))
     fence_async_shared()
     TMA_STORE(out_rows, [t0 + member * ROWS, 0], q)
@@ -218,7 +220,7 @@ def attention_fwd_hopper_kernel(x, to, p, f, tile):
     CAUSAL: gl.constexpr = f.HAS_RIGHT
     dtype: gl.constexpr = x.q.dtype.element_ty
 
-    # the order of `scores.scheduled`
+    # Setup, in the order of `head.scheduled`
     blocks = gl.cdiv(p.T, 2 * ROWS)
     pid = gl.program_id(0)
     begin = pid // (p.section * blocks) * p.section

@@ -1,6 +1,6 @@
 """The gradients of a bias and of the sinks: sums of ds over whatever they are broadcast over.
 
-    dbias = sum of ds        dsink = sum over rows of p_sink * (row - dentropy * (sink - m))
+    dbias = sum of ds    dsink = sum over rows of p_sink * (row_term - dentropy * (sink - m))
 
 Grid:    dbias: one program per block of dbias and chunk of what is summed into it; where a bias is
          small there are several chunks, each with a partial sum, added in their order afterwards:
@@ -19,23 +19,13 @@ from torch import Tensor
 
 from . import configs
 from .arguments import Call, block, strides
-from .backward import Given, entropy_gradient, row_at
+from .attention_bwd import Given
+from .dropout import kept_by_dropout
+from .gradients import entropy_gradient, score_gradients, weight_gradient
+from .head import key_range, sequence_of
 from .launch import Launch, launch
-from .scores import (
-    at_head,
-    dropout_keeps,
-    edit_scores,
-    in_units,
-    key_range,
-    load_rows,
-    norm_of,
-    offset,
-    probabilities,
-    score_gradients,
-    sequence_of,
-    slope_of,
-    weights_gradients,
-)
+from .rows import at_head, load_rows, offset, row_at
+from .scores import edit_scores, in_units, norm_of, probabilities, slope_of
 
 _PROGRAMS = 1024  # enough to fill a GPU
 _ROWS = 1024  # of dsinks, at once
@@ -87,6 +77,7 @@ class SinkTile(NamedTuple):
 @triton.jit
 def dbias_kernel(x, g, to, p, f, tile):
     """One chunk of the sum for one block of dbias."""
+    # Setup
     pid = tl.program_id(0)
     chunk = pid % tl.cdiv(to.summed, to.per_chunk)
     owned = pid // tl.cdiv(to.summed, to.per_chunk)
@@ -113,6 +104,7 @@ def dbias_kernel(x, g, to, p, f, tile):
                 x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift, begin, end
             )
 
+    # Store
     at = to.sums + chunk.to(tl.int64) * to.chunk + own_b.to(tl.int64) * to.b + own_h * to.h
     out_type = to.sums.dtype.element_ty
     t, j = own_t * tile.BLOCK_M + row, own_s * tile.BLOCK_N + key
@@ -131,7 +123,8 @@ def dbias_kernel(x, g, to, p, f, tile):
 
 @triton.jit
 def score_gradient_tile(x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift, begin, end):
-    """[M, N] of ds, before the cap."""
+    """[M, N] of ds."""
+    # Setup
     h_kv = h // p.group
     row = tl.arange(0, tile.BLOCK_M)
     key = tl.arange(0, tile.BLOCK_N)
@@ -139,6 +132,8 @@ def score_gradient_tile(x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shif
     live_row, live = t < T, (j >= begin) & (j < end)
     mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
     bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
+
+    # Load
     q_base = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
     q = load_rows(q_base, row, p.q_t, live_row, f.D, tile.BLOCK_D, f, True)
     do_base = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
@@ -149,20 +144,24 @@ def score_gradient_tile(x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shif
     v = load_rows(v_base, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, True)
     at = row_at(x, p, b, h, q_row) + t
     m, log2_l = norm_of(g.norm, g.plane, at, live_row)
-    term = tl.load(g.rows + at, mask=live_row, other=0.0)
+    row_term = tl.load(g.row_term + at, mask=live_row, other=0.0)
     dentropy = entropy_gradient(g, at, live_row)
 
+    # Scores
     s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
     slope = slope_of(x, p, f, b, h)
     s, _ = edit_scores(s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, True)
-    height, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, True)
+    # Probabilities
+    depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, True)
+    # dP
     dp = tl.dot(do, tl.trans(v), input_precision=f.PRECISION)
-    dw = weights_gradients(g, b, h, t[:, None], j[None, :], T, S)
+    dw = weight_gradient(g, b, h, t[:, None], j[None, :], T, S)
     kept = True
     if f.DROPOUT:
-        kept = dropout_keeps(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+        kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+    # ds
     return score_gradients(
-        height, probs, dp, dw, kept, term[:, None], dentropy[:, None], g, p, f, True
+        depth, probs, dp, dw, kept, row_term[:, None], dentropy[:, None], g, p, f, True
     )
 
 
@@ -181,16 +180,16 @@ def dsinks_kernel(x, g, to, p, f, tile):
             m, log2_l = norm_of(g.norm, g.plane, at + t0 + lane, live)
             sink_alone = tl.where(sink == -float("inf"), 0.0, log2_l) == float("inf")
             m, log2_l = tl.where(sink_alone, sink, m), tl.where(sink_alone, 0.0, log2_l)
-            height, p_sink = probabilities(sink, m, log2_l, p, f, False)
-            term = tl.load(g.rows + at + t0 + lane, mask=live, other=0.0)
+            depth, p_sink = probabilities(sink, m, log2_l, p, f, False)
+            row_term = tl.load(g.row_term + at + t0 + lane, mask=live, other=0.0)
             if g.grad_entropy is not None:
-                term -= entropy_gradient(g, at + t0 + lane, live) * height
-            total += tl.where(live & (p_sink != 0.0), term * p_sink, 0.0)
+                row_term -= entropy_gradient(g, at + t0 + lane, live) * depth
+            total += tl.where(live & (p_sink != 0.0), row_term * p_sink, 0.0)
     tl.store(to.dsinks + h, tl.sum(total, 0).to(to.dsinks.dtype.element_ty))
 
 
 def bias_gradient(call: Call, given: Given, arch: str) -> Tensor:
-    """dbias, in the bias's shape and dtype. ``given.rows`` must have been filled."""
+    """dbias, in the bias's shape and dtype. ``given.row_term`` must have been filled."""
     bias: Tensor = call.x.bias
     job = bias_launch(call, given, arch)
     if job.grid == 0:
@@ -224,7 +223,7 @@ def bias_launch(call: Call, given: Given, arch: str) -> Launch:
 
 
 def sink_gradient(call: Call, given: Given, arch: str) -> Tensor:
-    """The sinks' gradient, (H,) in the sinks' dtype. ``given.rows`` must have been filled."""
+    """The sinks' gradient, (H,) in the sinks' dtype. ``given.row_term`` must have been filled."""
     dsinks: Tensor = call.x.sinks.new_zeros(call.x.sinks.shape)
     if given.norm.numel():
         launch(sink_launch(call, given, dsinks, arch))

@@ -6,7 +6,7 @@
 
 Query t stands at cache_seqlens[b] - T + t and attends the keys up to there.
 
-Grid:    batch * key head * blocks of the T * H / H_kv query rows that share its keys * pieces of
+Grid:    batch * key head * blocks of the T * H / H_kv query rows that rescale its keys * pieces of
          the keys; then one program per query row, to combine the pieces in their order
 Memory:  q, acc, m, l in registers; k and v tiles in shared memory, from a contiguous cache or from
          pages, key by key; per row and piece m, l and acc in fp32
@@ -27,16 +27,10 @@ from attnfast.ops import empty_in_order
 
 from . import configs
 from .arguments import Call, Tile, block, gather, rows
+from .head import narrow
 from .launch import Launch, launch
-from .scores import (
-    edit_scores,
-    in_log2,
-    in_units,
-    narrow,
-    natural,
-    store_rows,
-    without_dead_rows,
-)
+from .rows import store_rows, without_dead_rows
+from .scores import edit_scores, in_log2, in_units, natural
 
 MIN_PIECE = tl.constexpr(256)  # keys
 MAX_PIECES = tl.constexpr(128)  # that a sequence's keys are cut into
@@ -96,6 +90,7 @@ def load_pointed(pointers, live, D, BLOCK: tl.constexpr):
 @triton.jit
 def decode_kernel(x, c, p, f, tile):
     """One piece of the keys for one block of query rows."""
+    # Setup
     H_kv, group_rows = p.H // p.group, p.group * p.T
     blocks = tl.cdiv(group_rows, tile.BLOCK_M)
     pid = tl.program_id(0)
@@ -120,6 +115,7 @@ def decode_kernel(x, c, p, f, tile):
     if x.bias is not None:
         bias = (x.bias + b.to(tl.int64) * p.bias_b + h.to(tl.int64) * p.bias_h)[:, None]
 
+    # Load q
     q_rows = x.q + b.to(tl.int64) * p.q_b + h.to(tl.int64) * p.q_h + t.to(tl.int64) * p.q_t
     q = load_pointed(q_rows, live_row, f.D, tile.BLOCK_D)
     m = tl.full([tile.BLOCK_M], -float("inf"), tl.float32)
@@ -128,31 +124,31 @@ def decode_kernel(x, c, p, f, tile):
     start = first + piece_index * piece
     end = tl.minimum(start + piece, length)
     for j0 in tl.range(start, end, tile.BLOCK_N):
-        # load
+        # Scores
         j = j0 + key
         live = (j >= begin) & (j < end)
         k_rows = key_rows(x.k, b, p.k_b, h_kv, p.k_h, j, p.k_t, live, c)
         k = load_pointed(k_rows, live, f.D, tile.BLOCK_D)
-        # scores
         s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
-        s, _capped = edit_scores(
+        s, _tanh_x = edit_scores(
             s, t[:, None], j[None, :], p.T, end, shift, None, bias, slope, x, p, f, True
         )
-        # softmax
+        # Softmax
         m_new = tl.maximum(m, tl.max(s, 1))
         base = tl.where(m_new == -float("inf"), 0.0, m_new)
         probs = tl.exp2(in_log2(s - base[:, None], p, f))
-        keep = tl.exp2(in_log2(m - base, p, f))
-        l = l * keep + tl.sum(probs, 1)
+        rescale = tl.exp2(in_log2(m - base, p, f))
+        l = l * rescale + tl.sum(probs, 1)
         m = m_new
-        # values
+        # Output
         v_rows = key_rows(x.v, b, p.v_b, h_kv, p.v_h, j, p.v_t, live, c)
         v = load_pointed(v_rows, live, f.D_V, tile.BLOCK_DV)
         if bias is not None:
             v = without_dead_rows(v, tl.max((s != -float("inf")).to(tl.int32), 0) == 0)
-        acc = acc * keep[:, None]
+        acc = acc * rescale[:, None]
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=f.PRECISION)
 
+    # Store
     at = (head.to(tl.int64) * c.pieces + piece_index) * group_rows + row0
     own = tl.arange(0, tile.BLOCK_M)
     store_rows(c.acc + at * f.D_V, own, f.D_V, live_row, f.D_V, tile.BLOCK_DV, f, acc)
@@ -163,6 +159,7 @@ def decode_kernel(x, c, p, f, tile):
 @triton.jit
 def combine_kernel(x, c, p, f, tile):
     """One query row from its pieces."""
+    # Setup
     pid = tl.program_id(0)
     t, head = pid % p.T, pid // p.T
     b, h = head // p.H, head % p.H
@@ -174,6 +171,7 @@ def combine_kernel(x, c, p, f, tile):
     m = tl.load(c.m + at + piece * group_rows, mask=piece < pieces, other=-float("inf"))
     l = tl.load(c.l + at + piece * group_rows, mask=piece < pieces, other=0.0)
 
+    # Sinks
     top = tl.max(m, 0)
     highest = natural(top, p, f)
     sink_units = -float("inf")
@@ -186,21 +184,25 @@ def combine_kernel(x, c, p, f, tile):
     without_keys = tl.sum(l, 0) == 0.0
     total = tl.sum(l * tl.exp2(in_log2(m - base, p, f)), 0)
     if x.sinks is not None:
-        total += tl.exp2(in_log2(sink_units - base, p, f))
+        l_sink = tl.exp2(in_log2(sink_units - base, p, f))
+        total += l_sink
+    # Statistics
     lse = tl.where(total == 0.0, -float("inf"), highest + tl.log(total))
     tl.store(c.lse + pid, lse)
 
+    # Output
     dims = tl.arange(0, tile.BLOCK_DV)
     acc = tl.zeros([tile.BLOCK_DV], tl.float32)
     for i in range(0, pieces, AT_ONCE):
         part = i + tl.arange(0, AT_ONCE)
         live = part < pieces
         m_part = tl.load(c.m + at + part * group_rows, mask=live, other=-float("inf"))
-        share = tl.exp2(in_log2(m_part - base, p, f))
+        rescale = tl.exp2(in_log2(m_part - base, p, f))
         rows = (at + part * group_rows) * f.D_V
         inside = live[:, None] & (dims < f.D_V)[None, :]
-        o = tl.load(c.acc + rows[:, None] + dims[None, :], mask=inside, other=0.0)
-        acc += tl.sum(o * share[:, None], 0)
+        acc_part = tl.load(c.acc + rows[:, None] + dims[None, :], mask=inside, other=0.0)
+        acc += tl.sum(acc_part * rescale[:, None], 0)
+    # Store
     acc = tl.where(without_keys, 0.0, acc / total)
     out = c.out + b.to(tl.int64) * c.out_b + h.to(tl.int64) * c.out_h + t.to(tl.int64) * c.out_t
     tl.store(out + dims, acc.to(c.out.dtype.element_ty), mask=dims < f.D_V)
