@@ -6,7 +6,7 @@
 
 Query t stands at cache_seqlens[b] - T + t and attends the keys up to there.
 
-Grid:    batch * key head * blocks of the T * H / H_kv query rows that rescale its keys * pieces of
+Grid:    batch * key head * blocks of the T * H / H_kv query rows that share its keys * pieces of
          the keys; then one program per query row, to combine the pieces in their order
 Memory:  q, acc, m, l in registers; k and v tiles in shared memory, from a contiguous cache or from
          pages, key by key; per row and piece m, l and acc in fp32

@@ -115,7 +115,7 @@ def test_where_backward_is_one_launch(arch: int, D: int, T: int, S: int, one: bo
     with architecture(arch):
         files = {place.file for place in places(lambda: check_case(case))}
     assert ("attention_bwd_short.h" in files) == one
-    assert ("rows.cu" in files) != one
+    assert ("row_terms.cu" in files) != one
 
 
 @pytest.mark.parametrize("D", [64, 96, 128, 192, 256])
@@ -175,7 +175,7 @@ def test_kernels_read_the_dropout_seed() -> None:
         found = places(lambda case=case: results(case))
         kernels = [place for place in found if place.op == "load_global"]
         assert kernels
-        assert any(place.file == "philox.h" for place in kernels) == (dropout_p > 0)
+        assert any(place.file == "dropout.h" for place in kernels) == (dropout_p > 0)
 
 
 def results_on(case: Case, seed: int, threads: int) -> list[Tensor]:

@@ -259,7 +259,7 @@ def test_tiles_have_no_bank_conflicts(D: int) -> None:
         if place.op in (*WITHOUT_CONFLICTS, "load_shared"):
             assert place.cost == place.least, f"bank conflicts: {place}"
     copied, stored = (
-        [place for place in costs if place.op == op and place.file in ("tile.h", "attention_fwd.h")]
+        [place for place in costs if place.op == op and place.file in ("rows.h", "attention_fwd.h")]
         for op in ("copy_async", "store_global")
     )
     assert all(place.cost == place.least for place in copied), copied

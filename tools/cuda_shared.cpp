@@ -3,7 +3,6 @@
 #include <cstdio>
 #include <string>
 
-#include "cuda/attention_bwd_bias.h"
 #include "cuda/attention_bwd_keys.h"
 #include "cuda/attention_bwd_queries.h"
 #include "cuda/attention_bwd_short.h"

@@ -64,7 +64,7 @@ struct BackwardArguments {
   DeviceSeed dropout;
   int64_t rows_q, rows_k;
   BiasSizes bias;
-  float* terms;        // [4][B * H][padded]: what rows.cu makes of each query
+  float* terms;        // [4][B * H][padded]: what row_terms.cu makes of each query
   int64_t padded;      // T, rounded up
   int64_t blocks = 0;  // of the longest sequence's keys, or queries
   bool q_aligned = false, k_aligned = false, v_aligned = false;
@@ -91,9 +91,9 @@ void run_attention_bwd(const BackwardArguments& a, bool plain, Stream stream);
 // The weights and what keys receive, where wanted, after the forward.
 template <int kHeadDim>
 void run_attention_weights(const ForwardArguments& a, Stream stream);
-// The weights' gradient's part of the row terms, after run_attention_bwd_rows.
+// The bias's gradient, as a part of the backward.
 template <int kHeadDim>
-void run_attention_weight_rows(const BackwardArguments& a, Stream stream);
+void run_attention_bias(const BackwardArguments& a, Stream stream);
 
 template <int kHeadDim>
 void run_attention_decode(const DecodeArguments& a, Stream stream);
@@ -105,16 +105,16 @@ void run_attention_bwd_sinks(const BackwardArguments& a, Stream stream);
 
 // The head dims that there are, each compiled by itself; csrc/build.py reads them here.
 #define ATTNFAST_HEAD_DIMS(X) X(32) X(64) X(96) X(128) X(192) X(256)
-#define ATTNFAST_DECLARE(kHeadDim)                                            \
-  template <>                                                                 \
-  void run_attention_fwd<kHeadDim>(const ForwardArguments&, bool, Stream);    \
-  template <>                                                                 \
-  void run_attention_bwd<kHeadDim>(const BackwardArguments&, bool, Stream);   \
-  template <>                                                                 \
-  void run_attention_weights<kHeadDim>(const ForwardArguments&, Stream);      \
-  template <>                                                                 \
-  void run_attention_weight_rows<kHeadDim>(const BackwardArguments&, Stream); \
-  template <>                                                                 \
+#define ATTNFAST_DECLARE(kHeadDim)                                          \
+  template <>                                                               \
+  void run_attention_fwd<kHeadDim>(const ForwardArguments&, bool, Stream);  \
+  template <>                                                               \
+  void run_attention_bwd<kHeadDim>(const BackwardArguments&, bool, Stream); \
+  template <>                                                               \
+  void run_attention_weights<kHeadDim>(const ForwardArguments&, Stream);    \
+  template <>                                                               \
+  void run_attention_bias<kHeadDim>(const BackwardArguments&, Stream);      \
+  template <>                                                               \
   void run_attention_decode<kHeadDim>(const DecodeArguments&, Stream);
 ATTNFAST_HEAD_DIMS(ATTNFAST_DECLARE)
 #undef ATTNFAST_DECLARE

@@ -1,8 +1,8 @@
 // The backward kernels of one head dim, ATTNFAST_HEAD_DIM.
-#include "attention_bwd_bias.h"
 #include "attention_bwd_keys.h"
 #include "attention_bwd_queries.h"
 #include "attention_bwd_short.h"
+#include "attention_bwd_weights.h"
 
 namespace attnfast::cuda {
 namespace {
@@ -18,12 +18,12 @@ void run(const BackwardArguments& a, Stream stream) {
   }
   run_attention_bwd_rows(a, stream);
   if constexpr (!kPlain) {
-    if (a.p.grad_weights.data) run_attention_weight_rows<ATTNFAST_HEAD_DIM>(a, stream);
+    if (a.p.grad_weights.data) launch_attention_weight_rows<Element, ATTNFAST_HEAD_DIM>(a, stream);
   }
   launch_attention_bwd_keys<Element, ATTNFAST_HEAD_DIM, kPlain>(a, stream);
   launch_attention_bwd_queries<Element, ATTNFAST_HEAD_DIM, kPlain>(a, stream);
   if constexpr (!kPlain) {
-    if (a.p.dbias.data) launch_attention_bwd_bias<Element, ATTNFAST_HEAD_DIM>(a, stream);
+    if (a.p.dbias.data) run_attention_bias<ATTNFAST_HEAD_DIM>(a, stream);
   }
 }
 

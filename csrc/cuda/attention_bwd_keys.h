@@ -13,25 +13,6 @@
 
 namespace attnfast::cuda {
 
-// The row terms of a lane's columns, from shared memory.
-template <int kTermBytes>
-struct MovingTerms {
-  uint32_t rows;
-  int lane;
-  bool has_spread;
-  RowTerms of[2] = {};
-
-  ATTNFAST_DEVICE void of_columns(int n) {
-    const uint32_t at = rows + (n * 4 + lane % 4) * 8;
-    const auto m = load_shared<Floats2>(at), log2_l = load_shared<Floats2>(at + kTermBytes);
-    const auto row = load_shared<Floats2>(at + 2 * kTermBytes);
-    Floats2 spread{0.0f, 0.0f};
-    if (has_spread) spread = load_shared<Floats2>(at + 3 * kTermBytes);
-    of[0] = {m.x, log2_l.x, row.x, spread.x}, of[1] = {m.y, log2_l.y, row.y, spread.y};
-  }
-  ATTNFAST_DEVICE RowTerms operator()(int, int e) const { return of[e % 2]; }
-};
-
 template <class Element, int kD, bool kPlain, bool kWantsK, bool kWantsV, bool kSmall>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>::kThreads), 1)
     attention_bwd_keys_kernel(ATTNFAST_PARAMS BackwardArguments arguments) {
@@ -41,7 +22,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
   if (!has_code<Element, Shape::kOnTuring, !kSmall>()) return;
   const BackwardParams& p = arguments.p;
 
-  // Indices
+  // Setup
   const int64_t group = p.H / p.H_kv, bh = block_index() / arguments.blocks;
   const int s_block = static_cast<int>(block_index() % arguments.blocks) * kStay;
   Head head(p, arguments.rows_q, arguments.rows_k, bh / p.H_kv, bh % p.H_kv * group);
@@ -53,9 +34,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
   const int query_end = head.end_query(s_last);
   const int end_head = query_begin < query_end ? head.h + static_cast<int>(group) : head.h;
   Philox philox(p, arguments.dropout, head.b, head.h);
-  const float keep = dropout_factor(p);
+  const float keep_scale = keep_scale_of(p);
 
-  // Shared memory
   const uint32_t k_tile = shared_memory(), v_tile = k_tile + Shape::kStayBytes;
   const uint32_t ring = v_tile + Shape::kStayBytes;
   const uint32_t own = warp * kRowTiles * 16 * kD * 2;  // the warp's rows of k_tile and v_tile
@@ -70,7 +50,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
         head.queries_of<Element>(p.grad_out, p.D_v, arguments.grad_out_aligned), t0);
     constexpr int kChunks = Shape::kTermBytes / 16;
     const int which = thread_index() / kChunks, chunk = thread_index() % kChunks;
-    const TermRows rows(arguments, head.b, head.h);
+    const TermPlanes rows(arguments, head.b, head.h);
     if (which < rows.planes) {
       copy_async(terms + which * Shape::kTermBytes + chunk * 16,
                  rows.m + which * rows.plane + t0 + chunk * 4, 16);
@@ -79,7 +59,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
 
   float dk[kWantsK ? kRowTiles : 1][kD / 8][4] = {}, dv[kWantsV ? kRowTiles : 1][kD / 8][4] = {};
 
-  // Queries, head by head and tile by tile
+  // Load
   if (head.h < end_head) {
     load_tile<kD, kStay, kThreads, !kPlain>(
         k_tile, head.keys_of<Element>(p.k, p.D, arguments.k_aligned), s_block);
@@ -88,6 +68,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
     fetch(ring, query_begin);
   }
   commit_copies();
+
+  // Queries, head by head and tile by tile
   uint32_t stage = ring;
   int t0 = query_begin;
   while (head.h < end_head) {
@@ -114,33 +96,38 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
       const ScoreOptions options(arguments, head);
       const bool edge = crosses_edge(head, t0, kMove, s0, kRowTiles * 16);
       float s[kRowTiles][kMove / 8][4] = {}, dp[kRowTiles][kMove / 8][4] = {};
-      float capped[kPlain ? 1 : kRowTiles][kMove / 8][4];
+      float dcapped[kPlain ? 1 : kRowTiles][kMove / 8][4];
       uint32_t live = ~0u, kept[kRowTiles];
       ATTNFAST_UNROLL for (int m = 0; m < kRowTiles; ++m) kept[m] = ~0u;
+      // Scores, transposed
       add_rows_times_rows<Element, kD>(s, k_tile + own, q_rows, lane);
       if constexpr (!kPlain) {
-        options.apply<true>(s, head, t0, s0, lane, edge, capped);
+        options.apply<true>(s, head, t0, s0, lane, edge, dcapped);
         if (options.drops_keys()) live = live_columns(s);
         philox.stream = static_cast<uint32_t>(head.b * p.H + head.h);
         if (philox.threshold) {
           kept_by_dropout<true, kRowTiles, kMove / 8>(kept, philox, t0, s0, lane);
         }
       }
+      // dP
       if constexpr (kWantsK) add_rows_times_rows<Element, kD>(dp, v_tile + own, do_rows, lane);
       if constexpr (!kPlain && kWantsK) {
         if (p.grad_weights.data) {
           WeightGradient(p, head).template add_to<true>(dp, head, t0, s0, lane);
         }
       }
+      // Probabilities, ds
       const MovingTerms<Shape::kTermBytes> terms{term_rows, lane, !kPlain && p.grad_entropy};
-      score_gradients<kPlain>(s, dp, options, kept, keep, kPlain ? nullptr : capped, terms);
+      score_gradients<kPlain>(s, dp, options, kept, keep_scale, kPlain ? nullptr : dcapped, terms);
       if (kPlain && edge) {
         options.mask_positions<true>(s, head, t0, s0, lane, 0.0f);
         options.mask_positions<true>(dp, head, t0, s0, lane, 0.0f);
       }
+      // dv
       if constexpr (kWantsV) {
         add_registers_times_rows<Element, kD, !kPlain>(dv, s, do_rows, live, lane);
       }
+      // dk
       if constexpr (kWantsK) {
         add_registers_times_rows<Element, kD, !kPlain>(dk, dp, q_rows, live, lane);
       }
@@ -155,7 +142,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
   }
   if (s0 >= head.S) return;
 
-  // Output
+  // Store
   float scale[2 * kRowTiles], one[2 * kRowTiles];
   ATTNFAST_UNROLL for (int r = 0; r < 2 * kRowTiles; ++r) scale[r] = p.scale, one[r] = 1.0f;
   if constexpr (kWantsK) {

@@ -10,38 +10,6 @@
 
 namespace attnfast::cuda {
 
-// The row terms of a lane's own queries, row 2 * m + half of the warp's.
-template <int kRowTiles>
-struct OwnTerms {
-  RowTerms of[2 * kRowTiles];
-
-  ATTNFAST_DEVICE OwnTerms(const TermRows& rows, int t0, int T, int lane) {
-    ATTNFAST_UNROLL for (int r = 0; r < 2 * kRowTiles; ++r) {
-      const int t = t0 + r * 8 + lane / 4;
-      if (t < T) of[r] = rows.load(t);
-    }
-  }
-  ATTNFAST_DEVICE void of_columns(int) {}
-  ATTNFAST_DEVICE RowTerms operator()(int m, int e) const { return of[2 * m + e / 2]; }
-};
-
-// The same of plain calls, from shared memory, anew each time: kept, they take registers.
-template <int kTermBytes>
-struct SharedTerms {
-  uint32_t rows;  // the warp's first
-  int lane;
-  RowTerms of[2] = {};
-
-  ATTNFAST_DEVICE void of_columns(int) {
-    ATTNFAST_UNROLL for (int r = 0; r < 2; ++r) {
-      const uint32_t at = rows + (r * 8 + lane / 4) * 4;
-      of[r] = {load_shared<float>(at), load_shared<float>(at + kTermBytes),
-               load_shared<float>(at + 2 * kTermBytes), 0.0f};
-    }
-  }
-  ATTNFAST_DEVICE RowTerms operator()(int, int e) const { return of[e / 2]; }
-};
-
 template <class Element, int kD, bool kPlain, bool kSmall>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>::kThreads), 1)
     attention_bwd_queries_kernel(ATTNFAST_PARAMS BackwardArguments arguments) {
@@ -51,7 +19,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
   if (!has_code<Element, Shape::kOnTuring, !kSmall>()) return;
   const BackwardParams& p = arguments.p;
 
-  // Indices
+  // Setup
   const int64_t blocks = arguments.blocks, bh = block_index() / blocks;
   const int t_block = static_cast<int>(blocks - 1 - block_index() % blocks) * kStay;
   const Head head(p, arguments.rows_q, arguments.rows_k, bh / p.H, bh % p.H);
@@ -62,10 +30,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
   const int key_begin = head.first_key(t_block) / kMove * kMove, key_end = head.end_key(t_last);
   const ScoreOptions options(arguments, head);
   const Philox philox(p, arguments.dropout, head.b, head.h);
-  const float keep = dropout_factor(p);
-  const OwnTerms<kRowTiles> terms(TermRows(arguments, head.b, head.h), t0, head.T, lane);
+  const float keep_scale = keep_scale_of(p);
+  const OwnTerms<kRowTiles> terms(TermPlanes(arguments, head.b, head.h), t0, head.T, lane);
 
-  // Shared memory
   const uint32_t q_tile = shared_memory(), do_tile = q_tile + Shape::kStayBytes;
   const uint32_t ring = do_tile + Shape::kStayBytes;
   const uint32_t own = warp * kRowTiles * 16 * kD * 2;  // the warp's rows of q_tile and do_tile
@@ -82,7 +49,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
 
   float dq[kRowTiles][kD / 8][4] = {};
 
-  // Keys, tile by tile
+  // Load
   if (key_begin < key_end) {
     load_tile<kD, kStay, kThreads, !kPlain>(
         q_tile, head.queries_of<Element>(p.q, p.D, arguments.q_aligned), t_block);
@@ -91,6 +58,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
     fetch(key_begin);
   }
   commit_copies();
+
+  // Keys, tile by tile
   for (int s0 = key_begin; s0 < key_end; s0 += kMove) {
     wait_copies<0>();
     sync_block();  // these keys are here, and no warp reads the last ones any more
@@ -103,25 +72,29 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
       const uint32_t k_rows = stage_of(s0), v_rows = k_rows + Shape::kMoveBytes;
       const bool edge = crosses_edge(head, t0, kRowTiles * 16, s0, kMove);
       float s[kRowTiles][kMove / 8][4] = {}, dp[kRowTiles][kMove / 8][4] = {};
-      float capped[kPlain ? 1 : kRowTiles][kMove / 8][4];
+      float dcapped[kPlain ? 1 : kRowTiles][kMove / 8][4];
       uint32_t live = ~0u, kept[kRowTiles];
       ATTNFAST_UNROLL for (int m = 0; m < kRowTiles; ++m) kept[m] = ~0u;
+      // Scores
       add_rows_times_rows<Element, kD>(s, q_tile + own, k_rows, lane);
       if constexpr (!kPlain) {
-        options.apply<false>(s, head, t0, s0, lane, edge, capped);
+        options.apply<false>(s, head, t0, s0, lane, edge, dcapped);
         if (options.drops_keys()) live = live_columns(s);
         if (philox.threshold) {
           kept_by_dropout<false, kRowTiles, kMove / 8>(kept, philox, t0, s0, lane);
         }
       }
+      // dP
       add_rows_times_rows<Element, kD>(dp, do_tile + own, v_rows, lane);
       if constexpr (!kPlain) {
         if (p.grad_weights.data) {
           WeightGradient(p, head).template add_to<false>(dp, head, t0, s0, lane);
         }
       }
-      score_gradients<kPlain>(s, dp, options, kept, keep, kPlain ? nullptr : capped, terms);
+      // Probabilities, ds
+      score_gradients<kPlain>(s, dp, options, kept, keep_scale, kPlain ? nullptr : dcapped, terms);
       if (kPlain && edge) options.mask_positions<false>(dp, head, t0, s0, lane, 0.0f);
+      // dq
       add_registers_times_rows<Element, kD, !kPlain>(dq, dp, k_rows, live, lane);
     }
     if (Shape::kStages == 1 && s0 + kMove < key_end) {
@@ -132,7 +105,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
   }
   if (t0 >= head.T) return;
 
-  // Output
+  // Store
   float scale[2 * kRowTiles];
   ATTNFAST_UNROLL for (int r = 0; r < 2 * kRowTiles; ++r) scale[r] = p.scale;
   auto* out = head.rows_to<Element>(p.dq, head.h, head.q_begin);

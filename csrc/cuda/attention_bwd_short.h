@@ -56,18 +56,17 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
   if (!has_shared(Shape::kSharedBytes)) return fail();
   const BackwardParams& p = a.p;
 
-  // Indices
+  // Setup
   const int group = static_cast<int>(p.H / p.H_kv);
   const int64_t b = block_index() / p.H_kv, first_head = block_index() % p.H_kv * group;
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
   const int own_first = warp * 16;  // the warp's first query, and its first key
 
-  // Shared memory
   const uint32_t k_tile = shared_memory(), v_tile = k_tile + Shape::kTileBytes;
   const uint32_t q_tile = v_tile + Shape::kTileBytes, do_tile = q_tile + Shape::kTileBytes;
   const uint32_t rows = do_tile + Shape::kTileBytes;
   const uint32_t own = warp * 16 * kD * 2;  // the warp's rows of any tile
-  // Loads a query head's q and do with their row terms; with the first, k and v, which stay.
+  // Load: a query head's q and do with their row terms; with the first, k and v, which stay.
   const auto load = [&](const Head& head, bool with_keys) {
     if (with_keys) {
       load_tile<kD, kShort, kThreads, false>(k_tile, head.keys_of<Element>(p.k, p.D, true), 0);
@@ -88,13 +87,13 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
       if (thread_index() % kLanesPerRow > 0) continue;
       store_shared(rows + t * 4, terms.m);
       store_shared(rows + Shape::kTermBytes + t * 4, terms.log2_l);
-      store_shared(rows + 2 * Shape::kTermBytes + t * 4, terms.row);
+      store_shared(rows + 2 * Shape::kTermBytes + t * 4, terms.row_term);
     }
     wait_copies<0>();
     sync_block();  // tiles and terms are here
   };
   const uint32_t kept[1] = {~0u};
-  const float (*uncapped)[kPart / 8][4] = nullptr;
+  const float (*dcapped)[kPart / 8][4] = nullptr;
 
   // Queries: dq, head by head, the last one first
   for (int g = group - 1; g >= 0; --g) {
@@ -108,14 +107,19 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
     for (int s0 = head.first_key(own_first) / kPart * kPart; s0 < key_end; s0 += kPart) {
       const uint32_t k_rows = k_tile + s0 * kD * 2, v_rows = v_tile + s0 * kD * 2;
       float s[1][kPart / 8][4] = {}, dp[1][kPart / 8][4] = {};
+      // Scores
       add_rows_times_rows<Element, kD>(s, q_tile + own, k_rows, lane);
+      // dP
       add_rows_times_rows<Element, kD>(dp, do_tile + own, v_rows, lane);
-      score_gradients<true>(s, dp, options, kept, 1.0f, uncapped, terms);
+      // Probabilities, ds
+      score_gradients<true>(s, dp, options, kept, 1.0f, dcapped, terms);
       if (crosses_edge(head, own_first, 16, s0, kPart)) {
         options.mask_positions<false>(dp, head, own_first, s0, lane, 0.0f);
       }
+      // dq
       add_registers_times_rows<Element, kD, false>(dq, dp, k_rows, ~0u, lane);
     }
+    // Store
     auto* out = head.rows_to<Element>(p.dq, head.h, head.q_begin);
     store_by_quads<kD>(dq, p.scale, out + own_first * p.dq.t, p.dq.t, head.T - own_first,
                        static_cast<int>(p.D), lane);
@@ -133,21 +137,26 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
     for (int t0 = head.first_query(own_first) / kPart * kPart; t0 < query_end; t0 += kPart) {
       const uint32_t q_rows = q_tile + t0 * kD * 2, do_rows = do_tile + t0 * kD * 2;
       float s[1][kPart / 8][4] = {}, dp[1][kPart / 8][4] = {};
+      // Scores, transposed
       add_rows_times_rows<Element, kD>(s, k_tile + own, q_rows, lane);
+      // dP
       add_rows_times_rows<Element, kD>(dp, v_tile + own, do_rows, lane);
+      // Probabilities, ds
       const MovingTerms<Shape::kTermBytes> terms{rows + t0 * 4, lane, false};
-      score_gradients<true>(s, dp, options, kept, 1.0f, uncapped, terms);
+      score_gradients<true>(s, dp, options, kept, 1.0f, dcapped, terms);
       if (crosses_edge(head, t0, kPart, own_first, 16)) {
         options.mask_positions<true>(s, head, t0, own_first, lane, 0.0f);
         options.mask_positions<true>(dp, head, t0, own_first, lane, 0.0f);
       }
+      // dv
       add_registers_times_rows<Element, kD, false>(dv, s, do_rows, ~0u, lane);
+      // dk
       add_registers_times_rows<Element, kD, false>(dk, dp, q_rows, ~0u, lane);
     }
   }
   if (own_first >= first.S) return;
 
-  // Output
+  // Store
   auto* out_k = first.rows_to<Element>(p.dk, first.h_kv, first.k_begin);
   store_by_quads<kD>(dk, p.scale, out_k + own_first * p.dk.t, p.dk.t, first.S - own_first,
                      static_cast<int>(p.D), lane);

@@ -7,6 +7,7 @@
 //         quarter of the tile's keys, and m, l and acc of its own in registers, which the warps
 //         then add up by way of shared memory
 // Limits: D and D_v up to ATTNFAST_HEAD_DIM; bf16, fp16
+// Scores: made here and not by scores.h, whose tiles belong to one head: here each row has its own
 #include "arguments.h"
 #include "decode_shape.h"
 #include "launch.h"
@@ -68,7 +69,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
   if (!has_code<Element, Shape::kOnTuring, !kSmall>()) return;
   const DecodeParams& p = a.p;
 
-  // Indices
+  // Setup
   int64_t index = block_index();
   const int64_t split = index % a.splits;
   index /= a.splits;
@@ -86,7 +87,6 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
   const int key_end = static_cast<int>(min_of<int64_t>(first + part, length));
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
 
-  // Shared memory
   const uint32_t q_tile = shared_memory(), k_tile = q_tile + kRows * kD * 2;
   const uint32_t v_tile = k_tile + kKeys * kD * 2, own = warp * Shape::kOwnKeys * kD * 2;
   const PackedQueries<Element> q{
@@ -100,9 +100,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
   const auto k = cached<Element>(p, p.k, b, h_kv, reach_begin, length, p.D, a.k_aligned);
   const auto v = cached<Element>(p, p.v, b, h_kv, reach_begin, length, p.D_v, a.v_aligned);
 
-  // The lane's two rows of queries
   const Units& units = a.units;
-  int t[2];
+  int t[2];  // of the lane's two rows
   float slope[2] = {};
   int64_t bias_at[2];
   ATTNFAST_UNROLL for (int r = 0; r < 2; ++r) {
@@ -117,18 +116,21 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
 
   float acc[1][kD / 8][4] = {}, m[2] = {-kInfinity, -kInfinity}, l[2] = {};
 
-  // Keys, tile by tile
+  // Load q, and the first k
   if (key_begin < key_end) {
     load_tile<kD, kRows, kThreads, true>(q_tile, q, row_block);
     load_tile<kD, kKeys, kThreads, true>(k_tile, k, key_begin);
   }
   commit_copies();
+
+  // Keys, tile by tile
   for (int tile = key_begin; tile < key_end; tile += kKeys) {
     wait_copies<0>();
     sync_block();  // q and k are here, and no warp reads v any more
     load_tile<kD, kKeys, kThreads, true>(v_tile, v, tile);
     commit_copies();
 
+    // Scores
     const int s0 = tile + warp * Shape::kOwnKeys;  // the warp's first key
     float s[1][kN][4] = {};
     add_rows_times_rows<Element, kD>(s, q_tile, k_tile + own, lane);
@@ -154,6 +156,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
     if (tile + kKeys < key_end) load_tile<kD, kKeys, kThreads, true>(k_tile, k, tile + kKeys);
     commit_copies();
 
+    // Softmax
     ATTNFAST_UNROLL for (int r = 0; r < 2; ++r) {
       float top = m[r];
       ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
@@ -162,10 +165,10 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
       top = fmaxf(top, shuffle_xor(top, 1));
       top = fmaxf(top, shuffle_xor(top, 2));
       const float base = top == -kInfinity ? 0.0f : top;
-      const float keep = exp2_fast((m[r] - base) * units.to_log2);
-      m[r] = top, l[r] *= keep;
+      const float rescale = exp2_fast((m[r] - base) * units.to_log2);
+      m[r] = top, l[r] *= rescale;
       ATTNFAST_UNROLL for (int n = 0; n < kD / 8; ++n) {
-        acc[0][n][2 * r] *= keep, acc[0][n][2 * r + 1] *= keep;
+        acc[0][n][2 * r] *= rescale, acc[0][n][2 * r + 1] *= rescale;
       }
       ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
         ATTNFAST_UNROLL for (int e = 2 * r; e < 2 * r + 2; ++e) {
@@ -174,10 +177,11 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
         }
       }
     }
+    // Output
     add_registers_times_rows<Element, kD, true>(acc, s, v_tile + own, live, lane);
   }
 
-  // The warps' sums, [warp][row][kD] in the place of k and v, [warp][row] in that of q
+  // Store: the warps' sums, [warp][row][kD] in the place of k and v, [warp][row] in that of q
   sync_block();  // no warp reads the tiles any more
   const auto place_of = [&](int w, int row, int pair) {
     constexpr int kGroups = kD % 64 ? 3 : 7;  // so that rows fall into different banks
@@ -198,20 +202,20 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
     const int row = i / (kD / 2), column = i % (kD / 2) * 2, packed = row_block + row;
     if (packed >= group * T) break;
     Floats2 of[Shape::kWarps], total{0.0f, 0.0f};
-    float top = -kInfinity, sum = 0.0f;
+    float top = -kInfinity, l_all = 0.0f;
     ATTNFAST_UNROLL for (int w = 0; w < Shape::kWarps; ++w) {
       of[w] = load_shared<Floats2>(q_tile + (w * kRows + row) * 8);
       top = fmaxf(top, of[w].x);
     }
     const float base = top == -kInfinity ? 0.0f : top;
     ATTNFAST_UNROLL for (int w = 0; w < Shape::kWarps; ++w) {
-      const float share = exp2_fast((of[w].x - base) * units.to_log2);
+      const float rescale = exp2_fast((of[w].x - base) * units.to_log2);
       const auto x = load_shared<Floats2>(place_of(w, row, column / 2));
-      sum += share * of[w].y, total.x += share * x.x, total.y += share * x.y;
+      l_all += rescale * of[w].y, total.x += rescale * x.x, total.y += rescale * x.y;
     }
     const int64_t rows = p.B * p.H * T;
     const int64_t at = split * rows + (b * p.H + h_kv * group + packed / T) * T + packed % T;
-    if (column == 0) store_global(a.softmax + at, Floats2{top, sum});
+    if (column == 0) store_global(a.softmax + at, Floats2{top, l_all});
     if (column < p.D_v) store_global(a.partial + at * p.D_v + column, total.x);
     if (column + 1 < p.D_v) store_global(a.partial + at * p.D_v + column + 1, total.y);
   }

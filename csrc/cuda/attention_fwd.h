@@ -8,6 +8,7 @@
 // Limits: D and D_v up to kD; bf16, fp16
 #pragma once
 #include "arguments.h"
+#include "dropout.h"
 #include "head.h"
 #include "launch.h"
 #include "prims/opaque.h"
@@ -55,8 +56,8 @@ struct Softmax {
 // Sums for the statistics, over this lane's keys.
 template <int kRows>
 struct Moments {
-  float depth[kRows];     // of exp(s - m) (s - m), in units
-  float distance[kRows];  // of exp(s - m) |s - t'|
+  float depth_sum[kRows];     // of exp(s - m) (s - m), in units
+  float distance_sum[kRows];  // of exp(s - m) |j - t'|
 };
 
 template <class Element, int kD, bool kPlain>
@@ -68,7 +69,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   if (!has_code<Element, Shape::kOnTuring>()) return;
   const ForwardParams& p = arguments.p;
 
-  // Indices
+  // Setup
   const int64_t index = block_index(), query_blocks = arguments.query_blocks;
   const int64_t bh = index / query_blocks;
   const int t_block = static_cast<int>(query_blocks - 1 - index % query_blocks) * kM;
@@ -79,7 +80,6 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   const ScoreOptions options(arguments, head);
   const Philox philox(p, arguments.dropout, head.b, head.h);
 
-  // Shared memory
   const uint32_t q_tile = shared_memory(), k_tile = q_tile + kM * kD * 2;
   const uint32_t v_tile = k_tile + kN * kD * 2;
   const int D_v = static_cast<int>(p.D_v);
@@ -92,15 +92,17 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   Moments<kRows> moments;
   ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
     softmax.m[r] = -kInfinity, softmax.l[r] = 0.0f;
-    moments.depth[r] = 0.0f, moments.distance[r] = 0.0f;
+    moments.depth_sum[r] = 0.0f, moments.distance_sum[r] = 0.0f;
   }
 
-  // Keys, tile by tile
+  // Load q, and the first k
   if (key_begin < key_end) {
     load_tile<kD, kM, kThreads, !kPlain>(q_tile, q, t_block);
     load_tile<kD, kN, kThreads, !kPlain>(k_tile, k, key_begin);
   }
   commit_copies();
+
+  // Keys, tile by tile
   for (int s0 = key_begin; s0 < key_end; s0 += kN) {
     const auto [lane, t0, q_rows] = ForwardPlace<kD, kPlain>(t_block, q_tile);
     wait_copies<0>();
@@ -108,6 +110,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
     load_tile<kD, kN, kThreads, !kPlain>(v_tile, v, s0);
     commit_copies();
 
+    // Scores
     float s[kRowTiles][kN / 8][4] = {};
     uint32_t live = ~0u;
     if (t0 < head.T) {
@@ -127,6 +130,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
     commit_copies();
     if (t0 >= head.T) continue;
 
+    // Softmax
     const float to_log2 = arguments.units.to_log2;
     ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
       const int i = r / 2, half = r % 2 * 2;
@@ -137,19 +141,19 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
       m = fmaxf(m, shuffle_xor(m, 1));
       m = fmaxf(m, shuffle_xor(m, 2));
       const float base = m == -kInfinity ? 0.0f : m;
-      const float past = softmax.m[r] - base;  // of the maximum, in units
-      const float keep = exp2_fast(past * to_log2);
+      const float drop = softmax.m[r] - base;  // of the old maximum, in units
+      const float rescale = exp2_fast(drop * to_log2);
       softmax.m[r] = m;
       if constexpr (!kPlain) {
         if (p.entropy) {
-          const float moved = keep > 0.0f ? past : 0.0f;
-          moments.depth[r] = keep * (moments.depth[r] + moved * softmax.l[r]);
-          moments.distance[r] *= keep;
+          const float moved = rescale > 0.0f ? drop : 0.0f;
+          moments.depth_sum[r] = rescale * (moments.depth_sum[r] + moved * softmax.l[r]);
+          moments.distance_sum[r] *= rescale;
         }
       }
-      softmax.l[r] *= keep;
+      softmax.l[r] *= rescale;
       ATTNFAST_UNROLL for (int n = 0; n < kD / 8; ++n) {
-        acc[i][n][half] *= keep, acc[i][n][half + 1] *= keep;
+        acc[i][n][half] *= rescale, acc[i][n][half + 1] *= rescale;
       }
       ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
         ATTNFAST_UNROLL for (int e = half; e < half + 2; ++e) {
@@ -159,8 +163,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
           if constexpr (!kPlain) {
             if (p.entropy && depth != -kInfinity) {
               const Position at = position_of<false>(t0, s0, i, n, e, lane);
-              moments.depth[r] += x * depth;
-              moments.distance[r] += x * fabsf(static_cast<float>(at.key - at.t - head.shift));
+              moments.depth_sum[r] += x * depth;
+              moments.distance_sum[r] += x * fabsf(static_cast<float>(at.key - at.t - head.shift));
             }
           }
           softmax.l[r] += x;
@@ -178,42 +182,45 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
         }
       }
     }
+    // Output
     add_registers_times_rows<Element, kD, !kPlain>(acc, s, v_tile, live, lane);
   }
 
-  // Rows
+  // Row by row: what its four lanes have, together
   const auto [lane, t0, q_rows] = ForwardPlace<kD, kPlain>(t_block, q_tile);
   if (t0 >= head.T) return;
   const Units& units = arguments.units;
-  const float keep = dropout_factor(p);
-  float norm[kRows];
+  const float keep_scale = keep_scale_of(p);
+  float factor[kRows];  // from acc to the output
   ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
     const int t = t0 + r * 8 + lane / 4;
     float m = softmax.m[r], l = softmax.l[r];
     l += shuffle_xor(l, 1);
     l += shuffle_xor(l, 2);
-    float past = 1.0f;  // what the sink leaves of the sums
-    float depth = 0.0f, distance = 0.0f;
+    float rescale = 1.0f, depth_sum = 0.0f, distance_sum = 0.0f;
     if constexpr (!kPlain) {
-      depth = moments.depth[r], distance = moments.distance[r];
+      depth_sum = moments.depth_sum[r], distance_sum = moments.distance_sum[r];
       if (p.entropy) {
-        depth += shuffle_xor(depth, 1), distance += shuffle_xor(distance, 1);
-        depth += shuffle_xor(depth, 2), distance += shuffle_xor(distance, 2);
+        depth_sum += shuffle_xor(depth_sum, 1), distance_sum += shuffle_xor(distance_sum, 1);
+        depth_sum += shuffle_xor(depth_sum, 2), distance_sum += shuffle_xor(distance_sum, 2);
       }
+      // Sinks: one more key without a value
       if (p.sinks) {
         const float sink = load_global(p.sinks + head.h) * units.natural;
         const float top = fmaxf(m, sink), base = top == -kInfinity ? 0.0f : top;
-        past = exp2_fast((m - base) * units.to_log2);
-        const float p_sink = exp2_fast((sink - base) * units.to_log2);
-        depth = past * depth;
-        if (m != -kInfinity) depth += past * (m - base) * l;
-        if (sink != -kInfinity) depth += p_sink * (sink - base);
-        distance *= past;
-        l = past * l + p_sink;
+        rescale = exp2_fast((m - base) * units.to_log2);
+        const float l_sink = exp2_fast((sink - base) * units.to_log2);
+        depth_sum = rescale * depth_sum;
+        if (m != -kInfinity) depth_sum += rescale * (m - base) * l;
+        if (sink != -kInfinity) depth_sum += l_sink * (sink - base);
+        distance_sum *= rescale;
+        l = rescale * l + l_sink;
         m = top;
       }
     }
-    norm[r] = l == 0.0f ? 0.0f : past * keep / l;
+
+    // Statistics
+    factor[r] = l == 0.0f ? 0.0f : rescale * keep_scale / l;
     if (lane % 4 == 0 && t < head.T) {
       const int64_t row = head.row_number(p, t);
       const bool any = l != 0.0f;  // keys, or a sink
@@ -223,20 +230,20 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
       store_global(p.norm + p.norm_plane + row, any ? log2_l : kInfinity);
       if constexpr (!kPlain) {
         if (p.entropy) {
-          const float entropy = any ? log_l - depth / l * units.to_natural : 0.0f;
+          const float entropy = any ? log_l - depth_sum / l * units.to_natural : 0.0f;
           const float focus = exp2_fast((softmax.m[r] - m) * units.to_log2) / l;
           store_global(p.max_logit + row, softmax.m[r] * units.to_natural);
           store_global(p.entropy + row, entropy);
-          store_global(p.reach + row, any ? distance / l : 0.0f);
+          store_global(p.reach + row, any ? distance_sum / l : 0.0f);
           store_global(p.focus + row, any ? focus : 0.0f);
         }
       }
     }
   }
 
-  // Output
+  // Store
   auto* out = head.rows_to<Element>(p.out, head.h, head.q_begin);
-  store_rows<kD, !kPlain>(acc, norm, q_rows, out + t0 * p.out.t, p.out.t, head.T - t0, D_v,
+  store_rows<kD, !kPlain>(acc, factor, q_rows, out + t0 * p.out.t, p.out.t, head.T - t0, D_v,
                           arguments.out_aligned, lane);
 }
 

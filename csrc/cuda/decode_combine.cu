@@ -16,21 +16,30 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
     decode_combine_kernel(ATTNFAST_PARAMS DecodeArguments a) {
   if (!has_code<Element>()) return;
   const DecodeParams& p = a.p;
+
+  // Setup
   const int64_t row = block_index(), rows = p.B * p.H * p.T;
   const int64_t b = row / p.T / p.H, h = row / p.T % p.H, t = row % p.T;
   const int length = min_of(max_of(load_global(p.cache_seqlens + b), 0), static_cast<int>(p.S));
   const int64_t splits = min_of(splits_of(length), a.splits);
   const float to_log2 = a.units.to_log2;
+
+  // Sinks
   const float sink = p.sinks ? a.units.natural * load_global(p.sinks + h) : -kInfinity;
   float top = sink;
   for (int64_t i = 0; i < splits; ++i) top = fmaxf(top, load_global(a.softmax + i * rows + row).x);
   const float base = top == -kInfinity ? 0.0f : top;
-  float l = p.sinks ? exp2_fast((sink - base) * to_log2) : 0.0f;
+  const float l_sink = p.sinks ? exp2_fast((sink - base) * to_log2) : 0.0f;
+
+  // Statistics
+  float l = l_sink;
   for (int64_t i = 0; i < splits; ++i) {
     const Floats2 of = load_global(a.softmax + i * rows + row);
     l += exp2_fast((of.x - base) * to_log2) * of.y;
   }
-  const float norm = l == 0.0f ? 0.0f : 1.0f / l;
+
+  // Output
+  const float factor = l == 0.0f ? 0.0f : 1.0f / l;
   auto* out = static_cast<Element*>(p.out.data) + b * p.out.b + h * p.out.h + t * p.out.t;
   for (int64_t column = thread_index(); column < p.D_v; column += kThreads) {
     float sum = 0.0f;
@@ -39,7 +48,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
       const float x = load_global(a.partial + (i * rows + row) * p.D_v + column);
       sum += exp2_fast((m - base) * to_log2) * x;
     }
-    store_global(out + column, Element{static_cast<uint16_t>(pack<Element>(sum * norm, 0.0f))});
+    store_global(out + column, Element{static_cast<uint16_t>(pack<Element>(sum * factor, 0.0f))});
   }
   if (thread_index() == 0) {
     store_global(p.lse + row, l == 0.0f ? -kInfinity : top * a.units.to_natural + logf(l));

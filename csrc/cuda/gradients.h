@@ -1,11 +1,12 @@
 // What the backward kernels share: tile sizes, and the step from scores and dP to ds (docs/math.md,
 // section 4).
-//   p = exp(s - m) / l
-//   ds = p (Z (dP + dw) + row - dH (s - m))    row = -delta + dlse + dH (log l - H), for each query
+//   p = exp(s - m) / l    dP = Z (do v^T + dw)    ds = p (dP + row_term - dH (s - m))
 #pragma once
 #include "arguments.h"
+#include "dropout.h"
 #include "head.h"
 #include "launch.h"
+#include "row_terms.h"
 #include "scores.h"
 #include "tile.h"
 
@@ -41,17 +42,6 @@ void with_shape(Stream stream, Run run) {
     if (on_turing(stream)) return run(std::true_type());
   }
   run(std::false_type());
-}
-
-// Of one query: its norm as forward left it, the `row` above, and dH for scores in units.
-struct RowTerms {
-  float m = 0.0f, log2_l = kInfinity;  // those of a query without keys
-  float row = 0.0f, spread = 0.0f;
-};
-
-// s - m where it is multiplied with p: it ends where p is 0, before dH times it is infinite.
-ATTNFAST_DEVICE float depth_of(float x, float m, const Units& units) {
-  return fmaxf(x - m, units.deepest);
 }
 
 // A head's queries; those whose softmax is NaN read as zero. Their row terms make NaN of what they
@@ -103,14 +93,15 @@ struct WeightGradient {
   }
 };
 
-// Scores to p Z, and dP to dx, the gradient of scale * q k^T. Plain calls mask both afterwards.
+// Probabilities and ds, in one pass over a tile of scores and one of dP: scores to p Z, and dP to dx,
+// the gradient of scale * q k^T. Plain calls mask both afterwards.
 //   terms            terms.of_columns(n), then terms(m, e): the RowTerms of an element's query
-//   kept, keep       dropout's bits as kept_by_dropout has them, and 1 / (1 - dropout_p)
-//   capped           d capped / d uncapped; null: 1
+//   kept, keep_scale dropout's bits as kept_by_dropout has them, and 1 / (1 - dropout_p)
+//   dcapped          d capped / d uncapped; null: 1
 template <bool kPlain, int kM, int kN, class Terms>
 ATTNFAST_DEVICE void score_gradients(float (&s)[kM][kN][4], float (&dp)[kM][kN][4],
                                      const ScoreOptions& options, const uint32_t (&kept)[kM],
-                                     float keep, const float (*capped)[kN][4], Terms terms) {
+                                     float keep_scale, const float (*dcapped)[kN][4], Terms terms) {
   ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
     terms.of_columns(n);
     ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
@@ -120,90 +111,19 @@ ATTNFAST_DEVICE void score_gradients(float (&s)[kM][kN][4], float (&dp)[kM][kN][
         if constexpr (kPlain) {
           const float p = exp2_fast(fmaf(x - of.m, options.units.to_log2, -of.log2_l));
           s[m][n][e] = p;
-          dp[m][n][e] = p * (dp[m][n][e] + of.row);
+          dp[m][n][e] = p * (dp[m][n][e] + of.row_term);
         } else {
           const bool masked = x == -kInfinity;
           const float depth = depth_of(x, of.m, options.units);
           const float p = exp2_fast(fmaf(depth, options.units.to_log2, -of.log2_l));
-          const float z = kept[m] >> (n * 4 + e) & 1 ? keep : 0.0f;
-          const float ds = p * (z * dp[m][n][e] + of.row - of.spread * depth);
+          const float z = kept[m] >> (n * 4 + e) & 1 ? keep_scale : 0.0f;
+          const float ds = p * (z * dp[m][n][e] + of.row_term - of.dentropy * depth);
           s[m][n][e] = masked ? 0.0f : p * z;
-          dp[m][n][e] = masked ? 0.0f : ds * (capped ? capped[m][n][e] : 1.0f);
+          dp[m][n][e] = masked ? 0.0f : ds * (dcapped ? dcapped[m][n][e] : 1.0f);
         }
       }
     }
   }
-}
-
-// The row terms of a head's queries, as many planes as there are: without a gradient of the entropy
-// no spread.
-struct TermRows {
-  float* m;
-  int64_t plane;
-  int planes;
-
-  ATTNFAST_DEVICE TermRows(const BackwardArguments& a, int64_t b, int64_t h)
-      : m(a.terms + (b * a.p.H + h) * a.padded),
-        plane(a.p.B * a.p.H * a.padded),
-        planes(a.p.grad_entropy ? 4 : 3) {}
-
-  ATTNFAST_DEVICE float* row(int64_t t) const { return m + 2 * plane + t; }
-  ATTNFAST_DEVICE RowTerms load(int64_t t) const {
-    return {load_global(m + t), load_global(m + plane + t), load_global(row(t)),
-            planes > 3 ? load_global(m + 3 * plane + t) : 0.0f};
-  }
-};
-
-// The dot product of eight elements of do and of o.
-template <class Element>
-ATTNFAST_DEVICE float dot_of_chunk(const Words4& x, const Words4& y) {
-  const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
-  float sum = 0.0f;
-  ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
-    const auto low = [](uint32_t w) { return to_float(Element{static_cast<uint16_t>(w)}); };
-    const auto high = [](uint32_t w) { return to_float(Element{static_cast<uint16_t>(w >> 16)}); };
-    sum += low(xs[i]) * low(ys[i]) + high(xs[i]) * high(ys[i]);
-  }
-  return sum;
-}
-
-// Query t's row terms, by eight lanes together: `lane` of eight. The same bits in every kernel.
-constexpr int kLanesPerRow = 8;
-
-template <class Element>
-ATTNFAST_DEVICE RowTerms row_terms(const BackwardArguments& a, const Head& head, int t, int lane) {
-  const BackwardParams& p = a.p;
-  const int D_v = static_cast<int>(p.D_v);
-  float dot = 0.0f;
-  for (int column = lane * 8; t < head.T && column < D_v; column += kLanesPerRow * 8) {
-    const auto* o = head.rows_of<Element>(p.out, head.h, head.q_begin) + t * p.out.t;
-    const auto* d_o = head.rows_of<Element>(p.grad_out, head.h, head.q_begin) + t * p.grad_out.t;
-    if (a.out_aligned && a.grad_out_aligned) {
-      dot += dot_of_chunk<Element>(load_global(reinterpret_cast<const Words4*>(o + column)),
-                                   load_global(reinterpret_cast<const Words4*>(d_o + column)));
-    } else {
-      dot += dot_of_chunk<Element>(gather_chunk(o, column, D_v), gather_chunk(d_o, column, D_v));
-    }
-  }
-  for (int lanes = 1; lanes < kLanesPerRow; lanes *= 2) dot += shuffle_xor(dot, lanes);
-  RowTerms terms;
-  if (t >= head.T) return terms;
-  const int64_t at = head.row_number(p, t);
-  const float log2_l = load_global(p.norm + p.norm_plane + at);
-  if (log2_l == kInfinity) return terms;
-  terms.m = load_global(p.norm + at), terms.log2_l = log2_l;
-  // Nothing but the sink: o is zero, whatever do is.
-  if (dot != dot && p.sinks && log2_l == 0.0f &&
-      terms.m == load_global(p.sinks + head.h) * a.units.natural) {
-    dot = 0.0f;
-  }
-  terms.row = -dot + (p.grad_lse ? load_global(p.grad_lse + at) : 0.0f);
-  if (p.grad_entropy) {
-    const float grad = load_global(p.grad_entropy + at);
-    terms.row += grad * (log2_l * kLn2 - load_global(p.entropy + at));
-    terms.spread = grad * a.units.to_natural;
-  }
-  return terms;
 }
 
 }  // namespace attnfast::cuda

@@ -3,7 +3,7 @@
 #pragma once
 #include "../params.h"
 #include "prims/prims.h"
-#include "tile.h"
+#include "rows.h"
 
 namespace attnfast::cuda {
 

@@ -1,7 +1,9 @@
 // Tiles of probabilities from the saved norm, for the passes that follow the forward.
 //   p = exp(s - m) / l
 #pragma once
-#include "gradients.h"
+#include "arguments.h"
+#include "head.h"
+#include "scores.h"
 
 namespace attnfast::cuda {
 
@@ -10,6 +12,12 @@ struct ProbabilityShape {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kM = kWarps * 16, kN = 32;
   static constexpr int kSharedBytes = (kM + kN) * kD * 2;
+};
+
+// The bias's gradient has a tile of do beside that of q, and of v beside that of k.
+template <int kD>
+struct BiasShape : ProbabilityShape<kD> {
+  static constexpr int kSharedBytes = 2 * ProbabilityShape<kD>::kSharedBytes;
 };
 
 // The norm of a lane's two queries; 0 and inf where there is no key, or no query.

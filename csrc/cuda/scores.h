@@ -1,14 +1,12 @@
 // Tiles of scores in registers, and every option applied to them: the one place where positions,
-// masks, bias, ALiBi, softcap and dropout live.
+// masks, bias, ALiBi and softcap live (but for decoding, attention_decode.cu).
 //
 // A warp's tile is [kM][kN][4]: 16 * kM queries by 8 * kN keys, or kTransposed, 16 * kM keys by 8 *
 // kN queries (tile.h says which lane holds what). Scores are in the Units of arguments.h.
 #pragma once
 #include "arguments.h"
 #include "head.h"
-#include "philox.h"
 #include "prims/prims.h"
-#include "tile.h"
 
 namespace attnfast::cuda {
 
@@ -67,30 +65,30 @@ struct ScoreOptions {
   ATTNFAST_DEVICE bool drops_keys() const { return mask.data || bias.data; }
 
   // Products q k^T to scores, -inf where a query may not attend. `edge`: some of the tile's keys
-  // are out of reach of some of its queries. `capped`, unless null, takes d capped / d uncapped,
+  // are out of reach of some of its queries. `dcapped`, unless null, takes d capped / d uncapped,
   // which is 1 without a softcap.
   template <bool kTransposed, int kM, int kN>
   ATTNFAST_DEVICE void apply(float (&s)[kM][kN][4], const Head& head, int t0, int s0, int lane,
-                             bool edge, float (*capped)[kN][4] = nullptr) const {
+                             bool edge, float (*dcapped)[kN][4] = nullptr) const {
     const auto each = [&](auto f) {
       ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
         ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
           ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
             s[m][n][e] = f(s[m][n][e], position_of<kTransposed>(t0, s0, m, n, e, lane),
-                           capped ? &capped[m][n][e] : nullptr);
+                           dcapped ? &dcapped[m][n][e] : nullptr);
           }
         }
       }
     };
-    each([&](float x, Position, float* slope_of_cap) {
-      if (slope_of_cap) *slope_of_cap = 1.0f;
+    each([&](float x, Position, float* derivative) {
+      if (derivative) *derivative = 1.0f;
       return x * units.factor;
     });
     if (units.softcap > 0.0f) {
-      each([&](float x, Position, float* slope_of_cap) {
-        const float u = tanhf(x * units.uncap);
-        if (slope_of_cap) *slope_of_cap = 1.0f - u * u;
-        return units.softcap * u;
+      each([&](float x, Position, float* derivative) {
+        const float tanh_x = tanhf(x * units.uncap);
+        if (derivative) *derivative = 1.0f - tanh_x * tanh_x;
+        return units.softcap * tanh_x;
       });
     }
     if (slope != 0.0f) {
@@ -156,45 +154,6 @@ ATTNFAST_DEVICE uint32_t live_columns(const float (&s)[kM][kN][4]) {
     live |= shuffle_xor(live, lanes);
   }
   return live;
-}
-
-// Bits 4 n + e of kept[m]: whether dropout keeps an element's probability. One draw serves eight
-// keys of a query, so lanes draw for each other: the four that share rows, each for one of four
-// groups of eight keys; transposed, the eight that share columns, each for one of eight queries.
-template <bool kTransposed, int kM, int kN>
-ATTNFAST_DEVICE void kept_by_dropout(uint32_t (&kept)[kM], const Philox& philox, int t0, int s0,
-                                     int lane) {
-  static_assert(kN <= 8);
-  ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
-    kept[m] = 0;
-    ATTNFAST_UNROLL for (int half = 0; half < 2; ++half) {
-      ATTNFAST_UNROLL for (int n = 0; n < kN; n += 4) {
-        uint32_t words[4];
-        if constexpr (kTransposed) {
-          const int group = s0 / 8 + m * 2 + half, mine = lane / 4;
-          const int t = t0 + (n + mine / 2) * 8 + lane % 4 * 2 + mine % 2;
-          philox.draw(static_cast<uint32_t>(group), static_cast<uint32_t>(t), words);
-          uint32_t queries[8];
-          share_down_columns(words, queries, mine);  // word mine / 2 of all eight
-          ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
-            const uint32_t drawn = mine % 2 ? queries[i] >> 16 : queries[i] & 0xFFFF;
-            if (n + i / 2 >= kN) break;
-            if (drawn >= philox.threshold) kept[m] |= 1u << ((n + i / 2) * 4 + half * 2 + i % 2);
-          }
-        } else {
-          const int group = s0 / 8 + n + lane % 4, t = t0 + m * 16 + half * 8 + lane / 4;
-          philox.draw(static_cast<uint32_t>(group), static_cast<uint32_t>(t), words);
-          transpose_in_quads(words, lane);  // word lane % 4 of groups n .. n + 3
-          ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
-            if (n + i >= kN) break;
-            const int bit = (n + i) * 4 + half * 2;
-            if ((words[i] & 0xFFFF) >= philox.threshold) kept[m] |= 1u << bit;
-            if (words[i] >> 16 >= philox.threshold) kept[m] |= 2u << bit;
-          }
-        }
-      }
-    }
-  }
 }
 
 }  // namespace attnfast::cuda

@@ -28,9 +28,4 @@ inline int64_t most_splits(int64_t capacity) {
   return least < kMostSplits ? least : kMostSplits;
 }
 
-// Two floats, as kernels store them.
-struct alignas(8) Floats2 {
-  float x, y;
-};
-
 }  // namespace attnfast::cuda

@@ -48,54 +48,6 @@ struct LaneAddress {
   }
 };
 
-// Rows in global memory of which [begin, end) exist; all others read as zero.
-template <class Element>
-struct Rows {
-  const Element* data;
-  int64_t stride;  // of a row, in elements
-  int begin, end;
-  int columns;   // of a row; the tile's other columns are zero
-  bool aligned;  // every row begins at a multiple of 16 bytes, and ends at one
-
-  ATTNFAST_DEVICE bool has(int r) const { return r >= begin && r < end; }
-  ATTNFAST_DEVICE int64_t offset(int r) const { return r * stride; }
-};
-
-// Eight elements of a row that begins anywhere.
-template <class Element>
-ATTNFAST_DEVICE Words4 gather_chunk(const Element* row, int column, int columns) {
-  uint32_t half[8];
-  ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
-    half[i] = column + i < columns ? load_global(row + column + i).bits : 0;
-  }
-  return {half[0] | half[1] << 16, half[2] | half[3] << 16, half[4] | half[5] << 16,
-          half[6] | half[7] << 16};
-}
-
-// Starts to fill a tile of kRows rows with those from `first` on. SomeRows are Rows, or find theirs
-// otherwise.
-template <int kD, int kRows, int kThreads, bool kMayBeUnaligned, class SomeRows>
-ATTNFAST_DEVICE void load_tile(uint32_t tile, const SomeRows& rows, int first) {
-  constexpr int kChunks = kD / 8, kAll = kRows * kChunks;
-  if (kMayBeUnaligned && !rows.aligned) {
-    ATTNFAST_NO_UNROLL for (int n = thread_index(); n < kAll; n += kThreads) {
-      const int r = n / kChunks, chunk = n % kChunks;
-      const bool has = rows.has(first + r);
-      const auto* row = rows.data + (has ? rows.offset(first + r) : 0);
-      store_shared(tile + Swizzle<kD>::offset(r, chunk),
-                   gather_chunk(row, chunk * 8, has ? rows.columns : 0));
-    }
-    return;
-  }
-  ATTNFAST_UNROLL for (int i = 0; i < kAll; i += kThreads) {
-    const int n = i + thread_index(), r = n / kChunks, chunk = n % kChunks;
-    if (kAll % kThreads && n >= kAll) break;
-    const bool has = rows.has(first + r) && chunk * 8 < rows.columns;
-    const auto* from = rows.data + (has ? rows.offset(first + r) + chunk * 8 : 0);
-    copy_async(tile + Swizzle<kD>::offset(r, chunk), from, has ? 16 : 0);
-  }
-}
-
 // Of 16 keys' rows, as a B operand holds them, only those that are attended: the others are zero,
 // whatever they hold. Bits 0 and 1 of `live` are the lane's first two rows, 2 and 3 its others.
 ATTNFAST_DEVICE void drop_dead_rows(uint32_t (&b)[4], uint32_t live) {
@@ -148,39 +100,6 @@ ATTNFAST_DEVICE void add_registers_times_rows(float (&sum)[kM][kD / 8][4],
         multiply_accumulate<Element>(sum[m][n], left[m], right[0], right[1]);
         multiply_accumulate<Element>(sum[m][n + 1], left[m], right[2], right[3]);
       }
-    }
-  }
-}
-
-// Writes a warp's 16 * kM rows of sums, each times its factor ([2 * m + half]), rounded to Element,
-// by way of `own`, rows of a tile that no other warp touches: `rows` of them exist, of `columns`.
-template <int kD, bool kMayBeUnaligned, class Element, int kM>
-ATTNFAST_DEVICE void store_rows(const float (&sum)[kM][kD / 8][4], const float (&factor)[2 * kM],
-                                uint32_t own, Element* out, int64_t stride, int rows, int columns,
-                                bool aligned, int lane) {
-  ATTNFAST_UNROLL for (int r = 0; r < 2 * kM; ++r) {
-    const uint32_t row = r * 8 + lane / 4;
-    ATTNFAST_UNROLL for (int n = 0; n < kD / 8; ++n) {
-      const float (&x)[4] = sum[r / 2][n];
-      store_shared(own + Swizzle<kD>::offset(row, n) + lane % 4 * 4,
-                   pack<Element>(x[r % 2 * 2] * factor[r], x[r % 2 * 2 + 1] * factor[r]));
-    }
-  }
-  sync_warp();
-  constexpr int kChunks = kD / 8;
-  for (int n = lane; n < kM * 16 * kChunks; n += kWarpSize) {
-    const int row = n / kChunks, chunk = n % kChunks;
-    if (row >= rows || chunk * 8 >= columns) continue;
-    const auto x = load_shared<Words4>(own + Swizzle<kD>::offset(row, chunk));
-    Element* to = out + row * stride + chunk * 8;
-    if (!kMayBeUnaligned || aligned) {
-      store_global(reinterpret_cast<Words4*>(to), x);
-      continue;
-    }
-    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-    ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
-      if (chunk * 8 + i >= columns) break;
-      store_global(to + i, Element{static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)});
     }
   }
 }

@@ -19,7 +19,7 @@ struct Place {
     const char* slash = std::strrchr(file, '/');
     return slash ? slash + 1 : file;
   }
-  // "sync_block at attention_fwd.cuh:120"
+  // "sync_block at attention_fwd.h:120"
   std::string text() const {
     return std::string(op) + " at " + file_name() + ":" + std::to_string(line);
   }

@@ -6,15 +6,13 @@
 //   global      load_global  store_global
 //   copies      copy_async  commit_copies  wait_copies
 //   forms       has_code  has_shared  fail
-//   arithmetic  multiply_accumulate  exp2_fast  pack  unpack  multiply_high
+//   arithmetic  multiply_accumulate  exp2_fast  pack  to_float  multiply_high
 //
 // Shared memory is addressed by 32-bit numbers, never by pointers. What only some architectures
 // have goes into a file of its own beside these.
 #pragma once
 #include <cstdint>
 #include <limits>
-
-#include "../splits.h"
 
 namespace attnfast::cuda {
 
@@ -29,6 +27,9 @@ struct Float16 {
 // What one access moves.
 struct alignas(8) Words2 {
   uint32_t x, y;
+};
+struct alignas(8) Floats2 {
+  float x, y;
 };
 struct alignas(16) Words4 {
   uint32_t x, y, z, w;

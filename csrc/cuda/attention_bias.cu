@@ -1,21 +1,16 @@
-// The gradient of a bias, ds summed over the dimensions that the bias broadcasts, in a fixed order.
-// Each block owns a tile of the bias, and goes through all that share it.
-//   dbias = sum of p (Z dP + row - dH (s - m))
+// The gradient of a bias, of one head dim, ATTNFAST_HEAD_DIM: ds summed over the dimensions that the
+// bias broadcasts, in a fixed order. Each block owns a tile of the bias, and goes through all that
+// share it. The sinks' gradient, which knows no head dim, is in sinks.cu.
+//   dbias = sum of ds
 // Grid:   (bias's batch entry, bias's head, block of kM queries or 1, block of kN keys or 1)
 // Memory: tiles of q, do, k and v in shared memory; s, dP and the sum in registers
 // Limits: D and D_v up to kD; bf16, fp16
-#pragma once
-#include "attention_bwd_queries.h"
+#include "gradients.h"
+#include "launch.h"
 #include "probabilities.h"
 
 namespace attnfast::cuda {
-
-template <int kD>
-struct BiasShape {
-  static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
-  static constexpr int kM = kWarps * 16, kN = 32;
-  static constexpr int kSharedBytes = 2 * (kM + kN) * kD * 2;
-};
+namespace {
 
 ATTNFAST_DEVICE void store_number(const MutableView& x, int64_t at, float value) {
   switch (x.dtype) {
@@ -41,7 +36,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
   const BackwardParams& p = arguments.p;
   const BiasSizes& sizes = arguments.bias;
 
-  // Indices
+  // Setup
   int64_t index = block_index();
   const int64_t key_blocks = sizes.S > 1 ? (sizes.S + kN - 1) / kN : 1;
   const int64_t query_blocks = sizes.T > 1 ? (sizes.T + kM - 1) / kM : 1;
@@ -50,9 +45,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
   index = by_key / query_blocks;
   const int64_t bias_h = index % sizes.H, bias_b = index / sizes.H;
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
-  const float keep = dropout_factor(p);
+  const float keep_scale = keep_scale_of(p);
 
-  // Shared memory
   const uint32_t q_tile = shared_memory(), do_tile = q_tile + kM * kD * 2;
   const uint32_t k_tile = do_tile + kM * kD * 2, v_tile = k_tile + kN * kD * 2;
   const uint32_t own = warp * 16 * kD * 2;  // the warp's rows of q_tile and do_tile
@@ -64,6 +58,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
     const int t_last = min_of(t_block + kM, head.T) - 1;
     if (t_block >= head.T || s0 >= head.end_key(t_last) || s0 + kN <= head.first_key(t_block))
       return;
+    // Load
     sync_block();  // no warp reads the last tiles any more
     load_tile<kD, kM, kThreads, true>(
         q_tile, head.queries_of<Element>(p.q, p.D, arguments.q_aligned), t_block);
@@ -78,17 +73,20 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
     sync_block();  // all four are here
     const ScoreOptions options(arguments, head);
     const Philox philox(p, arguments.dropout, head.b, head.h);
-    const OwnTerms<1> terms(TermRows(arguments, head.b, head.h), t0, head.T, lane);
+    const OwnTerms<1> terms(TermPlanes(arguments, head.b, head.h), t0, head.T, lane);
     float s[1][kN / 8][4] = {}, dp[1][kN / 8][4] = {};
     uint32_t kept[1] = {~0u};
+    // Scores
     add_rows_times_rows<Element, kD>(s, q_tile + own, k_tile, lane);
     options.apply<false>(s, head, t0, s0, lane, crosses_edge(head, t0, 16, s0, kN));
     if (philox.threshold) kept_by_dropout<false, 1, kN / 8>(kept, philox, t0, s0, lane);
+    // dP
     add_rows_times_rows<Element, kD>(dp, do_tile + own, v_tile, lane);
     if (p.grad_weights.data) {
       WeightGradient(p, head).template add_to<false>(dp, head, t0, s0, lane);
     }
-    score_gradients<false>(s, dp, options, kept, keep,
+    // Probabilities, ds
+    score_gradients<false>(s, dp, options, kept, keep_scale,
                            static_cast<const float (*)[kN / 8][4]>(nullptr), terms);
     ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
       ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) sum[0][n][e] += dp[0][n][e];
@@ -109,7 +107,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
     }
   }
 
-  // Sums within the tile, over queries by way of shared memory
+  // Store: sums within the tile, over queries by way of shared memory
   const int64_t at = bias_b * p.dbias.b + bias_h * p.dbias.h;
   const int t0 = query_block * kM + warp * 16, s0 = key_block * kN;
   if (sizes.T > 1 && sizes.S > 1) {
@@ -151,8 +149,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
   if (lane == 0) store_number(p.dbias, at, column);
 }
 
-template <class Element, int kD>
-void launch_attention_bwd_bias(const BackwardArguments& a, Stream stream) {
+template <class Element>
+void run(const BackwardArguments& a, Stream stream) {
+  constexpr int kD = ATTNFAST_HEAD_DIM;
   using Shape = BiasShape<kD>;
   static_assert(Shape::kSharedBytes <= kSharedLimit);
   const int64_t key_blocks = a.bias.S > 1 ? (a.bias.S + Shape::kN - 1) / Shape::kN : 1;
@@ -161,6 +160,13 @@ void launch_attention_bwd_bias(const BackwardArguments& a, Stream stream) {
                             attention_bwd_bias_kernel<Element, kD>,
                             a.bias.B * a.bias.H * query_blocks * key_blocks, Shape::kThreads,
                             Shape::kSharedBytes, stream, a);
+}
+
+}  // namespace
+
+template <>
+void run_attention_bias<ATTNFAST_HEAD_DIM>(const BackwardArguments& a, Stream stream) {
+  a.p.q.dtype == DType::kFloat16 ? run<Float16>(a, stream) : run<BFloat16>(a, stream);
 }
 
 }  // namespace attnfast::cuda

@@ -1,12 +1,13 @@
-// Philox-4x32-10 (Salmon, Moraes, Dror and Shaw, 2011) as docs/math.md section 6 counts it.
+// Which probabilities dropout keeps: Philox-4x32-10 (Salmon, Moraes, Dror and Shaw, 2011) as
+// docs/math.md section 6 counts it.
 #pragma once
 #include "kernels.h"
 #include "prims/prims.h"
 
 namespace attnfast::cuda {
 
-// What probabilities that stay are multiplied with.
-ATTNFAST_DEVICE float dropout_factor(const Problem& p) {
+// 1 / (1 - dropout_p), what probabilities that stay are multiplied with.
+ATTNFAST_DEVICE float keep_scale_of(const Problem& p) {
   return p.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - p.dropout_p)) : 0.0f;
 }
 
@@ -70,6 +71,45 @@ ATTNFAST_DEVICE void share_down_columns(const uint32_t (&words)[4], uint32_t (&o
       const uint32_t last = shuffle_xor(four[j], 4);
       out[i * 4 + j * 2] = bit0 ? last : four[j];
       out[i * 4 + j * 2 + 1] = bit0 ? four[j] : last;
+    }
+  }
+}
+
+// Bits 4 n + e of kept[m]: whether dropout keeps an element's probability. One draw serves eight
+// keys of a query, so lanes draw for each other: the four that share rows, each for one of four
+// groups of eight keys; transposed, the eight that share columns, each for one of eight queries.
+template <bool kTransposed, int kM, int kN>
+ATTNFAST_DEVICE void kept_by_dropout(uint32_t (&kept)[kM], const Philox& philox, int t0, int s0,
+                                     int lane) {
+  static_assert(kN <= 8);
+  ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
+    kept[m] = 0;
+    ATTNFAST_UNROLL for (int half = 0; half < 2; ++half) {
+      ATTNFAST_UNROLL for (int n = 0; n < kN; n += 4) {
+        uint32_t words[4];
+        if constexpr (kTransposed) {
+          const int group = s0 / 8 + m * 2 + half, mine = lane / 4;
+          const int t = t0 + (n + mine / 2) * 8 + lane % 4 * 2 + mine % 2;
+          philox.draw(static_cast<uint32_t>(group), static_cast<uint32_t>(t), words);
+          uint32_t queries[8];
+          share_down_columns(words, queries, mine);  // word mine / 2 of all eight
+          ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
+            const uint32_t drawn = mine % 2 ? queries[i] >> 16 : queries[i] & 0xFFFF;
+            if (n + i / 2 >= kN) break;
+            if (drawn >= philox.threshold) kept[m] |= 1u << ((n + i / 2) * 4 + half * 2 + i % 2);
+          }
+        } else {
+          const int group = s0 / 8 + n + lane % 4, t = t0 + m * 16 + half * 8 + lane / 4;
+          philox.draw(static_cast<uint32_t>(group), static_cast<uint32_t>(t), words);
+          transpose_in_quads(words, lane);  // word lane % 4 of groups n .. n + 3
+          ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
+            if (n + i >= kN) break;
+            const int bit = (n + i) * 4 + half * 2;
+            if ((words[i] & 0xFFFF) >= philox.threshold) kept[m] |= 1u << bit;
+            if (words[i] >> 16 >= philox.threshold) kept[m] |= 2u << bit;
+          }
+        }
+      }
     }
   }
 }
