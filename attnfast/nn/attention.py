@@ -24,7 +24,8 @@ from . import fast_path as inference
 from .cache import KVCache
 from .inputs import (
     NAME,
-    attend_appended,
+    check_cache,
+    check_flags,
     check_inputs,
     check_tensors,
     plain_mask,
@@ -237,39 +238,29 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not (type(query) is type(key) is type(value) is Tensor):
             check_tensors(query, key, value)
         if not (type(need_weights) is type(average_attn_weights) is type(is_causal) is bool):
-            need_weights = require.truth(NAME, "need_weights", need_weights)
-            average_attn_weights = require.truth(NAME, "average_attn_weights", average_attn_weights)
-            is_causal = require.truth(NAME, "is_causal", is_causal)
+            flags = check_flags(need_weights, average_attn_weights, is_causal)
+            need_weights, average_attn_weights, is_causal = flags
+        asked = extras.asked_of(self)
         if query.is_nested:
             options = (key_padding_mask, need_weights, attn_mask, is_causal, kv_cache)
-            return jagged_forward(self, query, key, value, *options), None
+            return jagged_forward(self, asked, query, key, value, *options), None
         if kv_cache is not None or key is None or value is None:
-            _check_cache(kv_cache, key, value)
+            check_cache(kv_cache, key, value)
         weight = self.in_proj_weight  # None where key or value have features of their own
         check_inputs(self, weight, query, key, value)
         if attn_mask is not None:
-            attn_mask, is_causal = plain_mask(attn_mask, is_causal, query.device)
-        if is_causal and attn_mask is not None:
-            if need_weights:
-                is_causal = False
-            else:
-                attn_mask = None
-        if (
-            query is key
-            and key is value
-            and kv_cache is None
-            and inference.takes(self, weight, query)
-        ):
-            mode = (1 if average_attn_weights else 2) if need_weights else 0
+            attn_mask, is_causal = plain_mask(attn_mask, is_causal, need_weights, query.device)
+        return_weights = need_weights and ("mean" if average_attn_weights else True)
+        alone = query is key and key is value and kv_cache is None
+        if alone and inference.takes(self, asked, weight, query):
             masks = (key_padding_mask, attn_mask)
-            short = inference.self_attention(self, weight, query, *masks, is_causal, mode)
+            short = inference.self_attention(self, weight, query, *masks, is_causal, return_weights)
             if short is not None:
                 return short
 
         q, k, v = project(self, weight, query, key, value)
-        appended = 0
-        if self.bias_k is not None or self.add_zero_attn:
-            appended = (self.bias_k is not None) + self.add_zero_attn
+        appended = extras.appended_keys(self)
+        if appended:
             extras.check_positions(self.window, self.alibi)
             if kv_cache is None or not (k is None or kv_cache.length):
                 k, v = self._append_keys(k, v)
@@ -279,47 +270,35 @@ class MultiheadAttention(nn.MultiheadAttention):
             if k is not None:
                 kv_cache.append(k, v, appended)
             k, v = kv_cache.keys, kv_cache.values
-
         mask = bias = None
         if attn_mask is not None or key_padding_mask is not None:
             sizes = (*q.shape[:3], k.shape[2] - appended)
-            mask, bias = split_masks(attn_mask, key_padding_mask, sizes, q.device)
-            if appended:
-                mask, bias = (attend_appended(x, appended, sizes[3]) for x in (mask, bias))
-        if kv_cache is not None and self._decodes(q, is_causal, need_weights):
-            out = self._decode(q, kv_cache, mask, bias)
-            return self.out_proj(merge_heads(self, out, query)), None
+            mask, bias = split_masks(attn_mask, key_padding_mask, sizes, q.device, appended)
 
-        collect = self.collect_stats
-        result = attention(
+        if kv_cache is not None and decodes(asked, q.shape[2], is_causal, need_weights):
+            out = self._decode(asked, q, kv_cache, mask, bias)
+            return self.out_proj(merge_heads(self, out, query)), None
+        results = attention(
             q,
             k,
             v,
             mask=mask,
             bias=bias,
-            causal=bool(is_causal),
-            window=self.window,
+            causal=is_causal,
             align="bottom_right" if kv_cache is not None else appended or "top_left",
-            scale=None if self.similarity == "dot" else 1.0,
-            softcap=self.softcap,
-            alibi_slopes=extras.slopes_of(self),
-            sinks=self.sinks if self._has_sinks else None,
-            dropout_p=self.dropout if self.training else 0.0,
-            return_stats=collect,
-            return_weights=("mean" if average_attn_weights else True) if need_weights else False,
+            return_weights=return_weights,
             deterministic=self.deterministic,
             backend=self.backend,
+            **asked._asdict(),
         )
-        if not (need_weights or collect):
-            return self.out_proj(merge_heads(self, cast(Tensor, result), query)), None
-        out, *others = result
-        if collect:
+        if not (need_weights or asked.return_stats):
+            return self.out_proj(merge_heads(self, results, query)), None
+        out, *others = results
+        if asked.return_stats:
             self.stats = extras.stats_of_call(others[0], appended, query.dim() == 2)
-        weights = others[-1] if need_weights else None
-        if weights is not None and appended:
-            weights = weights.roll(-appended, -1)
-        if weights is not None and query.dim() == 2:
-            weights = weights[0]
+        weights = None
+        if need_weights:
+            weights = extras.weights_of_call(others[-1], appended, query.dim() == 2)
         return self.out_proj(merge_heads(self, out, query)), weights
 
     @property
@@ -398,18 +377,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             self.bias_v = nn.Parameter(torch.empty(1, 1, rows, **made))
         self._reset_parameters()
 
-    def _decodes(self, q: Tensor, is_causal: bool, need_weights: bool) -> bool:
-        """Whether a step over the cache is one that `decode_attention` computes."""
-        T = q.shape[2]
-        return (
-            (T == 1 or (is_causal and T <= DECODE_ROWS))
-            and not need_weights
-            and not self.collect_stats
-            and not (self.training and self.dropout)
-        )
-
     def _decode(
-        self, q: Tensor, cache: KVCache, mask: Tensor | None, bias: Tensor | None
+        self,
+        asked: extras.Extras,
+        q: Tensor,
+        cache: KVCache,
+        mask: Tensor | None,
+        bias: Tensor | None,
     ) -> Tensor:
         """`attention` by the kernel for few queries: a mask becomes part of the bias."""
         if mask is not None:
@@ -420,13 +394,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             cache.keys,
             cache.values,
             cache.seqlens(),
-            scale=None if self.similarity == "dot" else 1.0,
-            window=self.window,
-            softcap=self.softcap,
-            alibi_slopes=extras.slopes_of(self),
-            sinks=self.sinks.detach() if self._has_sinks and self.sinks is not None else None,
             bias=None if bias is None else bias.detach(),
             backend=self.backend,
+            **extras.decoding(asked),
         )
         return out
 
@@ -445,6 +415,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             keys.append(k.new_zeros(batch, heads, 1, dim))
             values.append(v.new_zeros(batch, heads, 1, dim))
         return torch.cat([*keys, k], dim=2), torch.cat([*values, v], dim=2)
+
+
+def decodes(asked: extras.Extras, T: int, is_causal: bool, need_weights: bool) -> bool:
+    """Whether a step over the cache is one that `decode_attention` computes."""
+    few = T == 1 or (is_causal and T <= DECODE_ROWS)
+    return few and not need_weights and extras.is_decoded(asked)
 
 
 def adopt(module: nn.MultiheadAttention) -> None:
@@ -477,14 +453,3 @@ def called_in_inference(module: nn.Module, args: Any) -> None:
     ``nn.TransformerEncoderLayer`` computes attention from its module's parameters, in inference,
     unless there is a hook that would miss the call: then it calls the module.
     """
-
-
-def _check_cache(kv_cache: Any, key: Tensor | None, value: Tensor | None) -> None:
-    if not isinstance(kv_cache, KVCache | None):
-        got = type(kv_cache).__name__
-        require.fail(NAME, "kv_cache", "an attnfast.KVCache or None", got, TypeError)
-    if (key is None) != (value is None):
-        require.fail(NAME, "key and value", "both given or both None", "one of them")
-    if key is None and (kv_cache is None or not kv_cache.length):
-        state = "no kv_cache" if kv_cache is None else "an empty one"
-        require.fail(NAME, "key and value", "given unless kv_cache holds some", f"None, {state}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from typing import Any, NoReturn
+import operator
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from .. import requirements as require
+from ..functional import decode_attention
 from ..stats import AttentionStats
 from .inputs import NAME, projection_weight
 
@@ -19,6 +22,58 @@ SIMILARITIES = {"dot": 0, "cosine": 1}
 STATS = {False: 0, True: 1, "received": 2}
 LOG_TEMPERATURE = math.log(10)  # where the learned log temperatures of cosine similarity start
 MAX_LOG_TEMPERATURE = math.log(100)  # and where they are clamped (arXiv:2111.09883)
+
+
+NO_DROPOUT = 0.0
+
+
+class Extras(NamedTuple):
+    """What a layer asks of `attention` that torch's would not, by the names of its arguments.
+
+    The defaults are torch's behaviour. All who call `attention`, `varlen_attention` or
+    `decode_attention` for a layer hand on every field.
+    """
+
+    window: tuple[int | None, int | None] | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    dropout_p: float = NO_DROPOUT
+    return_stats: bool | str = False
+
+
+_DECODE_ARGUMENTS = inspect.signature(decode_attention).parameters
+DECODED = tuple(name for name in Extras._fields if name in _DECODE_ARGUMENTS)
+
+
+def asked_of(module: Any) -> Extras:
+    """What a layer asks for now: its options may be changed at any time."""
+    return Extras(
+        module.window,
+        None if module.similarity == "dot" else 1.0,
+        module.softcap,
+        slopes_of(module),
+        module.sinks if module._has_sinks else None,
+        module.dropout if module.training and module.dropout else NO_DROPOUT,
+        module.collect_stats,
+    )
+
+
+def is_plain(asked: Any) -> bool:
+    """Whether every field is at its default."""
+    return all(map(operator.is_, asked, asked._field_defaults.values()))
+
+
+def is_decoded(asked: Any) -> bool:
+    """Whether every field that `decode_attention` does not take is at its default."""
+    return is_plain(asked._replace(**{name: asked._field_defaults[name] for name in DECODED}))
+
+
+def decoding(asked: Any) -> dict[str, Any]:
+    """`decode_attention`'s arguments; it has no gradients."""
+    given = ((name, getattr(asked, name)) for name in DECODED)
+    return {name: x.detach() if isinstance(x, Tensor) else x for name, x in given}
 
 
 def check(
@@ -36,6 +91,16 @@ def check(
     require.choice(NAME, "collect_stats", collect_stats, STATS)
     if appends:
         check_positions(window, alibi)
+
+
+def appended_keys(module: Any) -> int:
+    """How many keys `add_bias_kv` and `add_zero_attn` append."""
+    return (module.bias_k is not None) + bool(module.add_zero_attn)
+
+
+def counts_positions(module: Any) -> bool:
+    """Whether a layer's weights depend on how far a query and a key are apart."""
+    return module.window is not None or bool(module.alibi)
 
 
 def check_positions(window: Any, alibi: bool) -> None:
@@ -123,3 +188,10 @@ def stats_of_call(stats: AttentionStats, appended: int, unbatched: bool) -> Atte
         return stats
     first: AttentionStats = _pytree.tree_map(lambda x: x[0], stats)
     return first
+
+
+def weights_of_call(weights: Tensor, appended: int, unbatched: bool) -> Tensor:
+    """The same for weights."""
+    if appended:
+        weights = weights.roll(-appended, -1)
+    return weights[0] if unbatched else weights

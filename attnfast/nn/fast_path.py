@@ -15,29 +15,26 @@ from torch import Tensor, nn
 from .. import backends, dispatch, ops
 from ..autograd import call
 from ..backends import cpu
+from ..checks import WEIGHTS
+from .extras import Extras, appended_keys, is_plain
 from .inputs import split_masks
 from .linear import is_watched, linear
 
 
-def takes(module: Any, weight: Tensor | None, query: Tensor) -> bool:
+def takes(module: Any, asked: Extras, weight: Tensor | None, query: Tensor) -> bool:
     """Whether self-attention of a checked query may go the short way."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and is_plain(asked)
         and type(query) is Tensor
-        and query.dim() == 3
         and query.is_cpu
+        and query.dim() == 3
         and query.dtype in backends.FUSED_DTYPES
         and weight is not None
-        and not (module.training and module.dropout)
         and weight.shape[0] == 3 * module.embed_dim
         and module.embed_dim % module.num_heads == 0
-        and module.bias_k is None
-        and not module.add_zero_attn
-        and module.window is None
-        and module.softcap is None
-        and module.similarity == "dot"
-        and not (module.alibi or module._has_sinks or module.collect_stats)
+        and not appended_keys(module)
         and dispatch.requested(module.backend)[0] in ("auto", "cpu")
         and cpu.MISSING is None
         and not is_watched()
@@ -51,7 +48,7 @@ def self_attention(
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     causal: bool,
-    weights: int,
+    return_weights: bool | str,
 ) -> tuple[Tensor, Tensor | None] | None:
     """What the layer returns for ``query`` as query, key and value, where `takes` says yes.
 
@@ -62,7 +59,7 @@ def self_attention(
         key_padding_mask: see `MultiheadAttention.forward`.
         attn_mask: see `MultiheadAttention.forward`.
         causal: query t attends keys up to t.
-        weights: 0 none, 1 their mean over the heads, 2 all.
+        return_weights: see `attention`.
 
     Returns:
         The output and the weights; None where the long way has to decide what is wrong.
@@ -73,7 +70,7 @@ def self_attention(
         sizes = (batch, module.num_heads, length, length)
         masks = (attn_mask, key_padding_mask)
         mask, bias = (_as_4d(x) for x in split_masks(*masks, sizes, query.device))
-        if not (_is_plain(mask) and _is_plain(bias)):
+        if not (_is_plain_tensor(mask) and _is_plain_tensor(bias)):
             return None
     packed = linear(query, weight, module.in_proj_bias)
     if packed.dtype not in backends.FUSED_DTYPES or not packed.is_contiguous():
@@ -85,15 +82,15 @@ def self_attention(
         module.batch_first,
         mask,
         bias,
-        bool(causal),
-        weights,
+        causal,
+        WEIGHTS[return_weights],
     )
-    return module.out_proj(out), probabilities if weights else None
+    return module.out_proj(out), probabilities if return_weights else None
 
 
 def _as_4d(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dim() == 4 else x[(None,) * (4 - x.dim())]
 
 
-def _is_plain(x: Tensor | None) -> bool:
+def _is_plain_tensor(x: Tensor | None) -> bool:
     return x is None or (type(x) in (Tensor, nn.Parameter) and x.is_cpu)

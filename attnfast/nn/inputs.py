@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import requirements as require
 from ..subclasses import PLAIN, is_causal_bias, refusal
+from .cache import KVCache
 
 NAME = "MultiheadAttention"
 
@@ -51,6 +52,29 @@ def check_tensors(*inputs: Any) -> None:
         reason = refusal(x) if isinstance(x, Tensor) else "a Tensor"
         if reason is not None:
             require.fail(NAME, name, reason, type(x).__name__, TypeError)
+
+
+def check_flags(
+    need_weights: object, average_attn_weights: object, is_causal: object
+) -> tuple[bool, bool, bool]:
+    """What ``if`` would take these for."""
+    return (
+        require.truth(NAME, "need_weights", need_weights),
+        require.truth(NAME, "average_attn_weights", average_attn_weights),
+        require.truth(NAME, "is_causal", is_causal),
+    )
+
+
+def check_cache(kv_cache: Any, key: Tensor | None, value: Tensor | None) -> None:
+    """Raise unless there are keys and values: given, or held by a cache."""
+    if not isinstance(kv_cache, KVCache | None):
+        got = type(kv_cache).__name__
+        require.fail(NAME, "kv_cache", "an attnfast.KVCache or None", got, TypeError)
+    if (key is None) != (value is None):
+        require.fail(NAME, "key and value", "both given or both None", "one of them")
+    if key is None and (kv_cache is None or not kv_cache.length):
+        state = "no kv_cache" if kv_cache is None else "an empty one"
+        require.fail(NAME, "key and value", "given unless kv_cache holds some", f"None, {state}")
 
 
 def projection_weight(module: nn.MultiheadAttention) -> Tensor:
@@ -129,13 +153,15 @@ def _check_input(
 
 
 def plain_mask(
-    attn_mask: Tensor | None, is_causal: bool, device: torch.device
+    attn_mask: Any, is_causal: bool, need_weights: bool, device: torch.device
 ) -> tuple[Tensor | None, bool]:
-    """attn_mask and is_causal with torch's ``CausalBias`` as a bool mask, True = masked out."""
-    if type(attn_mask) in PLAIN or not is_causal_bias(attn_mask):
-        return attn_mask, is_causal
-    bias: Any = attn_mask
-    return ~bias._materialize(device), False
+    """attn_mask and is_causal, of which one decides alone: with weights attn_mask, as in torch.
+
+    Torch's ``CausalBias`` becomes a bool mask, True = masked out.
+    """
+    if type(attn_mask) not in PLAIN and is_causal_bias(attn_mask):
+        return ~attn_mask._materialize(device), False
+    return (None, True) if is_causal and not need_weights else (attn_mask, False)
 
 
 def split_masks(
@@ -143,6 +169,7 @@ def split_masks(
     key_padding_mask: Tensor | None,
     sizes: tuple[int, int, int, int],
     device: torch.device,
+    appended: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Torch's two masks as `attention` takes them: a bool mask (True = attend) and a float bias.
 
@@ -153,6 +180,7 @@ def split_masks(
         key_padding_mask: ``(B, S)``, or ``(S,)`` when B is 1, or None.
         sizes: ``(B, H, T, S)`` before any key is appended.
         device: query's.
+        appended: keys put before the others, all of which are attended.
     """
     excluded: Tensor | None = None
     bias: Tensor | None = None
@@ -168,7 +196,10 @@ def split_masks(
             excluded = given if excluded is None else excluded | given
         else:
             bias = given if bias is None else bias + given
-    return None if excluded is None else ~excluded, bias
+    mask = None if excluded is None else ~excluded
+    if appended:
+        mask, bias = (_attend_appended(x, appended, sizes[3]) for x in (mask, bias))
+    return mask, bias
 
 
 def _viewed_key_padding_mask(mask: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
@@ -216,8 +247,7 @@ def _check_mask(name: str, mask: Any, device: torch.device) -> None:
     require.memory(NAME, name, mask)
 
 
-def attend_appended(mask: Tensor | None, appended: int, source: int) -> Tensor | None:
-    """Extend a mask or bias over keys put before the others, all of which are attended."""
+def _attend_appended(mask: Tensor | None, appended: int, source: int) -> Tensor | None:
     if mask is None:
         return None
     value = 1.0 if mask.dtype == torch.bool else 0.0

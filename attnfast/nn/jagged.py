@@ -11,23 +11,21 @@ in inference, become jagged ones for it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..functional import varlen_attention
 from . import extras
+from .cache import KVCache
 from .inputs import NAME, check_kind, input_features, projection_weight
 from .projections import project
 
-if TYPE_CHECKING:
-    from .attention import MultiheadAttention
-    from .cache import KVCache
-
 
 def jagged_forward(
-    module: MultiheadAttention,
+    module: Any,
+    asked: extras.Extras,
     query: Tensor,
     key: Tensor | None,
     value: Tensor | None,
@@ -50,7 +48,9 @@ def jagged_forward(
         named = zip(inputs.items(), sizes, strict=True)
         made = {id(x): _as_jagged(name, x, size) for (name, x), size in named}
         options: Any = (key_padding_mask, need_weights, attn_mask, is_causal, kv_cache)
-        jagged = jagged_forward(module, made[id(query)], made[id(key)], made[id(value)], *options)
+        jagged = jagged_forward(
+            module, asked, made[id(query)], made[id(key)], made[id(value)], *options
+        )
         return torch.nested.as_nested_tensor(list(jagged.unbind()))
     for name, size in zip(inputs, sizes, strict=True):
         _check_input(module, name, inputs[name], size, query.shape[0])
@@ -61,7 +61,6 @@ def jagged_forward(
     rows = (values[id(query)], values[id(key)], values[id(value)])  # (total, features)
     q, k, v = project(module, module.in_proj_weight, *rows)  # (1, H, total, D)
     if module.similarity == "cosine":
-        assert module.log_temperature is not None
         q, k = extras.normalise(q, k, module.log_temperature)
     result = varlen_attention(
         q[0].transpose(0, 1),
@@ -71,18 +70,12 @@ def jagged_forward(
         inputs["key"].offsets(),
         _longest(query),
         _longest(inputs["key"]),
-        causal=bool(is_causal),
-        window=module.window,
-        scale=None if module.similarity == "dot" else 1.0,
-        softcap=module.softcap,
-        alibi_slopes=extras.slopes_of(module),
-        sinks=module.sinks if module._has_sinks else None,
-        dropout_p=module.dropout if module.training else 0.0,
-        return_stats=module.collect_stats,
+        causal=is_causal,
         deterministic=module.deterministic,
         backend=module.backend,
+        **asked._asdict(),
     )
-    if module.collect_stats:
+    if asked.return_stats:
         result, module.stats = result
     merged = torch.nested.nested_tensor_from_jagged(
         result.flatten(-2),
@@ -95,7 +88,7 @@ def jagged_forward(
 
 
 def _check_options(
-    module: MultiheadAttention,
+    module: Any,
     key_padding_mask: Tensor | None,
     need_weights: bool,
     attn_mask: Tensor | None,
@@ -112,7 +105,7 @@ def _check_options(
         _refuse("attn_mask", "pass is_causal=True for a causal mask, or pad")
     if kv_cache is not None:
         _refuse("kv_cache", "pad on the left and give key_padding_mask")
-    if module.bias_k is not None or module.add_zero_attn:
+    if extras.appended_keys(module):
         instead = "use sinks=True, or pad (nn.TransformerEncoder: enable_nested_tensor=False)"
         _refuse("add_bias_kv and add_zero_attn", instead)
 
@@ -140,7 +133,7 @@ def _fail_to_nest(name: str, required: str, x: Any) -> NoReturn:
     raise TypeError(f"{NAME}: {name} must be {required}, got {got}")
 
 
-def _check_input(module: MultiheadAttention, name: str, x: Any, features: int, batch: int) -> None:
+def _check_input(module: Any, name: str, x: Any, features: int, batch: int) -> None:
     required = f"a jagged nested tensor (B, *, {features}) as query is"
     if not isinstance(x, Tensor) or not x.is_nested or x.layout is not torch.jagged:
         _fail_to_nest(name, required, x)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import HOOK, MultiheadAttention
+from .extras import appended_keys, counts_positions
 from .linear import is_watched
 
 # Multiply-adds of padding per layer below which skipping it costs more: a jagged tensor's operators
@@ -106,8 +107,8 @@ def _is_plain_layer(layer: nn.Module) -> bool:
         type(layer) is nn.TransformerEncoderLayer
         and type(attention) is MultiheadAttention
         and attention.batch_first
-        and not (attention.bias_k is not None or attention.add_zero_attn)
-        and not (attention.window is not None or attention.alibi or attention.collect_stats)
+        and not (appended_keys(attention) or counts_positions(attention))
+        and not attention.collect_stats
     )
 
 
