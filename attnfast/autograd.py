@@ -31,7 +31,7 @@ from .call import (
     cut,
     forward_call,
 )
-from .checks import contiguous, rows
+from .checks import contiguous, dense_rows
 from .second_order import (
     PRIMALS,
     ResultGradients,
@@ -134,10 +134,10 @@ def attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
     _, _, *needed = ctx.needs_input_grad
     needs = by_input(*needed)
     upstream = Upstream(
-        torch.zeros_like(out) if to_out is None else rows(to_out),
+        torch.zeros_like(out) if to_out is None else dense_rows(to_out),
         contiguous(to_lse),
         None if to_stats is None else to_stats[1].contiguous(),
-        None if to_weights is None else rows(to_weights),
+        None if to_weights is None else dense_rows(to_weights),
         out,
         norm,
         None if to_stats is None else stats[1],

@@ -35,16 +35,21 @@ class Inputs(NamedTuple):
     cu_seqlens_k: Tensor | None = None  # (sequences + 1,) int32
 
 
+# The numbers that change a score alone, with which Options and DecodeOptions begin. A caller gives
+# None for what is absent. csrc/params.h has the same list.
+SCORE_OPTIONS = ("scale", "softcap")
+
+
 class Options(NamedTuple):
     """Every option of a call that is not a tensor."""
 
     scale: float
+    softcap: float = 0.0  # 0: none
     causal: bool = False
     window_left: Open = -1  # -1: unbounded
     window_right: Open = -1  # -1: unbounded
     align_offset: Open = 0  # t' = t + align_offset, plus S - T with align_bottom_right
     align_bottom_right: bool = False
-    softcap: float = 0.0  # 0: none
     dropout_p: float = 0.0
     weights: int = 0  # 0 none, 1 averaged over heads, 2 per head
     stats: int = 0  # 0 none, 1 per query, 2 also received
@@ -133,9 +138,9 @@ class DecodeOptions(NamedTuple):
     """Every option of a decode call that is not a tensor; see `Options`."""
 
     scale: float
+    softcap: float = 0.0
     window_left: Open = -1
     window_right: Open = -1
-    softcap: float = 0.0
 
     def as_options(self) -> Options:
         """Those of a call without a cache: decoding is causal."""
@@ -168,9 +173,14 @@ TYPES: dict[Any, str] = {
 def schema(operator: str) -> str:
     """An operator's schema, without its name; results that nobody asked for are empty tensors."""
     taken, returned = OPERATORS[operator]
-    arguments = itertools.chain.from_iterable(map(_annotations, taken))
-    listed = ", ".join(f"{TYPES[kind]} {name}" for name, kind in arguments)
-    return f"({listed}) -> ({', '.join(f'Tensor {name}' for name in returned._fields)})"
+    results = ", ".join(f"Tensor {name}" for name in returned._fields)
+    return f"({parameters(*taken)}) -> ({results})"
+
+
+def parameters(*records: Any) -> str:
+    """The fields of records, one after another, as a schema names them."""
+    fields = itertools.chain.from_iterable(map(_annotations, records))
+    return ", ".join(f"{TYPES[kind]} {name}" for name, kind in fields)
 
 
 def forward_call(args: Iterable[Any]) -> tuple[Inputs, Options]:

@@ -37,8 +37,7 @@ def attention_call(
     causal: bool,
     window: tuple[int | None, int | None] | None,
     align: str | int | Tensor,
-    scale: float | None,
-    softcap: float | None,
+    scores: tuple[float | None, ...],
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     dropout_p: float,
@@ -52,7 +51,7 @@ def attention_call(
     """The canonical form of a call of ``attention``, or of ``varlen_attention`` with ``sequences``.
 
     ``function`` is the public function's name and ``names`` what it calls q, k, v, mask and bias,
-    for messages; the others are its arguments.
+    for messages; ``scores`` are its `SCORE_OPTIONS`, and the others are its arguments.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
@@ -77,7 +76,11 @@ def attention_call(
         T = max_seqlen_q = require.longest(function, "max_seqlen_q", sequences.max_seqlen_q)
         S = max_seqlen_k = require.longest(function, "max_seqlen_k", sequences.max_seqlen_k)
     require.same_kind(function, names, q, k, v)
-    q, k, v = rows(q, function, names[0]), rows(k, function, names[1]), rows(v, function, names[2])
+    q, k, v = (
+        dense_rows(q, function, names[0]),
+        dense_rows(k, function, names[1]),
+        dense_rows(v, function, names[2]),
+    )
 
     if mask is not None or bias is not None:
         if sequences is None and not (type(mask) in ORDINARY and type(bias) in ORDINARY):
@@ -141,13 +144,12 @@ def attention_call(
             cu_seqlens_k,
         ),
         Options(
-            D**-0.5 if scale is None else require.scale_factor(function, scale),
+            *require.score_options(function, D, *scores),
             causal,
             window_left,
             window_right,
             align_offset,
             bottom_right,
-            0.0 if softcap is None else require.softcap_limit(function, softcap),
             dropout_p,
             weights,
             stats,
@@ -165,9 +167,8 @@ def decode_call(
     v_cache: Tensor,
     cache_seqlens: Tensor,
     page_table: Tensor | None,
-    scale: float | None,
     window: tuple[int | None, int | None] | None,
-    softcap: float | None,
+    scores: tuple[float | None, ...],
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     bias: Tensor | None,
@@ -206,16 +207,12 @@ def decode_call(
             if x is not None:
                 why = "decoding has none (detach it, or run under torch.no_grad())"
                 require.without_gradient(function, name, x, why)
-    options = DecodeOptions(
-        scale=D**-0.5 if scale is None else require.scale_factor(function, scale),
-        window_left=window_left,
-        window_right=window_right,
-        softcap=0.0 if softcap is None else require.softcap_limit(function, softcap),
-    )
+    numbers = require.score_options(function, D, *scores)
+    options = DecodeOptions(*numbers, window_left, window_right)
     inputs = DecodeInputs(
-        q=rows(q, function, "q"),
-        k_cache=rows(k_cache, function, "k_cache"),
-        v_cache=rows(v_cache, function, "v_cache"),
+        q=dense_rows(q, function, "q"),
+        k_cache=dense_rows(k_cache, function, "k_cache"),
+        v_cache=dense_rows(v_cache, function, "v_cache"),
         cache_seqlens=cache_seqlens,
         page_table=page_table,
         bias=bias,
@@ -273,7 +270,7 @@ def autocast(function: str, names: tuple[str, ...], *tensors: Tensor) -> tuple[T
     )
 
 
-def rows(x: Tensor, function: str = "attention", name: str = "a gradient") -> Tensor:
+def dense_rows(x: Tensor, function: str = "attention", name: str = "a gradient") -> Tensor:
     """Return x with stride 1 in its last dimension, copied only if it is not."""
     if x.stride(-1) == 1 or x.shape[-1] == 1:
         return x

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from . import checks, dispatch
 from . import requirements as require
-from .backends import Problem, dtype_name
-from .call import Sequences
+from .backends import Backend, Problem, dtype_name
+from .call import SCORE_OPTIONS, Options, Sequences
 from .functional import (
     attention,
     attention_problem,
@@ -19,7 +21,9 @@ from .functional import (
     decode_problem,
     varlen_attention,
 )
+from .subclasses import is_at_hand
 
+PARTS = ("window_right", "align_bottom_right", "max_seqlen_q", "max_seqlen_k")  # of other lines
 ENVIRONMENT = ("ATTNFAST_BACKEND", "ATTNFAST_FALLBACK", "ATTNFAST_CPU_ISA", "ATTNFAST_NATIVE")
 
 
@@ -42,8 +46,9 @@ def explain(*args: Any, **kwargs: Any) -> str:
     Returns:
         Several lines with the problem; its options; every backend in the order in which "auto"
         tries them, accepted or with its reason; the one chosen, and why it comes before those
-        that follow; what is saved for backward; the
-        workspace; the environment variables that count.
+        that follow; what is saved for backward; the workspace, which is memory in use only while a
+        call runs: the most scratch that its kernels hold, by their own plan, and lse and norm where
+        they are neither returned nor saved; the environment variables that count.
 
     Raises:
         TypeError: As the function whose arguments these are.
@@ -59,8 +64,10 @@ def explain(*args: Any, **kwargs: Any) -> str:
     call.apply_defaults()
     if call.arguments["other"]:
         require.nothing_else(name, call.arguments["other"])
-    problem = _problem(name, call.arguments)
-    return Explanation(describe(name, problem, call.arguments["backend"]))
+    checked = _checked_call(name, call.arguments)
+    problem = (decode_problem if name == "decode_attention" else attention_problem)(*checked)
+    workspace = functools.partial(_workspace, name, call.arguments, checked)
+    return Explanation(describe(name, problem, call.arguments["backend"], workspace))
 
 
 def _function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -72,14 +79,16 @@ def _function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return attention
 
 
-def _problem(function: str, arguments: dict[str, Any]) -> Problem:
+def _checked_call(function: str, arguments: dict[str, Any]) -> Any:
+    """The tensors and the options of a call."""
+    arguments = {**arguments, "scores": tuple(arguments[name] for name in SCORE_OPTIONS)}
     if function == "decode_attention":
-        return decode_problem(*_checked(checks.decode_call, function, arguments))
+        return _checked(checks.decode_call, function, arguments)
     sequences = None
     if function == "varlen_attention":
         sequences = Sequences(*(arguments[name] for name in Sequences._fields))
-    arguments = {**arguments, "sequences": sequences, "names": checks.NAMES}
-    return attention_problem(*_checked(checks.attention_call, function, arguments))
+    arguments |= {"sequences": sequences, "names": checks.NAMES}
+    return _checked(checks.attention_call, function, arguments)
 
 
 def _checked(check: Any, function: str, arguments: dict[str, Any]) -> Any:
@@ -88,8 +97,13 @@ def _checked(check: Any, function: str, arguments: dict[str, Any]) -> Any:
     return check(function, **{name: arguments[name] for name in wanted})
 
 
-def describe(function: str, problem: Problem, backend: str = "auto") -> str:
-    """The text of ``explain`` for a problem."""
+def describe(
+    function: str,
+    problem: Problem,
+    backend: str = "auto",
+    workspace: Callable[[Backend], tuple[int, int] | None] = lambda row: None,
+) -> str:
+    """The text of ``explain`` for a problem; ``workspace`` is what a backend takes for it."""
     name, source = dispatch.requested(backend)
     dispatch.check_name(function, name, source)
     order = [row.name for row in dispatch.rows(problem.device)]
@@ -110,12 +124,8 @@ def describe(function: str, problem: Problem, backend: str = "auto") -> str:
         lines.append(f"chosen: none; {source} names {name}, and the call raises its reason")
         return "\n".join([*lines, _environment()])
     row = next(row for row in dispatch.rows(problem.device) if row.name == chosen)
-    forward, backward = row.workspace(problem)
     lines.append(f"saved for backward: {_saved(problem, chosen)}")
-    lines.append(
-        f"workspace: about {_size(forward)} forward"
-        + (f", {_size(backward)} backward" if problem.requires_grad else "")
-    )
+    lines.append(f"workspace: {_sizes(workspace(row), problem)}")
     return "\n".join([*lines, _environment()])
 
 
@@ -139,23 +149,25 @@ def _shapes(p: Problem) -> str:
 
 
 def _options(p: Problem) -> str:
-    """Every option that is not at its default."""
+    """Every option that is not at its default, as the caller gave it."""
     options = p.options
     window = tuple(
         None if side < 0 else side for side in (options.window_left, options.window_right)
     )
     align = "bottom_right" if options.align_bottom_right else options.align_offset
-    shown = {
-        "scale": f"{options.scale:.6g}",
-        "causal": options.causal,
-        "window": window if window != (None, None) else None,
-        "align": "per batch entry" if p.align else align,
-        "softcap": options.softcap,
-        "dropout_p": options.dropout_p,
-        "deterministic": options.deterministic,
-        "return_weights": {1: "mean", 2: "per head"}.get(options.weights),
-        "return_stats": {1: True, 2: "received"}.get(options.stats),
+    as_given: dict[str, tuple[str, Any]] = {
+        "window_left": ("window", window if window != (None, None) else None),
+        "align_offset": ("align", "per batch entry" if p.align else align),
+        "weights": ("return_weights", _given(options.weights, checks.WEIGHTS)),
+        "stats": ("return_stats", _given(options.stats, checks.STATS)),
     }
+    shown: dict[str, Any] = {"scale": f"{options.scale:.6g}"}
+    for name, default in Options._field_defaults.items():
+        if name in as_given:
+            shown_name, value = as_given[name]
+            shown |= {shown_name: value} if value else {}
+        elif name not in PARTS and getattr(options, name) != default:
+            shown[name] = getattr(options, name)
     flags = {
         "mask": p.mask,
         f"bias ({dtype_name(p.bias)})" if p.bias else "bias": p.bias,
@@ -163,9 +175,14 @@ def _options(p: Problem) -> str:
         "sinks": p.sinks,
     }
     return ", ".join(
-        [f"{name}={value}" for name, value in shown.items() if value]
+        [f"{name}={value}" for name, value in shown.items()]
         + [name for name, given in flags.items() if given]
     )
+
+
+def _given(number: int, choices: dict[Any, int]) -> Any:
+    """The choice that a number stands for."""
+    return next(choice for choice, stands_for in choices.items() if stands_for == number)
 
 
 def _saved(p: Problem, backend: str) -> str:
@@ -180,6 +197,38 @@ def _saved(p: Problem, backend: str) -> str:
     results = rows * (p.D_v * size + 4 * (6 if p.options.stats else 2))
     names = "out, norm" + (" and statistics" if p.options.stats else "")
     return f"the inputs ({_size(inputs)} of q, k, v, not copied), {names} ({_size(results)})"
+
+
+def _workspace(
+    function: str, arguments: dict[str, Any], call: Any, row: Backend
+) -> tuple[int, int] | None:
+    """Bytes in use only while a call runs, forward and backward; None where no values can be read.
+
+    Not counted are a few numbers per batch entry, sequence or head, and copies of arguments and
+    gradients whose rows have gaps.
+    """
+    inputs, options = call
+    if row.ops is None:
+        return row.workspace(*call)
+    if not is_at_hand(inputs.q):
+        return None
+    try:
+        forward, backward = row.workspace(*call)
+    except RuntimeError as error:
+        raise checks.value_error(function, error) from None
+    rows = inputs.q.shape[:3].numel()
+    if not (arguments["return_lse"] or arguments.get("return_stats")):
+        forward += 4 * rows
+    if isinstance(options, Options) and not attention_problem(*call).requires_grad:
+        forward += 8 * rows
+    return forward, backward
+
+
+def _sizes(workspace: tuple[int, int] | None, problem: Problem) -> str:
+    if workspace is None:
+        return "unknown, as the tensors have no values yet"
+    forward, backward = map(_size, workspace)
+    return f"about {forward} forward" + (f", {backward} backward" if problem.requires_grad else "")
 
 
 def _size(count: int) -> str:

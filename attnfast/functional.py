@@ -129,8 +129,7 @@ def attention(
         causal,
         window,
         align,
-        scale,
-        softcap,
+        (scale, softcap),
         alibi_slopes,
         sinks,
         dropout_p,
@@ -252,8 +251,7 @@ def varlen_attention(
         causal,
         window,
         align,
-        scale,
-        softcap,
+        (scale, softcap),
         alibi_slopes,
         sinks,
         dropout_p,
@@ -265,7 +263,7 @@ def varlen_attention(
     )
     outputs = run("varlen_attention", inputs, options, backend)
     out, lse, norm, stats, received, weights = outputs
-    out = out[0].transpose(0, 1)
+    out = out.squeeze(0).transpose(0, 1)  # the gradient of out[0] would be copied
     if not (return_lse or return_stats or return_weights):
         return out
     stats = None if stats is None or not options.stats else stats[:, 0]
@@ -343,9 +341,8 @@ def decode_attention(
         v_cache,
         cache_seqlens,
         page_table,
-        scale,
         window,
-        softcap,
+        (scale, softcap),
         alibi_slopes,
         sinks,
         bias,

@@ -23,12 +23,17 @@ from torch import Tensor
 from . import autograd, vmap
 from .call import (
     OPERATORS,
+    DecodeInputs,
+    DecodeOptions,
     DecodeOutputs,
     Gradients,
+    Inputs,
+    Options,
     Outputs,
     backward_call,
     decode_call,
     forward_call,
+    parameters,
     schema,
 )
 from .sizes import memory_order
@@ -167,6 +172,28 @@ CUDA = define("cuda")
 _LIBRARY.define("cpu_isa() -> str")
 _LIBRARY.define("cpu_isas() -> str")
 _LIBRARY.define("cuda_unusable(int device) -> str")
+for _backend in ("cpu", "cuda"):
+    _call = f"({parameters(Inputs, Options)}, bool need_dbias)"
+    _LIBRARY.define(f"{_backend}_workspace{_call} -> (int forward, int backward)")
+    _call = f"({parameters(DecodeInputs, DecodeOptions)})"
+    _LIBRARY.define(f"{_backend}_decode_workspace{_call} -> int")
+
+
+def workspace(
+    backend: str, inputs: Inputs | DecodeInputs, options: Options | DecodeOptions
+) -> tuple[int, int]:
+    """Bytes of scratch that native kernels take for a call, forward and backward, as they say."""
+    operators = torch.ops.attnfast
+    if isinstance(inputs, DecodeInputs):
+        return getattr(operators, f"{backend}_decode_workspace")(*inputs, *options), 0
+    of_call = getattr(operators, f"{backend}_workspace")
+    forward, backward = of_call(*inputs, *options, wants_gradient(inputs.bias))
+    return forward, backward
+
+
+def wants_gradient(x: Tensor | None) -> bool:
+    """Whether a backward has to give the gradient of an input."""
+    return x is not None and x.requires_grad
 
 
 def load() -> str | None:

@@ -23,7 +23,7 @@ DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 REPEATS = 3
 
 
-class Case(NamedTuple):
+class Sample(NamedTuple):
     """The sizes and options of one call; False or zero is an option's absence."""
 
     name: str
@@ -38,16 +38,16 @@ class Case(NamedTuple):
     extras: bool = False  # a mask, a bias, slopes, sinks and dropout
 
 
-CASES = (
-    Case("plain", 2, 4, 4, 128, 128, 64),
-    Case("causal, grouped heads", 1, 6, 2, 65, 129, 80, causal=True),
-    Case("window, long rows", 1, 2, 2, 300, 300, 128, causal=True, window=70),
-    Case("mask, bias, ALiBi, sinks, dropout", 2, 2, 1, 63, 100, 40, extras=True),
+SAMPLES = (
+    Sample("plain", 2, 4, 4, 128, 128, 64),
+    Sample("causal, grouped heads", 1, 6, 2, 65, 129, 80, causal=True),
+    Sample("window, long rows", 1, 2, 2, 300, 300, 128, causal=True, window=70),
+    Sample("mask, bias, ALiBi, sinks, dropout", 2, 2, 1, 63, 100, 40, extras=True),
 )
 
 
 class Verdict(NamedTuple):
-    """One backend on one case in one dtype."""
+    """One backend on one sample in one dtype."""
 
     backend: str
     case: str
@@ -64,23 +64,23 @@ class Verdict(NamedTuple):
 
 
 def run(backends: list[tuple[str, str]]) -> Iterator[Verdict]:
-    """Check backends, given as (name, device type), on every case and dtype they take."""
+    """Check backends, given as (name, device type), on every sample and dtype they take."""
     for backend, device in backends:
-        for case in CASES:
+        for sample in SAMPLES:
             for dtype in DTYPES:
-                inputs, options, _ = problem(case, dtype, device)
+                inputs, options, _ = drawn(sample, dtype, device)
                 call = attention_problem(_with_leaves(inputs)[0], options)
                 if dispatch.refusal(backend, call) is None:
-                    yield check(backend, case, dtype, device)
+                    yield check(backend, sample, dtype, device)
 
 
-def check(backend: str, case: Case, dtype: torch.dtype, device: str) -> Verdict:
-    """Run one case forward and backward, and measure it against the rule.
+def check(backend: str, sample: Sample, dtype: torch.dtype, device: str) -> Verdict:
+    """Run one sample forward and backward, and measure it against the rule.
 
-    ``error <= 2 x eager error + 4 eps M``: eager is the reference computed in the case's dtype, M
+    ``error <= 2 x eager error + 4 eps M``: eager is the reference computed in its dtype, M
     the largest of the same sums taken with absolute terms in fp64 (`magnitudes`).
     """
-    inputs, options, grad_out = problem(case, dtype, device)
+    inputs, options, grad_out = drawn(sample, dtype, device)
     truth = reference_results(_double(inputs), options, grad_out.double(), torch.float64)
     eager = reference_results(inputs, options, grad_out, dtype)
     eager["lse"] = reference_results(inputs, options, grad_out, torch.float32)["lse"]
@@ -93,19 +93,19 @@ def check(backend: str, case: Case, dtype: torch.dtype, device: str) -> Verdict:
         for name in truth
     }
     name = str(dtype).removeprefix("torch.")
-    return Verdict(backend, case.name, name, errors, bounds, forward_ms, backward_ms)
+    return Verdict(backend, sample.name, name, errors, bounds, forward_ms, backward_ms)
 
 
-def problem(case: Case, dtype: torch.dtype, device: str) -> tuple[Inputs, Options, Tensor]:
-    """The case's tensors, the same every time, and the gradient of its output."""
+def drawn(sample: Sample, dtype: torch.dtype, device: str) -> tuple[Inputs, Options, Tensor]:
+    """The sample's tensors, the same every time, and the gradient of its output."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    B, H, T, S, D = case.B, case.H, case.T, case.S, case.D
-    inputs = Inputs(normal(B, H, T, D), normal(B, case.H_kv, S, D), normal(B, case.H_kv, S, D))
-    if case.extras:
+    B, H, T, S, D = sample.B, sample.H, sample.T, sample.S, sample.D
+    inputs = Inputs(normal(B, H, T, D), normal(B, sample.H_kv, S, D), normal(B, sample.H_kv, S, D))
+    if sample.extras:
         inputs = inputs._replace(
             mask=(torch.rand(B, 1, 1, S, generator=generator) < 0.8).to(device),
             bias=normal(1, H, T, S),
@@ -115,10 +115,10 @@ def problem(case: Case, dtype: torch.dtype, device: str) -> tuple[Inputs, Option
         )
     options = Options(
         scale=D**-0.5,
-        causal=case.causal,
-        window_left=case.window,
-        align_bottom_right=case.causal,
-        dropout_p=0.1 if case.extras else 0.0,
+        causal=sample.causal,
+        window_left=sample.window,
+        align_bottom_right=sample.causal,
+        dropout_p=0.1 if sample.extras else 0.0,
     )
     return inputs, options, normal(B, H, T, D)
 

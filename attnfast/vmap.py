@@ -27,7 +27,7 @@ from .call import (
     decode_call,
     forward_call,
 )
-from .checks import contiguous, rows
+from .checks import contiguous, dense_rows
 
 
 class Fold(NamedTuple):
@@ -60,9 +60,9 @@ class Fold(NamedTuple):
     def inputs(self, x: Inputs, dims: Any, bias_apart: bool = False) -> Inputs:
         """Every tensor of a call."""
         return Inputs(
-            q=rows(self.tensor(x.q, dims.q)),
-            k=rows(self.tensor(x.k, dims.k)),
-            v=rows(self.tensor(x.v, dims.v)),
+            q=dense_rows(self.tensor(x.q, dims.q)),
+            k=dense_rows(self.tensor(x.k, dims.k)),
+            v=dense_rows(self.tensor(x.v, dims.v)),
             mask=self.broadcast(x.mask, dims.mask),
             bias=self.broadcast(x.bias, dims.bias, bias_apart),
             alibi_slopes=self.broadcast(x.alibi_slopes, dims.alibi_slopes),
@@ -73,11 +73,11 @@ class Fold(NamedTuple):
     def upstream(self, x: Upstream, dims: Any) -> Upstream:
         """What a backward receives before the inputs."""
         return Upstream(
-            grad_out=rows(self.tensor(x.grad_out, dims.grad_out)),
+            grad_out=dense_rows(self.tensor(x.grad_out, dims.grad_out)),
             grad_lse=contiguous(self.optional(x.grad_lse, dims.grad_lse)),
             grad_entropy=contiguous(self.optional(x.grad_entropy, dims.grad_entropy)),
             grad_weights=contiguous(self.optional(x.grad_weights, dims.grad_weights)),
-            out=rows(self.tensor(x.out, dims.out)),
+            out=dense_rows(self.tensor(x.out, dims.out)),
             norm=self.tensor(x.norm, dims.norm, 1).contiguous(),
             entropy=contiguous(self.optional(x.entropy, dims.entropy)),
             need_dbias=x.need_dbias,
@@ -88,9 +88,9 @@ class Fold(NamedTuple):
         """Every tensor of a decode call; all calls share a pool of pages."""
         paged = x.page_table is not None
         return DecodeInputs(
-            q=rows(self.tensor(x.q, dims.q)),
-            k_cache=x.k_cache if paged else rows(self.tensor(x.k_cache, dims.k_cache)),
-            v_cache=x.v_cache if paged else rows(self.tensor(x.v_cache, dims.v_cache)),
+            q=dense_rows(self.tensor(x.q, dims.q)),
+            k_cache=x.k_cache if paged else dense_rows(self.tensor(x.k_cache, dims.k_cache)),
+            v_cache=x.v_cache if paged else dense_rows(self.tensor(x.v_cache, dims.v_cache)),
             cache_seqlens=self.tensor(x.cache_seqlens, dims.cache_seqlens).contiguous(),
             page_table=contiguous(self.optional(x.page_table, dims.page_table)),
             bias=self.broadcast(x.bias, dims.bias),

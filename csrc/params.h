@@ -45,8 +45,29 @@ struct Units {
 
 enum class Weights : int32_t { kNone, kMean, kPerHead };
 
+// The scratch of a CPU kernel that is only asked for it: bytes held, and the most at any time.
+struct Footprint {
+  int64_t held = 0, most = 0;
+};
+
+// The numbers that change a score alone, by name and by what leaves scores as they are, in the order
+// of attnfast/call.py: members here, arguments of the operators in csrc/bindings.
+#define ATTNFAST_SCORE_OPTIONS(each) each(scale, 1.0f) each(softcap, 0.0f)
+
+// All that changes scores but tensors of their size and causality.
+struct ScoreOptions {
+#define ATTNFAST_MEMBER(name, absent) float name = absent;
+  ATTNFAST_SCORE_OPTIONS(ATTNFAST_MEMBER)
+#undef ATTNFAST_MEMBER
+  int64_t window_left = -1;             // -1: unbounded
+  int64_t window_right = -1;            // -1: unbounded
+  const float* alibi_slopes = nullptr;  // [B|1, H]
+  int64_t alibi_stride_b = 0;
+  const float* sinks = nullptr;  // [H] fp32, natural log units
+};
+
 // What forward, backward and the second passes have in common: the problem.
-struct Problem {
+struct Problem : ScoreOptions {
   int64_t B, H, H_kv, T, S, D, D_v;  // varlen: B sequences, T and S the longest of them
 
   View q;     // (B, H, T, D)
@@ -54,10 +75,6 @@ struct Problem {
   View v;     // (B, H_kv, S, D_v)
   View mask;  // (B|1, H|1, T|1, S|1) bool, true = attend
   View bias;  // (B|1, H|1, T|1, S|1) float, added to the scaled scores
-
-  const float* alibi_slopes = nullptr;  // [B|1, H]
-  int64_t alibi_stride_b = 0;
-  const float* sinks = nullptr;  // [H] fp32, natural log units
 
   // t' = t + align: an offset for all, or one per batch entry; bottom_right adds S_b - T_b.
   const int32_t* align_per_batch = nullptr;  // [B]
@@ -68,11 +85,7 @@ struct Problem {
   const int32_t* cu_seqlens_q = nullptr;  // [B + 1]
   const int32_t* cu_seqlens_k = nullptr;  // [B + 1]
 
-  float scale = 1.0f;
   bool causal = false;
-  int64_t window_left = -1;   // -1: unbounded
-  int64_t window_right = -1;  // -1: unbounded
-  float softcap = 0.0f;       // 0: none
 
   double dropout_p = 0.0;
   uint64_t dropout_seed = 0;
@@ -80,6 +93,7 @@ struct Problem {
 
   int num_threads = 1;
   bool (*interrupted)() = nullptr;  // asked by the calling thread: whether to end; null: never
+  Footprint* footprint = nullptr;   // given: nothing is computed, scratch is only counted
 };
 
 struct ForwardParams : Problem {
@@ -122,7 +136,7 @@ struct BackwardParams : Problem {
 };
 
 // Few queries against a cache: query t of batch b stands at cache_seqlens[b] - T + t.
-struct DecodeParams {
+struct DecodeParams : ScoreOptions {
   int64_t B, H, H_kv, T, S, D, D_v;  // S: the capacity of the cache (pages * page size when paged)
   View q;                            // (B, H, T, D)
   View k, v;  // (B, H_kv, S, D|D_v); paged: b is the page's stride, t the row's
@@ -130,17 +144,12 @@ struct DecodeParams {
   const int32_t* cache_seqlens = nullptr;  // [B]
   const int32_t* page_table = nullptr;     // [B, pages_per_sequence]; null: contiguous
   int64_t page_size = 0, pages_per_sequence = 0, num_pages = 0;
-  const float* alibi_slopes = nullptr;
-  int64_t alibi_stride_b = 0;
-  const float* sinks = nullptr;
-  float scale = 1.0f;
-  int64_t window_left = -1, window_right = -1;
-  float softcap = 0.0f;
   MutableView out;        // (B, H, T, D_v)
   float* lse = nullptr;   // (B, H, T)
   float* norm = nullptr;  // (2, B, H, T), null unless wanted
   int num_threads = 1;
   bool (*interrupted)() = nullptr;  // asked by the calling thread: whether to end; null: never
+  Footprint* footprint = nullptr;   // given: nothing is computed, scratch is only counted
 };
 
 }  // namespace attnfast

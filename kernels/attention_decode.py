@@ -213,17 +213,22 @@ def attention_decode(inputs: DecodeInputs, options: DecodeOptions, *, arch: str)
 
     Lengths are clamped to the cache's capacity and pages to those that there are.
     """
+    jobs = decode_jobs(inputs, options, arch)
+    for job in jobs:
+        launch(job)
+    cache = jobs[0].tensors[1]
+    return DecodeOutputs(cache.out, cache.lse)
+
+
+def decode_jobs(inputs: DecodeInputs, options: DecodeOptions, arch: str) -> tuple[Launch, Launch]:
+    """What a call launches."""
     k, v, table = inputs.k_cache, inputs.v_cache, inputs.page_table
     if table is not None:  # pages (P, page, H_kv, D) as (P, H_kv, page, D)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     call = gather(inputs.as_inputs(k, v), options.as_options(), configs.l2_bytes(arch))
     S = k.shape[2] if table is None else k.shape[2] * table.shape[1]
     call = call._replace(p=call.p._replace(S=S))
-    jobs = decode_launches(call, inputs.cache_seqlens, table, arch)
-    for job in jobs:
-        launch(job)
-    cache = jobs[0].tensors[1]
-    return DecodeOutputs(cache.out, cache.lse)
+    return decode_launches(call, inputs.cache_seqlens, table, arch)
 
 
 def decode_launches(

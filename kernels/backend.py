@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnfast import checks
 from attnfast.call import (
+    DecodeInputs,
     DecodeOutputs,
     Gradients,
     Outputs,
+    Upstream,
     backward_call,
     decode_call,
     forward_call,
 )
+from attnfast.ops import empty_in_order, wants_gradient
 from attnfast.requirements import checks_values
 
 from . import attention_bias, attention_bwd, attention_fwd, attention_weights, configs, launch
 from .arguments import MAX_ROWS, gather
-from .attention_decode import attention_decode
+from .attention_decode import attention_decode, decode_jobs
 
 if launch.INTERPRETED:
     from . import interpreter
@@ -92,6 +96,32 @@ def decode(*args: Any) -> DecodeOutputs:
     if checks_values():
         checks.cache_values("decode_attention", inputs)
     return attention_decode(inputs, options, arch=configs.architecture(inputs.q.device))
+
+
+def workspace(inputs: Any, options: Any) -> tuple[int, int]:
+    """Bytes of scratch of a call, forward and backward: what its launches take, without memory."""
+    arch = configs.architecture(inputs.q.device)
+    need_dbias = wants_gradient(inputs.bias)
+    inputs = inputs._make(None if x is None else x.detach().to("meta") for x in inputs)
+    if isinstance(inputs, DecodeInputs):
+        cache = decode_jobs(inputs, options, arch)[0].tensors[1]
+        return nbytes(cache.acc, cache.m, cache.l), 0
+    rows = inputs.q.new_empty((2, *inputs.q.shape[:3]), dtype=torch.float32)
+    out = empty_in_order(inputs.q, inputs.v.shape[3])
+    given = attention_bwd.given(Upstream.plain(out, out, rows), inputs.cu_seqlens_q is not None)
+    dbias = 0
+    if need_dbias:
+        call = gather(inputs, options, configs.l2_bytes(arch))
+        sums = attention_bias.bias_launch(call, given, arch).tensors[2].sums
+        if len(sums) > 1:
+            in_fp32 = sums[:1] if sums.dtype != inputs.bias.dtype else ()  # the sum of sums
+            dbias = nbytes(sums, *in_fp32)
+    return 0, nbytes(given.row_term) + dbias
+
+
+def nbytes(*tensors: Tensor) -> int:
+    """The bytes of dense tensors."""
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def check_memory(record: Any) -> None:

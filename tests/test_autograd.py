@@ -400,7 +400,7 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
 def test_deterministic_follows_torch() -> None:
     functional = attnfast.functional
     q, k, v = leaves()
-    arguments = (q, k, v, None, None, False, None, "top_left", *(None,) * 4, 0.0, None)
+    arguments = (q, k, v, None, None, False, None, "top_left", (None, None), None, None, 0.0, None)
     for torch_says in (False, True):
         torch.use_deterministic_algorithms(torch_says)
         try:

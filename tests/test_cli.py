@@ -75,7 +75,7 @@ def test_check_covers_every_available_backend_case_and_dtype(
     report = json.loads(capsys.readouterr().out)
     available = [row["name"] for row in report["backends"] if row["available"]]
     assert "cpu" in available
-    assert len(report["check"]) == len(available) * len(selfcheck.CASES) * len(selfcheck.DTYPES)
+    assert len(report["check"]) == len(available) * len(selfcheck.SAMPLES) * len(selfcheck.DTYPES)
     with_everything = report["check"][-1]
     assert with_everything["ok"]
     assert set(with_everything["errors"]) == {
@@ -96,7 +96,7 @@ def test_check_fails_where_a_backend_is_wrong(
 ) -> None:
     right = selfcheck.attention
     monkeypatch.setattr(selfcheck, "attention", lambda *a, **k: spoil(*right(*a, **k)))
-    monkeypatch.setattr(selfcheck, "CASES", selfcheck.CASES[:1])
+    monkeypatch.setattr(selfcheck, "SAMPLES", selfcheck.SAMPLES[:1])
     monkeypatch.setattr(selfcheck, "DTYPES", (torch.float32,))
     assert main(["--check"]) == 1
     text = capsys.readouterr().out
@@ -106,7 +106,7 @@ def test_check_fails_where_a_backend_is_wrong(
 
 def test_check_is_repeatable() -> None:
     first, second = (
-        without_times(selfcheck.check("cpu", selfcheck.CASES[-1], torch.float32, "cpu"))
+        without_times(selfcheck.check("cpu", selfcheck.SAMPLES[-1], torch.float32, "cpu"))
         for _ in range(2)
     )
     assert first == second

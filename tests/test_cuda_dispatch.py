@@ -152,7 +152,7 @@ class TestReport:
         def half_only(name: str, problem: Problem) -> str | None:
             return "takes float16" if problem.dtype != torch.float16 else None
 
-        monkeypatch.setattr(selfcheck, "CASES", selfcheck.CASES[:1])
+        monkeypatch.setattr(selfcheck, "SAMPLES", selfcheck.SAMPLES[:1])
         monkeypatch.setattr(selfcheck.dispatch, "refusal", half_only)
         assert [verdict.dtype for verdict in selfcheck.run([("reference", "cpu")])] == ["float16"]
 

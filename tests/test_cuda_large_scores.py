@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import attnfast
 from attnfast import ops
-from attnfast.call import Inputs, Options
+from attnfast.call import DecodeOptions, Inputs, Options
 
 if not EMULATED:
     pytest.skip(NOT_EMULATED, allow_module_level=True)
@@ -293,7 +293,7 @@ def test_integers_beyond_int32_are_not_wrapped() -> None:
         for x in (ends, cut)
     ]
     assert torch.equal(*results)
-    rest = (None, None, None, 0.2, -1, -1, 0.0)
+    rest = (None, None, None, *DecodeOptions(0.2))
     for lengths in ((2**32 + 3, 20), (-(2**32) + 3, 0)):
         found = [ops.CUDA.decode(q, k, v, torch.tensor([x]), None, *rest)[0] for x in lengths]
         assert torch.equal(*found)

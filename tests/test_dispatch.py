@@ -282,8 +282,8 @@ def test_explain_tells_the_whole_decision() -> None:
         "q (2, 4, 10, 64), k (2, 2, 12, 64), v (2, 2, 12, 32), float32 on cpu, with gradient"
     )
     assert found["options"] == (
-        "scale=0.125, causal=True, window=(3, None), align=bottom_right, softcap=30.0, "
-        "dropout_p=0.1, deterministic=True, return_weights=mean, return_stats=True, mask, "
+        "scale=0.125, softcap=30.0, causal=True, window=(3, None), align=bottom_right, "
+        "dropout_p=0.1, return_weights=mean, return_stats=True, deterministic=True, mask, "
         "bias (bfloat16), alibi_slopes, sinks"
     )
     assert found["cpu"] == f"accepted ({ops.cpu_isa()}, threads: {torch.get_num_threads()})"

@@ -258,7 +258,7 @@ def test_the_operator_keeps_the_accuracy_rule(
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), cotangent)
     found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     inputs = Inputs(q.detach(), k.detach(), v.detach(), mask=mask)
-    problem = Problem(inputs, Options(scale, causal), Cotangents(out=cotangent))
+    problem = Problem(inputs, Options(scale, causal=causal), Cotangents(out=cotangent))
     accuracy.check({name: x.detach() for name, x in found.items()}, problem)
 
 

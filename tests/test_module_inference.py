@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
 from typing import Any
 
 import pytest
@@ -168,18 +167,16 @@ def test_extras_go_the_long_way(option: str, taken: list[int]) -> None:
 def test_an_extra_that_is_new_is_never_dropped(
     taken: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A field that the record alone has: all three functions are given it, no way leaves it out."""
-    fields, defaults = extras.Extras._fields, extras.Extras._field_defaults.values()
-    wider: Any = namedtuple("wider", [*fields, "novel"], defaults=[*defaults, None])
+    """One that the record alone knows: all three functions are given it, no way leaves it out."""
     known, module, x = extras.asked_of, layer(), torch.randn(B, T, E)
     jagged = torch.nested.nested_tensor([x[0], x[1, :5]], layout=torch.jagged)
-    monkeypatch.setattr(extras, "asked_of", lambda module: wider(*known(module), novel=1))
+    monkeypatch.setattr(extras, "asked_of", lambda module: {**known(module), "novel": 1})
     step = {"kv_cache": attnfast.KVCache(), "need_weights": False}
     for given, options in ((x, {}), (jagged, {"need_weights": False}), (x[:, :1], step)):
         with torch.no_grad(), pytest.raises(TypeError, match=r"unexpected keyword .*'novel'"):
             module(given, given, given, **options)
     assert not taken
-    monkeypatch.setattr(extras, "asked_of", lambda module: wider(*known(module)))
+    monkeypatch.setattr(extras, "asked_of", lambda module: {**known(module), "novel": None})
     with torch.no_grad():
         module(x, x, x)
     assert taken

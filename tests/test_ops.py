@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 import attnfast
 from attnfast import ops
 from attnfast.backends import cpu
-from attnfast.call import Gradients, Inputs, Options, Outputs, forward_call
+from attnfast.call import DecodeOptions, Gradients, Inputs, Options, Outputs, forward_call
 from attnfast.dispatch import BACKENDS
 
 SMALL = Case(B=2, H=4, H_kv=2, T=5, S=7, D=16, D_v=8, causal=True)
@@ -81,7 +81,7 @@ def decode_arguments(dtype: torch.dtype = torch.float32, paged: bool = False) ->
         table = torch.tensor([[0, 3, -1], [4, 1, 2]], dtype=torch.int32)
     lengths = torch.tensor([11, 24], dtype=torch.int32)
     bias, slopes, sinks = torch.randn(4, 1, 24)[None], torch.rand(1, 4), torch.randn(4)
-    return q, k, v, lengths, table, bias, slopes, sinks, 0.25, 9, -1, 2.0
+    return q, k, v, lengths, table, bias, slopes, sinks, *DecodeOptions(0.25, 2.0, 9)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -351,7 +351,7 @@ def test_a_call_passes_the_documented_arguments(monkeypatch: pytest.MonkeyPatch)
     )
     inputs, options = forward_call(seen)
     assert options == Options(
-        0.5, True, 4, -1, 0, False, 2.0, 0.5, 1, 2, True, max_seqlen_q=0, max_seqlen_k=0
+        0.5, 2.0, True, 4, -1, 0, False, 0.5, 1, 2, True, max_seqlen_q=0, max_seqlen_k=0
     )
     assert inputs.q is q
     assert inputs.mask.shape == (1, 1, 5, 7)

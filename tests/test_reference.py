@@ -202,7 +202,7 @@ def test_torch_agrees(kind: str, gqa: bool) -> None:
     expected = F.scaled_dot_product_attention(
         q, k, v, mask if bias is None else bias, is_causal=causal, scale=0.3, enable_gqa=gqa
     )
-    assert_close(reference_attention(inputs, Options(0.3, causal)).out, expected)
+    assert_close(reference_attention(inputs, Options(0.3, causal=causal)).out, expected)
 
 
 @each_option
@@ -443,7 +443,7 @@ def test_zero_sizes(shape: tuple[int, int, int]) -> None:
     )
     inputs = Inputs(q, k, v, torch.ones(1, 1, 1, 1, dtype=torch.bool), draw(1, H, 1, 1))
     inputs = inputs._replace(alibi_slopes=torch.rand(1, H), dropout_seed=SEED)
-    options = Options(SCALE, True, softcap=1.0, dropout_p=0.5, weights=2, stats=2)
+    options = Options(SCALE, causal=True, softcap=1.0, dropout_p=0.5, weights=2, stats=2)
     result = reference_attention(inputs, options)
     assert result.out.shape == (b, H, t, D_V)
     assert (result.out == 0).all()

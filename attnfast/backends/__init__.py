@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,17 +44,32 @@ class Backend(NamedTuple):
         name: What ``backend=`` calls it.
         unsupported: The reason why a problem is refused, or None.
         ops: Its operators; None for the reference, which is plain PyTorch.
-        workspace: Bytes that a call needs beside its inputs and outputs, forward and backward.
+        workspace: Bytes of scratch that kernels take for a call, forward and backward, from its
+            tensors and options.
         details: What ``explain`` adds, the instruction set for example.
     """
 
     name: str
     unsupported: Callable[[Problem], str | None]
     ops: Ops | None
-    workspace: Callable[[Problem], tuple[int, int]]
+    workspace: Callable[[Any, Any], tuple[int, int]]
     details: Callable[[], str]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+def other_dtype(problem: Problem, taken: tuple[torch.dtype, ...]) -> str | None:
+    """Why a backend of these dtypes refuses a problem, or None."""
+    if problem.dtype in taken:
+        return None
+    *others, last = map(dtype_name, taken)
+    return f"takes {', '.join(others)} and {last}, got {dtype_name(problem.dtype)}"
+
+
+def too_wide(problem: Problem, most: int) -> str | None:
+    """Why a backend of head dims up to this refuses a problem, or None."""
+    widest = max(problem.D, problem.D_v)
+    return f"takes D and D_v up to {most}, got {widest}" if widest > most else None

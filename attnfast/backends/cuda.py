@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .. import ops
 from ..requirements import environment
-from . import HALF, Backend, Problem, dtype_name, gpus
+from . import HALF, Backend, Problem, gpus, other_dtype, too_wide
 
 MAX_HEAD_DIM = 256
 OLDEST, AMPERE = (7, 5), (8, 0)  # between them: no bf16 products, less shared memory
@@ -18,25 +20,22 @@ _unusable: dict[int, str | None] = {}  # by the GPU's index
 
 def unsupported(problem: Problem) -> str | None:
     """The first reason that holds; whether the kernels are there at all comes last."""
-    widest = max(problem.D, problem.D_v)
-    if problem.dtype not in HALF:
-        return f"takes bfloat16 and float16, got {dtype_name(problem.dtype)}"
-    if widest > MAX_HEAD_DIM:
-        return f"takes D and D_v up to {MAX_HEAD_DIM}, got {widest}"
+    reason = other_dtype(problem, HALF) or too_wide(problem, MAX_HEAD_DIM)
+    if reason is not None:
+        return reason
     if problem.device.type == "cpu":
-        return _too_much_for(problem, widest, emulated_capability()) or ops.EMULATOR_MISSING
+        return _too_much_for(problem, emulated_capability()) or ops.EMULATOR_MISSING
     index = problem.device.index or 0
-    reason = _too_much_for(problem, widest, gpus.capability(index))
-    return reason or unusable(index)
+    return _too_much_for(problem, gpus.capability(index)) or unusable(index)
 
 
-def _too_much_for(problem: Problem, widest: int, found: tuple[int, int]) -> str | None:
+def _too_much_for(problem: Problem, found: tuple[int, int]) -> str | None:
     """What a GPU of that compute capability cannot do."""
     if found >= AMPERE:
         return None
-    oldest, got = (".".join(map(str, x)) for x in (OLDEST, found))
     if found < OLDEST:
-        return f"needs a GPU of compute capability {oldest} or later, got {got}"
+        return gpus.too_old(found, OLDEST)
+    got, widest = gpus.dotted(found), max(problem.D, problem.D_v)
     if problem.dtype == torch.bfloat16:
         return f"takes float16 only on a GPU of compute capability {got}, got bfloat16"
     if problem.requires_grad and widest > TURING_GRADIENTS:
@@ -66,16 +65,9 @@ def unusable(index: int) -> str | None:
 unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def workspace(problem: Problem) -> tuple[int, int]:
-    """Decoding, the sums of every split of the keys; backward, three numbers for each row."""
-    rows = problem.B * problem.H * problem.T
-    splits = min(-(-problem.S // 256), 64)
-    return (4 * rows * splits * (problem.D_v + 2) if problem.kind == "decode" else 0), 12 * rows
-
-
 def details() -> str:
     """Where the kernels run."""
     return "sm_75 and later" if ops.EMULATOR == "0" else "emulated"
 
 
-ROW = Backend("cuda", unsupported, ops.CUDA, workspace, details)
+ROW = Backend("cuda", unsupported, ops.CUDA, functools.partial(ops.workspace, "cuda"), details)

@@ -6,7 +6,7 @@ import torch
 
 from .. import ops
 from ..call import OPERATORS
-from . import Backend, Problem, gpus, triton
+from . import HALF, Backend, Problem, gpus, other_dtype, triton
 
 HEAD_DIMS = (64, 128, 256)
 LARGEST_SCALE = 2.0**100  # beyond, scores leave their units of log2
@@ -26,10 +26,7 @@ def unsupported(problem: Problem) -> str | None:
     reasons = (
         (problem.device.type == "cpu", "runs on GPUs only: Triton cannot interpret Gluon"),
         (problem.kind != "attention", f"takes attention only, got {problem.kind}"),
-        (
-            problem.dtype not in (torch.bfloat16, torch.float16),
-            f"takes bfloat16 and float16, got {str(problem.dtype).removeprefix('torch.')}",
-        ),
+        (problem.dtype not in HALF, other_dtype(problem, HALF)),
         (
             problem.D_v != D or D not in HEAD_DIMS,
             f"takes D = D_v of {HEAD_DIMS}, got {D} and {problem.D_v}",
@@ -48,4 +45,4 @@ def unsupported(problem: Problem) -> str | None:
     return reason
 
 
-ROW = Backend("gluon", unsupported, OPS, triton.workspace, triton.details)
+ROW = Backend("gluon", unsupported, OPS, triton.ROW.workspace, triton.details)

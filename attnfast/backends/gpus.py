@@ -11,3 +11,15 @@ def capability(index: int) -> tuple[int, int]:
         return (99, 0)
     found = torch.cuda.get_device_properties(index)  # a constant to torch.compile
     return found.major, found.minor
+
+
+def too_old(found: tuple[int, int], oldest: tuple[int, int]) -> str | None:
+    """Why a GPU of that compute capability is refused, or None."""
+    if found >= oldest:
+        return None
+    return f"needs a GPU of compute capability {dotted(oldest)} or later, got {dotted(found)}"
+
+
+def dotted(version: tuple[int, int]) -> str:
+    """``8.0`` for ``(8, 0)``."""
+    return ".".join(map(str, version))

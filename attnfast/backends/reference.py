@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from . import Backend, Problem
+from ..call import DecodeInputs, DecodeOptions, Inputs, Options
+from . import Backend
 
 
-def workspace(problem: Problem) -> tuple[int, int]:
+def workspace(inputs: Inputs | DecodeInputs, options: Options | DecodeOptions) -> tuple[int, int]:
     """All scores, in fp32 or better: four times in forward, and as often again in backward."""
-    sequences = 1 if problem.kind == "varlen" else problem.B  # varlen: at most all rows in one
-    scores = sequences * problem.H * problem.T * problem.S
-    size = 8 if problem.dtype == torch.float64 else 4
+    q, k = inputs[:2]
+    scores = math.prod(q.shape[:3]) * k.shape[2]  # varlen: at most all rows in one
+    if isinstance(inputs, DecodeInputs) and inputs.page_table is not None:
+        scores = math.prod(q.shape[:3]) * inputs.page_table.shape[1] * k.shape[1]
+    size = 8 if q.dtype == torch.float64 else 4
     return 4 * scores * size, 8 * scores * size
 
 

@@ -19,7 +19,7 @@ import torch
 
 from .. import ops
 from ..call import OPERATORS
-from . import Backend, Problem, gpus
+from . import FUSED_DTYPES, Backend, Problem, gpus, other_dtype, too_wide
 
 OLDEST = (3, 6)
 MAX_HEAD_DIM = 512
@@ -90,14 +90,9 @@ def imported_without_interpreter() -> bool:
 
 def unsupported(problem: Problem) -> str | None:
     """Why Triton refuses a problem, or None."""
-    widest = max(problem.D, problem.D_v)
-    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        name = str(problem.dtype).removeprefix("torch.")
-        return f"takes float32, bfloat16 and float16, got {name}"
-    if widest > MAX_HEAD_DIM:
-        return f"takes D and D_v up to {MAX_HEAD_DIM}, got {widest}"
-    if MISSING is not None:
-        return MISSING
+    reason = other_dtype(problem, FUSED_DTYPES) or too_wide(problem, MAX_HEAD_DIM) or MISSING
+    if reason is not None:
+        return reason
     if problem.device.type == "cpu":
         if not interpreted():
             return "takes CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1"
@@ -108,20 +103,7 @@ def unsupported(problem: Problem) -> str | None:
         return None
     if NO_COMPILER is not None and not interpreted():
         return NO_COMPILER
-    found = gpus.capability(problem.device.index or 0)
-    if found < OLDEST_CAPABILITY:
-        oldest, got = (".".join(map(str, x)) for x in (OLDEST_CAPABILITY, found))
-        return f"needs a GPU of compute capability {oldest} or later, got {got}"
-    return None
-
-
-def workspace(problem: Problem) -> tuple[int, int]:
-    """Bytes: the sums of decoding's pieces; backward a number per row, and sums of dbias."""
-    rows = problem.T * problem.H * (1 if problem.kind == "varlen" else problem.B)
-    if problem.kind == "decode":
-        pieces = max(min(-(-problem.S // 256), 128), 1)
-        return 4 * rows * pieces * (problem.D_v + 2), 0
-    return 0, 4 * rows + (16 << 20 if problem.bias is not None else 0)
+    return gpus.too_old(gpus.capability(problem.device.index or 0), OLDEST_CAPABILITY)
 
 
 def details() -> str:
@@ -129,4 +111,4 @@ def details() -> str:
     return f"Triton {VERSION}" + (", interpreted" if interpreted() else "")
 
 
-ROW = Backend("triton", unsupported, OPS, workspace, details)
+ROW = Backend("triton", unsupported, OPS, implementation("workspace"), details)

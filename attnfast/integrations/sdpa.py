@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from .. import backends, ops
 from ..backends import cpu
 from ..call import DecodeInputs, DecodeOptions, Upstream
-from ..checks import attention_call, rows
+from ..checks import attention_call, dense_rows
 from ..sdpa import scaled_dot_product_attention
 
 IMPLEMENTATION = "attnfast"  # its name in torch's registry
@@ -168,7 +168,7 @@ class _Kernels:
             dq, dk, dv = _boxed(self.flash_backward, *given, attn_mask=attn_mask, scale=scale)
             return dq, dk, dv
         inputs, options = _flash_call(query, key, value, dropout_p, is_causal, attn_mask, scale)
-        upstream = Upstream.plain(rows(grad_out), rows(out), logsumexp.contiguous())
+        upstream = Upstream.plain(dense_rows(grad_out), dense_rows(out), logsumexp.contiguous())
         dq, dk, dv, *_ = ops.CPU.bwd(*upstream, *inputs, *options)
         dq, dk, dv = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (dq, dk, dv))
         return dq, dk, dv
@@ -241,8 +241,7 @@ def _flash_call(
         is_causal,
         None,
         "top_left",
-        scale,
-        None,
+        (scale, None),
         None,
         None,
         dropout_p,

@@ -242,8 +242,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             need_weights, average_attn_weights, is_causal = flags
         asked = extras.asked_of(self)
         if query.is_nested:
-            options = (key_padding_mask, need_weights, attn_mask, is_causal, kv_cache)
-            return jagged_forward(self, asked, query, key, value, *options), None
+            options = (key_padding_mask, need_weights, attn_mask, is_causal, kv_cache, asked)
+            return jagged_forward(self, query, key, value, *options), None
         if kv_cache is not None or key is None or value is None:
             check_cache(kv_cache, key, value)
         weight = self.in_proj_weight  # None where key or value have features of their own
@@ -289,16 +289,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             return_weights=return_weights,
             deterministic=self.deterministic,
             backend=self.backend,
-            **asked._asdict(),
+            **asked,
         )
-        if not (need_weights or asked.return_stats):
+        if not (need_weights or asked["return_stats"]):
             return self.out_proj(merge_heads(self, results, query)), None
-        out, *others = results
-        if asked.return_stats:
-            self.stats = extras.stats_of_call(others[0], appended, query.dim() == 2)
-        weights = None
-        if need_weights:
-            weights = extras.weights_of_call(others[-1], appended, query.dim() == 2)
+        out, stats, weights = extras.results(results, need_weights, appended, query.dim() == 2)
+        if stats is not None:
+            self.stats = stats
         return self.out_proj(merge_heads(self, out, query)), weights
 
     @property
@@ -379,7 +376,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _decode(
         self,
-        asked: extras.Extras,
+        asked: dict[str, Any],
         q: Tensor,
         cache: KVCache,
         mask: Tensor | None,
@@ -417,7 +414,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return torch.cat([*keys, k], dim=2), torch.cat([*values, v], dim=2)
 
 
-def decodes(asked: extras.Extras, T: int, is_causal: bool, need_weights: bool) -> bool:
+def decodes(asked: dict[str, Any], T: int, is_causal: bool, need_weights: bool) -> bool:
     """Whether a step over the cache is one that `decode_attention` computes."""
     few = T == 1 or (is_causal and T <= DECODE_ROWS)
     return few and not need_weights and extras.is_decoded(asked)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-import operator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -14,66 +13,52 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from .. import requirements as require
+from ..checks import STATS
 from ..functional import decode_attention
 from ..stats import AttentionStats
 from .inputs import NAME, projection_weight
 
 SIMILARITIES = {"dot": 0, "cosine": 1}
-STATS = {False: 0, True: 1, "received": 2}
 LOG_TEMPERATURE = math.log(10)  # where the learned log temperatures of cosine similarity start
 MAX_LOG_TEMPERATURE = math.log(100)  # and where they are clamped (arXiv:2111.09883)
 
 
 NO_DROPOUT = 0.0
+OFF = {"dropout_p": NO_DROPOUT, "return_stats": False}  # None for all others
+DECODED = inspect.signature(decode_attention).parameters
 
 
-class Extras(NamedTuple):
-    """What a layer asks of `attention` that torch's would not, by the names of its arguments.
+def asked_of(module: Any) -> dict[str, Any]:
+    """What a layer asks for now that torch's would not, as arguments of `attention`.
 
-    The defaults are torch's behaviour. All who call `attention`, `varlen_attention` or
-    `decode_attention` for a layer hand on every field.
+    All who call `attention`, `varlen_attention` or `decode_attention` for a layer hand on all of
+    them. Options may be changed at any time.
     """
-
-    window: tuple[int | None, int | None] | None = None
-    scale: float | None = None
-    softcap: float | None = None
-    alibi_slopes: Tensor | None = None
-    sinks: Tensor | None = None
-    dropout_p: float = NO_DROPOUT
-    return_stats: bool | str = False
-
-
-_DECODE_ARGUMENTS = inspect.signature(decode_attention).parameters
-DECODED = tuple(name for name in Extras._fields if name in _DECODE_ARGUMENTS)
+    return {
+        "window": module.window,
+        "scale": None if module.similarity == "dot" else 1.0,
+        "softcap": module.softcap,
+        "alibi_slopes": slopes_of(module),
+        "sinks": module.sinks if module._has_sinks else None,
+        "dropout_p": module.dropout if module.training and module.dropout else NO_DROPOUT,
+        "return_stats": module.collect_stats,
+    }
 
 
-def asked_of(module: Any) -> Extras:
-    """What a layer asks for now: its options may be changed at any time."""
-    return Extras(
-        module.window,
-        None if module.similarity == "dot" else 1.0,
-        module.softcap,
-        slopes_of(module),
-        module.sinks if module._has_sinks else None,
-        module.dropout if module.training and module.dropout else NO_DROPOUT,
-        module.collect_stats,
-    )
+def is_plain(asked: dict[str, Any]) -> bool:
+    """Whether a layer asks for nothing that torch's would not do."""
+    return not [x for name, x in asked.items() if x is not None and x is not OFF.get(name)]
 
 
-def is_plain(asked: Any) -> bool:
-    """Whether every field is at its default."""
-    return all(map(operator.is_, asked, asked._field_defaults.values()))
+def is_decoded(asked: dict[str, Any]) -> bool:
+    """Whether a layer asks for nothing that `decode_attention` does not take."""
+    return is_plain({name: x for name, x in asked.items() if name not in DECODED})
 
 
-def is_decoded(asked: Any) -> bool:
-    """Whether every field that `decode_attention` does not take is at its default."""
-    return is_plain(asked._replace(**{name: asked._field_defaults[name] for name in DECODED}))
-
-
-def decoding(asked: Any) -> dict[str, Any]:
-    """`decode_attention`'s arguments; it has no gradients."""
-    given = ((name, getattr(asked, name)) for name in DECODED)
-    return {name: x.detach() if isinstance(x, Tensor) else x for name, x in given}
+def decoding(asked: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `decode_attention`, which has no gradients."""
+    taken = ((name, x) for name, x in asked.items() if name in DECODED)
+    return {name: x.detach() if isinstance(x, Tensor) else x for name, x in taken}
 
 
 def check(
@@ -180,18 +165,22 @@ def normalise(q: Tensor, k: Tensor | None, log_temperature: Tensor) -> tuple[Ten
     return scaled.to(q.dtype), None if k is None else F.normalize(k.to(dtype), dim=-1).to(k.dtype)
 
 
-def stats_of_call(stats: AttentionStats, appended: int, unbatched: bool) -> AttentionStats:
-    """Statistics with appended keys last, as in the weights, and without a batch of one."""
-    if appended and stats.received is not None:
+def results(
+    given: Any, need_weights: bool, appended: int, unbatched: bool
+) -> tuple[Tensor, AttentionStats | None, Tensor | None]:
+    """The output, statistics and weights of `attention`'s results; None what was not asked for.
+
+    Appended keys are last, and a batch of one is left out where the layer was given none.
+    """
+    out, *others = given
+    weights = others.pop() if need_weights else None
+    stats = others.pop() if others else None
+    if stats is not None and stats.received is not None and appended:
         stats = dataclasses.replace(stats, received=stats.received.roll(-appended, -1))
-    if not unbatched:
-        return stats
-    first: AttentionStats = _pytree.tree_map(lambda x: x[0], stats)
-    return first
-
-
-def weights_of_call(weights: Tensor, appended: int, unbatched: bool) -> Tensor:
-    """The same for weights."""
-    if appended:
+    if weights is not None and appended:
         weights = weights.roll(-appended, -1)
-    return weights[0] if unbatched else weights
+    if stats is not None and unbatched:
+        stats = _pytree.tree_map(lambda x: x[0], stats)
+    if weights is not None and unbatched:
+        weights = weights[0]
+    return out, stats, weights

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, dispatch, ops
-from ..autograd import call
+from ..autograd import call_below
 from ..backends import cpu
 from ..checks import WEIGHTS
-from .extras import Extras, appended_keys, is_plain
+from .extras import appended_keys, is_plain
 from .inputs import split_masks
 from .linear import is_watched, linear
 
 
-def takes(module: Any, asked: Extras, weight: Tensor | None, query: Tensor) -> bool:
+def takes(module: Any, asked: dict[str, Any], weight: Tensor | None, query: Tensor) -> bool:
     """Whether self-attention of a checked query may go the short way."""
     return (
         not torch.is_grad_enabled()
@@ -75,7 +75,7 @@ def self_attention(
     packed = linear(query, weight, module.in_proj_bias)
     if packed.dtype not in backends.FUSED_DTYPES or not packed.is_contiguous():
         return None
-    out, probabilities = call(
+    out, probabilities = call_below(
         ops.SELF_ATTENTION,
         packed,
         module.num_heads,

@@ -25,7 +25,6 @@ from .projections import project
 
 def jagged_forward(
     module: Any,
-    asked: extras.Extras,
     query: Tensor,
     key: Tensor | None,
     value: Tensor | None,
@@ -34,6 +33,7 @@ def jagged_forward(
     attn_mask: Tensor | None,
     is_causal: bool,
     kv_cache: KVCache | None,
+    asked: dict[str, Any],
 ) -> Tensor:
     """The output of `MultiheadAttention.forward` for nested query, key and value, nested as query.
 
@@ -47,10 +47,8 @@ def jagged_forward(
     if query.layout is torch.strided:
         named = zip(inputs.items(), sizes, strict=True)
         made = {id(x): _as_jagged(name, x, size) for (name, x), size in named}
-        options: Any = (key_padding_mask, need_weights, attn_mask, is_causal, kv_cache)
-        jagged = jagged_forward(
-            module, asked, made[id(query)], made[id(key)], made[id(value)], *options
-        )
+        options: Any = (key_padding_mask, need_weights, attn_mask, is_causal, kv_cache, asked)
+        jagged = jagged_forward(module, made[id(query)], made[id(key)], made[id(value)], *options)
         return torch.nested.as_nested_tensor(list(jagged.unbind()))
     for name, size in zip(inputs, sizes, strict=True):
         _check_input(module, name, inputs[name], size, query.shape[0])
@@ -73,9 +71,9 @@ def jagged_forward(
         causal=is_causal,
         deterministic=module.deterministic,
         backend=module.backend,
-        **asked._asdict(),
+        **asked,
     )
-    if asked.return_stats:
+    if asked["return_stats"]:
         result, module.stats = result
     merged = torch.nested.nested_tensor_from_jagged(
         result.flatten(-2),

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..backends import HALF
+
 # Multiply-adds from which oneDNN saves more than its preparations cost; with gradients, also those
 # of a Function in Python.
 WORTH_IT = 1 << 22
 WORTH_IT_WITH_GRADIENTS = 1 << 23
 WORTH_CONVERTING = 1 << 16  # the same for products in fp32 of bf16 and fp16
-HALF = (torch.bfloat16, torch.float16)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,9 +19,11 @@ using namespace attnfast::bindings;
 using attnfast::BackwardParams;
 using attnfast::DecodeParams;
 using attnfast::DType;
+using attnfast::Footprint;
 using attnfast::ForwardParams;
 using attnfast::MutableView;
 using attnfast::Problem;
+using attnfast::ScoreOptions;
 using attnfast::View;
 using attnfast::Weights;
 
@@ -130,10 +132,10 @@ void run_step(const ForwardParams& p) {
   step.D = p.D, step.D_v = p.D_v;
   step.q = p.q, step.k = p.k, step.v = p.v, step.bias = p.bias;
   step.cache_seqlens = lengths.data();
-  step.alibi_slopes = p.alibi_slopes, step.alibi_stride_b = p.alibi_stride_b, step.sinks = p.sinks;
-  step.scale = p.scale, step.softcap = p.softcap;
+  static_cast<ScoreOptions&>(step) = p;
   step.out = p.out, step.lse = p.lse, step.norm = p.norm;
   step.num_threads = p.num_threads, step.interrupted = p.interrupted;
+  step.footprint = p.footprint;
   run(attnfast::cpu::kernels().attention_decode, step, "attention: no memory for the forward's");
 }
 
@@ -220,6 +222,31 @@ BackwardTensors cpu_bwd(ATTNFAST_UPSTREAM, ATTNFAST_INPUTS) {
   return results;
 }
 
+// The most scratch that a call's forward and backward hold, in bytes: what their kernels say.
+std::tuple<int64_t, int64_t> cpu_workspace(ATTNFAST_INPUTS, bool need_dbias) {
+  ForwardParams forward;
+  BackwardParams backward;
+  HostCall call;
+  Kept kept(&call);
+  fill(&forward, &kept, ATTNFAST_INPUT_NAMES);
+  static_cast<Problem&>(backward) = forward;
+  Footprint of_forward, of_backward;
+  float wanted;  // stands for results, which are not written
+  forward.footprint = &of_forward, backward.footprint = &of_backward;
+  forward.weights_mode = backward.weights_mode = static_cast<Weights>(weights);
+  if (stats) forward.max_logit = &wanted;
+  if (stats == 2) forward.received = &wanted;
+  run_forward(forward);
+  backward.lse_stride_b = forward.H * q.size(2), backward.lse_stride_h = q.size(2);
+  backward.norm_plane = q.size(0) * backward.lse_stride_b;
+  if (need_dbias) {
+    const auto stride = [&](int64_t d) { return bias->size(d) > 1; };
+    backward.dbias = MutableView{&wanted, stride(0), stride(1), stride(2), stride(3)};
+  }
+  run(attnfast::cpu::kernels().attention_bwd, backward, "");
+  return {of_forward.most, of_backward.most};
+}
+
 // Lengths and pages, checked so that no index can leave the cache.
 void check_cache(const DecodeParams& p) {
   for (int64_t b = 0; b < p.B; ++b) {
@@ -237,19 +264,34 @@ void check_cache(const DecodeParams& p) {
   }
 }
 
+void fill(DecodeParams* p, Kept<HostCall>* kept, ATTNFAST_DECODE_INPUTS) {
+  fill_decode(p, kept, ATTNFAST_DECODE_INPUT_NAMES);
+  check_cache(*p);
+  double pairs = 0.0;
+  for (int64_t b = 0; b < p->B; ++b) pairs += static_cast<double>(p->cache_seqlens[b]) * p->T;
+  share_out(p, pairs);
+}
+
 DecodeTensors cpu_decode(ATTNFAST_DECODE_INPUTS) {
   DecodeParams p;
   HostCall call;
   Kept kept(&call);
-  fill_decode(&p, &kept, ATTNFAST_DECODE_INPUT_NAMES);
-  check_cache(p);
+  fill(&p, &kept, ATTNFAST_DECODE_INPUT_NAMES);
   DecodeTensors results = decode_results(&p, &call, q);
-  double pairs = 0.0;
-  for (int64_t b = 0; b < p.B; ++b) pairs += static_cast<double>(p.cache_seqlens[b]) * p.T;
-  share_out(&p, pairs);
   run(attnfast::cpu::kernels().attention_decode, p,
       "decode_attention: no memory for the decoding's");
   return results;
+}
+
+int64_t cpu_decode_workspace(ATTNFAST_DECODE_INPUTS) {
+  DecodeParams p;
+  HostCall call;
+  Kept kept(&call);
+  fill(&p, &kept, ATTNFAST_DECODE_INPUT_NAMES);
+  Footprint footprint;
+  p.footprint = &footprint;
+  run(attnfast::cpu::kernels().attention_decode, p, "");
+  return footprint.most;
 }
 
 std::string cpu_isa() { return attnfast::cpu::kernels().name; }
@@ -262,6 +304,8 @@ STABLE_TORCH_LIBRARY_IMPL(attnfast, CPU, m) {
   m.impl("cpu_bwd", ATTNFAST_BOX(cpu_bwd));
   m.impl("cpu_decode", ATTNFAST_BOX(cpu_decode));
   m.impl("cpu_self_attention", ATTNFAST_BOX(cpu_self_attention));
+  m.impl("cpu_workspace", ATTNFAST_BOX(cpu_workspace));
+  m.impl("cpu_decode_workspace", ATTNFAST_BOX(cpu_decode_workspace));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnfast, CompositeExplicitAutograd, m) {

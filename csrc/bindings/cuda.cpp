@@ -59,6 +59,15 @@ BackwardTensors cuda_bwd(ATTNFAST_UPSTREAM, ATTNFAST_INPUTS) {
   return results;
 }
 
+// The scratch of a call's forward and backward, in bytes, as the launches take it.
+std::tuple<int64_t, int64_t> cuda_workspace(ATTNFAST_INPUTS, bool need_dbias) {
+  BackwardParams p;
+  DeviceCall call(q);
+  Kept kept(&call);
+  fill_problem(&p, &kept, ATTNFAST_INPUT_NAMES);
+  return {0, attnfast::cuda::backward_scratch(p) * static_cast<int64_t>(sizeof(float))};
+}
+
 DecodeTensors cuda_decode(ATTNFAST_DECODE_INPUTS) {
   DecodeParams p;
   DeviceCall call(q);
@@ -69,6 +78,14 @@ DecodeTensors cuda_decode(ATTNFAST_DECODE_INPUTS) {
   call.writes(scratch, "scratch");
   attnfast::cuda::attention_decode(p, floats(scratch), call.stream());
   return results;
+}
+
+int64_t cuda_decode_workspace(ATTNFAST_DECODE_INPUTS) {
+  DecodeParams p;
+  DeviceCall call(q);
+  Kept kept(&call);
+  fill_decode(&p, &kept, ATTNFAST_DECODE_INPUT_NAMES);
+  return attnfast::cuda::decode_scratch(p) * static_cast<int64_t>(sizeof(float));
 }
 
 #ifndef ATTNFAST_EMULATOR
@@ -93,4 +110,6 @@ STABLE_TORCH_LIBRARY_IMPL(attnfast, CUDA, m) {
   m.impl("cuda_fwd", ATTNFAST_BOX(cuda_fwd));
   m.impl("cuda_bwd", ATTNFAST_BOX(cuda_bwd));
   m.impl("cuda_decode", ATTNFAST_BOX(cuda_decode));
+  m.impl("cuda_workspace", ATTNFAST_BOX(cuda_workspace));
+  m.impl("cuda_decode_workspace", ATTNFAST_BOX(cuda_decode_workspace));
 }

@@ -83,15 +83,18 @@ class Kept {
 // What problems and decoding have in common.
 template <class Params, class Call>
 void fill_edits(Params* p, Kept<Call>* kept, const OptionalTensor& alibi_slopes,
-                const OptionalTensor& sinks, double scale, int64_t window_left,
-                int64_t window_right, double softcap) {
+                const OptionalTensor& sinks,
+                ATTNFAST_SCORE_OPTIONS(ATTNFAST_PARAMETER) int64_t window_left,
+                int64_t window_right) {
   const bool shared = !alibi_slopes || alibi_slopes->dim() < 2 || alibi_slopes->size(0) == 1;
   check_count(alibi_slopes, "alibi_slopes", shared ? p->H : p->B * p->H);
   check_count(sinks, "sinks", p->H);
   p->alibi_slopes = kept->floats(alibi_slopes, "alibi_slopes");
   p->alibi_stride_b = shared ? 0 : p->H;
   p->sinks = kept->floats(sinks, "sinks");
-  p->scale = static_cast<float>(scale), p->softcap = static_cast<float>(softcap);
+#define ATTNFAST_FILL(name, absent) p->name = static_cast<float>(name);
+  ATTNFAST_SCORE_OPTIONS(ATTNFAST_FILL)
+#undef ATTNFAST_FILL
   p->window_left = bounded(window_left), p->window_right = bounded(window_right);
 }
 
@@ -123,7 +126,8 @@ void fill_problem(Problem* p, Kept<Call>* kept, ATTNFAST_INPUTS) {
   p->align_per_batch = kept->ints(align, "align");
   p->align_offset = bounded(align_offset), p->align_bottom_right = align_bottom_right;
   p->causal = causal, p->dropout_p = dropout_p;
-  fill_edits(p, kept, alibi_slopes, sinks, scale, window_left, window_right, softcap);
+  fill_edits(p, kept, alibi_slopes, sinks, ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left,
+             window_right);
 }
 
 template <class Call>
@@ -145,7 +149,8 @@ void fill_decode(DecodeParams* p, Kept<Call>* kept, ATTNFAST_DECODE_INPUTS) {
     std::swap(p->k.h, p->k.t), std::swap(p->v.h, p->v.t);
   }
   p->bias = read_scores(bias, "bias", {p->B, p->H, p->T, p->S});
-  fill_edits(p, kept, alibi_slopes, sinks, scale, window_left, window_right, softcap);
+  fill_edits(p, kept, alibi_slopes, sinks, ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left,
+             window_right);
 }
 
 }  // namespace attnfast::bindings

@@ -195,17 +195,20 @@ inline Tensor nothing(const Tensor& like) { return empty(like, like.scalar_type(
 
 // The operators' arguments, in the order of attnfast/call.py: a record as parameters, and as what
 // is handed on.
-#define ATTNFAST_INPUTS                                                                           \
-  const Tensor &q, const Tensor &k, const Tensor &v, OptionalTensor mask, OptionalTensor bias,    \
-      OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor align,                    \
-      OptionalTensor dropout_seed, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,      \
-      double scale, bool causal, int64_t window_left, int64_t window_right, int64_t align_offset, \
-      bool align_bottom_right, double softcap, double dropout_p, int64_t weights, int64_t stats,  \
-      bool deterministic, int64_t max_seqlen_q, int64_t max_seqlen_k
+#define ATTNFAST_PARAMETER(name, absent) double name,
+#define ATTNFAST_NAME(name, absent) name,
+#define ATTNFAST_INPUTS                                                                        \
+  const Tensor &q, const Tensor &k, const Tensor &v, OptionalTensor mask, OptionalTensor bias, \
+      OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor align,                 \
+      OptionalTensor dropout_seed, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,   \
+      ATTNFAST_SCORE_OPTIONS(ATTNFAST_PARAMETER) bool causal, int64_t window_left,             \
+      int64_t window_right, int64_t align_offset, bool align_bottom_right, double dropout_p,   \
+      int64_t weights, int64_t stats, bool deterministic, int64_t max_seqlen_q,                \
+      int64_t max_seqlen_k
 #define ATTNFAST_INPUT_NAMES                                                                 \
   q, k, v, mask, bias, alibi_slopes, sinks, align, dropout_seed, cu_seqlens_q, cu_seqlens_k, \
-      scale, causal, window_left, window_right, align_offset, align_bottom_right, softcap,   \
-      dropout_p, weights, stats, deterministic, max_seqlen_q, max_seqlen_k
+      ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) causal, window_left, window_right, align_offset, \
+      align_bottom_right, dropout_p, weights, stats, deterministic, max_seqlen_q, max_seqlen_k
 #define ATTNFAST_UPSTREAM                                                                         \
   const Tensor &grad_out, OptionalTensor grad_lse, OptionalTensor grad_entropy,                   \
       OptionalTensor grad_weights, const Tensor &out, const Tensor &norm, OptionalTensor entropy, \
@@ -215,10 +218,10 @@ inline Tensor nothing(const Tensor& like) { return empty(like, like.scalar_type(
 #define ATTNFAST_DECODE_INPUTS                                                                \
   const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &cache_seqlens, \
       OptionalTensor page_table, OptionalTensor bias, OptionalTensor alibi_slopes,            \
-      OptionalTensor sinks, double scale, int64_t window_left, int64_t window_right,          \
-      double softcap
-#define ATTNFAST_DECODE_INPUT_NAMES                                                              \
-  q, k_cache, v_cache, cache_seqlens, page_table, bias, alibi_slopes, sinks, scale, window_left, \
-      window_right, softcap
+      OptionalTensor sinks, ATTNFAST_SCORE_OPTIONS(ATTNFAST_PARAMETER) int64_t window_left,   \
+      int64_t window_right
+#define ATTNFAST_DECODE_INPUT_NAMES                                          \
+  q, k_cache, v_cache, cache_seqlens, page_table, bias, alibi_slopes, sinks, \
+      ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left, window_right
 
 }  // namespace attnfast::bindings

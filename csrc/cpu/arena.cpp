@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 
@@ -43,7 +44,13 @@ void give_back(Header* header, int threads) {
 
 }  // namespace
 
-Arena::Arena(size_t bytes, int threads) : threads_(threads) {
+Arena::Arena(size_t bytes, Footprint* footprint, int threads)
+    : threads_(threads), bytes_(bytes), footprint_(footprint) {
+  if (footprint) {
+    footprint->held += static_cast<int64_t>(bytes);
+    footprint->most = std::max(footprint->most, footprint->held);
+    return;
+  }
   if (!bytes) return;
   Header* header = borrow(bytes);
   if (!header) {
@@ -57,6 +64,7 @@ Arena::Arena(size_t bytes, int threads) : threads_(threads) {
 }
 
 Arena::~Arena() {
+  if (footprint_) footprint_->held -= static_cast<int64_t>(bytes_);
   if (data_) give_back(reinterpret_cast<Header*>(data_) - 1, threads_);
 }
 

@@ -1,10 +1,16 @@
 // Scratch memory of a call: whole blocks, small ones kept for the next call, so that short calls
 // pay no page faults; and the parts that a block is cut into.
+//
+// A kernel's scratch is known without a second formula: with a Footprint (params.h) the kernel runs
+// its own way through its blocks, which then count themselves and hold nothing, and through
+// parallel regions (team.h), whose bodies are left out.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <new>
 #include <utility>
+
+#include "../params.h"
 
 namespace attnfast::cpu {
 
@@ -14,17 +20,19 @@ struct OutOfMemory : std::bad_alloc {
   size_t bytes;
 };
 
-// A block that lives as long as this; 64-byte aligned, its contents undefined.
+// A block that lives as long as this; 64-byte aligned, its contents undefined; null with a
+// footprint, in which it is counted.
 //   Raises OutOfMemory: never inside a parallel region, which no exception may leave (team.h).
 class Arena {
  public:
   Arena() = default;
   // `threads`: how many share the block.
-  explicit Arena(size_t bytes, int threads = 1);
+  explicit Arena(size_t bytes, Footprint* footprint = nullptr, int threads = 1);
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(Arena&& other) noexcept {
     std::swap(data_, other.data_), std::swap(threads_, other.threads_);
+    std::swap(bytes_, other.bytes_), std::swap(footprint_, other.footprint_);
     return *this;
   }
 
@@ -33,6 +41,8 @@ class Arena {
  private:
   char* data_ = nullptr;
   int threads_ = 1;
+  size_t bytes_ = 0;
+  Footprint* footprint_ = nullptr;
 };
 
 // Parts of a block, one after the other; without a block all are null and only their sizes count.

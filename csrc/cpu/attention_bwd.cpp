@@ -154,7 +154,7 @@ struct Backward : GradientTiles<Element, kPlanes> {
     const Blocks ranges(p.cu_seqlens_k, p.B, p.H_kv, p.S, kKeysPerItem);
     const Blocks panels(p.cu_seqlens_k, p.B, p.H_kv, p.S, kPanel);
     const Index panel_floats = Layout(p, kPanel).floats();
-    const Arena memory(kPlanes ? panels.count() * panel_floats * sizeof(float) : 0);
+    const Arena memory(kPlanes ? panels.count() * panel_floats * sizeof(float) : 0, p.footprint);
     auto* all = reinterpret_cast<float*>(memory.data());
     const auto packed_head = [&](Index index) {
       return all ? all + panels.first_of(index) * panel_floats : nullptr;
@@ -215,7 +215,7 @@ struct Backward : GradientTiles<Element, kPlanes> {
 void attention_bwd(const BackwardParams& given) {
   BackwardParams p = given;
   const Index size = p.cu_seqlens_q ? p.H * p.lse_stride_h : p.B * p.lse_stride_b;
-  const Arena memory(size * sizeof(float));
+  const Arena memory(size * sizeof(float), p.footprint);
   auto* row_terms = reinterpret_cast<float*>(memory.data());
   Arena norm;
   with_element(p.q.dtype, [&]([[maybe_unused]] auto* element) {
@@ -225,10 +225,11 @@ void attention_bwd(const BackwardParams& given) {
     const Backward<Element, 0> in_fp32{{{p, row_terms}}};
     // The forward was the decoding kernel's, or in planes; or torch has kept no more than the lse.
     if (p.T == 1 || kPlanes > 1 || p.norm_plane == 0) {
-      norm = Arena(2 * size * sizeof(float));
+      norm = Arena(2 * size * sizeof(float), p.footprint);
       auto* planes = reinterpret_cast<float*>(norm.data());
-      std::copy_n(p.norm, size, planes);  // of no rows too, where there is no norm
-      std::copy_n(p.norm + p.norm_plane, size, planes + size);
+      const Index copied = p.footprint ? 0 : size;
+      std::copy_n(p.norm, copied, planes);  // of no rows too, where there is no norm
+      std::copy_n(p.norm + p.norm_plane, copied, planes + size);
       queries.find_norms(planes, size);
       p.norm = planes, p.norm_plane = size;
     }
@@ -241,12 +242,13 @@ void attention_bwd(const BackwardParams& given) {
     } else if (p.T * (p.H / p.H_kv) < kFewestQueries) {
       in_fp32.gradients(nullptr);
     } else {
-      const Arena flags(2 * heads);
+      const Arena flags(2 * heads, p.footprint);
       auto *in_range = reinterpret_cast<bool*>(flags.data()), *out_of_range = in_range + heads;
       const Backward<Element, kPlanes> in_planes{{{p, row_terms, kTallBlock}}};
       in_planes.find_in_range(in_range);
       bool all = true;
-      for (Index i = 0; i < heads; ++i) all &= in_range[i], out_of_range[i] = !in_range[i];
+      for (Index i = 0; i < (p.footprint ? 0 : heads); ++i)
+        all &= in_range[i], out_of_range[i] = !in_range[i];
       in_planes.gradients(all ? nullptr : in_range);
       if (!all) in_fp32.gradients(out_of_range);
     }

@@ -166,7 +166,7 @@ void decode(const DecodeParams& p) {
   const Index rows = p.B * p.H * p.T;
   if (rows == 0) return;
   Decode<Element> decode(p);
-  const Arena partials(decode.partials_size() * sizeof(float));
+  const Arena partials(decode.partials_size() * sizeof(float), p.footprint);
   decode.partials = reinterpret_cast<float*>(partials.data());
   const auto prepare = [&](Parts& parts) { return Scratch<Element>(parts, decode.k_shape); };
   parallel(p, decode.pieces.count(), 1, prepare, [&](Index item, const Scratch<Element>& mine) {

@@ -193,12 +193,13 @@ class PackedHeads {
       peaks_ = parts.take<Peaks>(kPlanes > 1 ? panels : 0);
       return parts.bytes();
     };
-    memory_ = Arena(cut(Parts()));
+    by_team_ = true;
+    memory_ = Arena(cut(Parts()), p.footprint);
     cut(Parts(memory_.data()));
   }
 
   // Whether the team packs; else items do, for themselves.
-  bool by_team() const { return data_ != nullptr; }
+  bool by_team() const { return by_team_; }
 
   // Packs the heads from `first` (b * H_kv + h_kv) on; returns the first that is not.
   Index pack_from(const Problem& p, Index first) {
@@ -251,6 +252,7 @@ class PackedHeads {
   }
 
   Index heads_, most_panels_ = 0, first_ = 0;
+  bool by_team_ = false;
   Blocks panels_, parts_;  // of all key heads
   Arena memory_;
   float* data_ = nullptr;   // k and v of each head in work

@@ -104,7 +104,8 @@ void parallel(const Params& p, Index items, Index chunk, const Prepare& prepare,
   Parts sizes;
   prepare(sizes);
   const size_t page = busy > 1 ? 4096 : 64, bytes = (sizes.bytes() + page - 1) / page * page;
-  const Arena arena(bytes * busy, static_cast<int>(busy));
+  const Arena arena(bytes * busy, p.footprint, static_cast<int>(busy));
+  if (p.footprint) return;
   Interrupt interrupt(p.interrupted);
   std::atomic<Index> next{0};
   const auto work = [&](Index thread) noexcept {

@@ -1,0 +1,82 @@
+"""The scratch that Triton's launches take is what ``explain`` says they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attnfast.kernels import attention_bias, attention_bwd, attention_decode, backend
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from attnfast.call import DecodeInputs, DecodeOptions, Inputs, Options, Upstream
+
+
+class Storages(TorchDispatchMode):
+    """Every memory that a tensor was given, in bytes by its address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.kept += [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        return result
+
+
+def addresses(*tensors: Any) -> dict[int, int]:
+    storages = [x.untyped_storage() for x in tensors if isinstance(x, Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def taken(operator: Any, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes that an operator takes beside what it is given and gives."""
+    for module in (backward, bias_gradients, decode):
+        monkeypatch.setattr(module, "launch", lambda job: None)
+    with Storages() as storages:
+        results = operator(*args)
+    known = addresses(*args, *results)
+    return sum(size for at, size in addresses(*storages.kept).items() if at not in known)
+
+
+@pytest.mark.parametrize("bias", [None, (1, 1, 70, 70), (1, 3, 1, 70), (2, 3, 70, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("varlen", [False, True])
+def test_backward(
+    bias: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    varlen: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if varlen and bias is not None and bias[0] > 1:
+        bias = (1, *bias[1:])  # sequences share it
+    B = 1 if varlen else 2
+    q, k, v = (torch.zeros(B, 3, 70, 32) for _ in "qkv")
+    inputs = Inputs(q, k, v)
+    if bias is not None:
+        inputs = inputs._replace(bias=torch.zeros(bias, dtype=dtype, requires_grad=True))
+    options = Options(1.0)
+    if varlen:
+        ends = torch.tensor([0, 30, 70], dtype=torch.int32)
+        inputs = inputs._replace(cu_seqlens_q=ends, cu_seqlens_k=ends)
+        options = options._replace(max_seqlen_q=70, max_seqlen_k=70)
+    norm = torch.zeros(2, B, 3, 70)
+    upstream = Upstream.plain(q, q, norm)._replace(need_dbias=bias is not None)
+    said = backend.workspace(inputs, options)
+    given = (None if x is None else x.detach() for x in inputs)
+    assert said == (0, taken(backend.bwd, (*upstream, *given, *options), monkeypatch))
+    assert said[1] >= norm.nbytes // 2
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_decode(paged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = torch.tensor([100, 1500], dtype=torch.int32)
+    cache = torch.zeros(9, 300, 2, 64) if paged else torch.zeros(2, 2, 2000, 64)
+    table = torch.zeros(2, 5, dtype=torch.int32) if paged else None
+    inputs = DecodeInputs(torch.zeros(2, 8, 1, 64), cache, cache, lengths, table)
+    said = backend.workspace(inputs, DecodeOptions(1.0))
+    assert said == (taken(backend.decode, (*inputs, *DecodeOptions(1.0)), monkeypatch), 0)
+    assert said[0] > 0
