@@ -60,7 +60,7 @@ BackwardTensors cuda_bwd(ATTNFAST_UPSTREAM, ATTNFAST_INPUTS) {
 }
 
 // The scratch of a call's forward and backward, in bytes, as the launches take it.
-std::tuple<int64_t, int64_t> cuda_workspace(ATTNFAST_INPUTS, bool need_dbias) {
+std::tuple<int64_t, int64_t> cuda_workspace(ATTNFAST_INPUTS, bool) {
   BackwardParams p;
   DeviceCall call(q);
   Kept kept(&call);

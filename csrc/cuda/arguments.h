@@ -8,18 +8,6 @@
 
 namespace attnfast::cuda {
 
-// The units in which kernels have scores. Where nothing comes between the products q k^T and the
-// softmax but a positive factor, they are the products, and the factor waits for the exponent.
-// Elsewhere they are natural scores / 2^28: no scale, softcap, sink, slope or finite bias
-// overflows.
-struct Units {
-  float factor = 1.0f;                 // from products
-  float natural = 0x1p-28f;            // from what is added to them
-  float softcap = 0.0f, uncap = 0.0f;  // in units, and 1 / softcap; 0: none
-  float to_log2 = kLog2E * 0x1p28f, to_natural = 0x1p28f;
-  float deepest = 0.0f;  // so far below another score, a score has a probability of 0
-};
-
 // Whether scores are raw products: by the problem alone, since the passes share a maximum.
 template <class Params>
 bool has_raw_scores(const Params& p) {
@@ -27,25 +15,30 @@ bool has_raw_scores(const Params& p) {
          p.scale < 0x1p100f;
 }
 
-template <class Params>
-Units units_of(const Params& p) {
-  Units units;
-  if (has_raw_scores(p)) {
-    units.to_log2 = p.scale * kLog2E, units.to_natural = p.scale;
-  } else {
-    units.factor = p.scale * units.natural;
+// The units in which kernels have scores. Where nothing comes between the products q k^T and the
+// softmax but a positive factor, they are the products. Elsewhere they are natural scores / 2^28:
+// no scale, softcap, sink, slope or finite bias overflows.
+struct Scaling : Units {
+  float softcap = 0.0f, uncap = 0.0f;  // in units, and 1 / softcap; 0: none
+  float deepest;                       // so far below another score, a score has a probability of 0
+
+  template <class Params>
+  explicit Scaling(const Params& p) {
+    const bool raw = has_raw_scores(p);
+    choose(raw ? 1.0f : 0x1p-28f);
+    factor = p.scale * natural;
+    if (raw) keep_products();
+    deepest = -1024.0f / to_log2;
+    if (p.softcap > 0.0f) {
+      softcap = p.softcap * natural;
+      uncap = std::min(1.0f / softcap, kLargest);
+    }
   }
-  units.deepest = -1024.0f / units.to_log2;
-  if (p.softcap > 0.0f) {
-    units.softcap = p.softcap * units.natural;
-    units.uncap = std::min(1.0f / units.softcap, kLargest);
-  }
-  return units;
-}
+};
 
 struct ForwardArguments {
   ForwardParams p;
-  Units units;
+  Scaling units;
   DeviceSeed dropout;
   int64_t rows_q, rows_k;    // of the tensors; varlen: of all sequences
   int64_t query_blocks = 0;  // of the longest sequence
@@ -60,7 +53,7 @@ struct BiasSizes {
 
 struct BackwardArguments {
   BackwardParams p;
-  Units units;
+  Scaling units;
   DeviceSeed dropout;
   int64_t rows_q, rows_k;
   BiasSizes bias;
@@ -74,7 +67,7 @@ struct BackwardArguments {
 
 struct DecodeArguments {
   DecodeParams p;
-  Units units;
+  Scaling units;
   int64_t splits;      // of the keys of the longest sequence there can be
   int64_t row_blocks;  // of the queries that share a key head
   float* partial;      // [splits][B * H * T][D_v]: sums of exp(s - m) v over a split's keys

@@ -71,14 +71,14 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
     commit_copies();
     wait_copies<0>();
     sync_block();  // all four are here
-    const ScoreOptions options(arguments, head);
+    const ScoreEdits edits(arguments, head);
     const Philox philox(p, arguments.dropout, head.b, head.h);
     const OwnTerms<1> terms(TermPlanes(arguments, head.b, head.h), t0, head.T, lane);
     float s[1][kN / 8][4] = {}, dp[1][kN / 8][4] = {};
     uint32_t kept[1] = {~0u};
     // Scores
     add_rows_times_rows<Element, kD>(s, q_tile + own, k_tile, lane);
-    options.apply<false>(s, head, t0, s0, lane, crosses_edge(head, t0, 16, s0, kN));
+    edits.apply<false>(s, head, t0, s0, lane, crosses_edge(head, t0, 16, s0, kN));
     if (philox.threshold) kept_by_dropout<false, 1, kN / 8>(kept, philox, t0, s0, lane);
     // dP
     add_rows_times_rows<Element, kD>(dp, do_tile + own, v_tile, lane);
@@ -86,7 +86,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
       WeightGradient(p, head).template add_to<false>(dp, head, t0, s0, lane);
     }
     // Probabilities, ds
-    score_gradients<false>(s, dp, options, kept, keep_scale,
+    score_gradients<false>(s, dp, edits, kept, keep_scale,
                            static_cast<const float (*)[kN / 8][4]>(nullptr), terms);
     ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
       ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) sum[0][n][e] += dp[0][n][e];

@@ -93,7 +93,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
       const uint32_t q_rows = stage, do_rows = q_rows + Shape::kMoveBytes;
       const uint32_t term_rows = do_rows + Shape::kMoveBytes;
       head.h = h;
-      const ScoreOptions options(arguments, head);
+      const ScoreEdits edits(arguments, head);
       const bool edge = crosses_edge(head, t0, kMove, s0, kRowTiles * 16);
       float s[kRowTiles][kMove / 8][4] = {}, dp[kRowTiles][kMove / 8][4] = {};
       float dcapped[kPlain ? 1 : kRowTiles][kMove / 8][4];
@@ -102,8 +102,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
       // Scores, transposed
       add_rows_times_rows<Element, kD>(s, k_tile + own, q_rows, lane);
       if constexpr (!kPlain) {
-        options.apply<true>(s, head, t0, s0, lane, edge, dcapped);
-        if (options.drops_keys()) live = live_columns(s);
+        edits.apply<true>(s, head, t0, s0, lane, edge, dcapped);
+        if (edits.drops_keys()) live = live_columns(s);
         philox.stream = static_cast<uint32_t>(head.b * p.H + head.h);
         if (philox.threshold) {
           kept_by_dropout<true, kRowTiles, kMove / 8>(kept, philox, t0, s0, lane);
@@ -118,10 +118,10 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
       }
       // Probabilities, ds
       const MovingTerms<Shape::kTermBytes> terms{term_rows, lane, !kPlain && p.grad_entropy};
-      score_gradients<kPlain>(s, dp, options, kept, keep_scale, kPlain ? nullptr : dcapped, terms);
+      score_gradients<kPlain>(s, dp, edits, kept, keep_scale, kPlain ? nullptr : dcapped, terms);
       if (kPlain && edge) {
-        options.mask_positions<true>(s, head, t0, s0, lane, 0.0f);
-        options.mask_positions<true>(dp, head, t0, s0, lane, 0.0f);
+        edits.mask_positions<true>(s, head, t0, s0, lane, 0.0f);
+        edits.mask_positions<true>(dp, head, t0, s0, lane, 0.0f);
       }
       // dv
       if constexpr (kWantsV) {

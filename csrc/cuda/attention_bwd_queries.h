@@ -28,7 +28,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
   const int t0 = t_block + warp * kRowTiles * 16;  // the warp's first query
   const int t_last = min_of(t_block + kStay, head.T) - 1;
   const int key_begin = head.first_key(t_block) / kMove * kMove, key_end = head.end_key(t_last);
-  const ScoreOptions options(arguments, head);
+  const ScoreEdits edits(arguments, head);
   const Philox philox(p, arguments.dropout, head.b, head.h);
   const float keep_scale = keep_scale_of(p);
   const OwnTerms<kRowTiles> terms(TermPlanes(arguments, head.b, head.h), t0, head.T, lane);
@@ -78,8 +78,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
       // Scores
       add_rows_times_rows<Element, kD>(s, q_tile + own, k_rows, lane);
       if constexpr (!kPlain) {
-        options.apply<false>(s, head, t0, s0, lane, edge, dcapped);
-        if (options.drops_keys()) live = live_columns(s);
+        edits.apply<false>(s, head, t0, s0, lane, edge, dcapped);
+        if (edits.drops_keys()) live = live_columns(s);
         if (philox.threshold) {
           kept_by_dropout<false, kRowTiles, kMove / 8>(kept, philox, t0, s0, lane);
         }
@@ -92,8 +92,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
         }
       }
       // Probabilities, ds
-      score_gradients<kPlain>(s, dp, options, kept, keep_scale, kPlain ? nullptr : dcapped, terms);
-      if (kPlain && edge) options.mask_positions<false>(dp, head, t0, s0, lane, 0.0f);
+      score_gradients<kPlain>(s, dp, edits, kept, keep_scale, kPlain ? nullptr : dcapped, terms);
+      if (kPlain && edge) edits.mask_positions<false>(dp, head, t0, s0, lane, 0.0f);
       // dq
       add_registers_times_rows<Element, kD, !kPlain>(dq, dp, k_rows, live, lane);
     }

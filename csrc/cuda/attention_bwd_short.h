@@ -100,7 +100,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
     const Head head(p, a.rows_q, a.rows_k, b, first_head + g);
     load(head, g == group - 1);
     if (own_first >= head.T) continue;
-    const ScoreOptions options(a, head);
+    const ScoreEdits edits(a, head);
     const SharedTerms<Shape::kTermBytes> terms{rows + own_first * 4, lane};
     const int key_end = head.end_key(min_of(own_first + 16, head.T) - 1);
     float dq[1][kD / 8][4] = {};
@@ -112,9 +112,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
       // dP
       add_rows_times_rows<Element, kD>(dp, do_tile + own, v_rows, lane);
       // Probabilities, ds
-      score_gradients<true>(s, dp, options, kept, 1.0f, dcapped, terms);
+      score_gradients<true>(s, dp, edits, kept, 1.0f, dcapped, terms);
       if (crosses_edge(head, own_first, 16, s0, kPart)) {
-        options.mask_positions<false>(dp, head, own_first, s0, lane, 0.0f);
+        edits.mask_positions<false>(dp, head, own_first, s0, lane, 0.0f);
       }
       // dq
       add_registers_times_rows<Element, kD, false>(dq, dp, k_rows, ~0u, lane);
@@ -132,7 +132,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
     const Head head(p, a.rows_q, a.rows_k, b, first_head + g);
     if (g > 0) load(head, false);
     if (own_first >= head.S) continue;
-    const ScoreOptions options(a, head);
+    const ScoreEdits edits(a, head);
     const int query_end = head.end_query(min_of(own_first + 16, head.S) - 1);
     for (int t0 = head.first_query(own_first) / kPart * kPart; t0 < query_end; t0 += kPart) {
       const uint32_t q_rows = q_tile + t0 * kD * 2, do_rows = do_tile + t0 * kD * 2;
@@ -143,10 +143,10 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
       add_rows_times_rows<Element, kD>(dp, v_tile + own, do_rows, lane);
       // Probabilities, ds
       const MovingTerms<Shape::kTermBytes> terms{rows + t0 * 4, lane, false};
-      score_gradients<true>(s, dp, options, kept, 1.0f, dcapped, terms);
+      score_gradients<true>(s, dp, edits, kept, 1.0f, dcapped, terms);
       if (crosses_edge(head, t0, kPart, own_first, 16)) {
-        options.mask_positions<true>(s, head, t0, own_first, lane, 0.0f);
-        options.mask_positions<true>(dp, head, t0, own_first, lane, 0.0f);
+        edits.mask_positions<true>(s, head, t0, own_first, lane, 0.0f);
+        edits.mask_positions<true>(dp, head, t0, own_first, lane, 0.0f);
       }
       // dv
       add_registers_times_rows<Element, kD, false>(dv, s, do_rows, ~0u, lane);

@@ -100,7 +100,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
   const auto k = cached<Element>(p, p.k, b, h_kv, reach_begin, length, p.D, a.k_aligned);
   const auto v = cached<Element>(p, p.v, b, h_kv, reach_begin, length, p.D_v, a.v_aligned);
 
-  const Units& units = a.units;
+  const Scaling& units = a.units;
   int t[2];  // of the lane's two rows
   float slope[2] = {};
   int64_t bias_at[2];

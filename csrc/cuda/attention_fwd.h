@@ -77,7 +77,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   if (t_block >= head.T) return;
   const int t_last = min_of(t_block + kM, head.T) - 1;
   const int key_begin = head.first_key(t_block) / kN * kN, key_end = head.end_key(t_last);
-  const ScoreOptions options(arguments, head);
+  const ScoreEdits edits(arguments, head);
   const Philox philox(p, arguments.dropout, head.b, head.h);
 
   const uint32_t q_tile = shared_memory(), k_tile = q_tile + kM * kD * 2;
@@ -117,10 +117,10 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
       add_rows_times_rows<Element, kD>(s, q_rows, k_tile, lane);
       const bool edge = crosses_edge(head, t0, kRowTiles * 16, s0, kN);
       if constexpr (kPlain) {
-        if (edge) options.mask_positions<false>(s, head, t0, s0, lane);
+        if (edge) edits.mask_positions<false>(s, head, t0, s0, lane);
       } else {
-        options.apply<false>(s, head, t0, s0, lane, edge);
-        if (options.drops_keys()) live = live_columns(s);
+        edits.apply<false>(s, head, t0, s0, lane, edge);
+        if (edits.drops_keys()) live = live_columns(s);
       }
     }
 
@@ -189,7 +189,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   // Row by row: what its four lanes have, together
   const auto [lane, t0, q_rows] = ForwardPlace<kD, kPlain>(t_block, q_tile);
   if (t0 >= head.T) return;
-  const Units& units = arguments.units;
+  const Scaling& units = arguments.units;
   const float keep_scale = keep_scale_of(p);
   float factor[kRows];  // from acc to the output
   ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {

@@ -100,7 +100,7 @@ struct WeightGradient {
 //   dcapped          d capped / d uncapped; null: 1
 template <bool kPlain, int kM, int kN, class Terms>
 ATTNFAST_DEVICE void score_gradients(float (&s)[kM][kN][4], float (&dp)[kM][kN][4],
-                                     const ScoreOptions& options, const uint32_t (&kept)[kM],
+                                     const ScoreEdits& edits, const uint32_t (&kept)[kM],
                                      float keep_scale, const float (*dcapped)[kN][4], Terms terms) {
   ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
     terms.of_columns(n);
@@ -109,13 +109,13 @@ ATTNFAST_DEVICE void score_gradients(float (&s)[kM][kN][4], float (&dp)[kM][kN][
         const RowTerms of = terms(m, e);
         const float x = s[m][n][e];
         if constexpr (kPlain) {
-          const float p = exp2_fast(fmaf(x - of.m, options.units.to_log2, -of.log2_l));
+          const float p = exp2_fast(fmaf(x - of.m, edits.units.to_log2, -of.log2_l));
           s[m][n][e] = p;
           dp[m][n][e] = p * (dp[m][n][e] + of.row_term);
         } else {
           const bool masked = x == -kInfinity;
-          const float depth = depth_of(x, of.m, options.units);
-          const float p = exp2_fast(fmaf(depth, options.units.to_log2, -of.log2_l));
+          const float depth = depth_of(x, of.m, edits.units);
+          const float p = exp2_fast(fmaf(depth, edits.units.to_log2, -of.log2_l));
           const float z = kept[m] >> (n * 4 + e) & 1 ? keep_scale : 0.0f;
           const float ds = p * (z * dp[m][n][e] + of.row_term - of.dentropy * depth);
           s[m][n][e] = masked ? 0.0f : p * z;

@@ -56,13 +56,13 @@ ATTNFAST_DEVICE bool probability_tile(const Arguments& a, const Head& head, int 
   commit_copies();
   wait_copies<0>();
   sync_block();  // both are here
-  const ScoreOptions options(a, head);
+  const ScoreEdits edits(a, head);
   const OwnNorms norms(a.p, head, t0, lane);
   ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
     ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) p[0][n][e] = 0.0f;
   }
   add_rows_times_rows<Element, kD>(p, q_tile + warp * 16 * kD * 2, k_tile, lane);
-  options.apply<false>(p, head, t0, s0, lane, crosses_edge(head, t0, 16, s0, Shape::kN));
+  edits.apply<false>(p, head, t0, s0, lane, crosses_edge(head, t0, 16, s0, Shape::kN));
   ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
     ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
       const float depth = p[0][n][e] - norms.m[e / 2];

@@ -14,7 +14,7 @@ struct RowTerms {
 };
 
 // s - m where it is multiplied with p: it ends where p is 0, before dH times it is infinite.
-ATTNFAST_DEVICE float depth_of(float x, float m, const Units& units) {
+ATTNFAST_DEVICE float depth_of(float x, float m, const Scaling& units) {
   return fmaxf(x - m, units.deepest);
 }
 

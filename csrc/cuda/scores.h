@@ -46,13 +46,13 @@ ATTNFAST_DEVICE float load_addend(const View& x, int64_t element) {
 }
 
 // The options that change scores, as one head sees them.
-struct ScoreOptions {
+struct ScoreEdits {
   View mask, bias;  // at (b, h, 0, 0)
-  Units units;
+  Scaling units;
   float slope;  // ALiBi's, in units; 0: none
 
   template <class Arguments>
-  ATTNFAST_DEVICE ScoreOptions(const Arguments& a, const Head& head)
+  ATTNFAST_DEVICE ScoreEdits(const Arguments& a, const Head& head)
       : mask(a.p.mask), bias(a.p.bias), units(a.units), slope(0.0f) {
     if (a.p.alibi_slopes) {
       slope = units.natural * load_global(a.p.alibi_slopes + head.b * a.p.alibi_stride_b + head.h);

@@ -43,8 +43,6 @@ constexpr int kSharedLimit = 99 << 10, kTuringShared = 64 << 10;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
-constexpr float kLog2E = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
 
 }  // namespace attnfast::cuda
 
