@@ -62,17 +62,22 @@ def call(op: Any, *args: Any) -> Any:
     """Call a raw operator without gradients: past its Autograd kernel, unless others look on."""
     if torch.compiler.is_compiling() or transforms_active():
         return op(*args)
-    return call_below(op, *args)
+    return call_unwatched(op, args)
+
+
+def call_unwatched(op: Any, args: tuple[Any, ...]) -> Any:
+    """Call a raw operator below autograd, where no transform is under way."""
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    except RuntimeError as error:
+        raise operator_error(error) from None
 
 
 def call_below(op: Any, *args: Any) -> Any:
     """Call a raw operator from a Function: below autograd, at this level of a transform."""
     if not torch._C._are_functorch_transforms_active():
-        try:
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
-        except RuntimeError as error:
-            raise operator_error(error) from None
+        return call_unwatched(op, args)
     below = torch._C._AutoDispatchBelowAutograd()  # other levels want what the Function disabled
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below:
         return op(*args)

@@ -143,19 +143,21 @@ def attention_call(
             cu_seqlens_q,
             cu_seqlens_k,
         ),
-        Options(
-            *require.score_options(function, D, *scores),
-            causal,
-            window_left,
-            window_right,
-            align_offset,
-            bottom_right,
-            dropout_p,
-            weights,
-            stats,
-            deterministic,
-            max_seqlen_q,
-            max_seqlen_k,
+        Options._make(
+            (
+                *require.score_options(function, D, scores),
+                causal,
+                window_left,
+                window_right,
+                align_offset,
+                bottom_right,
+                dropout_p,
+                weights,
+                stats,
+                deterministic,
+                max_seqlen_q,
+                max_seqlen_k,
+            )
         ),
     )
 
@@ -207,7 +209,7 @@ def decode_call(
             if x is not None:
                 why = "decoding has none (detach it, or run under torch.no_grad())"
                 require.without_gradient(function, name, x, why)
-    numbers = require.score_options(function, D, *scores)
+    numbers = require.score_options(function, D, scores)
     options = DecodeOptions(*numbers, window_left, window_right)
     inputs = DecodeInputs(
         q=dense_rows(q, function, "q"),

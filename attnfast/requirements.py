@@ -421,10 +421,9 @@ def number(function: str, name: str, x: Any, low: float, high: float, requiremen
     return float(x)
 
 
-def score_options(
-    function: str, D: int, scale: float | None, softcap: float | None
-) -> tuple[float, float]:
+def score_options(function: str, D: int, given: tuple[float | None, ...]) -> tuple[float, float]:
     """Those of `call.SCORE_OPTIONS`, as numbers."""
+    scale, softcap = given
     return (
         D**-0.5 if scale is None else scale_factor(function, scale),
         0.0 if softcap is None else softcap_limit(function, softcap),

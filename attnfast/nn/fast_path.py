@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, dispatch, ops
-from ..autograd import call_below
+from ..autograd import call_unwatched
 from ..backends import cpu
 from ..checks import WEIGHTS
 from .extras import appended_keys, is_plain
@@ -75,16 +75,9 @@ def self_attention(
     packed = linear(query, weight, module.in_proj_bias)
     if packed.dtype not in backends.FUSED_DTYPES or not packed.is_contiguous():
         return None
-    out, probabilities = call_below(
-        ops.SELF_ATTENTION,
-        packed,
-        module.num_heads,
-        module.batch_first,
-        mask,
-        bias,
-        causal,
-        WEIGHTS[return_weights],
-    )
+    heads, weights = module.num_heads, WEIGHTS[return_weights]
+    args = (packed, heads, module.batch_first, mask, bias, causal, weights)
+    out, probabilities = call_unwatched(ops.SELF_ATTENTION, args)
     return module.out_proj(out), probabilities if return_weights else None
 
 
