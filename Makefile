@@ -69,7 +69,7 @@ test-triton: build $(TEST) $(TRITON_LATEST)  ## every test of the Triton kernels
 	  tests/triton_kernels $(ARGS)
 
 aot: build $(TRITON_LATEST) build/triton-3.6/.installed  ## compile the Triton kernels for every architecture, without a GPU; TRITON=3.6 or 3.9
-	PYTHONPATH=$(if $(filter 3.6,$(TRITON)),build/triton-3.6) $(PY) tools/aot.py $(ARGS)
+	PYTHONPATH=$(if $(filter 3.6,$(TRITON)),build/triton-3.6) $(PY) -m tools.aot $(ARGS)
 
 build/triton-3.6/.installed: | $(RUNTIME)
 	$(call install,triton 3.6 for make aot,--no-deps --target build/triton-3.6 triton==3.6.0)
@@ -86,7 +86,7 @@ bench: build $(TEST) $(BENCH)  ## time attnfast beside all others (quick suites;
 	$(if $(ARGS),,$(PY) -m bench report)
 
 gpu:  ## on a machine with a GPU: prove and time everything; OUT=build/gpu MINUTES=30, DRY=1 tries it on the CPU
-	$(or $(wildcard $(PY)),python3) bench/gpu.py --out "$(OUT)" --minutes $(MINUTES) $(if $(filter-out 0,$(DRY)),--dry)
+	$(or $(wildcard $(PY)),python3) tools/gpu --out "$(OUT)" --minutes $(MINUTES) $(if $(filter-out 0,$(DRY)),--dry)
 
 wheel: export ATTNFAST_ISAS = all
 wheel: export ATTNFAST_CUDA ?= 1

@@ -8,7 +8,7 @@ try:
     from .cli import main
 except ModuleNotFoundError as error:
     package = (error.name or "").partition(".")[0]
-    if package not in ("rich", "matplotlib"):
+    if package not in ("pandas", "matplotlib"):
         raise
     print(f"bench: {package} is missing: pip install -r requirements/bench.txt", file=sys.stderr)
     sys.exit(2)

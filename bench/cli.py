@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from attnfast import ops
+from tools.gpu import evidence, kernels, tune
 
-from . import (
-    RESULTS,
-    ROOT,
-    compare,
-    environment,
-    evidence,
-    report,
-    results,
-    scaling,
-    show,
-    suites,
-    summary,
-    tune,
-)
-from .budget import LeftOut
-from .grid import DTYPES, OPTIONS, SIZES, SUITES, WORKS, AttentionCase
+from . import RESULTS, ROOT, compare, environment, report, results, scaling, suites, tables
+from .environment import positive
+from .grid import DTYPE_NAMES, DTYPES, OPTIONS, SIZES, SUITES, WORKS, AttentionCase
 
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {x: x for x in DTYPES}
+DTYPE_OF = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {x: x for x in DTYPES}
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,22 +45,9 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _dtype(text: str) -> str:
-    if text not in DTYPE_NAMES:
+    if text not in DTYPE_OF:
         raise argparse.ArgumentTypeError(f"must be fp32, bf16 or fp16, got {text!r}")
-    return DTYPE_NAMES[text]
-
-
-def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be positive, got {text!r}")
-        return value
-
-    return parse
+    return DTYPE_OF[text]
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,12 +61,12 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     many.add_argument("--suite", choices=list(SUITES), action="append", help="default: all")
     many.add_argument("--size", choices=SIZES, help="default: quick")
     many.add_argument(
-        "--minutes", type=_positive(float), help="for all suites; default: 9.5 for quick, else all"
+        "--minutes", type=positive(float), help="for all suites; default: 9.5 for quick, else all"
     )
     parser.add_argument("--backend", help="ours; default: the first that serves the device")
     parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=_positive(int))
-    parser.add_argument("--budget", type=_positive(float), dest="budget_s", help="seconds a row")
+    parser.add_argument("--threads", type=positive(int))
+    parser.add_argument("--budget", type=positive(float), dest="budget_s", help="seconds a row")
     parser.add_argument("--out", type=Path, help="also write a file of results")
     parser.add_argument(
         "--resume", action="store_true", help="rows that --out holds already are not timed again"
@@ -102,31 +74,23 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    given = {
-        name: getattr(options, name)
-        for name in ("size", "backend", "device", "threads", "budget_s", "minutes")
-    }
+    one = options.shape is not None
+    names = ("size", "backend", "device", "threads", "budget_s", "minutes")
+    given = {name: getattr(options, name) for name in names}
     _check_question(options)
-    if options.shape is not None:
-        given["size"] = "full"
-    settings = environment.settings(**given)
-    reason = environment.unavailable(settings.backend, settings.device)
-    if reason is not None:
-        raise ValueError(f"bench: nothing to measure: {reason}")
+    settings = environment.available_settings(**{**given, "size": "full"} if one else given)
     chosen = _chosen(options, settings)
     facts = environment.facts("timing", settings)
-    kept = _kept(options.out, facts) if options.resume else []
-    done = {(row["suite"], row["id"]) for row in kept}
+    rows = _kept(options.out, facts) if options.resume else []
+    done = {(row["suite"], row["id"]) for row in rows}
     waiting = [case for case in chosen if (case.suite, str(case)) not in done]
     session = suites.session(settings, waiting)
-    facts["ceilings"] = session.ceilings
-    if session.budget is not None:
-        facts["not_timed"] = session.budget.left_out
-    rows, failed = list(kept), 0
+    facts.update(session.facts())
+    failed = 0
     for case in waiting:
         try:
             row = suites.measured(case, session)
-        except LeftOut as reason:
+        except suites.LeftOut as reason:
             print(f"{case}: left out: {reason}", flush=True)
             continue
         except AssertionError as error:  # results differ: nothing to time
@@ -134,14 +98,11 @@ def _run(options: argparse.Namespace) -> int:
             failed += 1
             continue
         rows.append(row)
-        if options.shape is None:
-            print(suites.line(row), flush=True)
-        else:
-            show.row(row)
+        print(tables.contestants(row) if one else suites.line(row), flush=True)
         if options.out is not None:
             results.save(options.out, facts, rows)
-    if options.shape is None:
-        print("", *summary.overview(results.Run(Path("this run"), facts, rows)), sep="\n\n")
+    if rows and not one:
+        print("", tables.overview(results.Run(Path("this run"), facts, rows)), sep="\n")
     return 1 if failed else 0
 
 
@@ -160,15 +121,15 @@ def _chosen(options: argparse.Namespace, settings: environment.Settings) -> list
     """The rows that were asked for."""
     if options.shape is None:
         asked = options.suite or SUITES
-        return [case for suite in asked for case in suites.cases(suite, settings.size)]
+        return [case for suite in asked for case in SUITES[suite](settings.size)]
     works = [options.work] if options.work else ["forward", "forward+backward"]
     causal, dtype = options.causal or options.option == "window", options.dtype or "float32"
     cases = [AttentionCase(*options.shape, dtype, causal, x, options.option) for x in works]
     memory = environment.memory_bytes(settings.device)
     if memory is not None and cases[-1].bytes > memory:
         raise ValueError(
-            f"bench: --shape needs {summary.size(int(cases[-1].bytes))} for its inputs and results,"
-            f" this machine has {summary.size(memory)}"
+            f"bench: --shape needs {tables.size(int(cases[-1].bytes))} for its inputs and results,"
+            f" this machine has {tables.size(memory)}"
         )
     return cases
 
@@ -191,7 +152,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("after", type=Path, metavar="B.json")
     parser.add_argument(
         "--threshold",
-        type=_positive(float),
+        type=positive(float),
         default=compare.THRESHOLD,
         help="how much slower is a regression; default: %(default)s, which is 10%%",
     )
@@ -200,7 +161,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 def _compare(options: argparse.Namespace) -> int:
     before, after = (results.load(path, "timing") for path in (options.before, options.after))
     changes = compare.compare(before, after, options.threshold)
-    show.changes(changes, before, after, options.threshold)
+    print(compare.text(changes, before, after, options.threshold))
     slower = compare.slower_suites(changes, options.threshold)
     return 1 if slower or any(change.regression for change in changes) else 0
 
@@ -214,10 +175,25 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _report(options: argparse.Namespace) -> int:
     written, newest = report.report(options.files, options.root)
+    written.append(kernels.write(options.root))
     pages = [path for path in written if path.suffix == ".md"]
-    pictures = len(written) - len(pages)
-    print(f"wrote {', '.join(map(str, pages))} and {pictures} pictures. The newest run:")
-    print("", *summary.overview(newest), sep="\n\n")
+    print(f"wrote {', '.join(map(str, pages))} and {len(written) - len(pages)} pictures.")
+    print("The newest run:", "", tables.overview(newest), sep="\n")
+    return 0
+
+
+def _scaling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", help="ours; default: cpu")
+    parser.add_argument("--root", type=Path, default=ROOT, help="of the repository to write to")
+
+
+def _scaling(options: argparse.Namespace) -> int:
+    settings = environment.available_settings(backend=options.backend, threads=1)
+    facts = environment.facts("scaling", settings)
+    path = options.root / "bench" / "results" / facts["device"] / "scaling.json"
+    results.save(path, facts, scaling.measure(settings))
+    written = [path, *scaling.write(results.load(path, "scaling"), options.root)]
+    print(*(f"wrote {path}" for path in written), sep="\n")
     return 0
 
 
@@ -228,99 +204,28 @@ def _evidence_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="cpu", help="of --run; default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
-    parser.add_argument("--markdown", action="store_true", help="for a document")
     parser.add_argument("--dry", action="store_true", help="few cases, written nowhere")
-
-
-def _evidence(options: argparse.Namespace) -> int:
-    failed = 0
-    if not (options.run or options.results.is_dir()):
-        raise ValueError(f"bench: no evidence in {options.results}; --run makes some")
-    if options.run:
-        reason = environment.unavailable(options.backend, options.device)
-        if reason is not None:
-            raise ValueError(f"bench: nothing to run: {reason}")
-        sets: list[str | None] = [None]
-        if options.backend == "cpu" and not os.environ.get("ATTNFAST_CPU_ISA"):
-            sets = [*ops.cpu_isas()]
-        failed = sum(_prove(options, isa) for isa in sets)
-    found = evidence.lines(options.results)
-    print(evidence.markdown(found)) if options.markdown else show.evidence(found)
-    return 1 if failed else 0
-
-
-def _prove(options: argparse.Namespace, isa: str | None) -> int:
-    """Run the case tables on a backend, a CPU's by one instruction set; the number of failures."""
-    settings = environment.settings(backend=options.backend, device=options.device)
-    facts = environment.facts("evidence", settings)
-    facts["kernel"] = isa or facts["kernel"]
-    with tempfile.TemporaryDirectory() as folder:
-        outcomes = evidence.run(
-            options.backend, options.device, dry=options.dry, log=Path(folder) / "log.txt", isa=isa
-        )
-    how = evidence.stage(options.backend, options.device)
-    if not options.dry:
-        path = evidence.path(facts, options.backend, how, options.results)
-        rows = evidence.record(options.backend, options.device, outcomes, facts["kernel"])
-        results.save(path, facts, rows)
-        print(f"wrote {path}")
-    failed = [outcome for outcome in outcomes if outcome.failure]
-    for outcome in failed:
-        print(f"{options.backend} {outcome.item['id']}: {outcome.failure}", file=sys.stderr)
-    name = f"{options.backend}, {facts['kernel']}"
-    taken = [outcome for outcome in outcomes if not evidence.refused(outcome)]
-    print(f"{name}: {len(taken) - len(failed)} of {len(taken)} cases right")
-    if (text := evidence.refusals(outcomes)) is not None:
-        print(f"{name}: {text}")
-    return len(failed)
-
-
-def _scaling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", type=Path, dest="source", help="a study to write the page from")
-    parser.add_argument("--backend", help="ours; default: cpu")
-    parser.add_argument("--threads", type=_positive(int), help="default: 2")
-    parser.add_argument("--root", type=Path, default=ROOT, help="of the repository to write to")
-    parser.add_argument(
-        "--resume", action="store_true", help="points that are there already are not timed again"
-    )
-
-
-def _scaling(options: argparse.Namespace) -> int:
-    path = options.source
-    if path is None:
-        settings = environment.settings(backend=options.backend, threads=options.threads)
-        reason = environment.unavailable(settings.backend)
-        if reason is not None:
-            raise ValueError(f"bench: nothing to measure: {reason}")
-        facts = environment.facts("scaling", settings)
-        path = options.root / "bench" / "results" / facts["device"] / "scaling.json"
-        kept = _kept(path, facts) if options.resume else []
-        kept = [row for row in kept if row["seconds"] is not None]
-        results.save(path, facts, scaling.measure(settings, kept))
-    for written in scaling.write(results.load(path, "scaling"), options.root):
-        print(f"wrote {written}")
-    return 0
 
 
 def _tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pass", nargs="*", choices=tune.PASSES, default=[], dest="passes")
-    parser.add_argument("--head-dim", nargs="*", type=_positive(int), default=[])
+    parser.add_argument("--head-dim", nargs="*", type=positive(int), default=[])
     parser.add_argument("--bytes", nargs="*", type=int, choices=tuple(tune.DTYPES), default=[])
     parser.add_argument("--out", type=Path, default=tune.PATH, help="default: %(default)s")
-    parser.add_argument("--minutes", type=_positive(float), default=60.0, help="default: 60")
-
-
-def _tune(options: argparse.Namespace) -> int:
-    return tune.run(options.passes, options.head_dim, options.bytes, options.out, options.minutes)
+    parser.add_argument("--minutes", type=positive(float), default=60.0, help="default: 60")
 
 
 COMMANDS = (
     Command("run", "time suites, or one shape", _run_arguments, _run),
     Command("compare", "two runs, row by row; exit code 1: slower", _compare_arguments, _compare),
     Command("report", "write docs, plots and the README's table", _report_arguments, _report),
-    Command("evidence", "which kernel was proven and timed where", _evidence_arguments, _evidence),
-    Command("tune", "write the tiles of the Triton kernels, on a GPU", _tune_arguments, _tune),
     Command("scaling", "measure how time grows, and write docs", _scaling_arguments, _scaling),
+    Command(
+        "evidence", "which kernel was proven and timed where", _evidence_arguments, evidence.command
+    ),
+    Command(
+        "tune", "write the tiles of the Triton kernels, on a GPU", _tune_arguments, tune.command
+    ),
 )
 
 

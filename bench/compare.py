@@ -22,9 +22,11 @@ import math
 import statistics
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from . import OURS
 from .results import Row, Run
-from .summary import geometric_mean
+from .tables import geometric_mean, table
 
 THRESHOLD = 0.10
 SIGMAS = 4.0
@@ -190,3 +192,34 @@ def slower_suites(changes: list[Change], threshold: float = THRESHOLD) -> list[s
             if min(map(statistics.median, (ours, beside))) > 1 + threshold:
                 found.append(suite)
     return found
+
+
+def text(changes: list[Change], before: Run, after: Run, threshold: float) -> str:
+    """Every row of both runs, then the means of the suites, the noise, and the regressions."""
+    lines = [
+        {
+            f"{before.path.name} -> {after.path.name}": f"{change.suite}: {change.id}",
+            "before, ms": f"{change.before_s * 1e3:.4g} ±{change.spread[0]:.0%}",
+            "after, ms": f"{change.after_s * 1e3:.4g} ±{change.spread[1]:.0%}",
+            "ratio": f"{change.ratio:.2f}",
+            "beside rival": "-" if change.relative is None else f"{change.relative:.2f}",
+            "": "slower" if change.regression else "",
+        }
+        for change in changes
+    ]
+    said = [table(pd.DataFrame(lines)), ""]
+    for suite, mean in means(changes).items():
+        said.append(f"{suite}: {mean:.3f} of the time before, geometric mean")
+    devices = {run.facts["device"] for run in (before, after)}
+    if len(devices) > 1:
+        said.append(f"These are two devices: {', '.join(sorted(devices))}.")
+    found = noise(before, after)
+    said.append(
+        f"Rivals, the same code in both runs: {found.drift:.3f} of the time before, ±"
+        f"{found.short:.1%} where under {SHORT_S * 1e3:g} ms, ±{found.long:.1%} else."
+    )
+    slower = sum(change.regression for change in changes)
+    suites = slower_suites(changes, threshold)
+    whole = f", and these suites as a whole: {', '.join(suites)}" if suites else ""
+    said.append(f"{slower} of {len(changes)} rows are slower{whole}.")
+    return "\n".join(said)

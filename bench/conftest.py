@@ -1,4 +1,4 @@
-"""Set-up of a pytest-benchmark run: settings, rows, and what the JSON holds beside the times."""
+"""A pytest-benchmark run: settings, rows, and what the JSON holds beside the times."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from . import RESULTS, environment, results, suites, summary
-from .budget import LeftOut
+from . import RESULTS, environment, results, suites, tables
 from .grid import SUITES, Case
 
 SETTINGS = pytest.StashKey[environment.Settings]()
@@ -34,12 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse settings or a backend that cannot be measured, in one line."""
     try:
-        settings = environment.settings()
+        settings = environment.available_settings()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
-    reason = environment.unavailable(settings.backend, settings.device)
-    if reason is not None:
-        raise pytest.UsageError(f"bench: nothing to measure: {reason}")
     config.stash[SETTINGS] = settings
     config.stash[FACTS] = environment.facts("timing", settings)
     config.stash[ROWS] = []
@@ -50,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The rows of the size that was asked for, suite by suite."""
     size = metafunc.config.stash[SETTINGS].size
-    cases = [case for suite in SUITES for case in suites.cases(suite, size)]
+    cases = [case for suite in SUITES for case in SUITES[suite](size)]
     metafunc.parametrize("case", cases, ids=lambda case: f"{case.suite}-{case}")
 
 
@@ -61,9 +57,7 @@ def session(request: pytest.FixtureRequest) -> Iterator[suites.Session]:
     stash = request.config.stash
     rows = [item.callspec.params["case"] for item in request.session.items]
     found = suites.session(stash[SETTINGS], rows)
-    stash[FACTS]["ceilings"] = found.ceilings
-    if found.budget is not None:
-        stash[FACTS]["not_timed"] = found.budget.left_out
+    stash[FACTS].update(found.facts())
     yield found
     torch.set_num_threads(before)
 
@@ -85,7 +79,7 @@ def measure(
         benchmark.group = case.suite
         try:
             race = suites.race(case, session)
-        except LeftOut as reason:
+        except suites.LeftOut as reason:
             say(f"{case}: left out: {reason}")
             pytest.skip(f"left out: {reason}")
         benchmark.pedantic(race.our_turn, setup=race.rivals_turn, rounds=race.rounds)
@@ -127,7 +121,7 @@ def pytest_terminal_summary(
     """The last tables: means and extremes of all groups, and the core shapes beside torch."""
     if config.stash[ROWS]:
         run = results.Run(Path("this run"), config.stash[FACTS], config.stash[ROWS])
-        terminalreporter.write_line("\n" + "\n\n".join(summary.overview(run)))
+        terminalreporter.write_line(f"\n{tables.overview(run)}")
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import hashlib
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,25 +70,50 @@ def settings(environ: Mapping[str, str] = os.environ, **given: Any) -> Settings:
         size=size,
         backend=environ.get("BENCH_BACKEND") or dispatch.rows(torch.device(device))[0].name,
         device=device,
-        threads=int(_positive(environ, "BENCH_THREADS", 2, int)),
+        threads=_positive(environ, "BENCH_THREADS", 2, int),
         budget_s=_positive(environ, "BENCH_BUDGET", BUDGET_S[size], float),
-        most_rounds=int(_positive(environ, "BENCH_ROUNDS", MOST_ROUNDS[size], int)),
+        most_rounds=_positive(environ, "BENCH_ROUNDS", MOST_ROUNDS[size], int),
         minutes=_positive(environ, "BENCH_MINUTES", MINUTES.get(size), float),
     )
     return found._replace(**given)
 
 
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of an argument of a command: a positive number."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be positive, got {text!r}")
+        return value
+
+    return parse
+
+
+def available_settings(**given: Any) -> Settings:
+    """`settings`, of a backend that runs here.
+
+    Raises:
+        ValueError: As `settings` says, or it does not; one line.
+    """
+    found = settings(**given)
+    reason = unavailable(found.backend, found.device)
+    if reason is not None:
+        raise ValueError(f"bench: nothing to measure: {reason}")
+    return found
+
+
 def _positive(environ: Mapping[str, str], name: str, default: Any, kind: type) -> Any:
     text = environ.get(name)
-    if not text:
-        return default
     try:
-        value = float(kind(text))
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ValueError(f"bench: {name} must be a positive {kind.__name__}, got {text!r}")
-    return value
+        return positive(kind)(text) if text else default
+    except argparse.ArgumentTypeError:
+        raise ValueError(
+            f"bench: {name} must be a positive {kind.__name__}, got {text!r}"
+        ) from None
 
 
 def unavailable(backend: str, device: str = "cpu") -> str | None:

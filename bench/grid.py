@@ -1,8 +1,8 @@
 """The grid: which problems are timed, and how much work each of them is.
 
 Every row belongs to a suite, and every suite has four sizes: "quick", which `make bench` runs, as
-much of it as fits into the minutes of `budget.py`, so that its rows come in order of value; "full",
-which also holds the long contexts; "smoke", tiny rows that show that everything works; and "gpu",
+much of it as fits into its minutes, so that its rows come in order of value; "full", which also
+holds the long contexts; "smoke", tiny rows that show that everything works; and "gpu",
 "full" with the shapes that papers compare GPU kernels at.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 MEASURED_DTYPES = ("float32", "bfloat16")
 SIZES = ("smoke", "quick", "full", "gpu")
 WORKS = ("forward", "backward", "forward+backward")
@@ -183,10 +184,7 @@ class DecodeCase(NamedTuple):
     dtype: str
     paged: bool
 
-    @property
-    def suite(self) -> str:
-        """The suite's name."""
-        return "decode"
+    suite = "decode"
 
     def __str__(self) -> str:
         """The test's id: ``8x32:8x1024x128-paged-bfloat16``."""
@@ -215,10 +213,7 @@ class VarlenCase(NamedTuple):
     causal: bool
     work: str
 
-    @property
-    def suite(self) -> str:
-        """The suite's name."""
-        return "varlen"
+    suite = "varlen"
 
     def __str__(self) -> str:
         """The test's id: ``documents-8x12x64-causal-float32-forward``."""
@@ -253,10 +248,7 @@ class LayerCase(NamedTuple):
     weights: bool  # need_weights, averaged over heads
     padding: bool  # a key_padding_mask
 
-    @property
-    def suite(self) -> str:
-        """The suite's name."""
-        return "module"
+    suite = "module"
 
     def __str__(self) -> str:
         """The test's id: ``BERT-base-8x128x768-12-float32-train-weights-padding``."""
@@ -294,10 +286,7 @@ class EncoderCase(NamedTuple):
     mode: str  # "inference", or "step": forward, backward and AdamW
     padding: bool
 
-    @property
-    def suite(self) -> str:
-        """The suite's name."""
-        return "encoder"
+    suite = "encoder"
 
     def __str__(self) -> str:
         """The test's id: ``BERT-base-8x128x768-12-float32-step-padding``."""
@@ -347,12 +336,6 @@ def padding_mask(B: int, T: int, device: torch.device | str = "cpu") -> torch.Te
 def _of(table: dict[str, Any], size: str) -> Any:
     """A table's entry for a size; "gpu" is "full" where it has none of its own."""
     return table.get(size, table["full"])
-
-
-def is_core(case: Case) -> bool:
-    """Whether a row is what every run has to show: the core shapes, forward and both passes."""
-    wanted = isinstance(case, AttentionCase) and case.suite in ("forward", "forward+backward")
-    return wanted and case[:5] in CORE
 
 
 def attention_cases(work: str, size: str) -> list[AttentionCase]:
@@ -442,4 +425,15 @@ SUITES: dict[str, Callable[[str], list[Any]]] = {
     "varlen": varlen_cases,
     "module": layer_cases,
     "encoder": encoder_cases,
+}
+# Of the minutes that a run is given, a suite's part.
+MINUTES_SHARE = {
+    "forward": 115,
+    "backward": 30,
+    "forward+backward": 180,
+    "options": 60,
+    "decode": 35,
+    "varlen": 35,
+    "module": 65,
+    "encoder": 50,
 }

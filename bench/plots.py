@@ -1,4 +1,7 @@
-"""Plots of a run, SVG and PNG: throughput, share of the limit and memory over length; latency."""
+"""Plots of a run, SVG and PNG: throughput, share of the limit and memory over length; latency.
+
+A panel's title is what its points say; who is who stands below all panels.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import OURS
-from .model import Fitted
-from .results import Row, Run
-from .summary import DTYPE_NAMES, case_name, compared
+from . import OURS, SDPA
+from .grid import DTYPE_NAMES
+from .results import Row, Run, case_name
 
-STYLES = {  # one colour per contestant, whatever the plot
+COLORS = {  # one per contestant, whatever the plot
     OURS: "#c1272d",
     "torch.sdpa flash": "#0000a7",
     "torch.sdpa": "#0000a7",
@@ -23,13 +25,12 @@ STYLES = {  # one colour per contestant, whatever the plot
     "flash_attn": "#005f8a",
     "eager": "#b3b3b3",
 }
-KERNEL_COLORS = ("#c1272d", "#0000a7", "#eecc16", "#008176")  # of the scaling study
 PASSES = ("forward", "backward", "forward+backward")
 SMALL_S = 1e-3  # rows of the latency plot take less
 MOST_BARS = 24
 FORMATS = ("svg", "png")
 
-Value = Callable[[dict[str, Any]], float | None]  # of a contestant of a row
+Lines = dict[tuple[str, int], dict[int, float]]  # contestant, D -> length -> value
 
 
 def draw(run: Run, folder: Path) -> list[str]:
@@ -42,26 +43,70 @@ def draw(run: Run, folder: Path) -> list[str]:
     Returns:
         The names of the SVG files, in the order in which they are shown.
     """
-    drawn = []
-    for name, label, value in (
-        ("throughput", "TFLOP/s", lambda x: x["gflops"] / 1e3),
-        ("share", "share of the limit", lambda x: x.get("share")),
-        ("memory", "memory beside the inputs, MB", _megabytes),
-    ):
-        drawn += _over_length(run, folder, name, label, value)
-    return drawn + _latency(run, folder)
+    unit, scale = ("TFLOP/s", 1e-3) if "gpu" in run.facts["machine"] else ("GFLOP/s", 1.0)
+    return [
+        *_over_length(run, folder, "throughput", unit, lambda x: x["gflops"] * scale, _faster),
+        *_over_length(run, folder, "share", "share of the limit, %", _share, _of_limit),
+        *_over_length(run, folder, "memory", "memory beside the inputs, MB", _megabytes, _leaner),
+        *_latency(run, folder),
+    ]
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     """matplotlib, set up so that the same rows give the same files."""
     import matplotlib
     from matplotlib import pyplot
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "attnfast", "svg.fonttype": "none", "font.size": 8, "axes.grid": True}
-    )
+    settings = {"svg.hashsalt": "attnfast", "svg.fonttype": "none", "font.size": 8}
+    spines = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8}
+    matplotlib.rcParams.update({**settings, **spines, "axes.grid": True, "grid.alpha": 0.4})
     return pyplot
+
+
+def plain_ticks(axis: Any, values: list[int]) -> None:
+    """A logarithmic axis whose ticks are values that were measured, as far as there is room."""
+    kept = values[:1]
+    for value in values:
+        kept += [value] if value >= 1.9 * kept[-1] else []
+    axis.set_ticks(kept, [str(x) for x in kept])
+    axis.set_ticks([], minor=True)
+
+
+def plain_log(axis: Any) -> None:
+    """A logarithmic axis of round numbers, as they are written."""
+    from matplotlib import ticker
+
+    axis.axes.set_yscale("log")
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def save(figure: Any, run: Run, folder: Path, name: str) -> list[str]:
+    """Write a figure in every format; the name of the SVG file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{run.facts['device']}-{run.facts['settings']['threads']}t-{name}"
+    for kind in FORMATS:
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(folder / f"{stem}.{kind}", dpi=110, metadata=metadata)
+    pyplot().close(figure)
+    return [f"{stem}.svg"]
+
+
+def legend_below(figure: Any, axes: Any) -> None:
+    """One legend for all panels, where no curve is."""
+    found = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, frameon=False)
+
+
+def _share(contestant: dict[str, Any]) -> float | None:
+    share = contestant.get("share")
+    return 100 * share if share else None
 
 
 def _megabytes(contestant: dict[str, Any]) -> float | None:
@@ -69,10 +114,56 @@ def _megabytes(contestant: dict[str, Any]) -> float | None:
     return peak / 1e6 if peak else None
 
 
-def _over_length(run: Run, folder: Path, name: str, label: str, value: Value) -> list[str]:
+def _faster(lines: Lines) -> str:
+    """How many times as fast ours is as the fastest rival, over all points."""
+    ratios = [y / max(others) for y, others in _beside(lines)]
+    return f"ours {reach(ratios, '.1f')} times as fast as the best rival" if ratios else ""
+
+
+def _of_limit(lines: Lines) -> str:
+    ours = [y for (name, _), line in lines.items() if name == OURS for y in line.values()]
+    return f"ours at {reach(ours, '.0f')}% of what the machine can do" if ours else ""
+
+
+def _leaner(lines: Lines) -> str:
+    """How much more or less than torch's fused kernel."""
+    fused = {key: line for key, line in lines.items() if key[0] in (OURS, SDPA)}
+    ratios = [y / min(others) for y, others in _beside(fused)]
+    return f"ours {reach(ratios, '.2f')} times the memory of {SDPA}" if ratios else ""
+
+
+def _beside(lines: Lines) -> list[tuple[float, list[float]]]:
+    """Our points, each with those of the rivals at the same length and head size."""
+    found = []
+    for (name, D), line in lines.items():
+        for length, y in line.items() if name == OURS else ():
+            others = [
+                other[length]
+                for (who, size), other in lines.items()
+                if who != OURS and size == D and length in other
+            ]
+            if others:
+                found.append((y, others))
+    return found
+
+
+def reach(values: list[float], form: str) -> str:
+    """The least and the largest value in words."""
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def _over_length(
+    run: Run,
+    folder: Path,
+    name: str,
+    label: str,
+    value: Callable[[dict[str, Any]], float | None],
+    finding: Callable[[Lines], str],
+) -> list[str]:
     """One panel per pass and dtype; causal self-attention, a line per contestant and D."""
     panels = [
-        (f"{work}, {DTYPE_NAMES[dtype]}", lines)
+        (f"{work.replace('+', ' + ')}, {DTYPE_NAMES[dtype]}, causal", lines)
         for work in PASSES
         for dtype in DTYPE_NAMES
         if (lines := _lines(run.rows, work, dtype, value))
@@ -80,61 +171,58 @@ def _over_length(run: Run, folder: Path, name: str, label: str, value: Value) ->
     if not panels:
         return []
     height = -(-len(panels) // 2)
-    figure, axes = _pyplot().subplots(height, 2, figsize=(9, 2.8 * height), squeeze=False)
+    figure, axes = pyplot().subplots(
+        height, 2, figsize=(9, 0.8 + 2.6 * height), squeeze=False, layout="constrained"
+    )
     for axis, (title, lines) in zip(axes.flat, panels, strict=False):
         for (contestant, D), points in sorted(lines.items(), key=lambda x: (x[0][0] != OURS, x[0])):
-            xs, ys = zip(*sorted(points), strict=True)
             axis.plot(
-                xs,
-                ys,
+                *zip(*sorted(points.items()), strict=True),
                 marker="o" if D == 64 else "s",
                 markersize=3,
                 linestyle="-" if D == 64 else "--",
                 linewidth=1.8 if contestant == OURS else 1,
-                color=STYLES.get(contestant),
+                color=COLORS.get(contestant),
                 label=f"{contestant}, D {D}",
             )
-        axis.set(title=f"{title}, causal", xlabel="length", ylabel=label, xscale="log")
+        axis.set(xlabel="length", ylabel=label, xscale="log", title=f"{title}\n{finding(lines)}")
+        plain_ticks(axis.xaxis, sorted({length for line in lines.values() for length in line}))
         if name == "memory":
-            axis.set_yscale("log")
+            plain_log(axis.yaxis)
         else:
             axis.set_ylim(bottom=0)
-        axis.legend(fontsize=5, ncols=2)
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
-    return _save(figure, run, folder, name)
+    legend_below(figure, figure.axes)
+    return save(figure, run, folder, name)
 
 
 def _lines(
-    rows: list[Row], work: str, dtype: str, value: Value
-) -> dict[tuple[str, int], list[tuple[int, float]]]:
-    """Points (length, value) by contestant and D; of several rows of a length, the largest."""
-    best: dict[tuple[str, int], dict[int, tuple[int, float]]] = {}
-    for row in rows:
+    rows: list[Row], work: str, dtype: str, value: Callable[[dict[str, Any]], float | None]
+) -> Lines:
+    """Values by contestant, D and length; of several rows of a length, the one of most heads."""
+    found: Lines = {}
+    chosen = [row for row in rows if row["suite"] == work]
+    for row in sorted(chosen, key=lambda row: row["case"]["B"] * row["case"]["H"]):
         case = row["case"]
-        wanted = row["suite"] == work and case["dtype"] == dtype and case["causal"]
+        wanted = case["dtype"] == dtype and case["causal"]
         if not wanted or case["T"] != case["S"] or case["D"] not in (64, 128):
             continue
-        heads = case["B"] * case["H"]
         for name, contestant in row["contestants"].items():
-            y = value(contestant)
-            line = best.setdefault((name, case["D"]), {})
-            if y and heads >= line.get(case["T"], (0, 0.0))[0]:
-                line[case["T"]] = (heads, y)
-    return {
-        key: [(length, y) for length, (_, y) in line.items()] for key, line in best.items() if line
-    }
+            if y := value(contestant):
+                found.setdefault((name, case["D"]), {})[case["T"]] = y
+    return found
 
 
 def _latency(run: Run, folder: Path) -> list[str]:
     """The shortest rows: ours beside the fastest rival."""
-    rows = [r for r in compared(run.rows) if r["contestants"][OURS]["median_s"] < SMALL_S]
+    rows = [r for r in run.rows if r["ratio"] and r["contestants"][OURS]["median_s"] < SMALL_S]
     rows = sorted(rows, key=lambda row: float(row["contestants"][OURS]["median_s"]))[:MOST_BARS]
     if not rows:
         return []
-    figure, axis = _pyplot().subplots(figsize=(9, 0.6 + 0.24 * len(rows)))
+    figure, axis = pyplot().subplots(figsize=(9, 1.0 + 0.24 * len(rows)), layout="constrained")
     names = [f"{r['suite']}, {DTYPE_NAMES[r['case']['dtype']]}: {case_name(r)}" for r in rows]
-    for shift, label, color in ((-0.2, OURS, STYLES[OURS]), (0.2, "fastest rival", "#0000a7")):
+    for shift, label, color in ((-0.2, OURS, COLORS[OURS]), (0.2, "fastest rival", "#0000a7")):
         times = [
             row["contestants"][OURS if label == OURS else row["rival"]]["median_s"] * 1e6
             for row in rows
@@ -142,53 +230,8 @@ def _latency(run: Run, folder: Path) -> list[str]:
         axis.barh([i + shift for i in range(len(rows))], times, 0.38, color=color, label=label)
     axis.set_yticks(range(len(rows)), names, fontsize=6)
     axis.invert_yaxis()
-    axis.set(xlabel="us per call", title="latency at small sizes")
-    axis.legend(fontsize=6)
-    return _save(figure, run, folder, "latency")
-
-
-def scaling(run: Run, kernels: list[Fitted], folder: Path) -> list[str]:
-    """Time over every size that grows: points are measured, lines are the model.
-
-    Returns:
-        The name of the SVG file; the PNG lies beside it.
-    """
-    titles = list(dict.fromkeys(row["series"] for row in run.rows))
-    figure, axes = _pyplot().subplots(3, 2, figsize=(9, 9.6), squeeze=False)
-    for axis, title in zip(axes.flat, titles, strict=False):
-        for kernel, color in zip(
-            kernels, ("#c1272d", "#0000a7", "#eecc16", "#008176"), strict=True
-        ):
-            points = [
-                (row, predicted)
-                for row, predicted in zip(kernel.rows, kernel.predicted, strict=True)
-                if row["series"] == title
-            ]
-            if not points:
-                continue
-            name = next(x for x in ("T", "B", "D") if len({row[x] for row, _ in points}) > 1)
-            xs = [row[name] * (row["H"] if name == "B" else 1) for row, _ in points]
-            label = f"{DTYPE_NAMES[kernel.dtype]}, {kernel.work}"
-            axis.plot(
-                xs, [row["seconds"] * 1e3 for row, _ in points], "o", color=color, markersize=3
-            )
-            axis.plot(
-                xs, [guess * 1e3 for _, guess in points], color=color, label=label, linewidth=1
-            )
-        axis.set(title=title, xscale="log", yscale="log", ylabel="ms: points measured, lines model")
-    axes[0, 0].legend(fontsize=6)
-    for axis in list(axes.flat)[len(titles) :]:
-        axis.remove()
-    return _save(figure, run, folder, "scaling")
-
-
-def _save(figure: Any, run: Run, folder: Path, name: str) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    threads = run.facts["settings"]["threads"]
-    stem = f"{run.facts['device']}-{threads}t-{name}"
-    figure.tight_layout()
-    for kind in FORMATS:
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(folder / f"{stem}.{kind}", dpi=110, metadata=metadata)
-    _pyplot().close(figure)
-    return [f"{stem}.svg"]
+    faster = sum(row["ratio"] >= 1 for row in rows)
+    title = f"ours is the faster in {faster} of the {len(rows)} shortest rows"
+    axis.set(xlabel="µs per call", title=title)
+    legend_below(figure, [axis])
+    return save(figure, run, folder, "latency")

@@ -1,251 +1,133 @@
-"""What the files of results say: docs/performance.md with its plots, and the README's table.
+"""What the files of results say, put into the pages: the README, docs/performance.md and others.
 
-`report` takes the newest timing of each device under ``bench/results``, or one file. Everything it
-writes comes out of those files.
+`report` takes the newest timing of each device under ``bench/results``, or some files. What it
+writes comes out of those files, and stands in each page between two markers; the rest is by hand.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from . import OURS, ROOT, budget, environment, evidence, plots, results
-from .results import Row, Run
-from .summary import (
-    DTYPE_NAMES,
-    case_name,
-    compared,
-    core,
-    core_table,
-    detail_table,
-    geometric_mean,
-    groups,
-    lost,
-    summary_table,
-    table,
-)
+import pandas as pd
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-NOTE = "<!-- Written by `python -m bench report`; not by hand. -->"
-
-METHOD = """\
-## How it is measured
-
-`make bench` repeats this on your machine, `python -m bench run --shape 2,16,1024,64 --causal` for a
-shape of your own. Each row runs ours and its rivals in one process on the same inputs. Their
-results are compared first, and a row whose results differ fails. Then they take turns, one call
-each per round, for as many rounds as fit the row's time; the times shown are medians, ± half the
-interquartile range. One thread is timed by its CPU time, more by the wall, a GPU by its events.
-Rounds in which threads had to wait for a core that another process had are left out where at least
-three others remain.
-
-The ratio is the fastest rival's median over ours; its quartiles are over the rounds. "others" are
-the remaining rivals' times over ours. A rival more than four times slower than the fastest runs in
-one round; * marks one whose call is so long that its first stands for its time. The quick suites
-end in time on any machine: there rows get fewer rounds, down to one call of each, and what does not
-fit is listed under "Left out". "Core shapes" are ours beside `F.scaled_dot_product_attention` only.
-
-Rivals: `F.scaled_dot_product_attention` with each of its kernels, FlexAttention compiled (in the
-quick suites for a few causal shapes and options), ONNX Runtime's Attention operator, flash_attn,
-xformers and flashinfer where they can be had, and plain PyTorch ("eager"); for layers
-`nn.MultiheadAttention` and `nn.TransformerEncoder` with their fast paths, and a layer written by
-hand around `F.scaled_dot_product_attention`. Who did not compete in a row, and why, is in the row's
-`absent`.
-
-FLOP: 4 D for each pair of a query and a key it may attend, 2.5 times that backward. A causal row
-counts half, "window" its own pairs. A layer adds 8 B T E E for its projections, 3 times in
-training, and a layer of an encoder 16 B T E E more for its feed-forward part. "weights" are
-averaged over heads, "padding" hides a quarter of the keys; "encoder" rows are two layers, stock and
-after `attnfast.replace`, a step is forward, backward and AdamW.
-
-The limit of a row is a roofline of the ceilings below, measured in the same run: its FLOP at the
-machine's best rate, or its bytes (every input and output once) at the rate of copying as many.
-Memory is what a call adds at most to the inputs: resident memory on a CPU, torch's allocator on
-a GPU. Scratch memory of ours up to 8 MB per thread stays between calls.
-"""
+from . import OURS, ROOT, plots, results, scaling
+from .grid import DTYPE_NAMES
+from .pages import device_title, fill, provenance
+from .results import Run
+from .tables import core, details, frame, geometric_mean, means, table
 
 
-def device_title(run: Run) -> str:
-    """The device's name for headings."""
-    machine = run.facts["machine"]
-    name = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
-    threads = run.facts["settings"]["threads"]
-    count = "" if "gpu" in machine else f", {threads} thread{'s' * (threads > 1)}"
-    return f"{name}, {run.facts['kernel']}{count}"
-
-
-def provenance(run: Run) -> str:
-    """Where the figures come from, in one paragraph."""
-    facts, versions = run.facts, run.facts["versions"]
-    machine, settings = facts["machine"], facts["settings"]
-    commit = (facts["commit"]["id"] or "unknown")[:12]
-    dirty = " with uncommitted changes" if facts["commit"]["dirty"] else ""
-    load = "" if facts["load"] is None else f"; load before the run {facts['load']}"
-    others = [f"{name} {version}" for name, version in versions.items() if name != "attnfast"]
-    smoke = " Smoke rows: not for publication." if settings["size"] == "smoke" else ""
-    rivals = sorted({name for row in run.rows for name in row.get("contestants", ())} - {OURS})
-    beside = f" Rivals that took part: {', '.join(rivals)}." if rivals else ""
-    now = environment.sources(settings["backend"])
-    changed = "" if facts["sources"] == now else " The kernels have changed since."
-    return (
-        f"{device_title(run)}; {machine['architecture']}, {machine['system']};"
-        f" {machine['cores']} cores{load}; {_clock(run)}; torch's kernels:"
-        f" {facts['torch_isa']}. attnfast {versions['attnfast']} at commit {commit}{dirty} (kernel"
-        f" sources {facts['sources']}), {', '.join(others)}; {facts['date'][:10]};"
-        f" {settings['size']} suites.{beside}{changed}{smoke}"
-    )
-
-
-def _clock(run: Run) -> str:
-    """How times were taken."""
-    names = dict.fromkeys(row["clock"] for row in run.rows)
-    words = {"cpu time": "CPU time of the thread", "events": "GPU events"}
-    return ", ".join(words.get(name, "time on the wall") for name in names)
-
-
-def ceilings_table(run: Run) -> str:
+def ceilings(run: Run) -> str:
     """What the machine did at best."""
     found = run.facts.get("ceilings")
     if not found:
         return "Ceilings were not measured in this run."
     lines = [
-        [f"{kind}, {DTYPE_NAMES[dtype]}", f"{rate / 1e9:.0f} GFLOP/s"]
+        (f"{kind}, {DTYPE_NAMES[dtype]}", f"{rate / 1e9:.0f} GFLOP/s")
         for kind, name in (("matrix product", "gemm"), ("multiply-adds on registers", "fma"))
         for dtype, rate in found[name].items()
     ]
     lines += [
-        [f"copy touching {touched / 1e6:.3g} MB", f"{rate / 1e9:.1f} GB/s"]
+        (f"copy touching {touched / 1e6:.3g} MB", f"{rate / 1e9:.1f} GB/s")
         for touched, rate in found["copy"]
     ]
-    lines.append(["shortest call", f"{found['launch'] * 1e6:.2g} us"])
-    lines += [[name, f"not measured: {reason}"] for name, reason in found["missing"].items()]
-    return table(["ceiling", "measured"], lines)
+    lines.append(("shortest call", f"{found['launch'] * 1e6:.2g} us"))
+    lines += [(name, f"not measured: {reason}") for name, reason in found["missing"].items()]
+    return table(pd.DataFrame(lines, columns=["ceiling", "measured"]))
 
 
-def losses(run: Run) -> str:
-    """Which rows are slower than a rival."""
-    rows, total = lost(run.rows), len(compared(run.rows))
-    if not rows:
+def losses(lines: pd.DataFrame) -> str:
+    """Which rows are slower than a rival, the worst first."""
+    total = lines["ratio"].count()
+    lost = lines[lines["ratio"] < 1].sort_values("ratio", kind="stable")
+    if lost.empty:
         return f"No row is slower than its fastest rival ({total} rows)."
-    lines = [f"- {_in_full(row)}: {row['ratio']:.2f}x, {row['rival']}" for row in rows]
-    return "\n".join([f"Slower than the fastest rival in {len(rows)} of {total} rows:", "", *lines])
-
-
-def _in_full(row: Row) -> str:
-    case = row["case"]
-    how = case.get("mode") or case.get("work") or ""
-    return ", ".join(
-        x for x in (row["suite"], DTYPE_NAMES[case["dtype"]], how, case_name(row)) if x
-    )
+    named = []
+    for line in lost.itertuples():
+        kind = line.row["case"].get("mode") or line.row["case"].get("work")
+        parts = [line.suite, line.dtype, None if kind == line.suite else kind, line.name]
+        named.append(f"- {', '.join(filter(None, parts))}: {line.ratio:.2f}x, {line.row['rival']}")
+    return "\n".join([f"Slower than the fastest rival in {len(lost)} of {total} rows:", "", *named])
 
 
 def device_section(run: Run, pictures: list[str]) -> str:
-    """All that one run says, as Markdown."""
-    parts = [f"## {device_title(run)}", provenance(run), summary_table(run)]
-    parts += [core_table(run)] if core(run) else []
-    parts += [losses(run)]
-    parts += [f"![{Path(name).stem}](performance/{name})" for name in pictures]
-    parts += ["### Ceilings", ceilings_table(run)]
-    for title, rows in groups(run).items():
-        parts += [f"### {title[0].upper()}{title[1:]}", detail_table(rows)]
-    if names := budget.named(run.facts):
-        parts += ["### Left out", f"{len(names)} rows did not fit into the time:"]
-        parts += ["\n".join(f"- {x['suite']} `{x['id']}`: {x['reason']}" for x in names)]
-    return "\n\n".join(parts)
-
-
-def page(runs: list[Run], pictures: dict[Path, list[str]]) -> str:
-    """The text of docs/performance.md."""
-    sections = [device_section(run, pictures.get(run.path, [])) for run in runs]
-    return "\n\n".join([NOTE, "# Speed", METHOD.strip(), *sections]) + "\n"
-
-
-EVIDENCE = """\
-Which kernel was proven, run and timed where, at which commit. "proven" is Triton's interpreter or
-the emulator of the CUDA kernels, "compiled" what the compiler said, "run on hardware" the case
-tables of the tests there: how many passed, and the largest error as a share of what the accuracy
-rule allows. *Stale* is what is older than the sources of its backend. A "+" after a commit: with
-uncommitted changes.
-
-`python -m bench evidence --run` runs the tables on this machine, by every CPU instruction set that
-it has (`--backend NAME`: by another backend), and adds their lines.
-"""
-
-
-def evidence_page(root: Path) -> str:
-    """The text of docs/evidence.md."""
-    found = evidence.lines(root / "bench" / "results", root)
-    return "\n\n".join([NOTE, "# Evidence", EVIDENCE.strip(), evidence.markdown(found)]) + "\n"
-
-
-def readme_block(runs: list[Run]) -> str:
-    """The README's tables: the newest run by shape, then the means of all devices."""
-    newest = runs[0]
-    columns = [
-        (f"{DTYPE_NAMES[dtype]}, {work.replace('+', ' + ')}", dtype, work)
-        for dtype in ("float32", "bfloat16")
-        for work in ("forward", "forward+backward")
-    ]
-    ratios = {
-        (case_name(row), row["case"]["dtype"], row["suite"]): row["ratio"]
-        for row in compared(newest.rows)
-        if row["suite"] in ("forward", "forward+backward")
-    }
-    shapes = list(dict.fromkeys(name.removesuffix(", causal") for name, _, _ in ratios))
-
-    def cell(shape: str, dtype: str, work: str) -> str:
-        found = [ratios.get((name, dtype, work)) for name in (shape, f"{shape}, causal")]
-        return " / ".join("-" if x is None else f"{x:.1f}" if x >= 1 else f"{x:.2f}" for x in found)
-
-    lines = [[shape, *(cell(shape, *column[1:]) for column in columns)] for shape in shapes]
+    """All that one run says."""
+    lines = frame(run)
     parts = [
-        BEGIN,
-        f"Times as fast as the fastest rival, full / causal, on {device_title(newest)}:",
-        table(["B, H, L, D", *(title for title, _, _ in columns)], lines),
-        "Geometric means of whole suites, and in how many rows a rival is faster:",
-        means_table(runs),
-        f"{provenance(newest)} Every row, with rivals, spread, memory and ceilings:"
-        " [docs/performance.md](docs/performance.md).",
-        END,
+        f"## {device_title(run)}",
+        provenance(run),
+        means("times as fast as the fastest rival", lines),
+        means("core shapes beside torch's fused", core(lines)),
+        losses(lines),
+        *(f"![{Path(name).stem}](performance/{name})" for name in pictures),
+        "### Ceilings",
+        ceilings(run),
     ]
-    return "\n\n".join(parts)
+    for title, rows in lines.groupby("group", sort=False):
+        parts += [f"### {title[0].upper()}{title[1:]}", details(rows["row"])]
+    if left_out := run.facts.get("not_timed"):
+        parts += ["### Left out", f"{len(left_out)} rows did not fit into the time:"]
+        parts += ["\n".join(f"- {x['suite']} `{x['id']}`: {x['reason']}" for x in left_out)]
+    return "\n\n".join(filter(None, parts))
 
 
-def means_table(runs: list[Run]) -> str:
-    """Suites down, devices across."""
-    cells: dict[str, list[str]] = {}
-    for i, run in enumerate(runs):
-        for title, rows in groups(run).items():
-            if ours := compared(rows):
-                line = cells.setdefault(title, ["-"] * len(runs))
-                mean = geometric_mean(row["ratio"] for row in ours)
-                line[i] = f"{mean:.2f}x ({len(lost(ours))} of {len(ours)})"
-    header = ["times as fast (slower in)", *(device_title(run) for run in runs)]
-    return table(header, [[title, *line] for title, line in cells.items()])
+def devices(runs: list[Run]) -> str:
+    """The means of all runs: suites down, devices across."""
+
+    def cell(ratios: pd.Series) -> str:
+        return f"{geometric_mean(ratios):.2f}x ({(ratios < 1).sum()} of {len(ratios)})"
+
+    columns = {
+        device_title(run): frame(run)
+        .dropna(subset=["ratio"])
+        .groupby("group", sort=False)["ratio"]
+        .agg(cell)
+        for run in runs
+    }
+    found = pd.DataFrame(columns).fillna("-")
+    order = dict.fromkeys(title for column in columns.values() for title in column.index)
+    return table(found.loc[[*order]].reset_index(names="times as fast (slower in)"))
+
+
+def by_shape(run: Run) -> str:
+    """The README's table: the ratios of the attention suites, full / causal."""
+    lines = frame(run).dropna(subset=["ratio"])
+    lines = lines[lines["suite"].isin(["forward", "forward+backward"])]
+    shapes = lines["name"].str.removesuffix(", causal")
+    columns = lines["dtype"] + ", " + lines["suite"].str.replace("+", " + ")
+    found: dict[str, dict[str, str]] = {shape: {"B, H, L, D": shape} for shape in shapes}
+    ratios = dict(zip(zip(lines["name"], columns, strict=True), lines["ratio"], strict=True))
+    for shape, line in found.items():
+        for column in dict.fromkeys(columns):
+            pair = [ratios.get((name, column)) for name in (shape, f"{shape}, causal")]
+            line[column] = " / ".join(
+                "-" if x is None else f"{x:.1f}" if x >= 1 else f"{x:.2f}" for x in pair
+            )
+    return table(pd.DataFrame(found.values()))
 
 
 def write(runs: list[Run], root: Path) -> list[Path]:
-    """Put the report into docs/performance.md with its plots, and into the README's block.
+    """Fill the README and docs/performance.md, and draw the plots.
 
     Raises:
-        ValueError: A run is of smoke rows, or the README has no block to fill; one line.
+        ValueError: A run is of smoke rows, or a page has no place to fill; one line.
     """
     for run in runs:
         if run.facts["settings"]["size"] == "smoke":
             raise ValueError(f"bench: {run.path} has smoke rows, so it is not written to docs")
-    readme, performance = root / "README.md", root / "docs" / "performance.md"
-    text = readme.read_text() if readme.exists() else ""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"bench: {readme} has no line {BEGIN} followed by {END}")
-    pictures = {run.path: plots.draw(run, root / "docs" / "performance") for run in runs}
-    performance.parent.mkdir(exist_ok=True)
-    performance.write_text(page(runs, pictures))
-    proven = root / "docs" / "evidence.md"
-    proven.write_text(evidence_page(root))
-    readme.write_text(before + readme_block(runs) + after)
-    drawn = [root / "docs" / "performance" / name for names in pictures.values() for name in names]
-    return [performance, proven, readme, *drawn]
+    newest, folder = runs[0], root / "docs" / "performance"
+    date = f"{newest.facts['date'][:10]}, commit {(newest.facts['commit']['id'] or 'unknown')[:12]}"
+    readme = [
+        f"Times as fast as the fastest rival, full / causal, on {device_title(newest)} ({date}):",
+        by_shape(newest),
+        "Every row of every suite and device, with rivals, spread, memory and ceilings:"
+        " [docs/performance.md](docs/performance.md).",
+    ]
+    pages = [fill(root / "README.md", "\n\n".join(readme))]
+    pictures = {run.path: plots.draw(run, folder) for run in runs}
+    sections = [device_section(run, pictures[run.path]) for run in runs]
+    pages.append(fill(root / "docs" / "performance.md", "\n\n".join([devices(runs), *sections])))
+    return pages + [folder / name for names in pictures.values() for name in names]
 
 
 def newest(folder: Path) -> list[Run]:
@@ -264,7 +146,7 @@ def newest(folder: Path) -> list[Run]:
 
 
 def report(files: list[Path], root: Path = ROOT) -> tuple[list[Path], Run]:
-    """Write the report of these files, or of the newest of each device.
+    """Write the pages from these files, or from the newest of each device.
 
     Returns:
         What was written, and the newest run of it.
@@ -272,5 +154,9 @@ def report(files: list[Path], root: Path = ROOT) -> tuple[list[Path], Run]:
     Raises:
         ValueError: As `newest` and `write` say.
     """
-    runs = [results.load(path, "timing") for path in files] or newest(root / "bench" / "results")
-    return write(runs, root), runs[0]
+    folder = root / "bench" / "results"
+    runs = [results.load(path, "timing") for path in files] or newest(folder)
+    written = write(runs, root)
+    if studies := results.found("scaling", folder):
+        written += scaling.write(studies[0], root)
+    return written, runs[0]

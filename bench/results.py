@@ -4,10 +4,10 @@ A file is a JSON object. Its head says where the results come from (``environmen
 date, device, machine, settings, versions, commit with its dirty flag, digest of the kernels'
 sources). ``kind`` says what ``rows`` hold:
 
-    timing      rows of `timing.Race.row`, and ``ceilings``
-    evidence    rows of `evidence.Record`
-    crosscheck  rows of `crosscheck.run`
-    scaling     points of `scaling.measure`, and ``ceilings``
+    timing      rows of `race.Race.row`, and ``ceilings``
+    evidence    rows of `tools.gpu.evidence.record`
+    crosscheck  rows of `tools.gpu.crosscheck.run`
+    scaling     points of `scaling.measure`
 
 They lie in ``bench/results/<device>/``.
 """
@@ -111,3 +111,22 @@ def found(kind: str, root: Path = RESULTS) -> list[Run]:
     runs = [load(path) for path in sorted(root.glob("*/*.json"))]
     chosen = [run for run in runs if run.facts["kind"] == kind]
     return sorted(chosen, key=lambda run: str(run.facts["date"]), reverse=True)
+
+
+def case_name(row: Row) -> str:
+    """A row's case in a few words, without dtype and pass."""
+    case = row["case"]
+    if row["suite"] in ("module", "encoder"):
+        options = [name for name in ("weights", "padding") if case.get(name)]
+        name = f"{case['layer']} {case['B']}, {case['T']}, {case['E']}, {case['H']}"
+        return ", ".join([name, *options])
+    if row["suite"] == "decode":
+        heads = case["H"] if case["H"] == case["H_kv"] else f"{case['H']}:{case['H_kv']}"
+        end = ", paged" if case["paged"] else ""
+        return f"{case['B']}, {heads}, {case['S']}, {case['D']}{end}"
+    end = ", causal" if case["causal"] else ""
+    if row["suite"] == "varlen":
+        return f"{case['name']}: {len(case['lengths'])}, {case['H']}, {case['D']}{end}"
+    length = case["T"] if case["T"] == case["S"] else f"{case['T']}:{case['S']}"
+    option = f", {case['option']}" if case.get("option") else ""
+    return f"{case['B']}, {case['H']}, {length}, {case['D']}{end}{option}"

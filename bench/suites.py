@@ -2,27 +2,88 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 
-from . import OURS, decode, layers, rivals, varlen
+from . import OURS
 from . import ceilings as machine_limits
-from .budget import Budget, Share
 from .clock import Clock, clock
 from .environment import Settings, architecture
-from .grid import SUITES, AttentionCase, Case, DecodeCase, EncoderCase, LayerCase, VarlenCase
-from .timing import Entries, Limits, Race
+from .grid import (
+    MINUTES_SHARE,
+    AttentionCase,
+    Case,
+    DecodeCase,
+    EncoderCase,
+    LayerCase,
+    VarlenCase,
+)
+from .race import Entries, Limits, Race
+from .rivals import attention, decode, layers, varlen
 
 ENTRIES: dict[type, Callable[..., Entries]] = {
-    AttentionCase: rivals.entries,
+    AttentionCase: attention.entries,
     DecodeCase: decode.entries,
     VarlenCase: varlen.entries,
     LayerCase: layers.layer_entries,
     EncoderCase: layers.encoder_entries,
 }
+PART = 4  # a row takes at most what its suite has left over this, or one round
+LEAST_FLOP = 1e8  # smaller rows are mostly overhead, and say nothing of larger ones
+
+
+class LeftOut(Exception):
+    """A row for which there is no time."""
+
+
+class Deadline:
+    """Ends a run in time: each suite has its share of the minutes, in which rows come by value.
+
+    What one round of a row takes is predicted from the last large row of its suite and dtype, as
+    many seconds per FLOP. The first row of a suite is timed whatever it takes.
+
+    Args:
+        cases: All rows of the run in their order.
+        minutes: That all suites of the grid would have; some of them have their parts.
+        now: A clock.
+    """
+
+    def __init__(
+        self, cases: Iterable[Case], minutes: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.now, self.ends, end = now, {}, now()
+        whole = sum(MINUTES_SHARE.values())
+        for suite in dict.fromkeys(case.suite for case in cases):
+            end += 60 * minutes * MINUTES_SHARE[suite] / whole
+            self.ends[suite] = end
+        self.pace: dict[tuple[str, str], float] = {}  # seconds per FLOP, of one call of everybody
+        self.begun: set[str] = set()
+        self.left_out: list[dict[str, str]] = []
+
+    def row_s(self, case: Case) -> float:
+        """What the next row may take.
+
+        Raises:
+            LeftOut: Its first calls and a round would end too late.
+        """
+        left = self.ends[case.suite] - self.now()
+        need = 2 * case.flop * self.pace.get((case.suite, case.dtype), 0.0)
+        if case.suite in self.begun and need >= left:
+            reason = f"a round would take about {need / 2:.2g} s; {max(0.0, left):.0f} s are left"
+            self.left_out.append({"suite": case.suite, "id": str(case), "reason": reason})
+            raise LeftOut(reason)
+        self.begun.add(case.suite)
+        return max(need, left / PART)
+
+    def learn(self, race: Race) -> None:
+        """Remember a row's pace."""
+        case = race.case
+        if case.flop >= LEAST_FLOP:
+            self.pace[case.suite, case.dtype] = race.call_s / case.flop
 
 
 class Session(NamedTuple):
@@ -33,35 +94,21 @@ class Session(NamedTuple):
     clock: Clock
     ceilings: dict[str, Any] | None
     ours: str | None  # our backend; None: only rivals are measured
-    budget: Budget | None = None  # None: everything is timed, whatever it takes
+    deadline: Deadline | None = None  # None: everything is timed, whatever it takes
+
+    def facts(self) -> dict[str, Any]:
+        """What a file of results says of it."""
+        left_out = {} if self.deadline is None else {"not_timed": self.deadline.left_out}
+        return {"ceilings": self.ceilings, **left_out}
 
 
-def session(settings: Settings, rows: Iterable[Case] = (), ours: str | None = "") -> Session:
-    """A session with the machine's ceilings measured first.
-
-    Args:
-        settings: Of the run.
-        rows: All that will be timed, where ``settings.minutes`` limit them.
-        ours: Our backend, or None to time rivals only; by default the settings' backend.
-    """
+def session(settings: Settings, rows: Iterable[Case] = ()) -> Session:
+    """A session for these rows, with the machine's ceilings measured first."""
     device = torch.device(settings.device)
     found = machine_limits.measure(device, settings.threads, dry=settings.size == "smoke")
-    chosen = settings.backend if ours == "" else ours
-    budget = None
-    if settings.minutes is not None:
-        budget = Budget(rows, settings.minutes, settings.most_rounds)
-    return Session(settings, device, clock(device, settings.threads), found, chosen, budget)
-
-
-def cases(suite: str, size: str) -> list[Any]:
-    """The rows of a suite.
-
-    Raises:
-        ValueError: There is no such suite; one line.
-    """
-    if suite not in SUITES:
-        raise ValueError(f"bench: suite must be one of {', '.join(SUITES)}, got {suite!r}")
-    return SUITES[suite](size)
+    timer = clock(device, settings.threads)
+    deadline = None if settings.minutes is None else Deadline(rows, settings.minutes)
+    return Session(settings, device, timer, found, settings.backend, deadline)
 
 
 def race(case: Case, session: Session) -> Race:
@@ -71,30 +118,27 @@ def race(case: Case, session: Session) -> Race:
         AssertionError: A rival's results are not ours.
         LeftOut: The row does not fit into the run's time.
     """
-    settings, budget = session.settings, session.budget
-    share: Share | None = None if budget is None else budget.share(case)
+    settings, deadline = session.settings, session.deadline
+    limits = Limits(settings.budget_s, settings.most_rounds)
+    if deadline is not None:
+        limits = limits._replace(row_s=deadline.row_s(case))
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
+    full = settings.size == "full"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors")
         entries = ENTRIES[type(case)](
-            case, session.ours, session.device, session.clock.copies, full=settings.size == "full"
+            case, session.ours, session.device, session.clock.copies, full=full
         )
         limit = machine_limits.limit_s(case, session.ceilings)
-        limits = Limits(settings.budget_s, settings.most_rounds)
-        if budget and share:
-            entries = budget.trimmed(case, entries, share)
-            limits = budget.limits(share, limits)
-        return Race(case, entries, session.clock, limits, limit)
+        found = Race(case, entries, session.clock, limits, limit)
+    if deadline is not None:
+        deadline.learn(found)
+    return found
 
 
 def measured(case: Case, session: Session) -> dict[str, Any]:
-    """A row from end to end.
-
-    Raises:
-        AssertionError: A rival's results are not ours.
-        LeftOut: The row does not fit into the run's time.
-    """
+    """A row from end to end; what it raises is what `race` does."""
     run = race(case, session)
     for _ in range(run.rounds):
         run.rivals_turn()
@@ -104,8 +148,6 @@ def measured(case: Case, session: Session) -> dict[str, Any]:
 
 def finished(run: Race, session: Session) -> dict[str, Any]:
     """The row of a race whose rounds are over, with the backend and kernel of ours."""
-    if session.budget is not None:
-        session.budget.learn(run.case, run)
     kernel = None if session.ours is None else architecture(session.ours, session.device.type)
     return {**run.row(), "backend": session.ours, "kernel": kernel}
 

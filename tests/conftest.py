@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 
 import hypothesis
 import pytest
@@ -52,22 +49,6 @@ def fresh_compiler() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
-
-
-class Bench:
-    """The modules of the benchmarks by their names, imported when asked for."""
-
-    def __getattr__(self, name: str) -> ModuleType:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return importlib.import_module(f"bench.{name}")
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """The benchmarks, which are not installed."""
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent)
-    return Bench()
 
 
 @pytest.fixture

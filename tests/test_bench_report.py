@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+from bench import ceilings, cli, environment, grid, race, report, results, scaling, tables
+
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = "# Title\n\n<!-- bench:begin -->\nold\n<!-- bench:end -->\n\nThe rest.\n"
-pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
+PAGES = ("README.md", "docs/performance.md", "docs/evidence.md", "docs/scaling.md")
 
 
 def measured(ours_s, rival_s, once=(), spread=0.01):
@@ -45,14 +47,14 @@ def measured(ours_s, rival_s, once=(), spread=0.01):
 
 
 @pytest.fixture
-def write_run(bench, tmp_path):
+def write_run(tmp_path):
     """Writes a file of results: every row of the quick suites, its ratio given by `ratio(row)`."""
 
     def write(
         ratio=lambda row: 3.0, name="bench/results/a-cpu/timing.json", ours_s=1e-3, **changes
     ):
-        cases = [case for make in bench.grid.SUITES.values() for case in make("quick")]
-        described = [bench.grid.describe(case) for case in cases]
+        cases = [case for make in grid.SUITES.values() for case in make("quick")]
+        described = [grid.describe(case) for case in cases]
         rows = [{**row, **measured(ours_s, ratio(row) * ours_s)} for row in described]
         facts = {
             "kind": "timing",
@@ -76,25 +78,34 @@ def write_run(bench, tmp_path):
             **changes,
         }
         path = tmp_path / name
-        bench.results.save(path, facts, rows)
+        results.save(path, facts, rows)
         return path
 
     return write
 
 
 @pytest.fixture
-def command(bench, capsys):
+def command(capsys):
     """Runs `python -m bench` in this process: exit code, standard output, standard error."""
 
     def run(*arguments):
         try:
-            code = bench.cli.main([str(argument) for argument in arguments])
+            code = cli.main([str(argument) for argument in arguments])
         except SystemExit as stopped:
             code = stopped.code
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
     return run
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """The folder of a repository whose pages have their markers."""
+    (tmp_path / "docs").mkdir()
+    for name in PAGES:
+        (tmp_path / name).write_text(MARKED)
+    return tmp_path
 
 
 def refused(command, *arguments):
@@ -105,98 +116,103 @@ def refused(command, *arguments):
     return lines[0]
 
 
-def test_report_fills_the_docs(bench, write_run, command, tmp_path):
+def test_report_fills_the_pages(write_run, command, pages, monkeypatch):
     def ratio(row):
         case = row["case"]
         if row["suite"] == "module":
             return 0.5 if case["layer"] == "small" and case["weights"] else 1.5
         return 8.0 if case.get("causal") else 2.0
 
-    (tmp_path / "README.md").write_text(MARKED)
     write_run(ratio, not_timed=[{"suite": "varlen", "id": "x", "reason": "too long"}])
     texts = []
+    draw, names = report.plots.draw, []
+    monkeypatch.setattr(report.plots, "draw", lambda *x: names or names.extend(draw(*x)) or names)
     for _ in range(2):
-        code, out, err = command("report", "--root", tmp_path)
+        code, out, err = command("report", "--root", pages)
         assert code == 0, err
         assert "docs/performance.md, " in out
         assert out.splitlines()[-1] == "Left out, for want of time: 1 rows (1 of varlen)."
-        texts.append(
-            [(tmp_path / name).read_text() for name in ("README.md", "docs/performance.md")]
-        )
+        texts.append([(pages / name).read_text() for name in PAGES])
     assert texts[0] == texts[1], "written twice, the same"
-    readme, page = texts[0]
-    assert readme.startswith("# Title\n\n<!-- bench:begin -->\n")
-    assert readme.endswith("<!-- bench:end -->\n\nThe rest.\n")
-    assert "old" not in readme
+    readme, page, proven, untouched = texts[0]
+    assert untouched == MARKED, "there is no study"
+    for text in (readme, page, proven):
+        assert text.startswith("# Title\n\n<!-- bench:begin -->\n")
+        assert text.endswith("<!-- bench:end -->\n\nThe rest.\n")
+        assert "old" not in text
     assert re.search(r"\| 1, 16, 4096, 128 +(\| +2.0 / 8.0 ){4}\|", readme)
     assert re.search(r"\| 8, 12, 512, 64 +(\| +2.0 / 8.0 ){4}\|", readme)
-    causal = [case.causal for case in bench.grid.SUITES["forward"]("quick")]
+    assert "on A CPU, avx2, 2 threads (2026-01-02, commit ffffffffffff):" in readme
+    causal = [case.causal for case in grid.SUITES["forward"]("quick")]
     mean = 2 * 4 ** (sum(causal) / len(causal))
     line = rf"attention, forward, fp32 +\| +\d+ \| +\*\*{mean:.2f}x\*\* \| +2.00x"
     assert re.search(line, page)
     assert re.search(r"Slower than the fastest rival in 4 of \d+ rows:", page)
     assert "- module, fp32, train, small 4, 32, 128, 4, weights, padding: 0.50x" in page
-    assert re.search(r"MultiheadAttention, fp32, train +\| +1.34x \(2 of 20\)", readme)
-    for text in (readme, page):
-        assert "ffffffffffff with uncommitted changes" in text
-        assert "load before the run 0.25" in text
-        assert "Rivals that took part: torch.sdpa flash. The kernels have changed since." in text
+    assert re.search(r"MultiheadAttention, fp32, train +\| +1.34x \(2 of 20\)", page)
+    assert "ffffffffffff with uncommitted changes" in page
+    assert "load before the run 0.25" in page
+    assert "Rivals that took part: torch.sdpa flash. The kernels have changed since." in page
     assert "not measured: no C++ compiler" in page
     line = (
-        r"\| bf16, forward \+ backward +\| 12 of 12 \|"
+        r"\| bf16, forward \+ backward +\| +12 \|"
         r" +\*\*4.00x\*\* \| +2.00x \(1, 8, 128, 64\) \| 8.00x"
     )
     assert re.search(line, page), "the core shapes"
     assert "### Left out\n\n1 rows did not fit into the time:\n\n- varlen `x`: too long" in page
-    proven = (tmp_path / "docs" / "evidence.md").read_text()
-    assert re.search(
-        r"\| cpu, avx2, decode, bf16 +\| - +\| - +\| - +\| a-cpu: 10 rows, fff", proven
-    )
-    folder = tmp_path / "docs" / "performance"
+    assert re.search(r"\| cpu decode +\| - +\| - +\| [^|]* +\| avx2: 20 rows \(stale\) +\|", proven)
+    assert re.search(r"\| a-cpu/timing.json +\| avx2 +\| fffffffff\+ +\| 2026-01-02 \|", proven)
+    folder = pages / "docs" / "performance"
     for plot in ("throughput", "share", "memory"):
         assert (folder / f"a-cpu-2t-{plot}.png").stat().st_size > 10_000
         assert f"(performance/a-cpu-2t-{plot}.svg)" in page
         assert "torch.sdpa flash, D 64" in (folder / f"a-cpu-2t-{plot}.svg").read_text()
+    drawn = (folder / "a-cpu-2t-throughput.svg").read_text()
+    assert "GFLOP/s" in drawn
+    assert "ours 8.0 times as fast as the best rival" in drawn, "what the points say"
+    assert "ours at 30% of what" in (folder / "a-cpu-2t-share.svg").read_text()
     assert not (folder / "a-cpu-2t-latency.svg").exists(), "no row is short"
 
 
-def test_report_shows_each_device_newest_run_first(
-    bench, write_run, command, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(bench.report.plots, "draw", lambda run, folder: [])
-    (tmp_path / "README.md").write_text(MARKED)
+def test_report_shows_each_device_newest_run_first(write_run, command, pages, monkeypatch):
+    monkeypatch.setattr(report.plots, "draw", lambda run, folder: [])
     write_run(lambda row: 2.0)
     write_run(lambda row: 9.0, "bench/results/a-cpu/old.json", date="2025-01-01T00:00:00+00:00")
     other = {"cpu": "B CPU", "architecture": "x86", "cores": 2, "system": "Linux"}
     later = "2026-05-01T00:00:00+00:00"
     write_run(lambda row: 4.0, "bench/results/b/timing.json", date=later, device="b", machine=other)
-    assert command("report", "--root", tmp_path)[0] == 0
-    readme = (tmp_path / "README.md").read_text()
-    assert "on B CPU, avx2, 2 threads:" in readme
-    assert re.search(r"decoding, fp32 +\| +4.00x \(0 of 10\) \| +2.00x \(0 of 10\) \|", readme)
-    page = (tmp_path / "docs" / "performance.md").read_text()
+    assert command("report", "--root", pages)[0] == 0
+    assert "on B CPU, avx2, 2 threads (2026-05-01" in (pages / "README.md").read_text()
+    page = (pages / "docs" / "performance.md").read_text()
+    assert re.search(r"decoding, fp32 +\| +4.00x \(0 of 10\) \| +2.00x \(0 of 10\) \|", page)
     assert page.index("## B CPU, avx2, 2 threads") < page.index("## A CPU, avx2, 2 threads")
 
 
-def test_report_marks_rows_that_ran_once(bench):
-    row = bench.grid.describe(bench.grid.SUITES["forward"]("quick")[0])
+def test_a_gpus_throughput_is_in_teraflops(write_run, tmp_path):
+    machine = {"gpu": {"name": "A GPU"}, "cpu": "A CPU"}
+    run = results.load(write_run(machine=machine))
+    run.rows[:] = [row for row in run.rows if row["suite"] == "forward"]
+    report.plots.draw(run, tmp_path)
+    assert "TFLOP/s" in (tmp_path / "a-cpu-2t-throughput.svg").read_text()
+
+
+def test_report_marks_rows_that_ran_once():
+    row = grid.describe(grid.SUITES["forward"]("quick")[0])
     once = {**row, **measured(1.0, 30.0, once=["torch.sdpa flash"])}
-    text = bench.summary.detail_table([once])
+    text = tables.details([once])
     assert "  30000* |" in text
     assert "±" not in text
 
 
-def test_report_refuses(write_run, command, tmp_path):
-    empty = refused(command, "report", "--root", tmp_path)
-    assert "no timing in" in empty
-    write_run()
-    assert "has no line <!-- bench:begin -->" in refused(command, "report", "--root", tmp_path)
-    (tmp_path / "README.md").write_text(MARKED)
+def test_report_refuses(write_run, command, pages):
+    assert "no timing in" in refused(command, "report", "--root", pages)
     settings = {"size": "smoke", "backend": "cpu", "device": "cpu", "threads": 2}
     path = write_run(settings=settings)
-    assert "has smoke rows" in refused(command, "report", "--root", tmp_path, path)
-    assert (tmp_path / "README.md").read_text() == MARKED
-    assert not (tmp_path / "docs").exists()
+    assert "has smoke rows" in refused(command, "report", "--root", pages, path)
+    assert (pages / "README.md").read_text() == MARKED
+    write_run()
+    (pages / "README.md").unlink()
+    assert "has no line <!-- bench:begin -->" in refused(command, "report", "--root", pages)
 
 
 def test_files_that_cannot_be_read(write_run, command, tmp_path):
@@ -229,7 +245,6 @@ def test_files_that_cannot_be_read(write_run, command, tmp_path):
         bad.write_text(json.dumps({**whole, "rows": rows}))
         assert message in refused(command, "compare", good, bad)
     assert "cannot read" in refused(command, "report", tmp_path)
-    assert "cannot read" in refused(command, "scaling", "--from", tmp_path / "none.json")
 
 
 def test_bad_evidence_is_refused(write_run, command, tmp_path):
@@ -266,7 +281,8 @@ def test_a_slower_machine_is_no_regression(write_run, command):
     assert "1.500 of the time before" in out
 
 
-def test_one_shape(bench, command, tmp_path):
+def test_one_shape(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(ceilings, "measure", lambda *given, **how: None)  # which takes seconds
     out = tmp_path / "row.json"
     code, printed, err = command(
         "run", "--shape", "1,2,20,16", "--dtype", "fp16", "--option", "sinks", "--work", "forward",
@@ -274,14 +290,14 @@ def test_one_shape(bench, command, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     assert "1, 2, 20, 16, sinks, float16, forward" in printed
-    assert re.search(r"attnfast +│ +[\d.]+ ±\d+%", printed)
+    assert re.search(r"\| attnfast +\| +[\d.]+ ±\d+% \|", printed)
     assert "torch.sdpa flash: has no sinks" in printed
-    run = bench.results.load(out, "timing")
+    run = results.load(out, "timing")
     assert run.rows[0]["contestants"].keys() == {"attnfast", "eager"}
     assert command("compare", out, out)[0] == 0
     more = ("run", "--shape", "1,2,9,16", "--work", "backward", "--budget", "0.01", "--resume")
     assert command(*more, "--option", "sinks", "--out", out)[0] == 0
-    assert [row["case"]["T"] for row in bench.results.load(out).rows] == [20, 9]
+    assert [row["case"]["T"] for row in results.load(out).rows] == [20, 9]
     before = out.read_bytes()
     assert command(*more, "--option", "sinks", "--out", out)[0] == 0
     assert out.read_bytes() == before, "nothing was left to time"
@@ -329,3 +345,36 @@ def test_without_a_gpu(command):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     assert "no GPU that this torch can use" in refused(command, "run", "--device", "cuda")
+
+
+def test_the_scaling_study(pages, monkeypatch):
+    """Every kind of point once, tiny, and the page; then the page of times that are known."""
+    small = [x._replace(sizes=x.sizes[:1]) for x in scaling.SERIES]
+    with monkeypatch.context() as patch:
+        patch.setattr(scaling, "SERIES", small)
+        patch.setattr(scaling, "LIMITS", race.Limits(1e-3, 1))
+        measured = scaling.measure(environment.settings({}))
+    assert len(measured) == len(small) * 2 * 2
+    assert all(row["seconds"] > 0 for row in measured)
+
+    rows = []
+    for row, series in itertools.product(measured, scaling.SERIES):
+        for B, H, T, D in series.sizes if row["series"] == series.title else ():
+            times = {"seconds": 1e-9 * B * H * T**2 * D, "peak_bytes": 1000 * T}
+            rows.append({**row, "B": B, "H": H, "T": T, "D": D, **times})
+    rows[-1] |= {"seconds": None}  # was not measured
+    facts = environment.facts("scaling", environment.settings({}, size="quick"))
+    path = pages / "bench" / "results" / facts["device"] / "scaling.json"
+    results.save(path, facts, rows)
+    page, picture = scaling.write(results.load(path, "scaling"), pages)
+    assert f"performance/{picture.name}" in page.read_text()
+    text = picture.read_text()
+    for title in (
+        "time grows as the length to the power of 2.0",
+        "memory grows as the length to the power of 1.0",
+        "time grows as the batch to the power of 1.0",
+        "time grows as the head size to the power of 1.0",
+    ):
+        assert title in text
+    scaling.write(results.load(path), pages)
+    assert picture.read_text() == text, "drawn twice, the same"

@@ -1,10 +1,10 @@
 """Compile every entry of the Triton tile tables for every architecture, without a GPU.
 
-    python tools/aot.py                    compile with the installed Triton, compare with the table
-    python tools/aot.py --write            and write the table, docs/triton-resources/VERSION.csv
-    python tools/aot.py --write --missing  only what the table lacks, or has of older sources
-    python tools/aot.py --sample 2/8       the second of eight parts, the same ones every time
-    python tools/aot.py --arch sm_90 --pass fwd dq --head-dim 128
+    python -m tools.aot                    compile with the installed Triton, compare with the table
+    python -m tools.aot --write            and write the table, docs/triton-resources/VERSION.csv
+    python -m tools.aot --write --missing  only what the table lacks, or has of older sources
+    python -m tools.aot --sample 2/8       the second of eight parts, the same ones every time
+    python -m tools.aot --arch sm_90 --pass fwd dq --head-dim 128
 
 A table is written as kernels are compiled, so a run that is killed goes on with ``--missing``;
 tools/aot_docs.py then writes docs/triton.md's tables.
@@ -17,10 +17,10 @@ the committed table says.
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
 import functools
 import hashlib
+import importlib
 import os
 import re
 import subprocess
@@ -49,6 +49,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from attnfast.call import Inputs, Options, Upstream
+from tools import device_code
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "docs" / "triton-resources"
@@ -68,20 +69,9 @@ VARIANTS = ("plain", "causal", "everything", "ones")
 UNTILED = ("combine", "dsinks")  # kernels without products
 EVERYTHING_FOR = (2, 128)  # bytes of an element and head dim also compiled with every option
 WRITE_EVERY = 10  # kernels
-# What kernels are made from beside the file that is named, for the fingerprint in the table.
-SHARED_SOURCES = ("arguments", "dropout", "gradients", "head", "launch", "rows", "scores")
 MODULES = {
-    "fwd": attention_fwd,
-    "rows": attention_bwd,
-    "dq": attention_bwd,
-    "dkdv": attention_bwd,
-    "dbias": attention_bias,
-    "dsinks": attention_bias,
-    "weights": attention_weights,
-    "received": attention_weights,
-    "decode": attention_decode,
-    "combine": attention_decode,
-    "gluon": attention_fwd_gluon,
+    name: importlib.import_module(f"attnfast.kernels.{file}")
+    for name, (file, *_) in device_code.KERNELS.items()
 }
 
 
@@ -266,33 +256,8 @@ def reason(error: BaseException) -> str:
 @functools.cache
 def fingerprint(name: str) -> str:
     """8 hex digits that change with the device code that a pass is compiled from."""
-    folder = Path(configs.__file__).parent
-    own = Path(MODULES[name].__file__)
-    lines = []
-    for path in (own, *(folder / f"{module}.py" for module in SHARED_SOURCES)):
-        lines += device_code(path.read_text(encoding="utf-8"))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
-
-
-def device_code(source: str) -> list[str]:
-    """Jitted functions, the classes of their arguments and constants, without comments.
-
-    What the host's functions hand to them shows in a table's numbers.
-    """
-    lines = source.splitlines()
-    kept = []
-    for node in ast.parse(source).body:
-        is_definition = isinstance(node, (ast.FunctionDef, ast.ClassDef))
-        decorators = node.decorator_list if is_definition else []
-        if not (decorators or isinstance(node, (ast.ClassDef, ast.Assign, ast.AnnAssign))):
-            continue
-        first = min(x.lineno for x in (node, *decorators))
-        text = lines[first - 1 : node.end_lineno]
-        if is_definition and ast.get_docstring(node) is not None:
-            said = node.body[0]
-            del text[said.lineno - first : said.end_lineno - first + 1]
-        kept += [line.partition("  #")[0].rstrip() for line in text]
-    return [line for line in kept if line and not line.lstrip().startswith("#")]
+    folder, own = Path(configs.__file__).parent, Path(MODULES[name].__file__)
+    return device_code.digest((own, *(folder / f"{file}.py" for file in device_code.SHARED)))
 
 
 def read_binary(kernel: Any) -> tuple[int, int, int, str]:

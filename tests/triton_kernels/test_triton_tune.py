@@ -9,7 +9,7 @@ import pytest
 import torch
 from attnfast.kernels import configs
 
-from bench import tune
+from tools.gpu import tune
 
 
 class Stopwatch:

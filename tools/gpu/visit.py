@@ -1,10 +1,9 @@
-"""What `gpu.py` does, step by step, with a time for each."""
+"""What `make gpu` does, step by step, with a time for each."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ from typing import Any
 import torch
 
 from attnfast import dispatch
+from bench import OURS, environment, results, suites
+from bench.grid import DTYPE_NAMES, SUITES
+from bench.results import case_name
 
-from . import OURS, ROOT, crosscheck, environment, evidence, guard, results, suites, worker
-from .summary import DTYPE_NAMES, case_name
+from . import crosscheck, evidence, guard, worker
 
 CROSSCHECK_SHARE = 0.15  # of the time
 EVIDENCE_SHARE = 0.4  # of what is left; the grid gets the rest
@@ -22,7 +23,6 @@ SANITIZER_SHARE = 0.1
 ROW_S = 120.0
 SANITIZED = 4  # cases per backend, the largest of the smallest tenth
 MOST_LINES = 60
-SCRIPT = ROOT / "bench" / "gpu.py"
 # The suites in order of value.
 VALUE = (
     "forward", "forward+backward", "decode", "varlen", "backward", "options", "module", "encoder",
@@ -39,7 +39,6 @@ class Visit:
         self.device = "cpu" if dry else "cuda"
         size = "smoke" if dry else "gpu"
         self.settings = environment.settings({}, size=size, device=self.device, threads=1)
-        self.command = worker.command(SCRIPT, sys.executable)
         self.refusals = self._refusals()
         self.backends = [name for name, reason in self.refusals.items() if reason is None]
         self.failures: list[str] = []
@@ -56,7 +55,7 @@ class Visit:
         ]
         return {
             outcome.item["backend"]: outcome.failure or outcome.result
-            for outcome in guard.run(self.command, items, limits, self.log)
+            for outcome in guard.run(worker.COMMAND, items, limits, self.log)
         }
 
     def say(self, line: str) -> None:
@@ -127,7 +126,7 @@ def _crosscheck(visit: Visit) -> None:
     architecture = None if visit.dry else environment.architecture("cuda", visit.device)
     pair = crosscheck.sides(emulator, architecture)
     items = crosscheck.plan(dry=visit.dry, turing=architecture == "sm_75")
-    rows = crosscheck.run(visit.command, pair, items, visit.log, until)
+    rows = crosscheck.run(worker.COMMAND, pair, items, visit.log, until)
     if rows:
         results.save(visit.out / "crosscheck.json", visit.facts("crosscheck", "cuda"), rows)
     visit.failures += [f"{row['id']}: {row['failure']}" for row in rows if row["failure"]]
@@ -174,7 +173,7 @@ def _sanitize(visit: Visit) -> None:
         small = items[: max(1, len(items) // 10)]
         chosen = small[:: max(1, len(small) // SANITIZED)][:SANITIZED]
         for check in ("memcheck", "racecheck"):
-            command = [tool, "--tool", check, "--error-exitcode", "9", *visit.command]
+            command = [tool, "--tool", check, "--error-exitcode", "9", *worker.COMMAND]
             limits = guard.Limits(start_s=180, item_s=300, deaths=1, until=until)
             outcomes = list(guard.run(command, chosen, limits, visit.log))
             wrong = [x for x in outcomes if x.failure and x.failure != "no time left"]
@@ -196,7 +195,7 @@ def _grid(visit: Visit) -> None:
     limits = guard.Limits(start_s=120, item_s=ROW_S, deaths=20, until=visit.until)
     settings = visit.settings._asdict()
     [outcome] = guard.run(
-        visit.command,
+        worker.COMMAND,
         [{"task": "ceilings", "settings": settings}],
         limits._replace(until=float("inf")),
         visit.log,
@@ -211,7 +210,7 @@ def _grid(visit: Visit) -> None:
     items = rows_by_value(visit)
     for item in items:
         item["ceilings"] = outcome.result
-    for done in guard.run(visit.command, items, limits, visit.log):
+    for done in guard.run(worker.COMMAND, items, limits, visit.log):
         if done.failure == "no time left":
             ran = len(rows) + len(refused)
             visit.lines.append(f"grid: {ran} of {len(items)} rows, then no time was left")
@@ -239,7 +238,7 @@ def rows_by_value(visit: Visit) -> list[guard.Item]:
     size = visit.settings.size
     ranked = []
     for suite in VALUE:
-        cases = suites.cases(suite, size)
+        cases = SUITES[suite](size)
         place: dict[str, int] = {}
         for index, case in enumerate(cases):
             place[case.dtype] = place.get(case.dtype, 0) + 1

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import attnfast
 
-from . import OURS
-from .clock import Call, Results
-from .grid import DTYPES, ENCODER_LAYERS, EncoderCase, LayerCase, padding_mask
-from .timing import Entries
+from .. import OURS
+from ..clock import Call, Results
+from ..grid import DTYPES, ENCODER_LAYERS, EncoderCase, LayerCase, padding_mask
+from ..race import Entries
 
 BY_HAND = "linear + torch.sdpa"
 Forward = Callable[[Tensor], Results]
@@ -24,7 +24,7 @@ Forward = Callable[[Tensor], Results]
 def layer_entries(
     case: LayerCase, backend: str | None, device: torch.device, copies: int, *, full: bool
 ) -> Entries:
-    """Self-attention by a whole layer; the arguments are those of `rivals.entries`."""
+    """Self-attention by a whole layer; the arguments are those of `attention.entries`."""
     dtype = DTYPES[case.dtype]
     made: dict[str, Any] = {"batch_first": True, "dtype": dtype, "device": device}
     stock = nn.MultiheadAttention(case.E, case.H, **made).train(case.mode == "train")

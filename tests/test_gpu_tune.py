@@ -15,8 +15,9 @@ import pytest
 import torch
 from attnfast.kernels import configs
 
-from bench import cli, environment, tune
-from bench.tune import Place, Unfit
+from bench import cli, environment
+from tools.gpu import tune
+from tools.gpu.tune import Place, Unfit
 
 PLACE = Place("sm_90", "fwd", 2, 128)
 START = (64, 64, 4, 2)

@@ -13,14 +13,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench import clock, environment, results
+from tools.gpu import evidence, guard, proof, visit, worker
+
 ROOT = Path(__file__).resolve().parent.parent
-ABSENT = ("pytest", "rich", "matplotlib", "pytest_benchmark")  # on a machine with a GPU
+ABSENT = ("pytest", "pandas", "matplotlib", "pytest_benchmark")  # on a machine with a GPU
 
 
 WORKER = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from bench import guard
+from tools.gpu import guard
 
 def work(item):
     if item["do"] == "crash":
@@ -41,7 +44,7 @@ guard.serve(work, lambda error: "CUDA error" in str(error))
 
 
 @pytest.fixture
-def guarded(bench, tmp_path):
+def guarded(tmp_path):
     """Outcomes of items that do what their names say."""
 
     def run(*names, **limits):
@@ -51,7 +54,7 @@ def guarded(bench, tmp_path):
         items = [{"do": name} for name in names]
         log = tmp_path / "log.txt"
         command = [sys.executable, str(script)]
-        return list(bench.guard.run(command, items, bench.guard.Limits(**limits), log))
+        return list(guard.run(command, items, guard.Limits(**limits), log))
 
     return run
 
@@ -133,22 +136,22 @@ class FakeCuda:
         return run
 
 
-def test_a_gpu_is_timed_by_events_after_a_flush(bench):
+def test_a_gpu_is_timed_by_events_after_a_flush():
     gpu = FakeCuda(host_s=0.003)
     flush = torch.ones(4)
-    clock = bench.clock.EventClock(gpu, flush)
-    reading = clock.read(gpu.call(0.25))
+    timer = clock.EventClock(gpu, flush)
+    reading = timer.read(gpu.call(0.25))
     assert reading.seconds == pytest.approx(0.25)
     assert 0.003 <= reading.host_s < 0.1
     assert flush.sum() == 0
     names = [name for name, _ in gpu.log]
     assert names == ["sleep", "event", "call", "event", "synchronize"]
-    clock.read(gpu.call(0.25))
+    timer.read(gpu.call(0.25))
     leads = [seconds for name, seconds in gpu.log if name == "sleep"]
     assert leads[1] >= 1.4 * 0.003, "the GPU is busy while the host issues the call"
 
 
-def test_a_call_that_cannot_be_captured_is_timed_as_it_is(bench):
+def test_a_call_that_cannot_be_captured_is_timed_as_it_is():
     class Uncapturable(FakeCuda):
         def Stream(self):
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -158,91 +161,91 @@ def test_a_call_that_cannot_be_captured_is_timed_as_it_is(bench):
 
     gpu = Uncapturable()
     call = gpu.call(0.1)
-    assert bench.clock.EventClock(gpu, torch.ones(1)).prepared(call) is call
+    assert clock.EventClock(gpu, torch.ones(1)).prepared(call) is call
 
 
-def test_memory_on_a_gpu_is_what_the_allocator_added(bench):
+def test_memory_on_a_gpu_is_what_the_allocator_added():
     gpu = FakeCuda()
     gpu.synchronize = gpu.reset_peak_memory_stats = lambda: None
     gpu.memory_allocated, gpu.max_memory_allocated = lambda: 1000, lambda: 5000
-    clock = bench.clock.EventClock(gpu, torch.ones(1))
-    assert clock.peak(gpu.call(0.1))[1] == 4000
+    timer = clock.EventClock(gpu, torch.ones(1))
+    assert timer.peak(gpu.call(0.1))[1] == 4000
 
 
-def test_cases_come_smallest_first_and_are_named_as_tests(bench):
-    plan = bench.evidence.plan("cpu", "cpu")
+def test_cases_come_smallest_first_and_are_named_as_tests():
+    plan = evidence.plan("cpu", "cpu")
     sizes = [item["size"] for item in plan]
     assert sizes == sorted(sizes)
-    assert len(plan) == bench.proof.count("attention") + bench.proof.count("decode")
-    firsts = [next(x for x in plan if x["table"] == table) for table in bench.proof.TABLES]
-    names = [bench.proof.test_id("cpu", x["table"], x["index"]) for x in firsts]
+    assert len(plan) == proof.count("attention") + proof.count("decode")
+    firsts = [next(x for x in plan if x["table"] == table) for table in proof.TABLES]
+    names = [proof.test_id("cpu", x["table"], x["index"]) for x in firsts]
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *names]
     collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert collected.stdout.splitlines()[:2] == names, collected.stdout + collected.stderr
 
 
-def test_a_case_is_judged_by_the_accuracy_rule(bench, monkeypatch):
-    judged = bench.proof.run("cpu", "cpu", "attention", 0)
+def test_a_case_is_judged_by_the_accuracy_rule(monkeypatch):
+    judged = proof.run("cpu", "cpu", "attention", 0)
     assert judged.margins.keys() == {"forward", "backward"}
     assert all(0 <= margin <= 1 for margin, _ in judged.margins.values())
-    cases = bench.proof.module("cases")
+    cases = proof.module("cases")
     right = cases.run
     monkeypatch.setattr(
         cases, "run", lambda *given: {name: x + 0.01 for name, x in right(*given).items()}
     )
     with pytest.raises(AssertionError, match="beyond the accuracy rule"):
-        bench.proof.run("cpu", "cpu", "attention", 0)
+        proof.run("cpu", "cpu", "attention", 0)
 
 
-def test_what_a_backend_refuses_is_no_failure(bench, tmp_path):
+def test_what_a_backend_refuses_is_no_failure(tmp_path):
     """The CUDA kernels, on their emulator, take no fp32 and no D above 256."""
     emulator = ROOT / "build" / "emulator" / "_emulator.so"
     if not emulator.exists():
         pytest.skip("the emulator of the CUDA kernels is not built: make emulator")
-    plan = bench.evidence.plan("cuda", "cpu")
+    plan = evidence.plan("cuda", "cpu")
     fp32, bf16 = (next(x for x in plan if x["dtype"] == name) for name in ("float32", "bfloat16"))
     wide = next(x for x in plan if "D512:" in x["id"] and x["dtype"] == "bfloat16")
-    settings = bench.environment.settings({}, size="smoke", threads=1)._asdict()
+    settings = environment.settings({}, size="smoke", threads=1)._asdict()
     row = {"task": "row", "suite": "forward", "index": 0, "ceilings": None, "settings": settings}
     asked = {"task": "available", "backend": "cuda", "device": "cpu"}
-    first, *cases, timed = bench.guard.run(
-        [sys.executable, str(ROOT / "bench" / "gpu.py"), "--worker"],
+    first, *cases, timed = guard.run(
+        worker.COMMAND,
         [asked, fp32, bf16, wide, row | {"id": "row", "backend": "cuda"}],
-        bench.guard.Limits(start_s=120, item_s=60, deaths=1),
+        guard.Limits(start_s=120, item_s=60, deaths=1),
         tmp_path / "log.txt",
         {"ATTNFAST_EMULATOR": str(emulator), "OMP_NUM_THREADS": "1"},
     )
     assert (first.result, first.failure) == (None, None)
     assert not any(x.failure for x in (*cases, timed)), cases
     reasons = ["takes bfloat16 and float16, got float32", "takes D and D_v up to 256, got 512"]
-    assert [bench.evidence.refused(x) for x in cases] == [reasons[0], None, reasons[1]]
-    assert bench.evidence.refused(timed) == reasons[0]
-    assert bench.evidence.refusals(cases) == f"2 refused: {reasons[1]}; {reasons[0]}"
-    assert bench.evidence.refusals([cases[1]]) is None
-    rows = bench.evidence.record("cuda", "cpu", cases, "none")
+    assert [evidence.refused(x) for x in cases] == [reasons[0], None, reasons[1]]
+    assert evidence.refused(timed) == reasons[0]
+    assert evidence.refusals(cases) == f"2 refused: {reasons[1]}; {reasons[0]}"
+    assert evidence.refusals([cases[1]]) is None
+    rows = evidence.record("cuda", "cpu", cases, "none")
     assert {(row["dtype"], row["kind"]) for row in rows} <= {
         ("bfloat16", "forward"), ("bfloat16", "backward")
     }  # fmt: skip
     assert not any(row["failed"] for row in rows)
 
 
-def test_the_last_table_has_at_most_60_lines(bench):
+def test_the_last_table_has_at_most_60_lines():
     head = [f"line {i}" for i in range(100)]
     failures = [f"failure {i}" for i in range(50)]
     for few in (0, 5, 50):
-        lines = bench.visit.table(head, failures[:few])
+        lines = visit.table(head, failures[:few])
         assert len(lines) <= 60
         assert f"failures: {few}" in lines if few else "no failures" in lines
-    assert "... and 30 more failures in log.txt" in bench.visit.table(head, failures)
-    assert bench.visit.table(["a"], []) == ["a", "no failures"]
+    assert "... and 30 more failures in log.txt" in visit.table(head, failures)
+    assert visit.table(["a"], []) == ["a", "no failures"]
 
 
 def gpu(*arguments, **variables):
-    """`bench/gpu.py` as a user runs it, where only torch, Triton and numpy are installed."""
+    """`tools/gpu` as a user runs it, where only torch, Triton and numpy are installed."""
     blocked = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))"
     program = (
-        f"{blocked}; import runpy; sys.argv = {['gpu.py', *map(str, arguments)]!r};"
-        f"runpy.run_path({str(ROOT / 'bench' / 'gpu.py')!r}, run_name='__main__')"
+        f"{blocked}; import runpy; sys.argv = {['gpu', *map(str, arguments)]!r};"
+        f"runpy.run_path({str(ROOT / 'tools' / 'gpu')!r}, run_name='__main__')"
     )
     environ = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
@@ -251,7 +254,7 @@ def gpu(*arguments, **variables):
     )  # fmt: skip
 
 
-def test_dry_run(bench, tmp_path):
+def test_dry_run(tmp_path):
     done = gpu("--out", tmp_path, "--minutes", "4", "--dry")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = (tmp_path / "summary.txt").read_text()
@@ -260,17 +263,17 @@ def test_dry_run(bench, tmp_path):
     assert "no failures" in summary
     assert "cpu backward fp32: " in summary
     assert "ceilings: matrix product" in summary
-    timing = bench.results.load(tmp_path / "timing.json", "timing")
+    timing = results.load(tmp_path / "timing.json", "timing")
     suites = {"forward", "backward", "options", "decode", "varlen", "module", "encoder"}
     assert suites <= {row["suite"] for row in timing.rows}
-    proven = bench.results.load(tmp_path / "evidence-cpu.json", "evidence")
+    proven = results.load(tmp_path / "evidence-cpu.json", "evidence")
     assert {"forward", "backward", "decode"} <= {row["kind"] for row in proven.rows}
     assert all(not row["failed"] for row in proven.rows)
     json.loads((tmp_path / "timing.json").read_text())
     if not (ROOT / "build" / "emulator" / "_emulator.so").exists():
         assert "cuda, emulator and GPU: not compared: not built: make emulator" in summary
         return
-    compared = bench.results.load(tmp_path / "crosscheck.json", "crosscheck").rows
+    compared = results.load(tmp_path / "crosscheck.json", "crosscheck").rows
     assert len(compared) >= 5
     assert all(row["same"] == 1 for row in compared), "a schedule changes no bit"
     assert "cuda, schedule 0 and schedule 1, bf16: " in summary
@@ -282,7 +285,7 @@ def test_make_gpu_runs_this_script():
         command = ["make", "-n", "gpu", f"DRY={dry}", "OUT=x", "MINUTES=4"]
         done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert f"{done.stdout.strip()}|".endswith(f' bench/gpu.py --out "x" --minutes 4{end}|')
+        assert f"{done.stdout.strip()}|".endswith(f' tools/gpu --out "x" --minutes 4{end}|')
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ USUAL_ROUNDS = 5  # at least, where there is time for them
 FEWEST_ROUNDS = 3
 LONG_S = 5.0  # a rival's call that takes longer is not repeated: its first is its time
 SLOW = 4.0  # a rival this many times slower than the fastest one runs in one round only
+WAIT_S = 1.0  # and is not repeated at all if it takes longer than this
 WARM_S = 0.2  # a call that takes longer is as long when it is warm
 
 # The largest |ours - rival| / |rival| of a result, in Euclidean norms. How exact ours is, the tests
@@ -55,14 +56,13 @@ class Limits(NamedTuple):
     budget_s: float  # for the rounds; USUAL_ROUNDS are run all the same
     most_rounds: int
     row_s: float = float("inf")  # for all of it: there are fewer rounds rather than more seconds
-    once: bool = False  # no rounds: everybody's first call stands, ours last
 
 
 class Race:
     """One row: compares, warms up, plans the rounds; then each side takes its turn `rounds` times.
 
     Raises:
-        AssertionError: A rival's results are not ours; if ``limits.once``, in our turn.
+        AssertionError: A rival's results are not ours.
     """
 
     def __init__(
@@ -80,20 +80,20 @@ class Race:
         self.replayed: dict[str, bool] = {}
         self.guests: list[str] = []
         self.disturbed: set[int] = set()  # rounds in which somebody had to wait for a core
-        self.compile_s, self.turn, self.rounds = 0.0, 0, 1
+        self.turn = 0
         gc.collect()  # the last row's tensors are no part of this one's memory
         start = time.perf_counter()
         for name in entries.calls:
-            if not (limits.once and name == OURS):
-                self._first_call(name)
+            self._first_call(name)
         self.rivals = [name for name in self.first if name != OURS]
-        if limits.once:
-            self.once = list(self.rivals)
-            self.samples = {name: [self.first[name]] for name in self.rivals}
-            return
         self._compare()
         entries.ready()
-        self.once = [name for name in self.rivals if self.first[name] > LONG_S]
+        fastest = min((self.first[name] for name in self.rivals), default=0.0)
+        self.once = [
+            name
+            for name in self.rivals
+            if self.first[name] > LONG_S or self.first[name] > max(WAIT_S, SLOW * fastest)
+        ]
         self._plan(start)
 
     def _first_call(self, name: str) -> None:
@@ -101,9 +101,7 @@ class Race:
         calls = self.entries.calls[name]
         try:
             if name in self.entries.compiled:
-                start = time.perf_counter()
                 calls[0]()
-                self.compile_s += time.perf_counter() - start
             reading, self.peaks[name] = self.clock.peak(calls[0])
         except Exception as error:  # a rival may refuse a row in any way
             if name == OURS:
@@ -111,8 +109,6 @@ class Race:
             self.absent[name] = f"failed: {str(error).strip().splitlines()[0][:100]}"
             return
         self.first[name], self.results[name] = reading.seconds, reading.results
-        if self.limits.once and reading.disturbed:
-            self.disturbed.add(0)
 
     def _compare(self) -> None:
         """Hold the rivals' results to ours, and let go of all of them."""
@@ -150,9 +146,10 @@ class Race:
         self.peaks[name] = peak
         return reading.seconds
 
-    def typical_s(self) -> dict[str, float]:
-        """Every contestant's median, for predictions."""
-        return {name: statistics.median(x) for name, x in self.samples.items() if x}
+    @property
+    def call_s(self) -> float:
+        """One call of everybody, the first ones."""
+        return sum(self.first.values())
 
     def rivals_turn(self) -> None:
         """One call of every rival that takes part in this round."""
@@ -164,12 +161,6 @@ class Race:
         """Our call of this round, its last."""
         if OURS in self.calls:
             self._sample(OURS)
-        elif self.limits.once:
-            if OURS in self.entries.calls:
-                self._first_call(OURS)
-                self.samples[OURS] = [self.first[OURS]]
-                self.once.append(OURS)
-            self._compare()
         self.turn += 1
 
     def _sample(self, name: str) -> None:

@@ -32,8 +32,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ROOT, guard, proof, results
-from .summary import DTYPE_NAMES
+from bench import ROOT, results
+from bench.grid import DTYPE_NAMES
+
+from . import guard, proof
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # each is kernels of its own
 DRY_STEP = 17  # every so-manieth case in a trial

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import ceilings, crosscheck, environment, guard, proof, suites
-from .clock import clock
-from .environment import Settings
+from bench import ceilings, environment, suites
+from bench.clock import clock
+from bench.environment import Settings
+from bench.grid import SUITES
+
+from . import crosscheck, guard, proof
+
+COMMAND = [sys.executable, str(Path(__file__).parent), "--worker"]  # starts the process
 
 
 def work(item: guard.Item) -> Any:
@@ -38,7 +44,7 @@ def _work(item: guard.Item) -> Any:
         return ceilings.measure(device, settings.threads, dry=settings.size == "smoke")
     timer = clock(device, settings.threads)
     session = suites.Session(settings, device, timer, item["ceilings"], item["backend"])
-    case = suites.cases(item["suite"], settings.size)[item["index"]]
+    case = SUITES[item["suite"]](settings.size)[item["index"]]
     return suites.measured(case, session)
 
 
@@ -50,8 +56,3 @@ def poisoned(error: Exception) -> bool:
 def main() -> None:
     """Serve until the input ends."""
     guard.serve(work, poisoned)
-
-
-def command(script: Path, python: str) -> list[str]:
-    """How ``gpu.py`` or another script that calls `main` for ``--worker`` is started."""
-    return [python, str(script), "--worker"]

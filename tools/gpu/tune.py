@@ -8,6 +8,7 @@ those of the first. What is found goes to kernels/tuned.py.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from attnfast.backends import triton
 from attnfast.call import DecodeInputs, DecodeOptions, Inputs, Options, Upstream
-
-from . import ROOT, clock, environment
+from bench import ROOT, clock, environment
 
 PATH = ROOT / "kernels" / "tuned.py"
 GAIN = 0.02  # of the time, below which a tile is not taken for faster
@@ -310,7 +310,7 @@ def line(place: Place, found: Found) -> str:
     )
 
 
-def run(names: list[str], dims: list[int], sizes: list[int], path: Path, minutes: float) -> int:
+def command(options: argparse.Namespace) -> int:
     """The command on this machine's GPU.
 
     Raises:
@@ -327,18 +327,18 @@ def run(names: list[str], dims: list[int], sizes: list[int], path: Path, minutes
     limit = int(getattr(properties, "shared_memory_per_block_optin", 0) or 64 << 10)
     places = [
         Place(arch, name, size, D)
-        for size in sizes or DTYPES
-        for D in dims or configs.HEAD_DIMS
-        for name in names or PASSES
+        for size in options.bytes or DTYPES
+        for D in options.head_dim or configs.HEAD_DIMS
+        for name in options.passes or PASSES
     ]
     stopwatch = clock.clock(device, 1)
     tune(
         places,
-        path,
+        options.out,
         limit,
         lambda place: tuple(configs.entry(*place)),
         lambda place: Trial(place, sizes_of(place), device, stopwatch).measure,
-        time.monotonic() + 60 * minutes,
+        time.monotonic() + 60 * options.minutes,
     )
-    print(f"wrote {path}. Then compile what changed: make aot ARGS='--write --missing'")
+    print(f"wrote {options.out}. Then compile what changed: make aot ARGS='--write --missing'")
     return 0

@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .clock import Results
-from .grid import CORE, WINDOW, AttentionCase
-from .problem import Problem
+from ..clock import Results
+from ..grid import CORE, WINDOW, AttentionCase
+from ..problem import Problem
 
 NAME = "FlexAttention"
-SMALL = 48  # keys
+SMALL = 48  # keys, of smoke rows
+QUICK = ("window", "softcap")  # options
 
 
 def chosen(case: AttentionCase) -> bool:
-    """Whether quick suites may wait for it to be compiled for a row: options, causal shapes."""
-    if case.S <= SMALL:  # smoke
-        return case.dtype == "float32" and (case.causal or case.option == "window")
-    return bool(case.option) or (case.causal and case[:5] in CORE[2:])
+    """Whether quick suites wait for it to be compiled for a row: few options and causal shapes."""
+    if case.dtype != "float32":
+        return False
+    if case.S <= SMALL:
+        return case.causal
+    return (case.causal and case[:5] in CORE[2:4]) or case.option in QUICK
 
 
 def missing(device: torch.device) -> str | None:

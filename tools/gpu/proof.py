@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import ROOT
+from bench import ROOT
 
 TABLES = ("attention", "decode")
 TESTS = {  # the test that runs a table's case on a backend

@@ -1,7 +1,7 @@
 """One command for a machine with a GPU: what runs, what is right, how fast it is.
 
-    python3 bench/gpu.py --out DIR --minutes N        (`make gpu`)
-    python3 bench/gpu.py --out DIR --dry              the same plan on the CPU, in short
+    python3 tools/gpu --out DIR --minutes N        (`make gpu`)
+    python3 tools/gpu --out DIR --dry              the same plan on the CPU, in short
 
 It needs torch, and Triton and numpy where kernels do; our wheel or a source build. In this order:
 
@@ -24,15 +24,14 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve()
-ROOT = SCRIPT.parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 
 
 def find_package() -> None:
-    """An installed attnfast is taken first, then the one beside this file."""
-    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != SCRIPT.parent]
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))
+    """An installed attnfast is taken first, then the one of this repository."""
+    sys.path[:] = [x for x in sys.path if Path(x or ".").resolve() not in (HERE, ROOT)]
+    sys.path.append(str(ROOT))
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,7 +55,7 @@ def positive(text: str) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code: 1 if anything failed, 2 for wrong arguments."""
-    parser = Parser(prog="gpu.py", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="tools/gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, help="where results are written")
     parser.add_argument("--minutes", type=positive, default=30.0, help="default: %(default)g")
     parser.add_argument("--dry", action="store_true", help="a few cases and rows on the CPU")
@@ -64,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     find_package()
     if options.worker:
-        from bench import worker
+        from tools.gpu import worker
 
         worker.main()
         return 0
@@ -72,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--out DIR is needed")
     import torch
 
-    from bench import visit
+    from tools.gpu import visit
 
     if not options.dry and not torch.cuda.is_available():
         parser.error("no GPU that this torch can use; --dry runs the same plan on the CPU")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .clock import Results
-from .problem import Problem
+from ..clock import Results
+from ..problem import Problem
 
 OPSET = 23  # the first with Attention
 

@@ -12,10 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 import attnfast
 
-from . import OURS
-from .clock import Call, Results
-from .grid import DTYPES, VarlenCase
-from .timing import Entries
+from .. import OURS
+from ..clock import Call, Results
+from ..grid import DTYPES, VarlenCase
+from ..race import Entries
 
 PACKAGES = ("flash_attn", "xformers")
 ELSEWHERE = ("FlexAttention", "flashinfer")
@@ -24,7 +24,7 @@ ELSEWHERE = ("FlexAttention", "flashinfer")
 def entries(
     case: VarlenCase, backend: str | None, device: torch.device, copies: int, *, full: bool
 ) -> Entries:
-    """Us, and the ways without us; the arguments are those of `rivals.entries`.
+    """Us, and the ways without us; the arguments are those of `attention.entries`.
 
     torch's: one call per sequence, one call on padded tensors, and jagged nested tensors; making
     those of the packed ones is part of the call, since the inputs are the same for everybody.

@@ -17,11 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnfast
 
-from . import OURS, flex, onnx_runtime
-from .clock import Results
-from .grid import DROPOUT_P, WINDOW, AttentionCase
-from .problem import Problem, eager, pass_of, problem
-from .timing import Entries
+from .. import OURS
+from ..clock import Results
+from ..grid import DROPOUT_P, WINDOW, AttentionCase
+from ..problem import Problem, eager, pass_of, problem
+from ..race import Entries
+from . import flex, onnx_runtime
 
 EAGER_LIMIT = 1 << 31  # bytes of scores beyond which nobody would compute them whole
 QUICK_LIMIT = 1 << 26  # and beyond which the quick suites do not wait for it

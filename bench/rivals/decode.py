@@ -10,10 +10,11 @@ from torch import Tensor
 
 import attnfast
 
-from . import OURS, onnx_runtime
-from .clock import Call, Results
-from .grid import DTYPES, PAGE, DecodeCase
-from .timing import Entries
+from .. import OURS
+from ..clock import Call, Results
+from ..grid import DTYPES, PAGE, DecodeCase
+from ..race import Entries
+from . import onnx_runtime
 
 ELSEWHERE = ("FlexAttention", "flashinfer", "xformers")
 
@@ -21,7 +22,7 @@ ELSEWHERE = ("FlexAttention", "flashinfer", "xformers")
 def entries(
     case: DecodeCase, backend: str | None, device: torch.device, copies: int, *, full: bool
 ) -> Entries:
-    """Us, and the fastest ways without us; the arguments are those of `rivals.entries`.
+    """Us, and the fastest ways without us; the arguments are those of `attention.entries`.
 
     Every cache is full. Without us, pages are gathered first, where the package takes no pages.
     """
