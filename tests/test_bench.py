@@ -157,10 +157,6 @@ def test_bad_settings(name, value, requirement):
         environment.settings({name: value})
 
 
-def test_bad_settings_are_one_line():
-    assert "bench: BENCH_SIZE must be one of" in refused("pytest", "bench", BENCH_SIZE="2")
-
-
 def test_without_pandas_a_line_says_what_is_missing():
     program = "import sys; sys.modules['pandas'] = None; import runpy; runpy.run_module('bench')"
     command = [sys.executable, "-c", program]
