@@ -1,12 +1,11 @@
 """Who competes in the attention rows: us, PyTorch's ways, and packages where they are installed.
 
-A contestant is a name, ``missing()``, the reason why it cannot be had on this machine, and
-``unable(problem)``, the reason why it does not compute this row; None where it can.
+A contestant is a name, ``absent(problem)``, the reason why it cannot be had on this machine or does
+not compute this row, or None, and ``forward(problem)``.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,23 +21,19 @@ from ..clock import Results
 from ..grid import DROPOUT_P, WINDOW, AttentionCase
 from ..problem import Problem, eager, pass_of, problem
 from ..race import Entries
-from . import flex, onnx_runtime
+from . import flex, lacking, onnx_runtime
 
 EAGER_LIMIT = 1 << 31  # bytes of scores beyond which nobody would compute them whole
 QUICK_LIMIT = 1 << 26  # and beyond which the quick suites do not wait for it
+GPU_ONLY = (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
 class Contestant(NamedTuple):
     """One way to compute a row."""
 
     name: str
-    missing: Callable[[torch.device], str | None]
-    unable: Callable[[Problem], str | None]
+    absent: Callable[[Problem], str | None]
     forward: Callable[[Problem], Results]
-
-
-def here(device: torch.device) -> None:
-    """Always to be had."""
 
 
 def ours(backend: str) -> Contestant:
@@ -73,7 +68,7 @@ def ours(backend: str) -> Contestant:
             return {"out": out, "entropy": extra.entropy}
         return {"out": out, "weights": extra}
 
-    return Contestant(OURS, here, lambda p: None, forward)
+    return Contestant(OURS, lambda p: None, forward)
 
 
 def sdpa(p: Problem) -> Results:
@@ -108,7 +103,9 @@ def forced(backend: SDPBackend) -> Contestant:
         with sdpa_kernel(backend):
             return sdpa(p)
 
-    def unable(p: Problem) -> str | None:
+    def absent(p: Problem) -> str | None:
+        if backend in GPU_ONLY and p.q.device.type == "cpu":
+            return "needs a GPU"
         if backend == SDPBackend.MATH and scores_bytes(p) > EAGER_LIMIT:
             return "would hold all scores"
         if p.case.option == "dropout" and not _drops(p):
@@ -124,11 +121,7 @@ def forced(backend: SDPBackend) -> Contestant:
             return False
         return True
 
-    def missing(device: torch.device) -> str | None:
-        gpu_only = (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-        return "needs a GPU" if backend in gpu_only and device.type == "cpu" else None
-
-    return Contestant(_name(backend), missing, unable, forward)
+    return Contestant(_name(backend), absent, forward)
 
 
 def _name(backend: SDPBackend) -> str:
@@ -144,33 +137,24 @@ def scores_bytes(p: Problem) -> int:
     return case.B * case.H * case.T * case.S * p.q.element_size()
 
 
-def eager_unable(p: Problem) -> str | None:
+def eager_absent(p: Problem) -> str | None:
     """Nobody would."""
     return "would hold all scores" if scores_bytes(p) > EAGER_LIMIT else None
 
 
-def package(name: str, call: str, device_type: str = "cuda") -> Contestant:
-    """A package's function on (B, T, H, D) tensors, where it is installed and has a device."""
+def package(name: str) -> Contestant:
+    """A package's function on (B, T, H, D) tensors, where it is installed and has a GPU."""
 
-    def missing(device: torch.device) -> str | None:
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # a package may fail to load in any way
-            return f"not installed ({type(error).__name__})"
-        return None if device.type == device_type else f"needs {device_type}"
-
-    def unable(p: Problem) -> str | None:
+    def absent(p: Problem) -> str | None:
         if p.case.option not in ("", "gqa"):
             return f"{p.case.option} is not compared"
-        if p.q.dtype == torch.float32:
-            return "takes bf16 and fp16"
-        return None
+        return lacking(name, p.q.device, p.case.dtype)
 
     def forward(p: Problem) -> Results:
         q, k, v = (x.transpose(1, 2) for x in (p.q, p.k, p.v))
-        return {"out": PACKAGES[call](q, k, v, p.case.causal).transpose(1, 2)}
+        return {"out": PACKAGES[name](q, k, v, p.case.causal).transpose(1, 2)}
 
-    return Contestant(name, missing, unable, forward)
+    return Contestant(name, absent, forward)
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -208,10 +192,10 @@ def contestants(backend: str) -> tuple[Contestant, ...]:
         forced(SDPBackend.CUDNN_ATTENTION),
         forced(SDPBackend.EFFICIENT_ATTENTION),
         forced(SDPBackend.MATH),
-        Contestant(flex.NAME, flex.missing, flex.unable, flex.forward),
-        Contestant("ONNX Runtime", onnx_runtime.missing, onnx_runtime.unable, onnx_runtime.forward),
-        *(package(name, name) for name in PACKAGES),
-        Contestant("eager", here, eager_unable, eager),
+        Contestant(flex.NAME, flex.absent, flex.forward),
+        Contestant("ONNX Runtime", onnx_runtime.absent, onnx_runtime.forward),
+        *map(package, PACKAGES),
+        Contestant("eager", eager_absent, eager),
     )
 
 
@@ -241,7 +225,7 @@ def entries(
     for one in contestants(backend or "auto"):
         if one.name == OURS and backend is None:
             continue
-        reason = one.missing(device) or one.unable(problems[0])
+        reason = one.absent(problems[0])
         if reason is None and not full:
             reason = _too_long(one.name, problems[0])
         if reason is None:

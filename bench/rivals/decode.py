@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +12,7 @@ from .. import OURS
 from ..clock import Call, Results
 from ..grid import DTYPES, PAGE, DecodeCase
 from ..race import Entries
-from . import onnx_runtime
-
-ELSEWHERE = ("FlexAttention", "flashinfer", "xformers")
+from . import lacking, onnx_runtime
 
 
 def entries(
@@ -27,14 +23,12 @@ def entries(
     Every cache is full. Without us, pages are gathered first, where the package takes no pages.
     """
     made = [_calls(case, backend, device) for _ in range(copies)]
-    absent = dict.fromkeys(ELSEWHERE, "is compared in the attention rows")
+    absent = {}
     reason = onnx_runtime.missing(device)
     if reason or case.paged or case.dtype != "float32":
         absent["ONNX Runtime"] = reason or "is compared in float32, contiguous"
-    if importlib.util.find_spec("flash_attn") is None:
-        absent["flash_attn"] = "not installed"
-    elif device.type != "cuda" or case.dtype == "float32":
-        absent["flash_attn"] = "takes bf16 and fp16 on a GPU"
+    if (reason := lacking("flash_attn", device, case.dtype)) is not None:
+        absent["flash_attn"] = reason
     calls = {name: [one[name] for one in made] for name in made[0] if name not in absent}
     return Entries(calls, absent)
 

@@ -26,16 +26,7 @@ def chosen(case: AttentionCase) -> bool:
     return (case.causal and case[:5] in CORE[2:4]) or case.option in QUICK
 
 
-def missing(device: torch.device) -> str | None:
-    """Why it cannot be had."""
-    try:
-        from torch.nn.attention import flex_attention  # noqa: F401
-    except ImportError:
-        return "not in this torch"
-    return None
-
-
-def unable(p: Problem) -> str | None:
+def absent(p: Problem) -> str | None:
     """What it does not compute."""
     option = p.case.option
     if p.q.device.type == "cpu" and p.leaves:

@@ -24,8 +24,10 @@ def missing(device: torch.device) -> str | None:
     return None if device.type == "cpu" else "is compared on the CPU"
 
 
-def unable(p: Problem) -> str | None:
+def absent(p: Problem) -> str | None:
     """What it does not compute."""
+    if (reason := missing(p.q.device)) is not None:
+        return reason
     if p.leaves:
         return "has no backward pass"
     if p.q.dtype != torch.float32:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -16,9 +15,9 @@ from .. import OURS
 from ..clock import Call, Results
 from ..grid import DTYPES, VarlenCase
 from ..race import Entries
+from . import lacking
 
 PACKAGES = ("flash_attn", "xformers")
-ELSEWHERE = ("FlexAttention", "flashinfer")
 
 
 def entries(
@@ -30,12 +29,8 @@ def entries(
     those of the packed ones is part of the call, since the inputs are the same for everybody.
     """
     made = [_calls(case, backend, device) for _ in range(copies)]
-    absent = dict.fromkeys(ELSEWHERE, "is compared in the attention rows")
-    for name in PACKAGES:
-        if importlib.util.find_spec(name) is None:
-            absent[name] = "not installed"
-        elif device.type != "cuda" or case.dtype == "float32":
-            absent[name] = "takes bf16 and fp16 on a GPU"
+    reasons = {name: lacking(name, device, case.dtype) for name in PACKAGES}
+    absent = {name: reason for name, reason in reasons.items() if reason is not None}
     calls = {name: [one[name] for one in made] for name in made[0] if name not in absent}
     return Entries(calls, absent)
 
