@@ -163,7 +163,7 @@ def _compare(options: argparse.Namespace) -> int:
     changes = compare.compare(before, after, options.threshold)
     print(compare.text(changes, before, after, options.threshold))
     slower = compare.slower_suites(changes, options.threshold)
-    return 1 if slower or any(change.regression for change in changes) else 0
+    return 1 if slower or changes["regression"].any() else 0
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:

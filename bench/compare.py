@@ -17,15 +17,13 @@ not hide what a whole suite shows: it is slower if the median of its rows is, by
 
 from __future__ import annotations
 
-import itertools
-import math
-import statistics
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from . import OURS
-from .results import Row, Run
+from .results import Run
 from .tables import geometric_mean, table
 
 THRESHOLD = 0.10
@@ -35,25 +33,7 @@ SHORT_S = 1e-3  # calls below it have a noise of their own
 FEWEST = 3  # rows of a suite that is judged as one
 FEW = 8  # rows whose noise says nothing: then that of all rows is taken
 NORMAL = 1.4826  # of a normal distribution, the standard deviation over the median distance
-
-
-class Change(NamedTuple):
-    """A row in both runs."""
-
-    id: str
-    suite: str
-    before_s: float
-    after_s: float
-    spread: tuple[float, float]  # half the interquartile range over the median, before and after
-    adjusted: float  # after over before, the machine's drift taken out
-    relative: float | None  # after over before, each over the same rival's time in its own run
-    rounds: int  # the fewest of ours and the rival's in both runs
-    regression: bool
-
-    @property
-    def ratio(self) -> float:
-        """Our time after over before."""
-        return self.after_s / self.before_s
+KEY = ["suite", "id", "backend"]
 
 
 class Noise(NamedTuple):
@@ -63,24 +43,24 @@ class Noise(NamedTuple):
     short: float  # standard deviation of a contestant's logarithm beside that, of short calls
     long: float
 
-    def of(self, seconds: float) -> float:
-        """The deviation for calls of so many seconds."""
-        return self.short if seconds < SHORT_S else self.long
 
-
-def compare(before: Run, after: Run, threshold: float = THRESHOLD) -> list[Change]:
-    """The rows that both runs hold, in the order of the second.
-
-    Raises:
-        ValueError: They have no row of ours in common; one line.
-    """
-    old = {_key(row): row for row in before.rows if OURS in row["contestants"]}
-    both = [(old.get(_key(row)), row) for row in after.rows]
-    pairs = [(a, b) for a, b in both if a and OURS in b["contestants"]]
-    if not pairs:
-        raise ValueError(f"bench: {before.path} and {after.path} have no row in common")
-    found = noise(before, after)
-    return [_change(a, b, threshold, found) for a, b in pairs]
+def _both(before: Run, after: Run) -> pd.DataFrame:
+    """A line per row and contestant of both runs: ``median_s_a`` before, ``median_s_b`` after."""
+    a, b = (
+        pd.DataFrame(
+            {**{x: row[x] for x in KEY}, "backend": str(row["backend"]), "name": name, **one}
+            for row in run.rows
+            for name, one in row["contestants"].items()
+        )
+        for run in (before, after)
+    )
+    found = b.merge(a, on=[*KEY, "name"], suffixes=("_b", "_a"))
+    return found.assign(
+        rounds=found[["rounds_a", "rounds_b"]].min(axis=1),
+        ratio=found["median_s_b"] / found["median_s_a"],
+        best=found["min_s_b"] / found["min_s_a"],
+        short=found["median_s_a"] < SHORT_S,
+    )
 
 
 def noise(before: Run, after: Run) -> Noise:
@@ -89,137 +69,98 @@ def noise(before: Run, after: Run) -> Noise:
     Two rivals of a row show the noise of one beside another, which is what a row is judged by.
     Where too few rows have two, the noise is that of single rivals, and larger.
     """
-    old = {_key(row): row for row in before.rows}
-    alone: dict[bool, list[float]] = {True: [], False: []}
-    beside: dict[bool, list[float]] = {True: [], False: []}
-    for row in after.rows:
-        a = old.get(_key(row))
-        drifts = _drifts(a, row) if a else []
-        for short, drift in drifts:
-            alone[short].append(drift)
-        for (short, one), (_, other) in itertools.pairwise(drifts):
-            beside[short].append((one - other) / math.sqrt(2))
-    everything = alone[True] + alone[False]
-    drift = math.exp(statistics.median(everything)) if everything else 1.0
-    found = []
-    for short in (True, False):
-        chosen = (beside[short], alone[short], everything)
-        found.append(_deviation(next((x for x in chosen if len(x) >= FEW), everything)))
-    return Noise(drift, *found)
+    return _noise(_both(before, after))
 
 
-def _drifts(a: Row, b: Row) -> list[tuple[bool, float]]:
-    """Of each rival of both rows whether its call is short, and by what logarithm it moved."""
-    found = []
-    for name in _shared(a, b):
-        one, other = (x["contestants"][name] for x in (a, b))
-        if min(one["rounds"], other["rounds"]) > 1:
-            drift = math.log(other["median_s"] / one["median_s"])
-            found.append((one["median_s"] < SHORT_S, drift))
-    return found
+def _noise(both: pd.DataFrame) -> Noise:
+    rivals = both[(both["name"] != OURS) & (both["rounds"] > 1)].sort_values("median_s_a")
+    alone = np.log(rivals["ratio"])
+    beside = alone.groupby([rivals[x] for x in KEY]).diff(-1).dropna() / np.sqrt(2)
+
+    def deviation(short: bool) -> float:
+        """The standard deviation, whatever a few of the values are; 0 of less than two."""
+        choices = [x[rivals["short"].loc[x.index] == short] for x in (beside, alone)]
+        values = next((x for x in choices if len(x) >= FEW), alone)
+        return NORMAL * float((values - values.median()).abs().median()) if len(values) > 1 else 0.0
+
+    drift = float(np.exp(alone.median())) if len(alone) else 1.0
+    return Noise(drift, deviation(True), deviation(False))
 
 
-def _deviation(values: list[float]) -> float:
-    """The standard deviation, whatever a few of the values are; 0 of less than two."""
-    if len(values) < 2:
-        return 0.0
-    middle = statistics.median(values)
-    return NORMAL * statistics.median(abs(x - middle) for x in values)
+def compare(before: Run, after: Run, threshold: float = THRESHOLD) -> pd.DataFrame:
+    """The rows that both runs hold, in the order of the second.
 
+    Returns:
+        Per row times and spreads of ours before and after; ``adjusted``, after over before, the
+        machine's drift taken out; ``relative``, each over the same rival's time in its own run;
+        ``rounds``, the fewest of ours and the rival's in both runs; and ``regression``.
 
-def _key(row: Row) -> tuple[str, str, str | None]:
-    return row["suite"], row["id"], row["backend"]
-
-
-def _shared(a: Row, b: Row) -> list[str]:
-    """The rivals of both rows, the fastest of the first one first."""
-    names = [name for name in a["contestants"] if name != OURS and name in b["contestants"]]
-    return sorted(names, key=lambda name: float(a["contestants"][name]["median_s"]))
-
-
-def _change(a: Row, b: Row, threshold: float, noise_: Noise) -> Change:
-    old, new = a["contestants"][OURS], b["contestants"][OURS]
-    ratio = new["median_s"] / old["median_s"]
-    relative, drift, drift_best = None, noise_.drift, noise_.drift
-    counts = [old["rounds"], new["rounds"]]
-    if shared := _shared(a, b):
-        then, now = (x["contestants"][shared[0]] for x in (a, b))
-        drift, drift_best = (now[name] / then[name] for name in ("median_s", "min_s"))
-        relative = ratio / drift
-        counts += [then["rounds"], now["rounds"]]
-    allowed = threshold * (2 if min(counts) == 1 else 1)
-    best = new["min_s"] / old["min_s"] / drift_best
-    beyond = SIGMAS * math.sqrt(2) * noise_.of(old["median_s"])
-    regression = (
-        min(ratio / noise_.drift, ratio / drift) > 1 + allowed
-        and best > 1 + BEST * allowed
-        and math.log(min(ratio / drift, best)) > beyond
-        and new["q1_s"] > old["q3_s"] * min(1.0, noise_.drift)
+    Raises:
+        ValueError: They have no row of ours in common; one line.
+    """
+    both = _both(before, after)
+    ours = both[both["name"] == OURS]
+    if ours.empty:
+        raise ValueError(f"bench: {before.path} and {after.path} have no row in common")
+    drift, short, long = _noise(both)
+    rivals = both[both["name"] != OURS].sort_values("median_s_a").drop_duplicates(KEY)
+    rows = ours.merge(
+        rivals[[*KEY, "rounds", "ratio", "best"]], "left", on=KEY, suffixes=("", "_r")
     )
-    return Change(
-        id=b["id"],
-        suite=b["suite"],
-        before_s=old["median_s"],
-        after_s=new["median_s"],
-        spread=(_spread(old), _spread(new)),
-        adjusted=ratio / noise_.drift,
-        relative=relative,
-        rounds=min(counts),
-        regression=bool(regression),
+    rows["adjusted"], rows["relative"] = rows["ratio"] / drift, rows["ratio"] / rows["ratio_r"]
+    rows["rounds"] = rows[["rounds", "rounds_r"]].min(axis=1)
+    beside = rows["relative"].fillna(rows["adjusted"])
+    best = rows["best"] / rows["best_r"].fillna(drift)
+    allowed = threshold * np.where(rows["rounds"] == 1, 2, 1)
+    beyond = SIGMAS * np.sqrt(2) * np.where(rows["short"], short, long)
+    rows["regression"] = (
+        (np.minimum(rows["adjusted"], beside) > 1 + allowed)
+        & (best > 1 + BEST * allowed)
+        & (np.log(np.minimum(beside, best)) > beyond)
+        & (rows["q1_s_b"] > rows["q3_s_a"] * min(1.0, drift))
     )
+    return rows
 
 
-def _spread(one: dict[str, Any]) -> float:
-    return float((one["q3_s"] - one["q1_s"]) / one["median_s"] / 2)
-
-
-def means(changes: list[Change]) -> dict[str, float]:
-    """The geometric mean of the ratios by suite."""
-    suites = dict.fromkeys(change.suite for change in changes)
-    return {s: geometric_mean(c.ratio for c in changes if c.suite == s) for s in suites}
-
-
-def slower_suites(changes: list[Change], threshold: float = THRESHOLD) -> list[str]:
+def slower_suites(rows: pd.DataFrame, threshold: float = THRESHOLD) -> list[str]:
     """The suites that are slower as a whole: the median of rows of several rounds is.
 
     Of our times without the machine's drift, and of our times beside the rivals'.
     """
-    found = []
-    for suite in means(changes):
-        rows = [c for c in changes if c.suite == suite and c.relative is not None and c.rounds > 1]
-        if len(rows) >= FEWEST:
-            ours, beside = ([getattr(c, x) for c in rows] for x in ("adjusted", "relative"))
-            if min(map(statistics.median, (ours, beside))) > 1 + threshold:
-                found.append(suite)
-    return found
+    judged = rows[rows["relative"].notna() & (rows["rounds"] > 1)]
+    suites = judged.groupby("suite", sort=False)[["adjusted", "relative"]]
+    slower = (suites.median().min(axis=1) > 1 + threshold) & (suites.size() >= FEWEST)
+    return [*slower.index[slower]]
 
 
-def text(changes: list[Change], before: Run, after: Run, threshold: float) -> str:
+def text(rows: pd.DataFrame, before: Run, after: Run, threshold: float) -> str:
     """Every row of both runs, then the means of the suites, the noise, and the regressions."""
-    lines = [
-        {
-            f"{before.path.name} -> {after.path.name}": f"{change.suite}: {change.id}",
-            "before, ms": f"{change.before_s * 1e3:.4g} ±{change.spread[0]:.0%}",
-            "after, ms": f"{change.after_s * 1e3:.4g} ±{change.spread[1]:.0%}",
-            "ratio": f"{change.ratio:.2f}",
-            "beside rival": "-" if change.relative is None else f"{change.relative:.2f}",
-            "": "slower" if change.regression else "",
-        }
-        for change in changes
-    ]
-    said = [table(pd.DataFrame(lines)), ""]
-    for suite, mean in means(changes).items():
-        said.append(f"{suite}: {mean:.3f} of the time before, geometric mean")
+
+    def milliseconds(end: str) -> pd.Series:
+        spread = (rows[f"q3_s_{end}"] - rows[f"q1_s_{end}"]) / rows[f"median_s_{end}"] / 2
+        times = rows[f"median_s_{end}"] * 1e3
+        return times.map("{:.4g}".format) + " ±" + spread.map("{:.0%}".format)
+
+    columns = {
+        f"{before.path.name} -> {after.path.name}": rows["suite"] + ": " + rows["id"],
+        "before, ms": milliseconds("a"),
+        "after, ms": milliseconds("b"),
+        "ratio": rows["ratio"].map("{:.2f}".format),
+        "beside rival": rows["relative"].map(lambda x: "-" if pd.isna(x) else f"{x:.2f}"),
+        "": rows["regression"].map({True: "slower", False: ""}),
+    }
+    said = [table(pd.DataFrame(columns)), ""]
+    for suite, ratios in rows.groupby("suite", sort=False)["ratio"]:
+        said.append(f"{suite}: {geometric_mean(ratios):.3f} of the time before, geometric mean")
     devices = {run.facts["device"] for run in (before, after)}
     if len(devices) > 1:
         said.append(f"These are two devices: {', '.join(sorted(devices))}.")
-    found = noise(before, after)
+    drift, short, long = noise(before, after)
     said.append(
-        f"Rivals, the same code in both runs: {found.drift:.3f} of the time before, ±"
-        f"{found.short:.1%} where under {SHORT_S * 1e3:g} ms, ±{found.long:.1%} else."
+        f"Rivals, the same code in both runs: {drift:.3f} of the time before, ±{short:.1%} where"
+        f" under {SHORT_S * 1e3:g} ms, ±{long:.1%} else."
     )
-    slower = sum(change.regression for change in changes)
-    suites = slower_suites(changes, threshold)
+    suites = slower_suites(rows, threshold)
     whole = f", and these suites as a whole: {', '.join(suites)}" if suites else ""
-    said.append(f"{slower} of {len(changes)} rows are slower{whole}.")
+    said.append(f"{rows['regression'].sum()} of {len(rows)} rows are slower{whole}.")
     return "\n".join(said)
