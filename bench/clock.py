@@ -4,6 +4,8 @@ On a GPU the time is that between two events around the call. Before them the L2
 and the GPU is kept busy long enough for the host to issue the whole call: what is measured is the
 GPU's work and not the host's. The host's time to issue the call is taken at the same time and kept
 apart. Where a call can be captured into a graph, its replay is timed.
+`triton.testing.do_bench` measures alike, but repeats one function, so that nobody could take turns;
+`torch.utils.benchmark` has the host's time in its own.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ KERNELS = {  # by name in the tables: the file in kernels/, the backend, the kin
     "combine": ("attention_decode", "triton", "decode"),
     "gluon": ("attention_fwd_gluon", "gluon", "forward"),
 }
-SHARED = ("arguments", "dropout", "gradients", "head", "launch", "rows", "scores")  # files that all of them are compiled from as well
+# Files that all of them are compiled from as well.
+SHARED = ("arguments", "dropout", "gradients", "head", "launch", "rows", "scores")
 
 
 def fingerprint(name: str, folder: Path) -> str:

@@ -38,7 +38,7 @@ from bench.grid import DTYPE_NAMES
 from . import guard, proof
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # each is kernels of its own
-DRY_STEP = 17  # every so-manieth case in a trial
+DRY_STEP = 29  # every so-manieth case in a trial
 GPUS = (75, 80, 86, 89, 90, 100, 120)  # that the emulator can play
 BUILD_S = 600
 ITEM_S = 120
