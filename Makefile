@@ -51,11 +51,11 @@ help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
 
 demo: build $(DEMO)  ## semantic search with a trained encoder, then a translation Transformer: torch's attention and ours
-	$(PY) examples/search $(ARGS)
-	$(PY) examples/translate
+	$(PY) -m demo.search $(ARGS)
+	$(PY) -m demo.translation
 
 translate: build $(DEMO)  ## the second half of the demo alone; ARGS="--lang fr" passes arguments to it
-	$(PY) examples/translate $(ARGS)
+	$(PY) -m demo.translation $(ARGS)
 
 test: build emulator $(TEST) $(DEMO) $(BENCH) $(TRITON_LATEST)  ## run the tests; ARGS="-k varlen" passes arguments to pytest
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

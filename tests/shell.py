@@ -18,8 +18,8 @@ PROGRAM_SOURCES = {  # where a program's options are defined
     "bench.report": "bench",
     "tools.abi": "tools/abi",
     "tools.transformers_sweep": "tools/transformers_sweep",
-    "examples/search": "examples/search_demo",
-    "examples/translate": "examples/translation",
+    "demo.search": "demo",
+    "demo.translation": "demo",
 }
 
 
@@ -44,8 +44,6 @@ def problem(line: str, switches: set[str]) -> str | None:
         return pip_problem(rest)
     if program in ("python", ".venv/bin/python", "torchrun"):
         return python_problem(rest, torchrun=program == "torchrun")
-    if program.startswith("examples/"):
-        return options_problem(program, rest)
     if words in (["pre-commit", "install"], [".ci/run"]):
         return None
     return f"no check for {program}: teach {Path(__file__).name}"

@@ -396,7 +396,7 @@ def test_the_source_distribution_can_be_built_from(tmp_path: Path) -> None:
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as content:
         names = {name.partition("/")[2] for name in content.getnames()}
-    folders = ("attnfast", "bench", "csrc", "docs", "examples", "kernels", "tests", "tools")
+    folders = ("attnfast", "bench", "csrc", "demo", "docs", "examples", "kernels", "tests", "tools")
     whole = {
         str(path.relative_to(ROOT))
         for folder in (*folders, "requirements")

@@ -1,4 +1,4 @@
-"""The search demo on slow and fast machines: how much work fits the time it is promised to take."""
+"""The demos on slow and fast machines: how much work fits the time they are promised to take."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from demo_needs import CPU
-from search_demo import budget, cli, corpus, encoder, finetune
 from torch import Tensor
 
 import attnfast
+from demo import budget
+from demo.search import cli, corpus, encoder, finetune, measure, options
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,50 @@ import attnfast
     ids=["exactly", "rounded down", "too slow", "too late", "fast"],
 )
 def test_the_steps_that_fit(seconds: float, each: float, steps: int) -> None:
-    assert budget.steps_that_fit(seconds, each, 10, 50) == steps
+    assert budget.steps_that_fit(seconds, each, budget.TUNED) == steps
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "each", "steps"),
+    [
+        (60.0, 0.1, 150),  # 3,480 would fit
+        (100.0, 0.4, 136),  # 680
+        (130.0, 0.7, 58),  # 294
+        (130.0, 1.0, 50),  # 170
+        (500.0, 1.0, 50),  # none
+    ],
+)
+def test_the_comparison_gets_a_fifth_of_the_steps_that_fit(
+    elapsed: float, each: float, steps: int
+) -> None:
+    assert budget.compared_steps(elapsed, each) == steps
+
+
+@pytest.mark.parametrize(
+    ("done", "elapsed", "each", "steps"),
+    [
+        (150, 100.0, 0.1, 800),  # 3,230 would fit
+        (150, 200.0, 0.4, 580),
+        (60, 200.0, 0.8, 215),
+        (50, 250.0, 1.0, 150),  # 100
+        (50, 500.0, 1.0, 150),  # none
+        (10, 30.0, 0.5, 670),
+    ],
+)
+def test_training_gets_what_is_left(done: int, elapsed: float, each: float, steps: int) -> None:
+    assert budget.training_steps(done, elapsed, each) == steps
+
+
+@pytest.mark.parametrize("each", [0.02, 0.1, 0.3, 0.5, 0.8])
+def test_a_whole_run_takes_less_than_eight_minutes(each: float) -> None:
+    """From nothing, with processes that take seven seconds to start, and ours a tenth slower."""
+    elapsed = 60 + 2 * 7 + 50 * (each + 1.1 * each)
+    compared = budget.compared_steps(elapsed, 1.1 * each)
+    elapsed += 2 * 7 + compared * (each + 1.1 * each)
+    steps = budget.training_steps(compared, elapsed, 1.1 * each)
+    elapsed += (steps - compared + budget.MEASURING) * 1.1 * each
+    assert steps == 800 or elapsed > 400 or each > 0.7
+    assert elapsed < 480
 
 
 def test_texts_are_cut_off_no_more_than_the_time_asks_for() -> None:
@@ -44,20 +88,18 @@ def test_a_token_takes_what_all_models_take(monkeypatch: pytest.MonkeyPatch) -> 
             sizes.append(tuple(tokens.shape))
             return tokens
 
-    monkeypatch.setattr(budget, "now", lambda device: clock[0])
+    monkeypatch.setattr(measure, "now", lambda device: clock[0])
     ids = [[7] * length for length in range(1, 101)]
-    each = budget.token_seconds({"a": Slow(2.0), "b": Slow(0.5)}, ids, CPU)
+    each = measure.token_seconds({"a": Slow(2.0), "b": Slow(0.5)}, ids, CPU)
     assert each == pytest.approx(1.0 + 0.5)  # the first pass, slower, is not counted
     assert set(sizes) == {(16, 58)}  # of 100 lengths, those from 43 to 58
 
 
-@pytest.mark.parametrize(("minute", "steps"), [(0.0, 2), (1e6, 3)], ids=["slow", "fast"])
 def test_a_chosen_number_of_steps_trains_as_the_same_number_given(
-    monkeypatch: pytest.MonkeyPatch, minute: float, steps: int
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(finetune, "MINUTE", minute)
-    monkeypatch.setattr(finetune, "FEWEST_STEPS", 2)
-    monkeypatch.setattr(finetune, "MOST_STEPS", 3)
+    monkeypatch.setattr(budget, "TUNING", 0.0)
+    monkeypatch.setattr(budget, "TUNED", budget.Limits(2, 3))
     model = encoder.load_encoder(0.1)
     attnfast.replace(model, verbose=False)
     documents = corpus.collect_stdlib(["statistics", "platform"])
@@ -69,13 +111,13 @@ def test_a_chosen_number_of_steps_trains_as_the_same_number_given(
     how = {"batch_size": 4, "max_tokens": 16, "dropout": 0.1, "seed": 0, "device": CPU}
     chosen, given = (
         finetune.fine_tune({"a": model}, ids, split, steps=n, tell=told.append, **how)["a"]
-        for n in (None, steps)
+        for n in (None, 2)
     )
-    assert len(chosen.losses) == steps
+    assert len(chosen.losses) == 2
     assert chosen.losses == given.losses
     assert chosen.held_out_after == given.held_out_after
     assert len(told) == 1  # a number given needs no reason
-    assert told[0].startswith(f"{steps} steps, from 2 to 3: one of both models takes ")
+    assert told[0].startswith("2 steps, from 2 to 3: one of both models takes ")
 
 
 def test_a_slow_machine_cuts_texts_off_and_says_so(
@@ -90,7 +132,6 @@ def test_a_slow_machine_cuts_texts_off_and_says_so(
     printed = capsys.readouterr().out
     assert "texts are cut off after 48 tokens, from 48 to 256: embedding twice takes " in printed
     assert "1 texts and 1 queries, 51 tokens in 1 batches" in printed
-    assert cli.main([*given, "--max-tokens", "80"]) == 0
-    printed = capsys.readouterr().out
-    assert "texts are cut off" not in printed
-    assert "1 texts and 1 queries, 83 tokens in 1 batches" in printed
+    job = cli._prepare(options.parser().parse_args([*given, "--max-tokens", "80"]))
+    assert not job.cut
+    assert sum(map(len, job.ids)) == 83

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SOURCES = [
     path
-    for folder in ("attnfast", "kernels", "csrc", "bench", "examples")
+    for folder in ("attnfast", "kernels", "csrc", "bench", "demo", "examples")
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in {".py", ".h", ".cpp", ""} and path.is_file() and ".cache" not in path.parts
 ] + [ROOT / "setup.py"]
@@ -94,7 +94,7 @@ def test_commands_exist(page: Path) -> None:
         if block.language == "sh"
         for line in block.text.replace("\\\n", " ").splitlines()
     ]
-    programs = ("make ", "python -m ", "python tools/", "examples/search ", "pip install ")
+    programs = ("make ", "python -m ", "python tools/", "pip install ")
     lines += [code for code in inline_code(page) if code.startswith(programs)]
     for line in lines:
         assert shell.problem(line, switches) is None, f"{page_id(page)}: {line}"
@@ -108,12 +108,12 @@ def test_commands_exist(page: Path) -> None:
         ("python -m attnfast --chekc", "attnfast has no option --chekc"),
         ("python -m atnfast", "no module atnfast"),
         ("ATTNFAST_BAKCEND=cpu python -m attnfast", "nothing reads ATTNFAST_BAKCEND"),
-        ("examples/serach", "no examples/serach"),
-        ("examples/search --fast", "examples/search has no option --fast"),
+        ("python -m demo.serach", "no module demo.serach"),
+        ("python -m demo.search --fast", "demo.search has no option --fast"),
         ("pip install atnfast", "pip cannot install atnfast"),
         ("python tools/absent.py", "no tools/absent.py"),
         ("curl x", "no check for curl: teach shell.py"),
-        ("examples/search --no-train 'a question'  # a comment", None),
+        ("python -m demo.search --no-train 'a question'  # a comment", None),
         ("python -m attnfast --check", None),
     ],
 )

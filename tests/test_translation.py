@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import random
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-import sacrebleu
 import torch
 from torch import Tensor
-from translation_pairs import EXAMPLES, NEEDED, sentences, write_tsv
-
-if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-    pytest.skip(f"{missing[0]} is not installed (`make demo` does it)", allow_module_level=True)
-sys.path.insert(0, str(EXAMPLES))
-
-from search_demo.errors import UsageError
-from translation import batches, catalogues, decode, look, metrics, pairs, tokens, watch
-from translation.model import Translator
-from translation.pairs import Pair
-from translation.settings import Settings
-from translation.tokens import END, PAD, START
+from translation_pairs import sentences, write_tsv
 
 import attnfast
+from demo.command import UsageError
+from demo.translation import batches, catalogues, decode, look, metrics, pairs, tokens, watch
+from demo.translation.model import Translator
+from demo.translation.pairs import Pair
+from demo.translation.settings import Settings
+from demo.translation.tokens import END, PAD, START
 
 SETTINGS = Settings(width=16, heads=2, layers=2, feedforward=32, dropout=0.3)
 
@@ -465,6 +457,8 @@ def test_token_scores_are_those_of_their_definition(data: tokens.Data) -> None:
 
 
 def test_text_scores_are_sacrebleus() -> None:
+    import sacrebleu
+
     references = ["die alte Datei wird jetzt geöffnet", "eine neue Seite"]
     told = ["die neue Datei wird jetzt geöffnet", "eine neue Seite"]
     scores = metrics.text_scores(told, references, "de")

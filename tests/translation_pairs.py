@@ -1,25 +1,17 @@
-"""A small, regular pair of languages for the tests of the translation demo, and its command."""
+"""A small, regular pair of languages for the translation demo's tests; its work in one process."""
 
 from __future__ import annotations
 
 import itertools
-import os
+import json
 import random
-import sys
 from pathlib import Path
+from typing import Any
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-NEEDED = (
-    "tokenizers",
-    "safetensors",
-    "sklearn",
-    "matplotlib",
-    "rich",
-    "tqdm",
-    "polib",
-    "sacrebleu",
-    "tensorboard",
-)
+import demo_needs  # noqa: F401
+
+from demo.translation import compare
+
 ADJECTIVES = {"new": "neue", "old": "alte", "large": "große", "small": "kleine", "empty": "leere"}
 NOUNS = {"file": "Datei", "page": "Seite", "group": "Gruppe", "list": "Liste", "line": "Zeile"}
 VERBS = {"open": "öffnen", "close": "schließen", "save": "speichern", "print": "drucken"}
@@ -46,12 +38,8 @@ def write_tsv(path: Path, rows: int | None = None) -> Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    """For the command in a process of its own."""
-    paths = [str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "COLUMNS": "100"}
-
-
-def command(*arguments: object) -> list[str]:
-    """The command with one thread."""
-    return [sys.executable, str(EXAMPLES / "translate"), "--threads=1", *map(str, arguments)]
+def work_here(job: dict[str, Any], folder: Path) -> compare.Outcome:
+    """In place of `compare._in_process`: the job in this process, which has its imports."""
+    (folder / "job.json").write_text(json.dumps(job))
+    assert compare.work(folder)
+    return compare.Outcome(**json.loads((folder / "outcome.json").read_text()))

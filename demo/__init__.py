@@ -1,0 +1,1 @@
+"""`make demo`: semantic search, then translation, with torch's attention and with attnfast's."""
