@@ -118,7 +118,7 @@ ENCODER_LAYERS = 2
 
 
 class AttentionCase(NamedTuple):
-    """One row of the attention suites: sizes as in the README's glossary, and what is computed."""
+    """One row of the attention suites: sizes as in docs/glossary.md, and what is computed."""
 
     B: int
     H: int

@@ -30,7 +30,7 @@ SOURCES = [
     if path.suffix in {".py", ".h", ".cpp", ""} and path.is_file() and ".cache" not in path.parts
 ] + [ROOT / "setup.py"]
 PREFIXES = r"(?:ATTNFAST|BENCH)_[A-Z_]+[A-Z]"
-SWITCHES = README.split("## Switches")[1].split("\n## ")[0]
+SWITCHES = (ROOT / "docs" / "guide" / "switches.md").read_text()
 BLOCKS = {page: blocks(page) for page in PAGES}
 CHECKED = {"python", "sh", "text", "math", "mermaid", "{eval-rst}", "{toctree}"}
 
