@@ -41,7 +41,7 @@ PLATFORM := manylinux_2_34_$(shell uname -m)
 ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   LD_PRELOAD="$(foreach l,asan ubsan,$$($(COMPILER) -print-file-name=lib$(l).so))"
-ASAN_TESTS := tests/test_table.py tests/test_layouts.py tests/test_decode.py
+ASAN_TESTS := $(patsubst %,tests/backends/test_%.py,table layouts decode)
 
 .PHONY: help demo translate test test-cuda test-triton aot lint bench gpu wheel test-abi docs asan venv build emulator cuda clean
 .DEFAULT_GOAL := help
@@ -61,12 +61,10 @@ test: build emulator $(TEST) $(DEMO) $(BENCH) $(TRITON_LATEST)  ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-cuda: emulator $(TEST)  ## every test of the CUDA kernels, on the CPU
-	OMP_NUM_THREADS=1 ATTNFAST_EMULATOR=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal \
-	  tests/test_cuda.py tests/test_cuda_large_scores.py tests/test_cuda_bugs.py $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal --backend cuda tests/backends $(ARGS)
 
 test-triton: build $(TEST) $(TRITON_LATEST)  ## every test of the Triton kernels, in Triton's interpreter
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal \
-	  tests/triton_kernels $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal --backend triton tests/backends $(ARGS)
 
 aot: build $(TRITON_LATEST) build/triton-3.6/.installed  ## compile the Triton kernels for every architecture, without a GPU; TRITON=3.6 or 3.9
 	PYTHONPATH=$(if $(filter 3.6,$(TRITON)),build/triton-3.6) $(PY) -m tools.aot $(ARGS)
@@ -110,10 +108,10 @@ docs: $(RUNTIME) $(DOCS)  ## the documentation, in build/docs/; a warning is an 
 asan: $(TEST)  ## the case table under AddressSanitizer and UndefinedBehaviorSanitizer
 	ATTNFAST_SANITIZE=1 $(PY) setup.py -q build_ext
 	OMP_NUM_THREADS=1 $(ASAN_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal --capture=sys \
-	  $(ASAN_TESTS) -k "not reference" $(ARGS)
+	  --backend cpu $(ASAN_TESTS) -k "not reference" $(ARGS)
 	@for isa in $$($(PY) -c 'from csrc import build; print(*[*build.SANITIZED_ISAS][-2::-1])'); do echo "the case table as $$isa"; \
 	  OMP_NUM_THREADS=1 $(ASAN_ENV) ATTNFAST_CPU_ISA=$$isa $(PY) -m pytest -n $(WORKERS) --dist worksteal \
-	    --capture=sys tests/test_table.py -k "not reference" $(ARGS) || exit 1; done
+	    --capture=sys --backend cpu tests/backends/test_table.py -k "not reference" $(ARGS) || exit 1; done
 
 venv: $(RUNTIME) $(TEST) $(LINT)  ## .venv with what building, testing and linting need
 

@@ -17,7 +17,9 @@ from dense import Cotangents, Problem
 from torch import Tensor
 
 import attnfast
+from attnfast import dispatch
 from attnfast.call import Inputs, Options, Outputs
+from attnfast.functional import attention_problem
 
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (fp32, bf16, fp16)
@@ -151,10 +153,21 @@ def problem(case: Case) -> Problem:
     return Problem(inputs, options, cotangents)
 
 
+def refusal(problem: Problem, backend: str) -> str | None:
+    """Why a backend does not run a problem, or None."""
+    return dispatch.refusal(backend, attention_problem(_leaves(problem)[0], problem.options))
+
+
 def run(problem: Problem, backend: str, **overrides: Any) -> Results:
     """All results of a problem through `attnfast.attention` or `varlen_attention`."""
-    inputs, leaves = with_leaves(problem.inputs)
+    inputs, leaves = _leaves(problem)
     return differentiate(outputs(inputs, problem.options, backend, **overrides), leaves, problem)
+
+
+def _leaves(problem: Problem) -> tuple[Inputs, dict[str, Tensor]]:
+    """Inputs that want gradients where there are cotangents, and these by name."""
+    wanted = any(x is not None for x in problem.cotangents)
+    return with_leaves(problem.inputs) if wanted else (problem.inputs, {})
 
 
 def outputs(inputs: Inputs, options: Options, backend: str, **overrides: Any) -> Outputs:

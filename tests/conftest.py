@@ -27,9 +27,27 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+BACKENDS = ("cpu", "triton", "cuda", "reference")
+ON_THE_CPU = {"triton": "TRITON_INTERPRET", "cuda": "ATTNFAST_EMULATOR"}  # read when imported
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``make test-triton ARGS="--part 1/4"``: every test belongs to one of the parts."""
     parser.addoption("--part", default="1/1", metavar="N/M", help="the N-th of M parts")
+    parser.addoption(
+        "--backend",
+        action="append",
+        choices=BACKENDS,
+        help="whose kernels tests/backends tests, Triton's interpreted and CUDA's on the emulator;"
+        " may be repeated (default: cpu, and a sample for the reference)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything imports attnfast, have its other backends take CPU tensors."""
+    for backend in config.getoption("--backend") or ():
+        if backend in ON_THE_CPU:
+            os.environ.setdefault(ON_THE_CPU[backend], "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -105,7 +105,6 @@ def make(case: Case, beyond: float = torch.nan) -> Call:
         "window": case.window,
         "softcap": case.softcap,
         "return_lse": True,
-        "backend": "cpu",
     }
     if case.alibi:
         shape = (B, H) if "b" in case.alibi else (H,)
@@ -151,13 +150,13 @@ def equivalent(call: Call) -> Problem:
     return Problem(inputs, given, Cotangents())
 
 
-def decode(call: Call, **changes: Any) -> tuple[Tensor, Tensor]:
+def decode(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     return attnfast.decode_attention(
-        call.q, call.k, call.v, call.lengths, **(call.options | changes)
+        call.q, call.k, call.v, call.lengths, backend=backend, **call.options
     )
 
 
-def decode_paged(call: Call, page: int = PAGE, **changes: Any) -> tuple[Tensor, Tensor]:
+def decode_paged(call: Call, backend: str, page: int = PAGE) -> tuple[Tensor, Tensor]:
     """The same with the cache cut into pages that lie in any order among unused ones."""
     B, H_kv, S, _ = call.k.shape
     n = S // page
@@ -179,7 +178,8 @@ def decode_paged(call: Call, page: int = PAGE, **changes: Any) -> tuple[Tensor, 
         pages(call.v),
         call.lengths,
         page_table=table,
-        **(call.options | changes),
+        backend=backend,
+        **call.options,
     )
 
 

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -35,3 +37,16 @@ def test_what_is_asked_for(tmp_path: Path, commits: str | None) -> None:
         "test-cuda",
         "test",
     ]
+
+
+def test_parts_are_all_tests_once(request: pytest.FixtureRequest) -> None:
+    """Of those that this process has found."""
+    conftest = request.config.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+    every, parts = request.session.items, []
+    for n in range(1, 17):
+        config = SimpleNamespace(getoption=lambda name, n=n: f"{n}/16", hook=Mock())
+        parts.append(list(every))
+        conftest.pytest_collection_modifyitems(config, parts[-1])
+    found = [item for part in parts for item in part]
+    assert sorted(map(id, found)) == sorted(map(id, every))
+    assert min(map(len, parts)) > 0

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 
 import attnfast
@@ -17,7 +16,7 @@ import attnfast
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
-    counters.clear()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -29,7 +28,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def graphs() -> int:
     """How many graphs the test has compiled."""
-    return counters["stats"]["unique_graphs"]
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def leaves(B: int, T: int, S: int, D: int = 16, D_v: int = 8) -> tuple[Tensor, ...]:

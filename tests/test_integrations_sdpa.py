@@ -14,11 +14,8 @@ import torch.nn.functional as F
 from dense import Cotangents, Problem
 from kernel_calls import kernel_calls
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.testing._internal.common_methods_invocations import op_db
 
 import attnfast
 from attnfast.backends import cpu
@@ -63,6 +60,8 @@ def with_gradients(function: Any, tensors: list[Tensor], *args: Any, **kwargs: A
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_torchs_own_samples(dtype: torch.dtype) -> None:
     """Outputs and gradients are those of attnfast's own function, with dropout too."""
+    from torch.testing._internal.common_methods_invocations import op_db  # takes seconds
+
     (op,) = (op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
     count = 0
     for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
@@ -285,6 +284,9 @@ def test_the_operators_strides_are_those_that_compilers_expect(make: Any) -> Non
 
 
 def test_compiled_graphs_are_the_same_and_follow_activation() -> None:
+    from torch._dynamo.backends.common import aot_autograd  # takes seconds
+    from torch._functorch.aot_autograd import make_boxed_func
+
     tensors, graphs = leaves(*[(2, 4, 8, 16)] * 3), []
 
     def compiler(graph: torch.fx.GraphModule, example: Any) -> Any:

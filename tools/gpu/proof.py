@@ -15,9 +15,9 @@ import torch
 from bench import ROOT
 
 TABLES = ("attention", "decode")
-TESTS = {  # the test that runs a table's case on a backend
-    ("cpu", "attention"): "tests/test_table.py::test_cpu",
-    ("cpu", "decode"): "tests/test_decode.py::test_every_option",
+TESTS = {  # the test that runs a table's cases
+    "attention": "tests/backends/test_table.py::test_case",
+    "decode": "tests/backends/test_decode.py::test_every_option",
 }
 WAYS = ("contiguous", "paged")
 
@@ -47,11 +47,10 @@ def describe(table: str, index: int) -> dict[str, Any]:
 
 def test_id(backend: str, table: str, index: int) -> str:
     """How the case is called where it is a test, or where it would be."""
-    name = TESTS.get((backend, table), f"tests/cases.py::{backend}-{table}")
+    case = _cases(table)[index]
     if table == "decode":
-        case, way = _cases(table)[index]
-        return f"{name}[{case.name}-{case.dtype}-{way}]"
-    return f"{name}[{_cases(table)[index]}]"
+        case = f"{case[0].name}-{case[0].dtype}-{case[1]}"
+    return f"{TESTS[table]}[{backend}-{case}]"
 
 
 def run(backend: str, device: str, table: str, index: int) -> Judged:

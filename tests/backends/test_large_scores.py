@@ -6,6 +6,7 @@ pass rounds scores alike: so equal scores give 1 / S, however large.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,9 @@ def with_inputs(given: Problem, **changes: Tensor) -> Problem:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("constant", [-1e4, -1e9, torch.finfo(fp32).min, 1e9])
 @pytest.mark.parametrize("case", CALLS, ids=str)
-def test_a_constant_changes_no_bit(case: Case, constant: float, dtype: torch.dtype, zero: str):
+def test_a_constant_changes_no_bit(
+    backend: str, case: Case, constant: float, dtype: torch.dtype, zero: str
+):
     """A mask of finite minus infinities over whole rows, as others make them, or any other height.
 
     With q or k zero each score is the constant to its last bit; the other has a gradient.
@@ -53,10 +56,11 @@ def test_a_constant_changes_no_bit(case: Case, constant: float, dtype: torch.dty
         changes = {zero: x, "bias": torch.full_like(given.inputs.bias, height)}
         if given.inputs.sinks is not None:
             changes["sinks"] = torch.full((case.H,), height)
-        found[height] = run(with_inputs(given, **changes), "cpu")
+        found[height] = run(with_inputs(given, **changes), backend)
     flat, high = found.values()
     for name in set(flat) - {"lse", "max_logit", "dsinks"}:
-        if dtype == fp32 and ops.cpu_isa() in ("amx", "tiles16"):  # large scores leave the planes
+        if backend == "cpu" and dtype == fp32 and ops.cpu_isa() in ("amx", "tiles16"):
+            # large scores leave the planes
             assert_close(high[name], flat[name])
         else:
             assert torch.equal(flat[name], high[name]), name
@@ -70,14 +74,16 @@ def test_a_constant_changes_no_bit(case: Case, constant: float, dtype: torch.dty
 @pytest.mark.parametrize("T", [1, 5, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("height", [1e3, 4e6, 3.6e9, 1e12])
-def test_equal_products_of_any_size(height: float, dtype: torch.dtype, T: int) -> None:
+def test_equal_products_of_any_size(
+    backend: str, height: float, dtype: torch.dtype, T: int
+) -> None:
     """Each of S keys gets 1 / S, forward, weights and backward; with and without all extras."""
     S, root = 130, min(height**0.5, 200.0)
     for extras in ({}, {"causal": True, "align": S}, {"H_kv": 1}, {"dropout_p": 0.3}):
         q = torch.full((2, 2, T, 16), root, dtype=dtype)
         k = torch.full((2, extras.get("H_kv", 2), S, 16), root, dtype=dtype).requires_grad_()
         v = torch.randn(2, k.shape[1], S, 24).to(dtype).requires_grad_()
-        options = {name: x for name, x in extras.items() if name != "H_kv"}
+        options = {name: x for name, x in extras.items() if name != "H_kv"} | {"backend": backend}
         if "dropout_p" in options:
             options["dropout_seed"] = torch.tensor([3, 5])
         found = []
@@ -94,7 +100,7 @@ def test_equal_products_of_any_size(height: float, dtype: torch.dtype, T: int) -
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1e3, -1e4, 1e8, 3.6e9, 4e10, -1e20, 1e30, 3e38, -3e38, 1e-38])
-def test_probabilities_are_at_most_one(scale: float, dtype: torch.dtype) -> None:
+def test_probabilities_are_at_most_one(backend: str, scale: float, dtype: torch.dtype) -> None:
     """Of scores that fp32 holds: weights in [0, 1] that sum to 1, and no NaN in any gradient."""
     small = 1 if abs(scale) < 1e37 else 0.02
     options: tuple[dict[str, Any], ...] = (
@@ -112,7 +118,12 @@ def test_probabilities_are_at_most_one(scale: float, dtype: torch.dtype) -> None
     for extras in options:
         q, k, v = ((torch.randn(2, 2, 70, 16) * small).to(dtype).requires_grad_() for _ in range(3))
         out, stats, weights = attnfast.attention(
-            q, k, v, scale=scale, return_stats="received", return_weights=True, **extras
+            *(q, k, v),
+            scale=scale,
+            return_stats="received",
+            return_weights=True,
+            backend=backend,
+            **extras,
         )
         results = [out, stats.entropy, stats.focus, stats.received, weights, stats.lse]
         results += torch.autograd.grad((out.sum(), stats.entropy.sum()), (v, k, q))[:1]
@@ -128,27 +139,31 @@ def test_probabilities_are_at_most_one(scale: float, dtype: torch.dtype) -> None
         lengths = torch.tensor([70, 33])
         decodes = {n: x for n, x in extras.items() if n in ("softcap", "sinks", "alibi_slopes")}
         decoded = attnfast.decode_attention(
-            *(x.detach() for x in (q[:, :, :1], k, v)), lengths, scale=scale, **decodes
+            *(x.detach() for x in (q[:, :, :1], k, v)),
+            lengths,
+            scale=scale,
+            backend=backend,
+            **decodes,
         )
         assert not decoded.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_options_of_extreme_size(dtype: torch.dtype) -> None:
+def test_options_of_extreme_size(backend: str, dtype: torch.dtype) -> None:
     """A softcap of 3e38 caps nothing; a sink of 2.4e38 takes all, and one of -3e38 nothing."""
+    attention = functools.partial(attnfast.attention, backend=backend)
+    decode_attention = functools.partial(attnfast.decode_attention, backend=backend)
     q, k, v = (torch.randn(2, 3, 40, 16).to(dtype) for _ in range(3))
-    plain = attnfast.attention(q, k, v)
+    plain = attention(q, k, v)
     for softcap in (1e19, 3e30, 3.4e38):
-        assert_close(attnfast.attention(q, k, v, softcap=softcap), plain)
+        assert_close(attention(q, k, v, softcap=softcap), plain)
     lengths = torch.tensor([40, 40])
     decode = (q[:, :, :1], k, v, lengths)
-    assert_close(
-        attnfast.decode_attention(*decode, softcap=3.4e38), attnfast.decode_attention(*decode)
-    )
+    assert_close(decode_attention(*decode, softcap=3.4e38), decode_attention(*decode))
     for size in (2.4e38, 3.4e38):
         sinks = torch.full((3,), size)
         for bias in (None, torch.zeros(40)):
-            out, lse, stats, weights = attnfast.attention(
+            out, lse, stats, weights = attention(
                 q, k, v, bias=bias, sinks=sinks, return_lse=True, return_stats=True,
                 return_weights=True,
             )  # fmt: skip
@@ -156,40 +171,41 @@ def test_options_of_extreme_size(dtype: torch.dtype) -> None:
             assert (lse == size).all()
             assert (weights == 0).all()
             assert (stats.entropy == 0).all()
-            decoded, lse = attnfast.decode_attention(
-                *decode, sinks=sinks, bias=bias, return_lse=True
-            )
+            decoded, lse = decode_attention(*decode, sinks=sinks, bias=bias, return_lse=True)
             assert (decoded == 0).all()
             assert (lse == size).all()
-            assert_close(attnfast.attention(q, k, v, bias=bias, sinks=-sinks), plain)
+            assert_close(attention(q, k, v, bias=bias, sinks=-sinks), plain)
 
 
 @pytest.mark.parametrize("S", [1, 2, 5, 130])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inf_in_an_attended_value_stays_in_its_column(dtype: torch.dtype, S: int) -> None:
+def test_inf_in_an_attended_value_stays_in_its_column(
+    backend: str, dtype: torch.dtype, S: int
+) -> None:
     q, k, v = (torch.randn(1, 2, n, 16).to(dtype) for n in (3, S, S))
     v[0, 0, -1, 1] = torch.inf
-    lengths = torch.tensor([S])
     calls = {
-        "attention": lambda T: attnfast.attention(q[:, :, :T], k, v),
-        "bias": lambda T: attnfast.attention(q[:, :, :T], k, v, bias=torch.zeros(S)),
-        "decode": lambda T: attnfast.decode_attention(q[:, :, :T], k, v, lengths),
+        "attention": functools.partial(attnfast.attention, k=k, v=v),
+        "bias": functools.partial(attnfast.attention, k=k, v=v, bias=torch.zeros(S)),
+        "decode": functools.partial(
+            attnfast.decode_attention, k_cache=k, v_cache=v, cache_seqlens=torch.tensor([S])
+        ),
     }
     for name, call in calls.items():
         for T in (1, 3):
             if name == "decode" and S < T:
                 continue
-            out = call(T)
+            out = call(q[:, :, :T], backend=backend)
             last = out[0, 0, -1]
             assert last[1] == torch.inf, name
             assert out[..., 2:].isfinite().all(), name
             assert out[0, 1].isfinite().all(), name
 
 
+@pytest.mark.reference(1)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nan_of_a_query_reaches_no_key_that_it_does_not_attend(
-    dtype: torch.dtype, backend: str
+    backend: str, dtype: torch.dtype
 ) -> None:
     """NaN in q, and NaN gradients of queries without keys: 0 * NaN in no dk and no dv."""
     mask = torch.rand(1, 1, 70, 90) < 0.5

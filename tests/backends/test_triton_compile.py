@@ -19,10 +19,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
-def test_one_graph_forward_and_backward(
-    compiler: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    monkeypatch.undo()  # the table of backends as it is
+def test_one_graph_forward_and_backward(compiler: str) -> None:
     given = problem(Case(bias="hts", causal=True, softcap=3.0, H_kv=1, T=20, S=30))
     inputs = given.inputs
     leaves = [x.detach().requires_grad_() for x in (*inputs[:3], inputs.bias)]

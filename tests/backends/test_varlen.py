@@ -35,10 +35,10 @@ def packed(case: Case) -> Case:
     ],
     ids=str,
 )
-def test_every_option(case: Case) -> None:
+def test_every_option(backend: str, case: Case) -> None:
     """The truth, the reference, runs the sequences one by one."""
     given = problem(case)
-    check(run(given, "cpu"), given)
+    check(run(given, backend), given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,7 +78,7 @@ def test_equals_attention_of_each_sequence(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weights", ["mean", "per head"])
-def test_rows_past_the_last_sequence(weights: str, dtype: torch.dtype) -> None:
+def test_rows_past_the_last_sequence(backend: str, weights: str, dtype: torch.dtype) -> None:
     """They are queries without keys, and keys that nothing attends."""
     grads = ("out", "lse", "entropy", "weights")
     case = Case(lengths=LENGTHS, weights=weights, stats=2, sinks=True, grads=grads, dtype=dtype)
@@ -93,10 +93,10 @@ def test_rows_past_the_last_sequence(weights: str, dtype: torch.dtype) -> None:
         ),
         cotangents=given.cotangents._replace(weights=given.cotangents.weights[:n]),
     )
-    check(run(given, "cpu"), given)
+    check(run(given, backend), given)
 
 
-def test_longest_may_be_overstated() -> None:
+def test_longest_may_be_overstated(backend: str) -> None:
     grads = ("out", "weights")
     case = Case(lengths=((5, 9), (66, 70)), weights="mean", bias="hts", grads=grads, causal=True)
     given = problem(case)
@@ -112,19 +112,19 @@ def test_longest_may_be_overstated() -> None:
         options=options,
         cotangents=given.cotangents._replace(weights=weights),
     )
-    check(run(given, "cpu"), given)
+    check(run(given, backend), given)
 
 
-def test_no_sequences() -> None:
+def test_no_sequences(backend: str) -> None:
     q, ends = torch.empty(0, 2, 8), torch.zeros(1, dtype=torch.int32)
     out, weights = attnfast.varlen_attention(
-        q, q, q, ends, ends, 0, 0, return_weights=True, backend="cpu"
+        q, q, q, ends, ends, 0, 0, return_weights=True, backend=backend
     )
     assert out.shape == (0, 2, 8)
     assert weights.shape == (0, 2, 0, 0)
 
 
-def test_int64_ends() -> None:
+def test_int64_ends(backend: str) -> None:
     given = problem(Case(lengths=((5, 9), (66, 70))))
     inputs = given.inputs
     assert inputs.cu_seqlens_q is not None
@@ -132,8 +132,8 @@ def test_int64_ends() -> None:
     wide = inputs._replace(
         cu_seqlens_q=inputs.cu_seqlens_q.long(), cu_seqlens_k=inputs.cu_seqlens_k.long()
     )
-    expected = run(given, "cpu")
-    for name, result in run(given._replace(inputs=wide), "cpu").items():
+    expected = run(given, backend)
+    for name, result in run(given._replace(inputs=wide), backend).items():
         assert torch.equal(result, expected[name])
 
 
@@ -155,7 +155,7 @@ def ends(*values: int) -> Tensor:
     return torch.tensor(values).int()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.reference(1)
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(("changes", "message"), [
     ({"cu_seqlens_q": ends(1, 3, 5)}, r"cu_seqlens_q must start (at|with) 0"),
@@ -168,28 +168,35 @@ def ends(*values: int) -> Tensor:
     ({"max_seqlen_k": 5}, r"max_seqlen_k must .*6.*5"),
 ], ids=str)  # fmt: skip
 def test_ends_out_of_range(
-    changes: dict[str, Any], message: str, gradient: bool, backend: str
+    backend: str,
+    changes: dict[str, Any],
+    message: str,
+    gradient: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("ATTNFAST_CHECK", "1")
     call(backend=backend)
     if gradient:
         changes = changes | {"q": torch.randn(5, 2, 8, requires_grad=True)}
     with pytest.raises(ValueError, match=message):
         call(**changes, backend=backend)
 
+
+def test_views(backend: str) -> None:
     """(H, total, D) viewed as (total, H, D), and sequences of every other row."""
     given = problem(Case(lengths=((5, 9), (66, 70)), causal=True))
     inputs = given.inputs
-    expected = run(given, "cpu")
+    expected = run(given, backend)
     views = {name: getattr(inputs, name).contiguous() for name in ("q", "k", "v")}
-    check(run(given._replace(inputs=inputs._replace(**views)), "cpu"), given)
+    check(run(given._replace(inputs=inputs._replace(**views)), backend), given)
     doubled = {name: x.repeat_interleave(2, 2)[:, :, ::2] for name, x in views.items()}
-    results = run(given._replace(inputs=inputs._replace(**doubled)), "cpu")
+    results = run(given._replace(inputs=inputs._replace(**doubled)), backend)
     for name in ("out", "dq", "dk", "dv"):
         assert results[name].shape == expected[name].shape
     check(results, given)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.reference(1)
 def test_maximum_is_only_a_bound(backend: str) -> None:
     """A larger one changes no number; the results whose shape it gives are zero beyond."""
     torch.manual_seed(0)

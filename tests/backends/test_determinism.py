@@ -35,13 +35,13 @@ def assert_same_bits(results: Results, expected: Results) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LARGER, ids=lambda case: case.name)
 def test_every_run_gives_the_same_bits(
-    case: Case, dtype: torch.dtype, threads: Callable[[int], None]
+    backend: str, case: Case, dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
     given = problem(replace(case, dtype=dtype))
     threads(2)
-    first = run(given, "cpu", deterministic=True)
+    first = run(given, backend, deterministic=True)
     for _ in range(3):
-        assert_same_bits(run(given, "cpu", deterministic=True), first)
+        assert_same_bits(run(given, backend, deterministic=True), first)
 
 
 @pytest.mark.parametrize("case", [
@@ -88,15 +88,15 @@ BATCHES = (
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", BATCHES, ids=lambda case: case.name)
 def test_a_row_does_not_depend_on_the_batch(
-    case: Case, dtype: torch.dtype, threads: Callable[[int], None]
+    backend: str, case: Case, dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
     """Each entry alone, on one thread, has the bits that it has among the others, on two."""
     given = problem(replace(case, dtype=dtype))
     threads(2)
-    together = run(given, "cpu", deterministic=True)
+    together = run(given, backend, deterministic=True)
     threads(1)
     for b in range(case.B):
-        alone = run(entry(given, b), "cpu", deterministic=True)
+        alone = run(entry(given, b), backend, deterministic=True)
         assert_same_bits(
             {name: together[name][b : b + 1] for name in ROW_RESULTS},
             {name: alone[name] for name in ROW_RESULTS},
@@ -104,15 +104,15 @@ def test_a_row_does_not_depend_on_the_batch(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_does_not_depend_on_other_entries_values(dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_other_entries_values(backend: str, dtype: torch.dtype) -> None:
     """With dropout, whose mask counts the entries, and with NaN in all entries but one."""
     given = problem(replace(EVERYTHING, B=4, dtype=dtype))
-    expected = run(given, "cpu", deterministic=True)
+    expected = run(given, backend, deterministic=True)
     tensors = {name: getattr(given.inputs, name).clone() for name in ("q", "k", "v")}
     for x in tensors.values():
         x[[0, 1, 3]] = torch.nan
     poisoned = given._replace(inputs=given.inputs._replace(**tensors))
-    results = run(poisoned, "cpu", deterministic=True)
+    results = run(poisoned, backend, deterministic=True)
     names = (*ROW_RESULTS, "dk", "dv", "entropy", "weights")
     assert_same_bits(
         {name: results[name][2:3] for name in names}, {name: expected[name][2:3] for name in names}
@@ -159,16 +159,16 @@ PACKED = (
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", PACKED, ids=lambda case: case.name)
 def test_a_row_does_not_depend_on_other_sequences(
-    case: Case, dtype: torch.dtype, threads: Callable[[int], None]
+    backend: str, case: Case, dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
     given = problem(replace(case, dtype=dtype))
     threads(2)
-    together = run(given, "cpu", deterministic=True)
+    together = run(given, backend, deterministic=True)
     threads(1)
     ends = given.inputs.cu_seqlens_q
     assert ends is not None
     for i in range(len(case.lengths)):
-        alone = run(sequence(given, i), "cpu", deterministic=True)
+        alone = run(sequence(given, i), backend, deterministic=True)
         rows = slice(int(ends[i]), int(ends[i + 1]))
         assert_same_bits(
             {name: together[name][:, :, rows] for name in ROW_RESULTS},

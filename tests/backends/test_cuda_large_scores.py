@@ -10,16 +10,13 @@ import pytest
 import torch
 from cases import Case, bf16, fp16, fp32, problem, run
 from dense import Problem
-from emulation import EMULATED, NOT_EMULATED, check_case
+from emulation import check_case
 from torch import Tensor
 from torch.testing import assert_close
 
 import attnfast
 from attnfast import ops
 from attnfast.call import DecodeOptions, Inputs, Options
-
-if not EMULATED:
-    pytest.skip(NOT_EMULATED, allow_module_level=True)
 
 fp64 = torch.float64
 LOWEST = torch.finfo(fp32).min

@@ -34,7 +34,7 @@ def addresses(*tensors: Any) -> dict[int, int]:
 
 def taken(operator: Any, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes that an operator takes beside what it is given and gives."""
-    for module in (attention_bias, attention_bwd, attention_decode):
+    for module in (attention_bwd, attention_bias, attention_decode):
         monkeypatch.setattr(module, "launch", lambda job: None)
     with Storages() as storages:
         results = operator(*args)

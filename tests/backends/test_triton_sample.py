@@ -48,14 +48,14 @@ def sample() -> Iterator[Case]:
 @pytest.mark.parametrize("case", list(sample()), ids=str)
 def test_case(case: Case) -> None:
     given = problem(case)
-    check(run(given, "cpu"), given)
+    check(run(given, "triton"), given)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", [DECODE_CASES[i] for i in (1, 7, 8, 11, 18, 26)], ids=str)
 def test_decode(case: object, way: str) -> None:
     call = make(replace(case, H_kv=1, H=2, dtype=bf16))
-    judge(WAYS[way](call), call)
+    judge(WAYS[way](call, "triton"), call)
 
 
 UNATTENDED = (
@@ -82,7 +82,7 @@ def test_unattended_keys_may_hold_anything(case: Case, value: float) -> None:
         k=inputs.k.masked_fill(dead, value), v=inputs.v.masked_fill(dead, value)
     )
     given = given._replace(inputs=poisoned)
-    check(run(given, "cpu"), given)
+    check(run(given, "triton"), given)
 
 
 FAR = 2**31 - 1
@@ -102,11 +102,11 @@ NEAR = replace(cut(Case(stats=1, alibi="h"), fp32), H=1)
 def test_positions_beyond_32_bits(align: int, window: tuple[int, int]) -> None:
     """Shift and window add up in 64 bits; what is left of both is exact to the key."""
     given = problem(replace(NEAR, align=max(-MAX_OFFSET, min(align, MAX_OFFSET)), window=window))
-    check(run(given, "cpu"), given)
+    check(run(given, "triton"), given)
     entries = torch.full((1,), align).int()
     given = problem(replace(NEAR, align="tensor", window=window))
     given = given._replace(inputs=given.inputs._replace(align=entries))
-    check(run(given, "cpu"), given)
+    check(run(given, "triton"), given)
 
 
 @pytest.mark.parametrize("case", [
@@ -117,7 +117,7 @@ def test_a_query_of_nan_reaches_the_keys_that_it_attends(case: Case) -> None:
     inputs = given.inputs
     q = inputs.q.clone()
     q[0, 0, 20, 3] = torch.nan
-    results = run(given._replace(inputs=inputs._replace(q=q)), "cpu")
+    results = run(given._replace(inputs=inputs._replace(q=q)), "triton")
     attended = torch.arange(37) <= 20 if case.causal else torch.ones(37, dtype=torch.bool)
     if inputs.mask is not None:
         attended = inputs.mask[0, 0, 20]
@@ -137,11 +137,11 @@ def test_tiles_of_eight_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(configs.trial, name, tile)
     case = Case("D512", B=1, H=2, H_kv=1, T=21, S=26, D=300, bias="hts", causal=True, dtype=fp32)
     given = problem(case)
-    check(run(given, "cpu"), given)
+    check(run(given, "triton"), given)
 
 
 def test_every_run_gives_the_same_bits() -> None:
     given = problem(cut(EVERYTHING, fp32))
-    first, second = run(given, "cpu"), run(given, "cpu")
+    first, second = run(given, "triton"), run(given, "triton")
     for name, result in first.items():
         assert torch.equal(result, second[name]), name

@@ -22,7 +22,9 @@ SIZES = (
 )
 
 
-def kept(sizes: tuple[int, ...], p: float, seed: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def kept(
+    backend: str, sizes: tuple[int, ...], p: float, seed: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
     """Which entries the forward with weights, the forward without, and the backward keep.
 
     Equal scores make every probability 1 / S, so a zero is a dropped one. The values are unit
@@ -34,7 +36,7 @@ def kept(sizes: tuple[int, ...], p: float, seed: Tensor, dtype: torch.dtype) -> 
     q, k = torch.zeros(B, H, T, 4, dtype=dtype), torch.zeros(B, H, S, 4, dtype=dtype)
     units = torch.eye(D_v, dtype=dtype)
     v = units[:S].expand(B, H, S, D_v).clone().requires_grad_()
-    arguments = {"dropout_p": p, "dropout_seed": seed, "backend": "cpu"}
+    arguments = {"dropout_p": p, "dropout_seed": seed, "backend": backend}
     out = attnfast.attention(q, k, v, **arguments)
     _, weights = attnfast.attention(q, k, v, return_weights=True, **arguments)
     (dv,) = torch.autograd.grad(out, v, units[:T].expand(B, H, T, D_v))
@@ -45,20 +47,20 @@ def kept(sizes: tuple[int, ...], p: float, seed: Tensor, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
 def test_every_kernel_drops_what_the_reference_drops(
-    sizes: tuple[int, int, int, int], p: float, dtype: torch.dtype
+    backend: str, sizes: tuple[int, int, int, int], p: float, dtype: torch.dtype
 ) -> None:
     for seed in map(torch.tensor, SEEDS):
         expected = dropout_mask(seed, *sizes, p)
-        for found in kept(sizes, p, seed, dtype):
+        for found in kept(backend, sizes, p, seed, dtype):
             assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_sequences_count_as_entries_and_positions_are_local(causal: bool) -> None:
+def test_sequences_count_as_entries_and_positions_are_local(backend: str, causal: bool) -> None:
     given = problem(
         Case(lengths=((9, 20), (0, 4), (70, 70)), dropout_p=0.5, weights="per head", causal=causal)
     )
-    weights = run(given, "cpu")["weights"]
+    weights = run(given, backend)["weights"]
     for i, (T, S) in ((0, (9, 20)), (2, (70, 70))):
         seed = given.inputs.dropout_seed
         assert seed is not None
@@ -68,32 +70,32 @@ def test_sequences_count_as_entries_and_positions_are_local(causal: bool) -> Non
         assert torch.equal(weights[i, :, :T, :S] != 0, expected)
 
 
-def test_no_dropout_is_no_dropout() -> None:
+def test_no_dropout_is_no_dropout(backend: str) -> None:
     given = problem(Case(causal=True))
     seeded = given._replace(inputs=given.inputs._replace(dropout_seed=torch.tensor([1, 2])))
-    for name, result in run(seeded, "cpu").items():
-        assert torch.equal(result, run(given, "cpu")[name])
+    for name, result in run(seeded, backend).items():
+        assert torch.equal(result, run(given, backend)[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_all_dropped_is_zero(dtype: torch.dtype) -> None:
+def test_all_dropped_is_zero(backend: str, dtype: torch.dtype) -> None:
     """Out, weights and all gradients; lse and statistics are those before dropout."""
     case = Case(dtype=dtype, dropout_p=1.0, stats=2, weights="per head", grads=("out", "weights"))
     given = problem(case)
-    results = run(given, "cpu")
+    results = run(given, backend)
     check(results, given)
     for name in ("out", "weights", "dq", "dk", "dv"):
         assert not results[name].any(), name
-    whole = run(given._replace(options=given.options._replace(dropout_p=0.0)), "cpu")
+    whole = run(given._replace(options=given.options._replace(dropout_p=0.0)), backend)
     for name in ("lse", "max_logit", "entropy", "reach", "received"):
         assert torch.equal(results[name], whole[name]), name
 
 
-def test_the_seed_comes_from_torch() -> None:
+def test_the_seed_comes_from_torch(backend: str) -> None:
     q, k, v = problem(Case(dtype=fp32)).inputs[:3]
 
     def out() -> Tensor:
-        return attnfast.attention(q, k, v, dropout_p=0.5, backend="cpu")
+        return attnfast.attention(q, k, v, dropout_p=0.5, backend=backend)
 
     torch.manual_seed(3)
     first, second = out(), out()

@@ -80,14 +80,16 @@ def stride_order(x: Tensor) -> list[int]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-def test_inputs_of_any_strides(layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+def test_inputs_of_any_strides(
+    backend: str, layout: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
     given = problem(replace(PLAIN, dtype=dtype))
     q, k, v = (layout(x) for x in given.inputs[:3])
     given = given._replace(inputs=given.inputs._replace(q=q, k=k, v=v))
-    check(run(given, "cpu"), given)
+    check(run(given, backend), given)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.reference(1)
 @pytest.mark.parametrize(
     "layout", [transposed, sequence_first, inside_larger], ids=lambda f: f.__name__
 )
@@ -103,22 +105,24 @@ def test_out_keeps_the_order_of_strides(layout: Callable[[Tensor], Tensor], back
 @pytest.mark.parametrize(
     "layout", [transposed, sequence_first, inside_larger], ids=lambda f: f.__name__
 )
-def test_gradients_keep_the_order_of_strides(layout: Callable[[Tensor], Tensor]) -> None:
+def test_gradients_keep_the_order_of_strides(
+    backend: str, layout: Callable[[Tensor], Tensor]
+) -> None:
     leaves = [layout(x).requires_grad_() for x in problem(PLAIN).inputs[:3]]
-    out = attnfast.attention(*leaves, causal=True, backend="cpu")
+    out = attnfast.attention(*leaves, causal=True, backend=backend)
     for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
         assert stride_order(grad) == stride_order(leaf)
         assert grad.stride(-1) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packed_qkv(dtype: torch.dtype) -> None:
+def test_packed_qkv(backend: str, dtype: torch.dtype) -> None:
     """Views of one (B, T, 3, H, D) tensor, whose gradient comes back whole."""
     rng = torch.Generator().manual_seed(0)
     packed = torch.randn(2, 70, 3, 4, 24, generator=rng).to(dtype).requires_grad_()
     grad_out = torch.randn(2, 4, 70, 24, generator=rng).to(dtype)
     q, k, v = packed.permute(2, 0, 3, 1, 4)
-    out, lse = attnfast.attention(q, k, v, causal=True, return_lse=True, backend="cpu")
+    out, lse = attnfast.attention(q, k, v, causal=True, return_lse=True, backend=backend)
     (grad,) = torch.autograd.grad(out, packed, grad_out)
     dq, dk, dv = grad.permute(2, 0, 3, 1, 4)
     given = Problem(
@@ -141,18 +145,20 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weights", ["mean", "per head"])
 @pytest.mark.parametrize("layout", GRADIENTS)
-def test_gradients_of_any_strides(layout: str, weights: str, dtype: torch.dtype) -> None:
+def test_gradients_of_any_strides(
+    backend: str, layout: str, weights: str, dtype: torch.dtype
+) -> None:
     case = Case(
         T=20, weights=weights, stats=1, grads=("out", "lse", "entropy", "weights"), dtype=dtype
     )
     given = problem(case)
     views = {name: GRADIENTS[layout](g) for name, g in given.cotangents._asdict().items()}
     given = given._replace(cotangents=Cotangents(**views))
-    check(run(given, "cpu"), given)
+    check(run(given, backend), given)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-def test_mask_and_bias_of_any_strides(layout: Callable[[Tensor], Tensor]) -> None:
+def test_mask_and_bias_of_any_strides(backend: str, layout: Callable[[Tensor], Tensor]) -> None:
     """An expanded bias is read through its zero strides; its gradient has its full shape."""
     given = problem(Case(mask="bhts", bias="bhts"))
     mask, bias = given.inputs.mask, given.inputs.bias
@@ -162,11 +168,11 @@ def test_mask_and_bias_of_any_strides(layout: Callable[[Tensor], Tensor]) -> Non
     if mask.shape[0] == 2 and layout is same_everywhere:
         mask = torch.ones_like(mask)
     given = given._replace(inputs=given.inputs._replace(mask=mask, bias=bias))
-    check(run(given, "cpu"), given)
+    check(run(given, backend), given)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_mask_and_bias_of_fewer_dimensions(dims: int) -> None:
+def test_mask_and_bias_of_fewer_dimensions(backend: str, dims: int) -> None:
     given = problem(Case(mask="hts", bias="hts"))
     inputs = given.inputs
     assert inputs.mask is not None
@@ -179,7 +185,7 @@ def test_mask_and_bias_of_fewer_dimensions(dims: int) -> None:
         )
     )
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
-    out, lse = attnfast.attention(*leaves, mask=mask, bias=bias, return_lse=True, backend="cpu")
+    out, lse = attnfast.attention(*leaves, mask=mask, bias=bias, return_lse=True, backend=backend)
     grads = torch.autograd.grad(out, (*leaves, bias), given.cotangents.out)
     results = dict(zip(("dq", "dk", "dv", "dbias"), grads, strict=True))
     assert results["dbias"].shape == bias.shape
@@ -192,7 +198,7 @@ def test_mask_and_bias_of_fewer_dimensions(dims: int) -> None:
     {"lengths": ((0, 0),)}, {"lengths": ((0, 7), (0, 3))}, {"lengths": ((7, 0), (3, 0))},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_of_something(sizes: dict[str, object], dtype: torch.dtype) -> None:
+def test_nothing_of_something(backend: str, sizes: dict[str, object], dtype: torch.dtype) -> None:
     grads = ("out", "lse", "entropy", "weights")
     plain = Case(stats=2, weights="per head", grads=grads, bias="hts", sinks=True, dtype=dtype)
     if "lengths" not in sizes:
@@ -203,7 +209,7 @@ def test_nothing_of_something(sizes: dict[str, object], dtype: torch.dtype) -> N
         replace(EVERYTHING, mask=None, dtype=dtype),
     ):
         given = problem(replace(case, **sizes))
-        check(run(given, "cpu"), given)
+        check(run(given, backend), given)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +234,7 @@ def test_more_than_65535_sequences() -> None:
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
-def test_strides_beyond_32_bits(dim: int, tmp_path: Path) -> None:
+def test_strides_beyond_32_bits(backend: str, dim: int, tmp_path: Path) -> None:
     """Two slices 2**31 elements apart, in a sparse file of which few pages are ever touched."""
     shape, far = (2, 2, 2, 16), 2**31 + 8
     strides = [256, 64, 16, 1]
@@ -240,21 +246,21 @@ def test_strides_beyond_32_bits(dim: int, tmp_path: Path) -> None:
         file = torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=bf16)
         tensors.append(file.as_strided(shape, strides).copy_(x))
     wide = near._replace(inputs=Inputs(*tensors))
-    expected, results = run(near, "cpu"), run(wide, "cpu")
+    expected, results = run(near, backend), run(wide, backend)
     for name, result in results.items():
         assert torch.equal(result, expected[name]), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("varlen", [False, True])
-def test_inputs_are_never_modified(varlen: bool, dtype: torch.dtype) -> None:
+def test_inputs_are_never_modified(backend: str, varlen: bool, dtype: torch.dtype) -> None:
     lengths = ((30, 50), (65, 129)) if varlen else ()
     given = problem(
         replace(EVERYTHING, dtype=dtype, lengths=lengths, mask=None if varlen else "bs")
     )
     tensors = [x for x in (*given.inputs, *given.cotangents) if x is not None]
     before = [(x.clone(), x._version) for x in tensors]
-    run(given, "cpu")
+    run(given, backend)
     for x, (copy, version) in zip(tensors, before, strict=True):
         assert torch.equal(x, copy)
         assert x._version == version

@@ -24,32 +24,32 @@ def with_inputs(given: Problem, **changes: Tensor) -> Problem:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_scores_near_1e5(dtype: torch.dtype, causal: bool) -> None:
+def test_scores_near_1e5(backend: str, dtype: torch.dtype, causal: bool) -> None:
     """Scores of standard deviation 1e5: exp overflows unless the maximum is subtracted first."""
     given = problem(
         Case(
             dtype=dtype, D=64, spread=316.0, causal=causal, stats=2, weights="mean", grads=ALL_GRADS
         )
     )
-    results = run(given, "cpu")
+    results = run(given, backend)
     assert results["max_logit"].max() > 1e5
     check(results, given)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equal_scores_near_1e5(dtype: torch.dtype, sign: int) -> None:
+def test_equal_scores_near_1e5(backend: str, dtype: torch.dtype, sign: int) -> None:
     """All scores are 2**17, or -2**17: the entropy must be log S to fp32's last digits."""
     given = problem(Case(dtype=dtype, D=64, stats=1, grads=ALL_GRADS))
     q = torch.full_like(given.inputs.q, 128.0 * sign)
     k = torch.full_like(given.inputs.k, 128.0)
     given = with_inputs(given, q=q, k=k)
-    check(run(given, "cpu"), given)
+    check(run(given, backend), given)
 
 
 @pytest.mark.parametrize("size", [1e5, 1e9, 1e30])
 @pytest.mark.parametrize("dims", ["bhts", "bs"])
-def test_huge_bias(dims: str, size: float) -> None:
+def test_huge_bias(backend: str, dims: str, size: float) -> None:
     """A bias of -size masks, but is not -inf: a row of nothing else attends all its keys."""
     given = problem(Case(bias=dims, stats=1, grads=ALL_GRADS, B=3))
     bias = given.inputs.bias
@@ -59,22 +59,22 @@ def test_huge_bias(dims: str, size: float) -> None:
     q = given.inputs.q.clone()
     q[0] = 0.0  # fp32 has no digits for scores beside the bias
     given = with_inputs(given, bias=bias, q=q)
-    results = run(given, "cpu")
+    results = run(given, backend)
     check(results, given)
     assert results["lse"].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bias_of_the_lowest_number(dtype: torch.dtype) -> None:
+def test_bias_of_the_lowest_number(backend: str, dtype: torch.dtype) -> None:
     """A mask made of finfo.min, as others make them: a row of nothing else attends all its keys."""
     given = problem(Case(dtype=dtype, bias="bs", stats=1, B=3))
     bias = given.inputs.bias
     assert bias is not None
     lowest = torch.finfo(dtype).min
     given = with_inputs(given, bias=torch.where(bias > 0, 0.0, lowest).to(dtype))
-    check(run(given, "cpu"), given)
+    check(run(given, backend), given)
     everywhere = with_inputs(given, bias=torch.full_like(bias, lowest))
-    results = run(everywhere, "cpu")
+    results = run(everywhere, backend)
     check(results, everywhere)
     assert results["lse"].isfinite().all()
     if dtype != fp16:  # the scores vanish beside 3e38, so all keys are equal
@@ -93,7 +93,7 @@ MAGNITUDES = {  # of q, k, v and the gradient of out
 
 @pytest.mark.parametrize("name", MAGNITUDES)
 @pytest.mark.parametrize("dtype", [fp32, torch.bfloat16], ids=str)
-def test_extreme_magnitudes(dtype: torch.dtype, name: str) -> None:
+def test_extreme_magnitudes(backend: str, dtype: torch.dtype, name: str) -> None:
     """Of one batch entry only. Where fp32 is split into bf16, small parts would underflow."""
     given = problem(Case(dtype=dtype, B=2, H=2, H_kv=1, T=270, S=140, D=40, grads=("out",)))
     *sizes, of_grad = MAGNITUDES[name]
@@ -105,7 +105,7 @@ def test_extreme_magnitudes(dtype: torch.dtype, name: str) -> None:
     grad = given.cotangents.out.clone()
     grad[0] *= of_grad
     given = given._replace(cotangents=given.cotangents._replace(out=grad))
-    results = run(given, "cpu")
+    results = run(given, backend)
     check(results, given)
     for entry in range(2):  # neither hides behind the other's errors
         alone = given._replace(
@@ -114,16 +114,16 @@ def test_extreme_magnitudes(dtype: torch.dtype, name: str) -> None:
             ),
             cotangents=given.cotangents._replace(out=grad[entry : entry + 1]),
         )
-        check(run(alone, "cpu"), alone)
+        check(run(alone, backend), alone)
 
 
 @pytest.mark.parametrize("dtype", [fp32, torch.bfloat16], ids=str)
-def test_a_sink_that_takes_nearly_all(dtype: torch.dtype) -> None:
+def test_a_sink_that_takes_nearly_all(backend: str, dtype: torch.dtype) -> None:
     """The lse rounds to the sink, as without keys, but the keys still have gradients."""
     given = problem(Case(dtype=dtype, sinks=True, T=270, S=140, D=40, grads=("lse",)))
     sinks = torch.full_like(given.inputs.sinks, 20.0)
     given = with_inputs(given, sinks=sinks, k=given.inputs.k / 8)
-    results = run(given, "cpu")
+    results = run(given, backend)
     assert (results["lse"] == 20.0).any()
     assert (results["dk"] != 0).any()
     check(results, given)
@@ -131,13 +131,13 @@ def test_a_sink_that_takes_nearly_all(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("which", ["k", "v", "q"])
 @pytest.mark.parametrize("dtype", [fp32, torch.bfloat16], ids=str)
-def test_infinity_among_the_inputs(dtype: torch.dtype, which: str) -> None:
+def test_infinity_among_the_inputs(backend: str, dtype: torch.dtype, which: str) -> None:
     """One Inf, attended: its traces in the output are where plain PyTorch's are."""
     given = problem(Case(dtype=dtype, B=2, H=2, H_kv=1, T=270, S=140, D=40))
     x = getattr(given.inputs, which).clone()
     x[0, 0, 7, 3] = torch.inf
     given = with_inputs(given, **{which: x})
-    out, expected = run(given, "cpu")["out"], plain(given)
+    out, expected = run(given, backend)["out"], plain(given)
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.isposinf(), expected.isposinf())
     assert torch.equal(out.isneginf(), expected.isneginf())
@@ -202,7 +202,9 @@ UNATTENDED: dict[str, tuple[Case, Callable[[Inputs], Tensor]]] = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", POISON)
 @pytest.mark.parametrize("name", UNATTENDED)
-def test_unattended_keys_may_hold_anything(name: str, value: float, dtype: torch.dtype) -> None:
+def test_unattended_keys_may_hold_anything(
+    backend: str, name: str, value: float, dtype: torch.dtype
+) -> None:
     """The results are bitwise those of zeros in their place, and their gradients are zero."""
     case, unattended = UNATTENDED[name]
     given = problem(replace(case, dtype=dtype))
@@ -213,7 +215,7 @@ def test_unattended_keys_may_hold_anything(name: str, value: float, dtype: torch
         k, v = given.inputs.k, given.inputs.v
         return with_inputs(given, k=k.masked_fill(where, value), v=v.masked_fill(where, value))
 
-    results, clean = run(filled(value), "cpu"), run(filled(0.0), "cpu")
+    results, clean = run(filled(value), backend), run(filled(0.0), backend)
     check(results, filled(value))
     for result, expected in zip(results.values(), clean.values(), strict=True):
         assert torch.equal(result, expected)
@@ -223,7 +225,7 @@ def test_unattended_keys_may_hold_anything(name: str, value: float, dtype: torch
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", POISON)
-def test_varlen_tail_may_hold_anything(value: float, dtype: torch.dtype) -> None:
+def test_varlen_tail_may_hold_anything(backend: str, value: float, dtype: torch.dtype) -> None:
     """Rows past cu_seqlens are queries without keys, and keys that nothing attends."""
     given = problem(
         Case(
@@ -239,18 +241,18 @@ def test_varlen_tail_may_hold_anything(value: float, dtype: torch.dtype) -> None
         cut[name] = getattr(inputs, name).clone()
         cut[name][:, :, start:] = value
     shorter = with_inputs(given, **cut)
-    results = run(shorter, "cpu")
+    results = run(shorter, backend)
     check(results, shorter)
     assert not results["out"][:, :, rows:].any()
     assert not results["dk"][:, :, keys:].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_in_a_query_stays_in_its_row(dtype: torch.dtype) -> None:
+def test_nan_in_a_query_stays_in_its_row(backend: str, dtype: torch.dtype) -> None:
     given = problem(Case(dtype=dtype, causal=True, T=129, grads=()))
     q = given.inputs.q.clone()
     q[1, 0, 70, 3] = torch.nan
-    results = run(with_inputs(given, q=q), "cpu")
+    results = run(with_inputs(given, q=q), backend)
     expected = torch.zeros(2, 2, 129, dtype=torch.bool)
     expected[1, 0, 70] = True
     assert torch.equal(results["out"].isnan().all(-1), expected)
@@ -270,9 +272,9 @@ def rows_without_keys(dtype: torch.dtype) -> tuple[Problem, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_without_keys(dtype: torch.dtype) -> None:
+def test_rows_without_keys(backend: str, dtype: torch.dtype) -> None:
     given, empty = rows_without_keys(dtype)
-    results = run(given, "cpu")
+    results = run(given, backend)
     check(results, given)
     for name in ("out", "entropy", "reach", "weights", "dq"):
         assert not results[name][empty].any(), name
@@ -283,36 +285,38 @@ def test_rows_without_keys(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", POISON)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_query_without_keys_may_hold_anything(dtype: torch.dtype, value: float) -> None:
+def test_a_query_without_keys_may_hold_anything(
+    backend: str, dtype: torch.dtype, value: float
+) -> None:
     """As in the reference: NaN in a padded query does not reach dk."""
     given, empty = rows_without_keys(dtype)
     poisoned = with_inputs(given, q=given.inputs.q.masked_fill(empty.unsqueeze(-1), value))
-    check(run(poisoned, "cpu"), given)
+    check(run(poisoned, backend), given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_with_nothing_but_a_sink(dtype: torch.dtype) -> None:
+def test_rows_with_nothing_but_a_sink(backend: str, dtype: torch.dtype) -> None:
     """The lse is the sink, and its gradient goes to the sink."""
     given = problem(
         Case(dtype=dtype, sinks=True, window=(0, 0), align=-1, T=65, grads=("out", "lse"))
     )
-    results = run(given, "cpu")
+    results = run(given, backend)
     check(results, given)
     assert torch.equal(results["lse"][:, :, 0], given.inputs.sinks.float().expand(2, 2))
     assert not results["out"][:, :, 0].any()
 
 
-def test_no_keys_at_all() -> None:
+def test_no_keys_at_all(backend: str) -> None:
     given = problem(Case(S=0, sinks=True, stats=2, weights="mean", grads=(*ALL_GRADS, "weights")))
-    results = run(given, "cpu")
+    results = run(given, backend)
     check(results, given)
     assert not results["out"].any()
 
 
-def test_a_single_key_is_its_value() -> None:
+def test_a_single_key_is_its_value(backend: str) -> None:
     """The probability is exactly 1, so out is v."""
     given = problem(Case(S=1, T=5, spread=30.0))
-    results = run(given, "cpu")
+    results = run(given, backend)
     assert torch.equal(results["out"], given.inputs.v.expand(-1, -1, 5, -1))
     assert given.inputs.q.dtype == fp32
     check(results, given)

@@ -80,7 +80,7 @@ def test_everything(lengths: Any, dtype: torch.dtype, canaries: Callable[[], Non
         inputs=type(given.inputs)(*map(poisoned, given.inputs)),
         cotangents=type(given.cotangents)(*map(poisoned, given.cotangents)),
     )
-    check(run(surrounded, "cpu"), given)
+    check(run(surrounded, "triton"), given)
     canaries()
 
 
@@ -88,7 +88,7 @@ def test_everything(lengths: Any, dtype: torch.dtype, canaries: Callable[[], Non
 def test_decoding(way: str, canaries: Callable[[], None]) -> None:
     call = make(replace(DECODE_CASES[-1], dtype=bf16))
     call = call._replace(q=poisoned(call.q), k=poisoned(call.k), v=poisoned(call.v))
-    judge(WAYS[way](call), call)
+    judge(WAYS[way](call, "triton"), call)
     canaries()
 
 
@@ -106,16 +106,14 @@ def test_ends_that_lead_astray(
     ends: list[int],
     longest: tuple[int, int],
     canaries: Callable[[], None],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without ATTNFAST_CHECK they are clamped: results mean little, but nothing is touched."""
-    monkeypatch.delenv("ATTNFAST_CHECK")
     case = Case(lengths=((30, 30), (30, 30), (30, 30)), stats=2, weights="mean", grads=("out",))
     given = problem(case)
     boundaries = torch.tensor(ends).int()
     inputs = given.inputs._replace(cu_seqlens_q=boundaries, cu_seqlens_k=boundaries.flip(0))
     options = given.options._replace(max_seqlen_q=longest[0], max_seqlen_k=longest[1])
-    results = run(Problem(inputs, options, given.cotangents), "cpu")
+    results = run(Problem(inputs, options, given.cotangents), "triton")
     canaries()
     assert results["dq"].isfinite().all()
 
@@ -123,13 +121,12 @@ def test_ends_that_lead_astray(
 @pytest.mark.parametrize("length", [-1, 21, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("page", [-1, 5, 2**31 - 1])
 def test_pages_and_lengths_that_lead_astray(
-    page: int, length: int, canaries: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    page: int, length: int, canaries: Callable[[], None]
 ) -> None:
-    monkeypatch.delenv("ATTNFAST_CHECK")
     q, pages = torch.randn(2, 2, 1, 8), torch.randn(5, 4, 2, 8)
     table = torch.tensor([[0, 1, page, 4, 2], [2, page, 4, 0, 1]]).int()
     lengths = torch.tensor([20, length]).int()
-    out = attnfast.decode_attention(q, pages, pages, lengths, page_table=table, backend="cpu")
+    out = attnfast.decode_attention(q, pages, pages, lengths, page_table=table, backend="triton")
     canaries()
     assert out.isfinite().all()
 
@@ -138,14 +135,14 @@ def test_pages_and_lengths_that_lead_astray(
 def test_a_storage_given_back(call: Any, name: str) -> None:
     given = GIVEN_BACK[call]()
     given[name].untyped_storage().resize_(0)
-    said = complaint(call, "cpu", **given)
+    said = complaint(call, "triton", **given)
     assert re.search(rf"{name} must (have its|be in) memory", said)
 
 
 def test_aligns_beyond_all_positions() -> None:
     q, k = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 9, 8)
     outs = [
-        attnfast.attention(q, k, k, causal=True, align=align, backend="cpu")
+        attnfast.attention(q, k, k, causal=True, align=align, backend="triton")
         for align in (torch.tensor([far, -far - 1]).int() for far in (2**31 - 1, 2**29))
     ]
     assert torch.equal(*outs)
@@ -179,7 +176,7 @@ def test_the_last_of_66000_heads(B: int, H: int, monkeypatch: pytest.MonkeyPatch
 
     for module in (attention_fwd, attention_bwd):
         monkeypatch.setattr(module, "launch", last_programs)
-    results = run(given, "cpu")
+    results = run(given, "triton")
     monkeypatch.undo()
     expected = run(given, "reference")
     for name in ("out", "lse", "dq", "dk", "dv"):

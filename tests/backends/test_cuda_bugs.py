@@ -11,8 +11,6 @@ import pytest
 import torch
 from cases import EVERYTHING, Case, bf16, fp16, fp32
 from emulation import (
-    EMULATED,
-    NOT_EMULATED,
     SEEDS,
     Place,
     architecture,
@@ -22,9 +20,6 @@ from emulation import (
     sabotage,
     schedule,
 )
-
-if not EMULATED:
-    pytest.skip(NOT_EMULATED, allow_module_level=True)
 
 # Of each small kernel of csrc/emulator/selftest.cpp, the bugs it can have and what is said of them.
 SMALL = {

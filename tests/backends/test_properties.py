@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from accuracy import check
-from cases import DTYPES, Case, problem, run
-from hypothesis import given
+from cases import DTYPES, Case, problem, refusal, run
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 LENGTHS = st.one_of(st.integers(0, 9), st.integers(10, 140), st.sampled_from((63, 64, 65, 128)))
@@ -64,6 +64,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @given(case=cases(), deterministic=st.booleans())
-def test_cpu(case: Case, deterministic: bool) -> None:
+def test_any_combination(backend: str, case: Case, deterministic: bool) -> None:
     drawn = problem(case)
-    check(run(drawn, "cpu", deterministic=deterministic), drawn)
+    assume(refusal(drawn, backend) is None)
+    check(run(drawn, backend, deterministic=deterministic), drawn)
