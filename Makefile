@@ -123,7 +123,7 @@ emulator: $(RUNTIME)  ## bring the emulator of the CUDA kernels up to date
 
 cuda: build $(TRITON_LATEST)  ## build/native/_native_cuda.so: the CUDA kernels too, where nvcc is; ATTNFAST_CUDA_ARCHS="80 90"
 	@$(PY) setup.py -q build_cuda
-	@test ! -e build/native/cuda/rows.o || $(PY) tools/cuda_resources.py > /dev/null
+	@test ! -e build/native/cuda/row_terms.o || $(PY) tools/cuda_resources.py > /dev/null
 
 clean:  ## remove everything built; .venv stays
 	rm -rf build dist *.egg-info attnfast/_native.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

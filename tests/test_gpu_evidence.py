@@ -62,7 +62,7 @@ def test_evidence_counts_cases_and_keeps_the_worst(evidence_file, line_of):
     assert (forward["kind"], backward["kind"]) == ("forward", "backward")
     assert forward["architecture"] == "avx2"
     assert forward["failed"][0]["reason"] == "crash: SIGSEGV"
-    assert forward["failed"][0]["test"].startswith("tests/test_table.py::test_cpu[")
+    assert forward["failed"][0]["test"].startswith("tests/backends/test_table.py::test_case[cpu-")
     assert forward["worst"]["result"] == "out"
     assert forward["worst"]["margin"] > 0.1
     total, worst = len(forward["passed"]) + 1, forward["worst"]["margin"]
