@@ -27,9 +27,12 @@ from typing import ClassVar
 if sys.hexversion < 0x030A0000:
     sys.exit(f"attnfast needs Python 3.10 or later, this is {platform.python_version()}")
 
-from setuptools import Command, Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
+try:
+    from setuptools import Command, Extension, setup
+    from setuptools.command.bdist_wheel import bdist_wheel
+    from setuptools.command.build_ext import build_ext
+except ImportError as error:
+    sys.exit(f"attnfast needs setuptools 77 or later to be built ({error})")
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
