@@ -95,7 +95,7 @@ void check_offset(int64_t align) {
 // A problem, and the values inside tensors: those that index memory are checked, T and S become
 // the longest sequences.
 void fill(Problem* p, Kept<HostCall>* kept, ATTNFAST_INPUTS) {
-  fill_problem(p, kept, ATTNFAST_INPUT_NAMES);
+  fill_params(p, kept, ATTNFAST_INPUT_NAMES);
   if (p->cu_seqlens_q) {
     p->T = check_cu_seqlens(p->cu_seqlens_q, p->B, q.size(2), max_seqlen_q, "q");
     p->S = check_cu_seqlens(p->cu_seqlens_k, p->B, k.size(2), max_seqlen_k, "k");

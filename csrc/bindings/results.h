@@ -4,7 +4,7 @@
 #include <limits>
 #include <tuple>
 
-#include "problem.h"
+#include "fill.h"
 
 // Whole records are handed on, of which a function uses what it needs.
 #pragma GCC diagnostic push

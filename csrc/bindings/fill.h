@@ -80,12 +80,12 @@ class Kept {
   std::vector<Tensor> tensors_;
 };
 
-// What problems and decoding have in common.
+// What decoding has in common with the rest.
 template <class Params, class Call>
-void fill_edits(Params* p, Kept<Call>* kept, const OptionalTensor& alibi_slopes,
-                const OptionalTensor& sinks,
-                ATTNFAST_SCORE_OPTIONS(ATTNFAST_PARAMETER) int64_t window_left,
-                int64_t window_right) {
+void fill_score_options(Params* p, Kept<Call>* kept, const OptionalTensor& alibi_slopes,
+                        const OptionalTensor& sinks,
+                        ATTNFAST_SCORE_OPTIONS(ATTNFAST_PARAMETER) int64_t window_left,
+                        int64_t window_right) {
   const bool shared = !alibi_slopes || alibi_slopes->dim() < 2 || alibi_slopes->size(0) == 1;
   check_count(alibi_slopes, "alibi_slopes", shared ? p->H : p->B * p->H);
   check_count(sinks, "sinks", p->H);
@@ -101,7 +101,7 @@ void fill_edits(Params* p, Kept<Call>* kept, const OptionalTensor& alibi_slopes,
 // Everything of a problem but the seed of dropout, which lies where the backend reads it. Varlen: T
 // and S are the maxima given, or all rows if that is less.
 template <class Call>
-void fill_problem(Problem* p, Kept<Call>* kept, ATTNFAST_INPUTS) {
+void fill_params(Problem* p, Kept<Call>* kept, ATTNFAST_INPUTS) {
   check_sizes(q, k, v, "k", "v", std::nullopt);
   p->B = q.size(0), p->H = q.size(1), p->T = q.size(2), p->D = q.size(3);
   p->H_kv = k.size(1), p->S = k.size(2), p->D_v = v.size(3);
@@ -126,8 +126,8 @@ void fill_problem(Problem* p, Kept<Call>* kept, ATTNFAST_INPUTS) {
   p->align_per_batch = kept->ints(align, "align");
   p->align_offset = bounded(align_offset), p->align_bottom_right = align_bottom_right;
   p->causal = causal, p->dropout_p = dropout_p;
-  fill_edits(p, kept, alibi_slopes, sinks, ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left,
-             window_right);
+  fill_score_options(p, kept, alibi_slopes, sinks,
+                     ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left, window_right);
 }
 
 template <class Call>
@@ -149,8 +149,8 @@ void fill_decode(DecodeParams* p, Kept<Call>* kept, ATTNFAST_DECODE_INPUTS) {
     std::swap(p->k.h, p->k.t), std::swap(p->v.h, p->v.t);
   }
   p->bias = read_scores(bias, "bias", {p->B, p->H, p->T, p->S});
-  fill_edits(p, kept, alibi_slopes, sinks, ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left,
-             window_right);
+  fill_score_options(p, kept, alibi_slopes, sinks,
+                     ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left, window_right);
 }
 
 }  // namespace attnfast::bindings
