@@ -1,7 +1,8 @@
 """Every instruction set of the CPU backend, each in processes of its own.
 
 The library reads ATTNFAST_CPU_ISA once. The set that this process uses is under test in all other
-files; every other set that the machine runs is given the table, NaN, and decoding.
+files; the others that the machine runs share the table, NaN, and decoding: each case is run on one
+of them. All of a set: ``ATTNFAST_CPU_ISA=avx2 make test ARGS="--backend cpu tests/backends"``.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ def test_instruction_set(isa: str, record_property: Any) -> None:
     if isa == ops.cpu_isa():
         record_property("isa", f"{isa}: ran, in this process")
         return
+    others = [name for name in ops.cpu_isas() if name != ops.cpu_isa()]
+    part = f"{others.index(isa) + 1}/{len(others)}"
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-         "--backend", "cpu", "-k", "not test_reference", *FILES],
+         "--backend", "cpu", "--part", part, "-k", "not test_reference", *FILES],
         env=os.environ | {"ATTNFAST_CPU_ISA": isa},
         cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
