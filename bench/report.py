@@ -98,7 +98,7 @@ def by_shape(run: Run) -> str:
     found: dict[str, dict[str, str]] = {shape: {"B, H, L, D": shape} for shape in shapes}
     ratios = dict(zip(zip(lines["name"], columns, strict=True), lines["ratio"], strict=True))
     for shape, line in found.items():
-        for column in dict.fromkeys(columns):
+        for column in sorted(dict.fromkeys(columns), key=lambda x: not x.startswith("fp32")):
             pair = [ratios.get((name, column)) for name in (shape, f"{shape}, causal")]
             line[column] = " / ".join(
                 "-" if x is None else f"{x:.1f}" if x >= 1 else f"{x:.2f}" for x in pair
