@@ -15,12 +15,12 @@ from attnfast import dispatch
 from bench import OURS, RESULTS, ROOT, environment, results
 from bench.pages import fill
 from bench.tables import table
+from csrc.build import X86_ISAS
 
 from . import compiled
 
 KINDS = ("forward", "backward", "weights", "decode")
 KINDS_OF = {"gluon": ("forward",)}  # backends that have not all of them
-CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # of the wheel
 COLUMNS = ("proven", "compiled", "run on hardware", "timed")
 
 Found = dict[tuple[str, str, str, str], list[results.Row]]  # backend, kind, column, where -> rows
@@ -65,7 +65,7 @@ def lines(root: Path = RESULTS, tree: Path = ROOT) -> list[Line]:
             said.setdefault((backend, kind, "timed"), []).append(text)
     for (backend, kind), texts in compiled.read(tree).items():
         said[backend, kind, "compiled"] = texts
-    if lacking := [isa for isa in CPU_ISAS if isa not in proven]:
+    if lacking := [isa for isa in X86_ISAS if isa not in proven]:
         for kind in KINDS:
             found = said.setdefault(("cpu", kind, "run on hardware"), [])
             found.append(f"not {', '.join(lacking)}")
