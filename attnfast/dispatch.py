@@ -51,7 +51,7 @@ REASONS: dict[str, dict[str, str]] = {
 _warned: set[str] = set()
 
 
-def rows(device: torch.device) -> tuple[Backend, ...]:
+def backends_of(device: torch.device) -> tuple[Backend, ...]:
     """The backends that serve a device, in the order in which ``auto`` tries them."""
     return BACKENDS.get(device.type, OTHER_DEVICES)
 
@@ -81,8 +81,8 @@ def select(problem: Problem, backend: str = "auto", *, function: str = "attentio
         reason = refusal(name, problem)
         if reason is not None:
             raise ValueError(f"{function}: {source} {name!r} cannot run this call: {reason}")
-        return next(row for row in rows(problem.device) if row.name == name)
-    for row in rows(problem.device):
+        return next(row for row in backends_of(problem.device) if row.name == name)
+    for row in backends_of(problem.device):
         if row.unsupported(problem) is None:
             break
     if row is reference.ROW and not torch.compiler.is_compiling():
@@ -107,7 +107,7 @@ def check_name(function: str, name: object, source: str) -> None:
 
 def refusal(name: str, problem: Problem) -> str | None:
     """Why the backend of that name does not run the problem, or None."""
-    for row in rows(problem.device):
+    for row in backends_of(problem.device):
         if row.name == name:
             return row.unsupported(problem)
     if any(row.name == name for table in BACKENDS.values() for row in table):
@@ -130,7 +130,7 @@ def raises_for_fallback() -> bool:
 
 
 def _report_fallback(problem: Problem, function: str) -> None:
-    table = rows(problem.device)
+    table = backends_of(problem.device)
     fused = table[: table.index(reference.ROW)]  # those after it run only where they are named
     if not fused or problem.dtype not in FUSED_DTYPES:
         return

@@ -106,7 +106,7 @@ def describe(
     """The text of ``explain`` for a problem; ``workspace`` is what a backend takes for it."""
     name, source = dispatch.requested(backend)
     dispatch.check_name(function, name, source)
-    order = [row.name for row in dispatch.rows(problem.device)]
+    order = [row.name for row in dispatch.backends_of(problem.device)]
     order += [other for other in dispatch.NAMES if other not in order]
     reasons = {other: dispatch.refusal(other, problem) for other in order}
     accepted = [other for other in order if reasons[other] is None]
@@ -123,7 +123,7 @@ def describe(
     else:
         lines.append(f"chosen: none; {source} names {name}, and the call raises its reason")
         return "\n".join([*lines, _environment()])
-    row = next(row for row in dispatch.rows(problem.device) if row.name == chosen)
+    row = next(row for row in dispatch.backends_of(problem.device) if row.name == chosen)
     lines.append(f"saved for backward: {_saved(problem, chosen)}")
     lines.append(f"workspace: {_sizes(workspace(row), problem)}")
     return "\n".join([*lines, _environment()])
@@ -131,7 +131,7 @@ def describe(
 
 def details(name: str, problem: Problem) -> str:
     """What the backend says of itself, its instruction set for example."""
-    return next(row for row in dispatch.rows(problem.device) if row.name == name).details()
+    return next(row for row in dispatch.backends_of(problem.device) if row.name == name).details()
 
 
 def _shapes(p: Problem) -> str:

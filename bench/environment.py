@@ -68,7 +68,7 @@ def settings(environ: Mapping[str, str] = os.environ, **given: Any) -> Settings:
         raise ValueError(f"bench: BENCH_DEVICE must be cpu or cuda, got {device!r}")
     found = Settings(
         size=size,
-        backend=environ.get("BENCH_BACKEND") or dispatch.rows(torch.device(device))[0].name,
+        backend=environ.get("BENCH_BACKEND") or dispatch.backends_of(torch.device(device))[0].name,
         device=device,
         threads=_positive(environ, "BENCH_THREADS", 2, int),
         budget_s=_positive(environ, "BENCH_BUDGET", BUDGET_S[size], float),

@@ -66,8 +66,8 @@ struct ScoreOptions {
   const float* sinks = nullptr;  // [H] fp32, natural log units
 };
 
-// What forward, backward and the second passes have in common: the problem.
-struct Problem : ScoreOptions {
+// What forward, backward and the second passes have in common.
+struct AttentionParams : ScoreOptions {
   int64_t B, H, H_kv, T, S, D, D_v;  // varlen: B sequences, T and S the longest of them
 
   View q;     // (B, H, T, D)
@@ -96,7 +96,7 @@ struct Problem : ScoreOptions {
   Footprint* footprint = nullptr;   // given: nothing is computed, scratch is only counted
 };
 
-struct ForwardParams : Problem {
+struct ForwardParams : AttentionParams {
   MutableView out;  // (B, H, T, D_v), the dtype of q
 
   // fp32 rows of length lse_stride_h per head: (B, H, T); varlen (1, H, total_q)
@@ -117,7 +117,7 @@ struct ForwardParams : Problem {
   MutableView weights;  // (B, H, T, S), or (B, T, S) with h = 0; after dropout; the dtype of q
 };
 
-struct BackwardParams : Problem {
+struct BackwardParams : AttentionParams {
   View out;                     // (B, H, T, D_v)
   View grad_out;                // (B, H, T, D_v)
   const float* norm = nullptr;  // two planes of the forward's; with norm_plane 0, lse (CPU only)

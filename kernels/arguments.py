@@ -129,7 +129,7 @@ def strides(x: Tensor | None) -> tuple[int, int, int, int]:
     return tuple(0 if n == 1 else s for n, s in zip(size, stride, strict=True))  # type: ignore[return-value]
 
 
-def rows(x: Tensor, varlen: bool) -> tuple[int, int, int]:
+def row_strides(x: Tensor, varlen: bool) -> tuple[int, int, int]:
     """Strides of batch, head and row; sequences of a varlen call lie in one batch entry."""
     b, h, t, _ = strides(x)
     return 0 if varlen else b, h, t
@@ -181,9 +181,9 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         S,
         rows_q,
         rows_k,
-        *rows(q, varlen),
-        *rows(k, varlen),
-        *rows(v, varlen),
+        *row_strides(q, varlen),
+        *row_strides(k, varlen),
+        *row_strides(v, varlen),
         *mask_strides,
         *strides(bias),
         0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),

@@ -30,7 +30,7 @@ from attnfast.checks import contiguous
 from attnfast.ops import empty_in_order
 
 from . import configs
-from .arguments import Call, Tile, block, rows, strides
+from .arguments import Call, Tile, block, row_strides, strides
 from .dropout import kept_by_dropout
 from .gradients import before_cap, entropy_gradient, score_gradients, weight_gradient
 from .head import key_range, query_range, scheduled, sequence_of, tiles_of
@@ -64,7 +64,7 @@ class Given(NamedTuple):
     plane: int  # elements of row_term
 
 
-class Results(NamedTuple):
+class BackwardResults(NamedTuple):
     """What the backward writes."""
 
     dq: Tensor
@@ -306,7 +306,7 @@ def dkdv_kernel(x, g, to, p, f, tile):
     store_rows(dv_base, key, to.dv_t, live_key, f.D_V, tile.BLOCK_DV, f, dv)
 
 
-def attention_bwd(inputs: Inputs, call: Call, given: Given, arch: str) -> Results:
+def attention_bwd(inputs: Inputs, call: Call, given: Given, arch: str) -> BackwardResults:
     """Run the backward but for dbias and dsinks; also fills ``given.row_term``.
 
     Args:
@@ -346,25 +346,27 @@ def given(upstream: Upstream, varlen: bool) -> Given:
         norm,
         contiguous(entropy),
         row_term,
-        *rows(grad_out, varlen),
-        *rows(out, varlen),
+        *row_strides(grad_out, varlen),
+        *row_strides(out, varlen),
         *dw,
         1 / max(out.shape[1], 1) if mean else 1.0,
         row_term.numel(),
     )
 
 
-def results(inputs: Inputs) -> Results:
+def results(inputs: Inputs) -> BackwardResults:
     """Memory for the results. Varlen rows past the last sequence belong to no program."""
     varlen = inputs.cu_seqlens_q is not None
     dq, dk, dv = (empty_in_order(x, x.shape[3]) for x in (inputs.q, inputs.k, inputs.v))
     if varlen:
         for x in (dq, dk, dv):
             x.zero_()
-    return Results(dq, dk, dv, *rows(dq, varlen), *rows(dk, varlen), *rows(dv, varlen))
+    return BackwardResults(
+        dq, dk, dv, *row_strides(dq, varlen), *row_strides(dk, varlen), *row_strides(dv, varlen)
+    )
 
 
-def backward_launches(call: Call, given: Given, to: Results, arch: str) -> list[Launch]:
+def backward_launches(call: Call, given: Given, to: BackwardResults, arch: str) -> list[Launch]:
     """The kernels in the order in which they run."""
     x, p, f = call
     size, extras = x.q.element_size(), call.reads_tiles() or given.grad_weights is not None

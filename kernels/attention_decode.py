@@ -26,7 +26,7 @@ from attnfast.call import DecodeInputs, DecodeOptions, DecodeOutputs
 from attnfast.ops import empty_in_order
 
 from . import configs
-from .arguments import Call, Tile, block, gather, rows
+from .arguments import Call, Tile, block, gather, row_strides
 from .head import narrow
 from .launch import Launch, launch
 from .rows import store_rows, without_dead_rows
@@ -256,7 +256,7 @@ def decode_launches(
         x.k.shape[2],
         x.k.shape[0],
         pieces,
-        *rows(out, False),
+        *row_strides(out, False),
     )
     tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
     grid = p.B * H_kv * pieces * -(-group_rows // config.BLOCK_M)

@@ -24,7 +24,7 @@ from attnfast.call import Inputs, Options
 from attnfast.ops import empty_in_order
 
 from . import configs
-from .arguments import Call, Tile, block, rows
+from .arguments import Call, Tile, block, row_strides
 from .dropout import kept_by_dropout
 from .head import distances, key_range, scheduled, sequence_of, tiles_of
 from .launch import Launch, launch
@@ -32,7 +32,7 @@ from .rows import at_head, load_rows, offset, row_at, store_rows, without_dead_r
 from .scores import LN2, edit_scores, in_log2, in_units, natural, slope_of
 
 
-class Results(NamedTuple):
+class ForwardResults(NamedTuple):
     """What the forward writes."""
 
     out: Tensor  # (B, H, T, D_v)
@@ -158,7 +158,7 @@ def attention_fwd_kernel(x, to, p, f, tile):
         tl.store(at + to.plane, tl.where(without_keys, 0.0, rescale * inverse), mask=t < T)
 
 
-def attention_fwd(inputs: Inputs, options: Options, call: Call, arch: str) -> Results:
+def attention_fwd(inputs: Inputs, options: Options, call: Call, arch: str) -> ForwardResults:
     """Run the forward.
 
     Args:
@@ -175,7 +175,7 @@ def attention_fwd(inputs: Inputs, options: Options, call: Call, arch: str) -> Re
     return to
 
 
-def results(inputs: Inputs, options: Options) -> Results:
+def results(inputs: Inputs, options: Options) -> ForwardResults:
     """Memory for the results. Varlen rows past the last sequence belong to no program."""
     q, varlen = inputs.q, inputs.cu_seqlens_q is not None
     out = empty_in_order(q, inputs.v.shape[3])
@@ -190,10 +190,10 @@ def results(inputs: Inputs, options: Options) -> Results:
         if stats is not None:
             stats[0].fill_(-torch.inf)
             stats[1:].zero_()
-    return Results(out, lse, norm, stats, *rows(out, varlen), lse.numel())
+    return ForwardResults(out, lse, norm, stats, *row_strides(out, varlen), lse.numel())
 
 
-def forward_launch(call: Call, to: Results, arch: str) -> Launch:
+def forward_launch(call: Call, to: ForwardResults, arch: str) -> Launch:
     """The forward's kernel, grid and tiles."""
     x, p, f = call
     config = configs.choose(arch, "fwd", x.q.element_size(), f.D, f.D_V, call.reads_tiles())

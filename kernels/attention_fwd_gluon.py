@@ -33,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .arguments import Call
-from .attention_fwd import Results
+from .attention_fwd import ForwardResults
 from .configs import Config
 from .launch import Launch
 
@@ -327,7 +327,7 @@ def unsupported(call: Call) -> str | None:
     return next((reason for holds, reason in reasons if holds), None)
 
 
-def hopper_launch(call: Call, to: Results) -> Launch:
+def hopper_launch(call: Call, to: ForwardResults) -> Launch:
     """The forward's kernel, grid and tiles on Hopper."""
     x, p, f = call
     tile = HopperTile(*TILES[f.D])

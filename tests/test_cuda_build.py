@@ -170,7 +170,7 @@ def test_the_library_with_cuda_loads_without_it() -> None:
         pytest.skip("the library with the CUDA kernels is not built: make cuda")
     code = (
         "import torch; from attnfast import dispatch, ops; assert ops.MISSING is None;"
-        "print([row.name for row in dispatch.rows(torch.device('cuda'))], ops.cpu_isa())"
+        "print([row.name for row in dispatch.backends_of(torch.device('cuda'))], ops.cpu_isa())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"ATTNFAST_NATIVE": str(library)},

@@ -43,7 +43,7 @@ def test_every_row_has_a_reason_for_its_place() -> None:
 def test_the_documentation_has_the_same_order_and_reasons(with_cuda: None) -> None:
     text = (ROOT / "docs" / "cuda.md").read_text()
     rows = re.findall(r"^\| \d \| `(\w+)` \| (.*) \|$", text, re.MULTILINE)
-    order = [row.name for row in dispatch.rows(torch.device("cuda"))]
+    order = [row.name for row in dispatch.backends_of(torch.device("cuda"))]
     assert rows == [(name, dispatch.REASONS["cuda"][name]) for name in order]
 
 

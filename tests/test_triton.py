@@ -123,10 +123,10 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_on_a_gpu_it_comes_first_and_on_the_cpu_only_by_name() -> None:
     assert dispatch.select(PROBLEM).name == "triton"
-    names = [row.name for row in dispatch.rows(torch.device("cuda"))]
+    names = [row.name for row in dispatch.backends_of(torch.device("cuda"))]
     assert names[0] == "triton"
     assert names.index("gluon") > names.index("reference")
-    names = [row.name for row in dispatch.rows(torch.device("cpu"))]
+    names = [row.name for row in dispatch.backends_of(torch.device("cpu"))]
     assert names.index("triton") > names.index("reference")
 
 

@@ -202,7 +202,7 @@ def kernel(signature: str) -> Kernel:
     return Kernel(f"{name}<{inside}>" if inside else name, int(head_dim))
 
 
-def rows(usages: Usages) -> list[tuple[Kernel, dict[str, Usage]]]:
+def by_kernel(usages: Usages) -> list[tuple[Kernel, dict[str, Usage]]]:
     """The kernels by head dim and name."""
     return sorted(usages.items(), key=lambda item: (item[0].head_dim, item[0].name))
 
@@ -216,7 +216,7 @@ def architectures(usages: Usages) -> list[str]:
 def csv_of(usages: Usages) -> str:
     """One line for every kernel and every architecture that has code for it."""
     lines = ["kernel,architecture,shared,registers,spilled," + ",".join(INSTRUCTIONS[:-1])]
-    for each, by_arch in rows(usages):
+    for each, by_arch in by_kernel(usages):
         for arch in architectures(usages):
             usage = by_arch.get(arch)
             if usage is None or usage.empty:
@@ -231,7 +231,7 @@ def table(usages: Usages) -> str:
     archs = architectures(usages)
     lines = [f"| kernel | shared KB | {' | '.join(archs)} |", "| --- |" + " --- |" * len(archs)]
     lines[1] += " --- |"
-    for each, by_arch in rows(usages):
+    for each, by_arch in by_kernel(usages):
         cells = [cell(by_arch.get(arch)) for arch in archs]
         shared = max(usage.shared for usage in by_arch.values()) / 1024
         lines.append(f"| `{each.name}` | {shared:.4g} | {' | '.join(cells)} |")

@@ -16,13 +16,13 @@
 namespace {
 
 using namespace attnfast::bindings;
+using attnfast::AttentionParams;
 using attnfast::BackwardParams;
 using attnfast::DecodeParams;
 using attnfast::DType;
 using attnfast::Footprint;
 using attnfast::ForwardParams;
 using attnfast::MutableView;
-using attnfast::Problem;
 using attnfast::ScoreOptions;
 using attnfast::View;
 using attnfast::Weights;
@@ -64,7 +64,7 @@ void share_out(Params* p, double pairs) {
   p->interrupted = interrupts_of(work);
 }
 
-double pairs_of(const Problem& p) {
+double pairs_of(const AttentionParams& p) {
   if (!p.cu_seqlens_q) return static_cast<double>(p.B) * p.T * p.S;
   double pairs = 0.0;
   for (int64_t b = 0; b < p.B; ++b) {
@@ -94,7 +94,7 @@ void check_offset(int64_t align) {
 
 // A problem, and the values inside tensors: those that index memory are checked, T and S become
 // the longest sequences.
-void fill(Problem* p, Kept<HostCall>* kept, ATTNFAST_INPUTS) {
+void fill(AttentionParams* p, Kept<HostCall>* kept, ATTNFAST_INPUTS) {
   fill_params(p, kept, ATTNFAST_INPUT_NAMES);
   if (p->cu_seqlens_q) {
     p->T = check_cu_seqlens(p->cu_seqlens_q, p->B, q.size(2), max_seqlen_q, "q");
@@ -111,7 +111,7 @@ void fill(Problem* p, Kept<HostCall>* kept, ATTNFAST_INPUTS) {
 }
 
 // Rows of a varlen result that belong to no sequence.
-bool has_slack(const Problem& p, int64_t rows_q, int64_t rows_k) {
+bool has_slack(const AttentionParams& p, int64_t rows_q, int64_t rows_k) {
   return p.cu_seqlens_q && (p.cu_seqlens_q[p.B] < rows_q || p.cu_seqlens_k[p.B] < rows_k);
 }
 
@@ -229,7 +229,7 @@ std::tuple<int64_t, int64_t> cpu_workspace(ATTNFAST_INPUTS, bool need_dbias) {
   HostCall call;
   Kept kept(&call);
   fill(&forward, &kept, ATTNFAST_INPUT_NAMES);
-  static_cast<Problem&>(backward) = forward;
+  static_cast<AttentionParams&>(backward) = forward;
   Footprint of_forward, of_backward;
   float wanted;  // stands for results, which are not written
   forward.footprint = &of_forward, backward.footprint = &of_backward;

@@ -101,7 +101,7 @@ void fill_score_options(Params* p, Kept<Call>* kept, const OptionalTensor& alibi
 // Everything of a problem but the seed of dropout, which lies where the backend reads it. Varlen: T
 // and S are the maxima given, or all rows if that is less.
 template <class Call>
-void fill_params(Problem* p, Kept<Call>* kept, ATTNFAST_INPUTS) {
+void fill_params(AttentionParams* p, Kept<Call>* kept, ATTNFAST_INPUTS) {
   check_sizes(q, k, v, "k", "v", std::nullopt);
   p->B = q.size(0), p->H = q.size(1), p->T = q.size(2), p->D = q.size(3);
   p->H_kv = k.size(1), p->S = k.size(2), p->D_v = v.size(3);

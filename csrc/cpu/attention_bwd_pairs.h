@@ -23,7 +23,7 @@ struct PairKeyLayout {
   Index k_row, v_row, D_pad;
 
   // For a head of `rows` keys; floats() grows with its panels.
-  PairKeyLayout(const Problem& p, Index rows)
+  PairKeyLayout(const AttentionParams& p, Index rows)
       : S(round_up(rows, kPanel)),
         packs_k(packs(p, p.k, p.D)),
         packs_v(packs(p, p.v, p.D_v)),
@@ -31,7 +31,7 @@ struct PairKeyLayout {
         v_row(packs_v ? round_up(p.D_v, kPanel) / 2 : p.v.t / 2),
         D_pad(round_up(p.D, kTileSize)) {}
 
-  static bool packs(const Problem& p, const View& x, Index D) {
+  static bool packs(const AttentionParams& p, const View& x, Index D) {
     return kPlanes > 1 || D % kPanel || x.b % 2 || x.h % 2 || x.t % 2 ||
            reinterpret_cast<uintptr_t>(x.data) % alignof(float) != 0 ||
            (kHasTiles && (p.cu_seqlens_k || p.S % kTileSize));
@@ -53,7 +53,7 @@ struct PairKeyLayout {
 
   // Packs keys key .. key + n - 1 of a head, `key` a multiple of 32.
   void pack(const Head<Element>& head, Index key, Index n, float* data) const {
-    const Problem& p = head.problem;
+    const AttentionParams& p = head.problem;
     const Element *k = head.k + key * p.k.t, *v = head.v + key * p.v.t;
     float* v_to = data + kPlanes * k_plane();
     float* k_t_to = v_to + kPlanes * v_plane();

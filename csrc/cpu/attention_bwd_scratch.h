@@ -57,7 +57,8 @@ struct ScratchPlan {
   Index keys = 0;  // floats of a packed head, on pairs
 };
 
-inline BackwardScratch make_scratch(const Problem& p, const ScratchPlan& plan, Parts& parts) {
+inline BackwardScratch make_scratch(const AttentionParams& p, const ScratchPlan& plan,
+                                    Parts& parts) {
   const auto floats = [&](Index n) { return parts.take<float>(n); };
   const Index n = plan.num_columns, planes = plan.planes;
   const Index tile = kKeys * (planes ? planes * kPanelPairs : kColumn);

@@ -37,12 +37,12 @@ struct ForwardTiles {
   static constexpr Index kUnit = kHasTiles ? kTileSize : 2, kPanelKeys = kPanel, kStepKeys = kPanel;
 
   // Tile registers take what the second-level cache holds.
-  static Index keys_per_tile(const Problem&) { return kPairKeys; }
+  static Index keys_per_tile(const AttentionParams&) { return kPairKeys; }
 
   // False where a query is out of the range of three planes.
   static ATTNFAST_INLINE bool load_queries(const Head<Element>& head, const Column& column,
                                            ForwardColumn& state) {
-    const Problem& p = head.problem;
+    const AttentionParams& p = head.problem;
     Peak peak;
     transpose_column_in_planes<kPlanes>(head.q + column.t0 * p.q.t, p.q.t, column.rows, p.D,
                                         kPlanes > 1 ? head.units.factor : 1.0f, state.q_t,

@@ -35,7 +35,7 @@ struct ForwardScratch {
   Worker* worker = nullptr;
 
   template <class Element, int kPlanes>
-  ForwardScratch(Parts& parts, const Problem& p, Index num_columns,
+  ForwardScratch(Parts& parts, const AttentionParams& p, Index num_columns,
                  const PackedHeads<Element, kPlanes>& packed) {
     const auto floats = [&](Index n) { return parts.take<float>(n); };
     s = floats((kMaxKeys + kTileSize) * kColumn);
@@ -62,7 +62,7 @@ struct ForwardScratch {
 template <class Element, int kPlanes>
 KeyTile load_keys(const Head<Element>& head, Index key, Index n,
                   const PackedHeads<Element, kPlanes>& packed, ForwardScratch& scratch) {
-  const Problem& p = head.problem;
+  const AttentionParams& p = head.problem;
   const KeyLayout<Element, kPlanes>& layout = packed.layout;
   if (packed.by_team()) {
     const Index index = head.b * p.H_kv + head.h / (p.H / p.H_kv);
@@ -128,14 +128,14 @@ struct ForwardTiles<Element, 0> {
   static constexpr Index kUnit = 1, kPanelKeys = 1, kStepKeys = kTileRows;
 
   // About what the first-level cache holds of k or v.
-  static Index keys_per_tile(const Problem& p) {
+  static Index keys_per_tile(const AttentionParams& p) {
     const Index fits = (36 << 10) / (sizeof(float) * max_of(max_of(p.D, p.D_v), 1));
     return min_of(max_of(fits / kTileRows * kTileRows, 4 * kTileRows), kMaxKeys);
   }
 
   static ATTNFAST_INLINE bool load_queries(const Head<Element>& head, const Column& column,
                                            ForwardColumn& state) {
-    const Problem& p = head.problem;
+    const AttentionParams& p = head.problem;
     transpose_in(head.q + column.t0 * p.q.t, p.q.t, column.rows, p.D, head.units.factor, state.q_t);
     return true;
   }

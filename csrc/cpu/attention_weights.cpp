@@ -30,7 +30,7 @@ struct Scratch {
 
   Worker* worker = nullptr;
 
-  Scratch(Parts& parts, const Problem& p, bool packs, Index sums) {
+  Scratch(Parts& parts, const AttentionParams& p, bool packs, Index sums) {
     const Index k_rows = kRange + kTileSize, D_pad = round_up(p.D, kPanel);
     const Index tile = (kMaxKeys + kTileSize) * kColumn;
     q_t = parts.take<float>(D_pad * kColumn);

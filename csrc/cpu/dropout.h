@@ -5,7 +5,7 @@
 namespace attnfast::cpu::ATTNFAST_ISA {
 
 // 1 / (1 - dropout_p), what is kept is multiplied with; 0 where nothing is.
-inline float keep_scale_of(const Problem& p) {
+inline float keep_scale_of(const AttentionParams& p) {
   return p.dropout_p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p.dropout_p));
 }
 
@@ -13,7 +13,7 @@ inline float keep_scale_of(const Problem& p) {
 template <class Element>
 ATTNFAST_NOINLINE void dropout_tile(const Head<Element>& head, const Column& column, Index key,
                                     Index n, float keep_scale, float* z) {
-  const Problem& p = head.problem;
+  const AttentionParams& p = head.problem;
   const int32_t threshold = static_cast<int32_t>(__builtin_nearbyint(p.dropout_p * 65536.0));
   const uint32_t stream = static_cast<uint32_t>(head.b * p.H + head.h);
   const Vec kept = broadcast(keep_scale);

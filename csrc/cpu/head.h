@@ -58,7 +58,7 @@ struct Scaling : Units {
 // One (batch entry or sequence, head): where its rows lie and which keys a query may attend to.
 template <class Element>
 struct Head {
-  const Problem& problem;
+  const AttentionParams& problem;
   Index b, h;
   Index T, S;                  // of this sequence
   Index q_begin, k_begin;      // first row of this sequence (varlen), else 0
@@ -70,7 +70,7 @@ struct Head {
   float slope;    // ALiBi's, in units; 0: none
   float sink;     // in units; -inf: none
 
-  Head(const Problem& p, Index b_, Index h_) : problem(p), b(b_), h(h_), units(p) {
+  Head(const AttentionParams& p, Index b_, Index h_) : problem(p), b(b_), h(h_), units(p) {
     q_begin = p.cu_seqlens_q ? p.cu_seqlens_q[b] : 0;
     k_begin = p.cu_seqlens_k ? p.cu_seqlens_k[b] : 0;
     T = p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - q_begin : p.T;

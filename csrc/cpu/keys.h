@@ -40,7 +40,7 @@ struct KeyLayout {
   bool packs_k;
   Index k_row, v_row;  // floats from a key to the next; of a panel of v, from a row to the next
 
-  explicit KeyLayout(const Problem& p) {
+  explicit KeyLayout(const AttentionParams& p) {
     const View& k = p.k;
     panels = (p.D + kPanel - 1) / kPanel;
     D_v_pad = round_up(p.D_v, kTileSize);
@@ -64,7 +64,7 @@ struct KeyLayout {
   // laid out for `capacity` keys.
   void pack(const Head<Element>& head, Index key, Index n, float* k_to, float* v_to, Index capacity,
             Peaks* peaks) const {
-    const Problem& p = head.problem;
+    const AttentionParams& p = head.problem;
     const Element *k = head.k + key * p.k.t, *v = head.v + key * p.v.t;
     Peak k_peak, v_peak;
     if (packs_k) {
@@ -91,7 +91,7 @@ struct KeyLayout<Element, 0> {
   bool packs_k, packs_v;
   Index k_row, v_row;  // floats from a row to the next, packed or in place
 
-  explicit KeyLayout(const Problem& p) {
+  explicit KeyLayout(const AttentionParams& p) {
     packs_k = RowsAsFloat<Element>::kPacks;
     packs_v = RowsAsFloat<Element>::kPacks || !RowsAsFloat<float>::lies_well(p.v.t, p.D_v);
     k_row = packs_k ? round_up(p.D, kLanes) : p.k.t;
@@ -107,7 +107,7 @@ struct KeyLayout<Element, 0> {
 
   void pack(const Head<Element>& head, Index key, Index n, float* k_to, float* v_to, Index,
             Peaks*) const {
-    const Problem& p = head.problem;
+    const AttentionParams& p = head.problem;
     if (packs_k) pack_rows(head.k + key * p.k.t, p.k.t, n, p.D, k_row, 1.0f, k_to);
     if (packs_v) pack_rows(head.v + key * p.v.t, p.v.t, n, p.D_v, v_row, 1.0f, v_to);
   }
@@ -178,7 +178,7 @@ class PackedHeads {
  public:
   const KeyLayout<Element, kPlanes> layout;
 
-  PackedHeads(const Problem& p, Index items_per_key_head)
+  PackedHeads(const AttentionParams& p, Index items_per_key_head)
       : layout(p),
         heads_(p.B * p.H_kv),
         panels_(p.cu_seqlens_k, p.B, p.H_kv, p.S, kPanel),
@@ -202,7 +202,7 @@ class PackedHeads {
   bool by_team() const { return by_team_; }
 
   // Packs the heads from `first` (b * H_kv + h_kv) on; returns the first that is not.
-  Index pack_from(const Problem& p, Index first) {
+  Index pack_from(const AttentionParams& p, Index first) {
     first_ = first;
     Index last = first + 1;
     while (last < heads_ && panels_.first_of(last + 1) - panels_.first_of(first) <= most_panels_)
@@ -241,7 +241,7 @@ class PackedHeads {
  private:
   Index panel_floats() const { return layout.k_floats(kPanel) + layout.v_floats(kPanel); }
 
-  void pack(const Problem& p, const Block& part, Index number) const {
+  void pack(const AttentionParams& p, const Block& part, Index number) const {
     const Head<Element> head(p, part.b, part.h * (p.H / p.H_kv));
     const Index head_index = part.b * p.H_kv + part.h;
     const Index key = part.index * kPackedKeys, n = min_of(kPackedKeys, head.S - key);

@@ -20,7 +20,7 @@ constexpr bool kOnPairs = kPlanesOf<Element> == 1;
 
 // Keys of a tile, for scores_of: in place, or in `to`.
 template <class Element>
-const float* load_keys(const Element* rows, const Problem& p, Index n, Use use, float* to,
+const float* load_keys(const Element* rows, const AttentionParams& p, Index n, Use use, float* to,
                        Index* k_row) {
   if constexpr (kOnPairs<Element>) {
     Peak unused;
@@ -33,13 +33,13 @@ const float* load_keys(const Element* rows, const Problem& p, Index n, Use use, 
 }
 
 // Floats that load_queries fills.
-inline Index query_floats(const Problem& p) {
+inline Index query_floats(const AttentionParams& p) {
   return max_of(p.D, round_up(p.D, kPanel) / 2) * kColumn;
 }
 
 template <class Element>
 void load_queries(const Head<Element>& head, Index t, Index rows, float* to) {
-  const Problem& p = head.problem;
+  const AttentionParams& p = head.problem;
   const Element* q = head.q + t * p.q.t;
   if constexpr (kOnPairs<Element>) {
     Peak unused;

@@ -80,7 +80,7 @@ class Prefetcher {
 // for ahead.
 constexpr Index kCachedBytes = 256 << 10;
 
-inline bool outgrows_cache(const Problem& p, Index S) {
+inline bool outgrows_cache(const AttentionParams& p, Index S) {
   return (p.D + p.D_v) * S * Index(sizeof(float)) > kCachedBytes;
 }
 
@@ -122,7 +122,7 @@ inline Start gather_keys(const float* rows, Index stride, Index n, Index D, cons
 // a result depends on it.
 constexpr Index kTallBlock = 128, kLowBlock = 64;
 
-inline Index queries_per_block(const Problem& p) {
+inline Index queries_per_block(const AttentionParams& p) {
   Index tall = p.B * ((p.T + kTallBlock - 1) / kTallBlock);
   if (p.cu_seqlens_q) tall = min_of(tall, p.B + p.cu_seqlens_q[p.B] / kTallBlock);
   return tall * p.H < 4 * usable_threads(p.num_threads) ? kLowBlock : kTallBlock;

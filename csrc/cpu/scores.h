@@ -140,7 +140,7 @@ template <class Element, class Scores>
 ATTNFAST_NOINLINE void score_tile(const Head<Element>& head, const Column& column, Index key,
                                   Index n, const Scores& scores, float* s, float* dcapped,
                                   float* column_max, DeadKeys* dead) {
-  const Problem& p = head.problem;
+  const AttentionParams& p = head.problem;
   const bool boundary = key < column.inner_begin || key + n > column.inner_end;
   dead->any = false;
   if (!boundary && !head.edits_scores()) {

@@ -21,7 +21,9 @@ bool aligned(const AnyView& x, int64_t columns) {
 }
 
 // Whether no option but positions is at work.
-bool plain(const Problem& p) { return has_raw_scores(p) && !p.mask.data && !(p.dropout_p > 0.0); }
+bool plain(const AttentionParams& p) {
+  return has_raw_scores(p) && !p.mask.data && !(p.dropout_p > 0.0);
+}
 
 // What dispatch.py refuses with these reasons, before it comes to this.
 template <class Params>

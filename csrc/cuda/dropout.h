@@ -7,7 +7,7 @@
 namespace attnfast::cuda {
 
 // 1 / (1 - dropout_p), what probabilities that stay are multiplied with.
-ATTNFAST_DEVICE float keep_scale_of(const Problem& p) {
+ATTNFAST_DEVICE float keep_scale_of(const AttentionParams& p) {
   return p.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - p.dropout_p)) : 0.0f;
 }
 
@@ -15,7 +15,7 @@ struct Philox {
   uint32_t key0, key1, stream, offset;
   uint32_t threshold;  // lanes below it are dropped; 0: none
 
-  ATTNFAST_DEVICE Philox(const Problem& p, const DeviceSeed& seed, int64_t b, int64_t h)
+  ATTNFAST_DEVICE Philox(const AttentionParams& p, const DeviceSeed& seed, int64_t b, int64_t h)
       : key0(0), key1(0), stream(static_cast<uint32_t>(b * p.H + h)), offset(0), threshold(0) {
     if (!(p.dropout_p > 0.0)) return;
     const auto number = static_cast<uint64_t>(load_global(seed.seed));

@@ -31,7 +31,8 @@ struct Head {
   int shift;             // t' = t + shift, from -kFarthest to kFarthest
   int low, high;         // query t may attend to key s if low <= s - t <= high
 
-  ATTNFAST_DEVICE Head(const Problem& p, int64_t rows_q, int64_t rows_k, int64_t b_, int64_t h_)
+  ATTNFAST_DEVICE Head(const AttentionParams& p, int64_t rows_q, int64_t rows_k, int64_t b_,
+                       int64_t h_)
       : b(static_cast<int>(b_)), h(static_cast<int>(h_)) {
     const Range q(p.cu_seqlens_q, b, rows_q), k(p.cu_seqlens_k, b, rows_k);
     h_kv = static_cast<int>(h_ / (p.H / p.H_kv));

@@ -47,7 +47,7 @@ class Visit:
     def _refusals(self) -> dict[str, str | None]:
         """By backend, why it does not run here, or None: seen by a first call, guarded as well."""
         limits = guard.Limits(start_s=120, item_s=120, deaths=9)
-        names = [row.name for row in dispatch.rows(torch.device(self.device))]
+        names = [row.name for row in dispatch.backends_of(torch.device(self.device))]
         items = [
             {"task": "available", "backend": name, "device": self.device}
             for name in names
