@@ -28,6 +28,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
+MINUTES = {"test_emulator", "test_isa", "test_triton"}  # tests in processes of their own
 ON_THE_CPU = {"triton": "TRITON_INTERPRET", "cuda": "ATTNFAST_EMULATOR"}  # read when imported
 
 
@@ -51,14 +52,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of the part that was asked for."""
+    """Keep the tests of the part that was asked for, those that take a minute first."""
     part, parts = map(int, config.getoption("--part").split("/"))
     digests = [int(hashlib.sha256(item.name.encode()).hexdigest(), 16) for item in items]
     chosen = [digest % parts == part - 1 for digest in digests]
     config.hook.pytest_deselected(
         items=[x for x, here in zip(items, chosen, strict=True) if not here]
     )
-    items[:] = [x for x, here in zip(items, chosen, strict=True) if here]
+    kept = [x for x, here in zip(items, chosen, strict=True) if here]
+    items[:] = sorted(kept, key=lambda item: item.path.stem not in MINUTES)
 
 
 @pytest.fixture(autouse=True)
