@@ -130,18 +130,20 @@ def attention_call(
             for name, x in zip(names, (q, k, v), strict=False)
         )
     return (
-        Inputs(  # by position: names would cost a microsecond
-            q,
-            k,
-            v,
-            mask,
-            bias,
-            alibi_slopes,
-            sinks,
-            align_tensor,
-            dropout_seed,
-            cu_seqlens_q,
-            cu_seqlens_k,
+        Inputs._make(  # by position: names would cost a microsecond
+            (
+                q,
+                k,
+                v,
+                mask,
+                bias,
+                alibi_slopes,
+                sinks,
+                align_tensor,
+                dropout_seed,
+                cu_seqlens_q,
+                cu_seqlens_k,
+            )
         ),
         Options._make(
             (
