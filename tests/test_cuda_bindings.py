@@ -116,14 +116,15 @@ def run(program: Path, call: str, kind: str, device: int, failing: str = "") -> 
 
 @pytest.fixture(scope="module")
 def recorder(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
-    objects = [
-        path
-        for folder in ("cuda", "emulator")
-        for path in sorted((BUILT / folder).glob("*.o"))
-        if path.name not in ("launch.o", "selftest.o")
-    ]
-    if not objects:
+    rules = BUILT / "build.ninja"
+    if not rules.exists():
         pytest.skip("the emulator of the CUDA kernels is not built: make emulator")
+    linked = next(line for line in rules.read_text().splitlines() if "_emulator.so: link" in line)
+    objects = [
+        CSRC.parent / name
+        for name in linked.split()[3:]
+        if "/bindings/" not in name and Path(name).name not in ("launch.o", "selftest.o")
+    ]
     folder = tmp_path_factory.mktemp("recorder")
     (folder / "cuda_runtime_api.h").write_text(HEADER)
     (folder / "streams.cpp").write_text(STREAMS)
@@ -280,4 +281,6 @@ def test_the_operators_are_registered_for_gpus(recorder: Recorder) -> None:
         "CUDA cuda_fwd",
         "CUDA cuda_bwd",
         "CUDA cuda_decode",
+        "CUDA cuda_workspace",
+        "CUDA cuda_decode_workspace",
     ]
