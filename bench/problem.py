@@ -17,7 +17,7 @@ SOFTCAP = 30.0
 
 
 @dataclass
-class Problem:
+class Workload:
     """What every contestant of a row is given, on one device.
 
     ``leaves`` are the tensors whose gradients the row's backward pass gives, by name. ``dropout_p``
@@ -68,7 +68,7 @@ class Problem:
         return mask
 
 
-def problem(case: AttentionCase, device: torch.device | str = "cpu") -> Problem:
+def problem(case: AttentionCase, device: torch.device | str = "cpu") -> Workload:
     """The row's tensors, from torch's generator."""
     needs = case.work != "forward"
     dtype = DTYPES[case.dtype]
@@ -77,7 +77,9 @@ def problem(case: AttentionCase, device: torch.device | str = "cpu") -> Problem:
         return torch.randn(shape, device=device).to(dtype).requires_grad_(needs_grad)
 
     B, H, T, S, D = case[:5]
-    made = Problem(case, tensor(B, H, T, D), tensor(B, case.H_kv, S, D), tensor(B, case.H_kv, S, D))
+    made = Workload(
+        case, tensor(B, H, T, D), tensor(B, case.H_kv, S, D), tensor(B, case.H_kv, S, D)
+    )
     if case.option == "mask":  # padding: a quarter of the keys
         lengths = torch.linspace(S, S // 2, B, device=device).long()
         made.mask = (torch.arange(S, device=device) < lengths[:, None])[:, None, None]
@@ -111,7 +113,7 @@ def result_shapes(case: AttentionCase, device: torch.device | str) -> Results:
     return shapes
 
 
-def eager(p: Problem) -> Results:
+def eager(p: Workload) -> Results:
     """The row's results as PyTorch code without fused attention writes them."""
     case = p.case
     k, v = p.k, p.v
@@ -144,7 +146,7 @@ def eager(p: Problem) -> Results:
     return results
 
 
-def pass_of(p: Problem, forward: Callable[[Problem], Results]) -> Call:
+def pass_of(p: Workload, forward: Callable[[Workload], Results]) -> Call:
     """A contestant's call: the part of forward and backward that the row times."""
     work, leaves = p.case.work, p.leaves
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from dense import Problem, dense
+from dense import Trial, dense
 from torch import Tensor
 
 from attnfast.call import Inputs, Outputs
@@ -17,7 +17,7 @@ STATISTICS = ("max_logit", "entropy", "reach", "focus")
 FP32_RESULTS = ("lse", *STATISTICS, "received")
 
 
-def check(actual: Results, problem: Problem) -> None:
+def check(actual: Results, problem: Trial) -> None:
     """Hold every output and gradient of a call to the accuracy rule.
 
     Names, shapes and dtypes must agree first, then the positions and signs of NaN and Inf. Then,
@@ -43,7 +43,7 @@ def check(actual: Results, problem: Problem) -> None:
     assert not faults, "\n".join(["beyond the accuracy rule", *faults])
 
 
-def margins(actual: Results, problem: Problem) -> dict[str, float]:
+def margins(actual: Results, problem: Trial) -> dict[str, float]:
     """By result, the error as a share of what `check` allows, of maximum and mean the larger.
 
     Infinite where shape, dtype, NaN or Inf are wrong; 0 where there is nothing to compare.
@@ -51,7 +51,7 @@ def margins(actual: Results, problem: Problem) -> dict[str, float]:
     return {name: verdict.margin for name, verdict in _verdicts(actual, problem).items()}
 
 
-def check_formulas(actual: Results, problem: Problem) -> None:
+def check_formulas(actual: Results, problem: Trial) -> None:
     """Hold the reference itself to the rule, with `dense` as the truth and no baseline."""
     faults = []
     for name, (value, unit) in dense(problem).items():
@@ -61,14 +61,14 @@ def check_formulas(actual: Results, problem: Problem) -> None:
     assert not faults, "\n".join(["beyond the formulas' rounding errors", *faults])
 
 
-def reference_results(problem: Problem, compute_dtype: torch.dtype | None) -> Results:
+def reference_results(problem: Trial, compute_dtype: torch.dtype | None) -> Results:
     """The reference's outputs and, by autograd, its gradients."""
     inputs, leaves = with_leaves(problem.inputs)
     outputs = reference_attention(inputs, problem.options, compute_dtype=compute_dtype)
     return differentiate(outputs, leaves, problem)
 
 
-def in_double(problem: Problem) -> Problem:
+def in_double(problem: Trial) -> Trial:
     """The same problem with every floating-point input in fp64."""
     wide = (x.double() if x is not None and x.is_floating_point() else x for x in problem.inputs)
     return problem._replace(inputs=Inputs(*wide))
@@ -84,7 +84,7 @@ def with_leaves(inputs: Inputs) -> tuple[Inputs, dict[str, Tensor]]:
     return inputs._replace(**leaves), leaves
 
 
-def differentiate(outputs: Outputs, leaves: dict[str, Tensor], problem: Problem) -> Results:
+def differentiate(outputs: Outputs, leaves: dict[str, Tensor], problem: Trial) -> Results:
     """Outputs by name, and the gradients of the leaves by the problem's cotangents."""
     stats = (
         {} if outputs.stats is None else dict(zip(STATISTICS, outputs.stats.unbind(0), strict=True))
@@ -113,7 +113,7 @@ class _Verdict(NamedTuple):
     margin: float
 
 
-def _verdicts(actual: Results, problem: Problem) -> dict[str, _Verdict]:
+def _verdicts(actual: Results, problem: Trial) -> dict[str, _Verdict]:
     inputs = problem.inputs
     truth = reference_results(in_double(problem), torch.float64)
     eager = reference_results(problem, inputs.q.dtype)

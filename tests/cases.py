@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accuracy import STATISTICS, Results, differentiate, with_leaves
-from dense import Cotangents, Problem
+from dense import Cotangents, Trial
 from torch import Tensor
 
 import attnfast
@@ -76,7 +76,7 @@ class Case:
         )
 
 
-def problem(case: Case) -> Problem:
+def problem(case: Case) -> Trial:
     """The case's tensors: the same every time, in every process."""
     rng = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
 
@@ -150,21 +150,21 @@ def problem(case: Case) -> Problem:
     cotangents = Cotangents(
         **{name: normal(*shapes[name], dtype=dtypes.get(name, case.dtype)) for name in case.grads}
     )
-    return Problem(inputs, options, cotangents)
+    return Trial(inputs, options, cotangents)
 
 
-def refusal(problem: Problem, backend: str) -> str | None:
+def refusal(problem: Trial, backend: str) -> str | None:
     """Why a backend does not run a problem, or None."""
     return dispatch.refusal(backend, attention_problem(_leaves(problem)[0], problem.options))
 
 
-def run(problem: Problem, backend: str, **overrides: Any) -> Results:
+def run(problem: Trial, backend: str, **overrides: Any) -> Results:
     """All results of a problem through `attnfast.attention` or `varlen_attention`."""
     inputs, leaves = _leaves(problem)
     return differentiate(outputs(inputs, problem.options, backend, **overrides), leaves, problem)
 
 
-def _leaves(problem: Problem) -> tuple[Inputs, dict[str, Tensor]]:
+def _leaves(problem: Trial) -> tuple[Inputs, dict[str, Tensor]]:
     """Inputs that want gradients where there are cotangents, and these by name."""
     wanted = any(x is not None for x in problem.cotangents)
     return with_leaves(problem.inputs) if wanted else (problem.inputs, {})

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from accuracy import check
 from cases import fp32
-from dense import Cotangents, Problem
+from dense import Cotangents, Trial
 from torch import Tensor
 
 import attnfast
@@ -18,7 +18,7 @@ PAGE = 16
 
 
 @dataclass(frozen=True)
-class Case:
+class DecodeCase:
     """A call of `decode_attention`: lengths are those of the cache's entries, S its capacity."""
 
     name: str
@@ -46,33 +46,33 @@ class Case:
 
 
 CASES = (
-    Case("plain"),
-    Case("mha", H_kv=4),
-    Case("mqa", H=8, H_kv=1),
-    Case("gqa_wide", H=24, H_kv=2, D=128, D_v=128),
-    Case("few_queries", T=5),
-    Case("many_queries", T=40, lengths=(129, 300, 41)),
-    Case("more_queries_than_keys", T=7, lengths=(0, 3, 7, 300)),
-    Case("empty", lengths=(0, 0, 5)),
-    Case("short", lengths=(1, 2, 15, 16, 17), S=32),
-    Case("long", lengths=(4097, 1, 2000), S=4112),
-    Case("long_row", lengths=(9000,), S=9008, H=2, H_kv=1),
-    Case("tiny", D=1, D_v=1),
-    Case("odd", D=40, D_v=72),
-    Case("wide", D=192, D_v=512),
-    Case("narrow", D=512, D_v=8),
-    Case("scale", scale=0.3),
-    Case("softcap", softcap=2.0),
-    Case("window", window=(40, None)),
-    Case("window_outside", window=(0, 0), T=3),
-    Case("window_long", window=(100, 0), lengths=(4000, 50, 101), S=4000, T=2),
-    Case("alibi", alibi="h", T=2),
-    Case("alibi_batch", alibi="bh"),
-    Case("sinks", sinks=True, lengths=(0, 100, 320)),
-    Case("bias", bias="bhts", T=3),
-    Case("bias_keys", bias="bs"),
-    Case("bias_heads", bias="h"),
-    Case("everything", H=6, T=3, D=40, D_v=24, scale=0.2, window=(150, None), softcap=4.0,
+    DecodeCase("plain"),
+    DecodeCase("mha", H_kv=4),
+    DecodeCase("mqa", H=8, H_kv=1),
+    DecodeCase("gqa_wide", H=24, H_kv=2, D=128, D_v=128),
+    DecodeCase("few_queries", T=5),
+    DecodeCase("many_queries", T=40, lengths=(129, 300, 41)),
+    DecodeCase("more_queries_than_keys", T=7, lengths=(0, 3, 7, 300)),
+    DecodeCase("empty", lengths=(0, 0, 5)),
+    DecodeCase("short", lengths=(1, 2, 15, 16, 17), S=32),
+    DecodeCase("long", lengths=(4097, 1, 2000), S=4112),
+    DecodeCase("long_row", lengths=(9000,), S=9008, H=2, H_kv=1),
+    DecodeCase("tiny", D=1, D_v=1),
+    DecodeCase("odd", D=40, D_v=72),
+    DecodeCase("wide", D=192, D_v=512),
+    DecodeCase("narrow", D=512, D_v=8),
+    DecodeCase("scale", scale=0.3),
+    DecodeCase("softcap", softcap=2.0),
+    DecodeCase("window", window=(40, None)),
+    DecodeCase("window_outside", window=(0, 0), T=3),
+    DecodeCase("window_long", window=(100, 0), lengths=(4000, 50, 101), S=4000, T=2),
+    DecodeCase("alibi", alibi="h", T=2),
+    DecodeCase("alibi_batch", alibi="bh"),
+    DecodeCase("sinks", sinks=True, lengths=(0, 100, 320)),
+    DecodeCase("bias", bias="bhts", T=3),
+    DecodeCase("bias_keys", bias="bs"),
+    DecodeCase("bias_heads", bias="h"),
+    DecodeCase("everything", H=6, T=3, D=40, D_v=24, scale=0.2, window=(150, None), softcap=4.0,
          alibi="bh", sinks=True, bias="hts"),
 )  # fmt: skip
 
@@ -87,7 +87,7 @@ class Call(NamedTuple):
     options: dict[str, Any]
 
 
-def make(case: Case, beyond: float = torch.nan) -> Call:
+def make(case: DecodeCase, beyond: float = torch.nan) -> Call:
     """The case's tensors; cache slots past the lengths hold ``beyond``."""
     rng = torch.Generator().manual_seed(len(str(case)))
 
@@ -125,7 +125,7 @@ def judge(results: tuple[Tensor, Tensor], call: Call) -> None:
     check({"out": out, "lse": lse}, equivalent(call))
 
 
-def equivalent(call: Call) -> Problem:
+def equivalent(call: Call) -> Trial:
     """The same as a problem of `attention`: decoding is causal, with align = length - T."""
     options = call.options
     left, right = options["window"] or (None, None)
@@ -147,7 +147,7 @@ def equivalent(call: Call) -> Problem:
         window_right=-1 if right is None else right,
         softcap=options["softcap"] or 0.0,
     )
-    return Problem(inputs, given, Cotangents())
+    return Trial(inputs, given, Cotangents())
 
 
 def decode(call: Call, backend: str) -> tuple[Tensor, Tensor]:

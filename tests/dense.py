@@ -57,7 +57,7 @@ class Cotangents(NamedTuple):
     weights: Tensor | None = None  # the shape of the returned weights
 
 
-class Problem(NamedTuple):
+class Trial(NamedTuple):
     """One call to judge: what goes in, and which gradients come back."""
 
     inputs: Inputs
@@ -72,7 +72,7 @@ class Sum(NamedTuple):
     unit: Tensor
 
 
-def dense(problem: Problem) -> dict[str, Sum]:
+def dense(problem: Trial) -> dict[str, Sum]:
     """Every output and gradient of a call, from inputs of any dtype.
 
     Returns:

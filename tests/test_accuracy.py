@@ -9,26 +9,26 @@ import pytest
 import torch
 from accuracy import Results, check, reference_results
 from cases import DTYPES, EVERYTHING, Case, problem
-from dense import Cotangents, Problem
+from dense import Cotangents, Trial
 
 from attnfast.call import Inputs
 
 LEAN = Case("lean", T=65, S=90, D=16)  # one option at a time is added
 
 
-def options(**changes: object) -> Callable[[Problem], Problem]:
+def options(**changes: object) -> Callable[[Trial], Trial]:
     return lambda p: p._replace(options=p.options._replace(**changes))
 
 
-def inputs(change: Callable[[Inputs], dict[str, object]]) -> Callable[[Problem], Problem]:
+def inputs(change: Callable[[Inputs], dict[str, object]]) -> Callable[[Trial], Trial]:
     return lambda p: p._replace(inputs=p.inputs._replace(**change(p.inputs)))
 
 
-def without(cotangent: str) -> Callable[[Problem], Problem]:
+def without(cotangent: str) -> Callable[[Trial], Trial]:
     return lambda p: p._replace(cotangents=p.cotangents._replace(**{cotangent: None}))
 
 
-MISTAKES: dict[str, tuple[Case, Callable[[Problem], Problem]]] = {
+MISTAKES: dict[str, tuple[Case, Callable[[Trial], Trial]]] = {
     "scale missing": (LEAN, options(scale=1.0)),
     "causal edge one too far": (replace(LEAN, causal=True), options(align_offset=1)),
     "causal edge one too near": (replace(LEAN, causal=True), options(align_offset=-1)),

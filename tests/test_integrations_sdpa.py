@@ -11,7 +11,7 @@ import accuracy
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import Cotangents, Problem
+from dense import Cotangents, Trial
 from kernel_calls import kernel_calls
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -257,7 +257,7 @@ def test_the_operator_keeps_the_accuracy_rule(
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), cotangent)
     found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     inputs = Inputs(q.detach(), k.detach(), v.detach(), mask=mask)
-    problem = Problem(inputs, Options(scale, causal=causal), Cotangents(out=cotangent))
+    problem = Trial(inputs, Options(scale, causal=causal), Cotangents(out=cotangent))
     accuracy.check({name: x.detach() for name, x in found.items()}, problem)
 
 

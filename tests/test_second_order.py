@@ -8,7 +8,7 @@ import pytest
 import torch
 from accuracy import in_double, with_leaves
 from cases import Case, outputs, problem
-from dense import Problem
+from dense import Trial
 from torch import Tensor
 
 from attnfast import second_order
@@ -68,13 +68,13 @@ CASES = {
 }
 
 
-def named_outputs(inputs: Inputs, case: Problem, backend: str) -> dict[str, Tensor]:
+def named_outputs(inputs: Inputs, case: Trial, backend: str) -> dict[str, Tensor]:
     found = outputs(inputs, case.options, backend)
     stats = {} if found.stats is None else {"entropy": found.stats[1]}
     return {"out": found.out, "lse": found.lse, "weights": found.weights, **stats}
 
 
-def derivatives(case: Problem, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def derivatives(case: Trial, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """First gradients, and the gradients of a random combination of them by all that they read."""
     inputs, leaves = with_leaves(case.inputs)
     cotangents = {

@@ -19,7 +19,7 @@ import attnfast
 from .. import OURS
 from ..clock import Results
 from ..grid import DROPOUT_P, WINDOW, AttentionCase
-from ..problem import Problem, eager, pass_of, problem
+from ..problem import Workload, eager, pass_of, problem
 from ..race import Entries
 from . import flex, lacking, onnx_runtime
 
@@ -32,14 +32,14 @@ class Contestant(NamedTuple):
     """One way to compute a row."""
 
     name: str
-    absent: Callable[[Problem], str | None]
-    forward: Callable[[Problem], Results]
+    absent: Callable[[Workload], str | None]
+    forward: Callable[[Workload], Results]
 
 
 def ours(backend: str) -> Contestant:
     """Attnfast by one of its backends."""
 
-    def forward(p: Problem) -> Results:
+    def forward(p: Workload) -> Results:
         option = p.case.option
         wanted: dict[str, Any] = {
             "weights": {"return_weights": True},
@@ -71,7 +71,7 @@ def ours(backend: str) -> Contestant:
     return Contestant(OURS, lambda p: None, forward)
 
 
-def sdpa(p: Problem) -> Results:
+def sdpa(p: Workload) -> Results:
     """`F.scaled_dot_product_attention`, causal and window as the cheapest form it takes."""
     case = p.case
     mask: Tensor | None = p.dense_bias()
@@ -90,7 +90,7 @@ def sdpa(p: Problem) -> Results:
     return {"out": out}
 
 
-def sdpa_unable(p: Problem) -> str | None:
+def sdpa_unable(p: Workload) -> str | None:
     """What `F.scaled_dot_product_attention` has no argument for."""
     lacking = ("softcap", "sinks", "weights", "mean weights", "statistics")
     return f"has no {p.case.option}" if p.case.option in lacking else None
@@ -99,11 +99,11 @@ def sdpa_unable(p: Problem) -> str | None:
 def forced(backend: SDPBackend) -> Contestant:
     """`F.scaled_dot_product_attention` by one of its kernels."""
 
-    def forward(p: Problem) -> Results:
+    def forward(p: Workload) -> Results:
         with sdpa_kernel(backend):
             return sdpa(p)
 
-    def absent(p: Problem) -> str | None:
+    def absent(p: Workload) -> str | None:
         if backend in GPU_ONLY and p.q.device.type == "cpu":
             return "needs a GPU"
         if backend == SDPBackend.MATH and scores_bytes(p) > EAGER_LIMIT:
@@ -112,7 +112,7 @@ def forced(backend: SDPBackend) -> Contestant:
             return "has no dropout"
         return sdpa_unable(p)
 
-    def _drops(p: Problem) -> bool:
+    def _drops(p: Workload) -> bool:
         small = problem(p.case._replace(B=1, H=1, work="forward"), p.q.device)
         small.dropout_p = DROPOUT_P
         try:
@@ -131,13 +131,13 @@ def _name(backend: SDPBackend) -> str:
 MATH = _name(SDPBackend.MATH)
 
 
-def scores_bytes(p: Problem) -> int:
+def scores_bytes(p: Workload) -> int:
     """The size of one (B, H, T, S) tensor."""
     case = p.case
     return case.B * case.H * case.T * case.S * p.q.element_size()
 
 
-def eager_absent(p: Problem) -> str | None:
+def eager_absent(p: Workload) -> str | None:
     """Nobody would."""
     return "would hold all scores" if scores_bytes(p) > EAGER_LIMIT else None
 
@@ -145,12 +145,12 @@ def eager_absent(p: Problem) -> str | None:
 def package(name: str) -> Contestant:
     """A package's function on (B, T, H, D) tensors, where it is installed and has a GPU."""
 
-    def absent(p: Problem) -> str | None:
+    def absent(p: Workload) -> str | None:
         if p.case.option not in ("", "gqa"):
             return f"{p.case.option} is not compared"
         return lacking(name, p.q.device, p.case.dtype)
 
-    def forward(p: Problem) -> Results:
+    def forward(p: Workload) -> Results:
         q, k, v = (x.transpose(1, 2) for x in (p.q, p.k, p.v))
         return {"out": PACKAGES[name](q, k, v, p.case.causal).transpose(1, 2)}
 
@@ -199,7 +199,7 @@ def contestants(backend: str) -> tuple[Contestant, ...]:
     )
 
 
-def _too_long(name: str, p: Problem) -> str | None:
+def _too_long(name: str, p: Workload) -> str | None:
     """Why the quick suites do without a contestant."""
     if name == flex.NAME and not flex.chosen(p.case):
         return "compiled for some rows of the quick suites only"

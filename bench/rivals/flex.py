@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..clock import Results
 from ..grid import CORE, WINDOW, AttentionCase
-from ..problem import Problem
+from ..problem import Workload
 
 NAME = "FlexAttention"
 SMALL = 48  # keys, of smoke rows
@@ -26,7 +26,7 @@ def chosen(case: AttentionCase) -> bool:
     return (case.causal and case[:5] in CORE[2:4]) or case.option in QUICK
 
 
-def absent(p: Problem) -> str | None:
+def absent(p: Workload) -> str | None:
     """What it does not compute."""
     option = p.case.option
     if p.q.device.type == "cpu" and p.leaves:
@@ -38,7 +38,7 @@ def absent(p: Problem) -> str | None:
     return None
 
 
-def forward(p: Problem) -> Results:
+def forward(p: Workload) -> Results:
     """The row's result."""
     if NAME not in p.kept:
         p.kept[NAME] = _compile(p)
@@ -48,7 +48,7 @@ def forward(p: Problem) -> Results:
 _case: AttentionCase | None = None  # of the last row that was compiled
 
 
-def _compile(p: Problem) -> Callable[..., Tensor]:
+def _compile(p: Workload) -> Callable[..., Tensor]:
     """FlexAttention for one problem, with its mask and its change of scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -70,7 +70,7 @@ def _compile(p: Problem) -> Callable[..., Tensor]:
     return call
 
 
-def _block_mask(p: Problem) -> Any:
+def _block_mask(p: Workload) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     case, padding = p.case, p.mask
@@ -85,7 +85,7 @@ def _block_mask(p: Problem) -> Any:
     return create_block_mask(allowed, batch, None, case.T, case.S, device=p.q.device.type)
 
 
-def _score_mod(p: Problem) -> Callable[..., Tensor]:
+def _score_mod(p: Workload) -> Callable[..., Tensor]:
     softcap, bias, slopes = p.softcap, p.bias, p.slopes
 
     def score(x: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..clock import Results
-from ..problem import Problem
+from ..problem import Workload
 
 OPSET = 23  # the first with Attention
 
@@ -24,7 +24,7 @@ def missing(device: torch.device) -> str | None:
     return None if device.type == "cpu" else "is compared on the CPU"
 
 
-def absent(p: Problem) -> str | None:
+def absent(p: Workload) -> str | None:
     """What it does not compute."""
     if (reason := missing(p.q.device)) is not None:
         return reason
@@ -37,7 +37,7 @@ def absent(p: Problem) -> str | None:
     return None
 
 
-def forward(p: Problem) -> Results:
+def forward(p: Workload) -> Results:
     """The row's result."""
     return {"out": attention(p.q, p.k, p.v, p.case.causal, p.softcap or 0.0)}
 

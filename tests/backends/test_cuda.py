@@ -315,7 +315,7 @@ def test_checks_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("D", [64, 256])
 def test_decode_on_turing(D: int) -> None:
     """Where the cache's tiles are half as large, for its shared memory."""
-    case = decode_cases.Case("turing", lengths=(129, 300), D=D, D_v=D, dtype=fp16)
+    case = decode_cases.DecodeCase("turing", lengths=(129, 300), D=D, D_v=D, dtype=fp16)
     call = decode_cases.make(case)
     with architecture(75):
         decode_cases.judge(decode_cases.decode_paged(call, "cuda"), call)
@@ -359,7 +359,7 @@ def test_opcheck() -> None:
     out, _, norm, stats, *_ = ops.CUDA.fwd(*inputs, *options)
     gradients = (*grads, out, norm, stats[1], True, True)
     torch.library.opcheck(ops.CUDA.bwd, (*gradients, *inputs, *options))
-    call = decode_cases.make(decode_cases.Case("opcheck", T=2, dtype=fp16))
+    call = decode_cases.make(decode_cases.DecodeCase("opcheck", T=2, dtype=fp16))
     rest = (None, None, None, None, 0.1, -1, -1, 0.0)
     torch.library.opcheck(ops.CUDA.decode, (*call[:4], *rest))
 

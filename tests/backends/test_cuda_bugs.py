@@ -163,7 +163,7 @@ REAL: dict[str, Callable[[], None]] = {
 }
 
 
-def check_decode(case: decode_cases.Case) -> None:
+def check_decode(case: decode_cases.DecodeCase) -> None:
     call = decode_cases.make(case)
     bias = call.options["bias"]
     dropped = torch.rand(bias.shape, generator=torch.Generator().manual_seed(0)) < 0.3
@@ -178,7 +178,7 @@ def check_on_turing() -> None:
 
 REAL["turing"] = check_on_turing
 
-DECODE = decode_cases.Case(
+DECODE = decode_cases.DecodeCase(
     "decode", lengths=(129, 300), H=6, T=3, D_v=40, alibi="h", sinks=True, bias="bhts", dtype=fp16
 )
 REAL["decode"] = functools.partial(check_decode, DECODE)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, bf16, fp16, fp32, problem, run
-from dense import Problem
+from dense import Trial
 from emulation import check_case
 from torch import Tensor
 from torch.testing import assert_close
@@ -33,7 +33,7 @@ CALLS = (
 both = pytest.mark.parametrize("dtype", [bf16, fp16], ids=str)
 
 
-def with_inputs(given: Problem, **changes: Tensor) -> Problem:
+def with_inputs(given: Trial, **changes: Tensor) -> Trial:
     return given._replace(inputs=given.inputs._replace(**changes))
 
 

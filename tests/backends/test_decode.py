@@ -10,8 +10,8 @@ import pytest
 import torch
 from accuracy import check
 from cases import DTYPES, bf16, fp32
-from decode_cases import CASES, PAGE, WAYS, Call, Case, decode, decode_paged, judge, make
-from dense import Cotangents, Problem
+from decode_cases import CASES, PAGE, WAYS, Call, DecodeCase, decode, decode_paged, judge, make
+from dense import Cotangents, Trial
 from torch import Tensor
 
 import attnfast
@@ -24,7 +24,7 @@ EVERY = pytest.mark.parametrize("way", WAYS)
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_option(backend: str, case: Case, dtype: torch.dtype, way: str) -> None:
+def test_every_option(backend: str, case: DecodeCase, dtype: torch.dtype, way: str) -> None:
     """Cache slots past the lengths hold NaN."""
     call = make(replace(case, dtype=dtype))
     judge(WAYS[way](call, backend), call)
@@ -32,7 +32,7 @@ def test_every_option(backend: str, case: Case, dtype: torch.dtype, way: str) ->
 
 @pytest.mark.parametrize("page", [1, 2, 5, 64, 320])
 def test_any_page_size(backend: str, page: int) -> None:
-    call = make(Case("pages", lengths=(129, 320, 0, 64)))
+    call = make(DecodeCase("pages", lengths=(129, 320, 0, 64)))
     judge(decode_paged(call, backend, page), call)
 
 
@@ -43,7 +43,7 @@ def test_unused_slots_may_hold_anything(
     backend: str, dtype: torch.dtype, value: float, way: str
 ) -> None:
     """The results are bitwise those of zeros in their place."""
-    case = Case("unused", lengths=(129, 300, 64, 0, 1), dtype=dtype, T=2)
+    case = DecodeCase("unused", lengths=(129, 300, 64, 0, 1), dtype=dtype, T=2)
     results, clean = (WAYS[way](make(case, beyond), backend) for beyond in (value, 0.0))
     for result, expected in zip(results, clean, strict=True):
         assert torch.equal(result, expected)
@@ -60,7 +60,7 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", [fp32, bf16], ids=str)
 @pytest.mark.parametrize("strides", STRIDES)
 def test_caches_of_any_strides(backend: str, strides: str, dtype: torch.dtype) -> None:
-    call = make(Case("strided", T=2, dtype=dtype))
+    call = make(DecodeCase("strided", T=2, dtype=dtype))
     q, k, v = (STRIDES[strides](x) for x in call[:3])
     call = call._replace(q=q, k=k, v=v)
     out, lse = decode(call, backend)
@@ -74,7 +74,9 @@ def test_an_entry_does_not_depend_on_the_batch(
     backend: str, dtype: torch.dtype, way: str, threads: Callable[[int], None]
 ) -> None:
     """Alone, on one thread and in a smaller cache, it has the same bits as among others on two."""
-    case = Case("batch", lengths=(129, 300, 64, 9, 2000), S=2048, T=2, dtype=dtype, alibi="bh")
+    case = DecodeCase(
+        "batch", lengths=(129, 300, 64, 9, 2000), S=2048, T=2, dtype=dtype, alibi="bh"
+    )
     call = make(case)
     torch.use_deterministic_algorithms(True)
     try:
@@ -97,7 +99,7 @@ def test_an_entry_does_not_depend_on_the_batch(
 
 @EVERY
 def test_threads_and_runs_give_the_same_bits(way: str, threads: Callable[[int], None]) -> None:
-    call = make(Case("threads", lengths=(4097, 1, 2000), S=4112, T=2))
+    call = make(DecodeCase("threads", lengths=(4097, 1, 2000), S=4112, T=2))
     threads(1)
     expected = WAYS[way](call, "cpu")
     for number in (2, 5, 2):
@@ -119,7 +121,7 @@ def test_the_same_as_attention(backend: str) -> None:
         )
         outs.append(out)
         lses.append(row_lse)
-    given = Problem(Inputs(q, k, v), Options(0.25, causal=True), Cotangents())
+    given = Trial(Inputs(q, k, v), Options(0.25, causal=True), Cotangents())
     check({"out": torch.cat(outs, 2), "lse": torch.cat(lses, 2)}, given)
     check({"out": whole, "lse": lse}, given)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accuracy import Results
 from cases import DTYPES, EVERYTHING, OPTIONS, Case, bf16, fp16, fp32, problem, run
-from dense import Cotangents, Problem
+from dense import Cotangents, Trial
 from torch import Tensor
 
 from attnfast.call import Inputs
@@ -59,7 +59,7 @@ def test_any_number_of_threads_gives_the_same_bits(
         assert_same_bits(run(given, "cpu"), expected)
 
 
-def entry(given: Problem, b: int) -> Problem:
+def entry(given: Trial, b: int) -> Trial:
     """Batch entry b as a call of its own."""
     B = len(given.inputs.q)
 
@@ -69,7 +69,7 @@ def entry(given: Problem, b: int) -> Problem:
     inputs = Inputs(*(of(x) for x in given.inputs))
     if inputs.align is not None:
         inputs = inputs._replace(align=inputs.align[b : b + 1])
-    return Problem(inputs, given.options, Cotangents(*(of(x) for x in given.cotangents)))
+    return Trial(inputs, given.options, Cotangents(*(of(x) for x in given.cotangents)))
 
 
 BATCHES = (
@@ -119,7 +119,7 @@ def test_a_row_does_not_depend_on_other_entries_values(backend: str, dtype: torc
     )
 
 
-def sequence(given: Problem, i: int) -> Problem:
+def sequence(given: Trial, i: int) -> Trial:
     """Sequence i of a varlen call as a varlen call of its own."""
     inputs = given.inputs
     assert inputs.cu_seqlens_q is not None
@@ -143,7 +143,7 @@ def sequence(given: Problem, i: int) -> Problem:
         None if entropy is None else entropy[:, :, rows],
         None if weights is None else weights[i : i + 1],
     )
-    return Problem(alone, given.options, cotangents)
+    return Trial(alone, given.options, cotangents)
 
 
 PACKED = (

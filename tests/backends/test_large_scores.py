@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, Case, fp32, problem, run
-from dense import Problem
+from dense import Trial
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -34,7 +34,7 @@ CALLS = (
 )
 
 
-def with_inputs(given: Problem, **changes: Tensor) -> Problem:
+def with_inputs(given: Trial, **changes: Tensor) -> Trial:
     return given._replace(inputs=given.inputs._replace(**changes))
 
 

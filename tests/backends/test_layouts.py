@@ -10,7 +10,7 @@ import pytest
 import torch
 from accuracy import check
 from cases import DTYPES, EVERYTHING, Case, bf16, fp16, fp32, problem, run
-from dense import Cotangents, Problem
+from dense import Cotangents, Trial
 from torch import Tensor
 
 import attnfast
@@ -125,7 +125,7 @@ def test_packed_qkv(backend: str, dtype: torch.dtype) -> None:
     out, lse = attnfast.attention(q, k, v, causal=True, return_lse=True, backend=backend)
     (grad,) = torch.autograd.grad(out, packed, grad_out)
     dq, dk, dv = grad.permute(2, 0, 3, 1, 4)
-    given = Problem(
+    given = Trial(
         Inputs(*(x.detach() for x in (q, k, v))),
         Options(24**-0.5, causal=True),
         Cotangents(grad_out),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accuracy import check
 from cases import DTYPES, Case, fp16, fp32, problem, run
-from dense import Problem
+from dense import Trial
 from torch import Tensor
 
 from attnfast.call import Inputs
@@ -18,7 +18,7 @@ ALL_GRADS = ("out", "lse", "entropy")
 POISON = (torch.nan, torch.inf, -torch.inf)
 
 
-def with_inputs(given: Problem, **changes: Tensor) -> Problem:
+def with_inputs(given: Trial, **changes: Tensor) -> Trial:
     return given._replace(inputs=given.inputs._replace(**changes))
 
 
@@ -145,7 +145,7 @@ def test_infinity_among_the_inputs(backend: str, dtype: torch.dtype, which: str)
     assert not expected.isfinite().all()
 
 
-def plain(given: Problem) -> Tensor:
+def plain(given: Trial) -> Tensor:
     """The output by torch's own operators, in fp64."""
     q, k, v = (getattr(given.inputs, x).double() for x in "qkv")
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -211,7 +211,7 @@ def test_unattended_keys_may_hold_anything(
     where = unattended(given.inputs).unsqueeze(-1)
     assert where.any()
 
-    def filled(value: float) -> Problem:
+    def filled(value: float) -> Trial:
         k, v = given.inputs.k, given.inputs.v
         return with_inputs(given, k=k.masked_fill(where, value), v=v.masked_fill(where, value))
 
@@ -260,7 +260,7 @@ def test_nan_in_a_query_stays_in_its_row(backend: str, dtype: torch.dtype) -> No
     assert torch.equal(results["lse"].isnan(), expected)
 
 
-def rows_without_keys(dtype: torch.dtype) -> tuple[Problem, Tensor]:
+def rows_without_keys(dtype: torch.dtype) -> tuple[Trial, Tensor]:
     """A problem and which of its rows have no key: all of an entry, and some of the next."""
     grads = (*ALL_GRADS, "weights")
     given = problem(Case(dtype=dtype, mask="bts", stats=2, weights="per head", grads=grads, B=3))

@@ -18,7 +18,7 @@ from attnfast.kernels import launch as launching
 from cases import DTYPES, EVERYTHING, Case, bf16, fp32, problem, run
 from decode_cases import CASES as DECODE_CASES
 from decode_cases import WAYS, judge, make
-from dense import Problem
+from dense import Trial
 from test_given_back import CALLS as GIVEN_BACK
 from test_given_back import EACH, complaint
 from torch import Tensor
@@ -113,7 +113,7 @@ def test_ends_that_lead_astray(
     boundaries = torch.tensor(ends).int()
     inputs = given.inputs._replace(cu_seqlens_q=boundaries, cu_seqlens_k=boundaries.flip(0))
     options = given.options._replace(max_seqlen_q=longest[0], max_seqlen_k=longest[1])
-    results = run(Problem(inputs, options, given.cotangents), "triton")
+    results = run(Trial(inputs, options, given.cotangents), "triton")
     canaries()
     assert results["dq"].isfinite().all()
 

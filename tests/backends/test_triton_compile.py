@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import check
 from cases import EVERYTHING, Case, problem
-from dense import Problem
+from dense import Trial
 
 import attnfast
 from attnfast.call import DecodeInputs, DecodeOptions, Upstream
@@ -27,7 +27,7 @@ def test_one_graph_forward_and_backward(compiler: str) -> None:
     grads = torch.autograd.grad(out, leaves, given.cotangents.out)
     names = ("dq", "dk", "dv", "dbias")
     results = {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, grads, strict=True))}
-    check(results, Problem(inputs, given.options, given.cotangents))
+    check(results, Trial(inputs, given.options, given.cotangents))
 
 
 @pytest.mark.parametrize("varlen", [False, True])
