@@ -148,6 +148,8 @@ struct GradientTiles : BackwardTiles<Element> {
       if (to.dq) add_dq(column, c, key, begin - key, end - key, keys, dead, s);
       clear_rows(s, c, begin - key, end - key, n);
     }
+
+    // dv, dk
     if (!to.dkv || first >= last) return;
     add_dkv(first, last, n, to.dk + key * to.dk_row, to.dv + key * to.dv_row, s);
   }
@@ -190,17 +192,22 @@ struct GradientTiles : BackwardTiles<Element> {
       a.data += row * a.row;
       return a;
     };
+    // Scores
     const PairScores<kPlanes> scores{{state.q_t, kColumn, q_t_plane()},
                                      rows_of(keys.k, key),
                                      (p.D + kPanel - 1) / kPanel,
                                      kPlanes > 1 ? 1.0f : head.units.factor};
     score_tile(head, column, key, n, scores, s.p_tile, s.dcapped, nullptr, dead);
     Tiles::spread_nan(state, n, s.p_tile);
+
+    // dP
     multiply_pairs<kPlanes>(n, kColumn, (p.D_v + kPanel - 1) / kPanel, rows_of(keys.v, key),
                             PairsB{state.do_t, kColumn, do_t_plane()}, MatrixC{s.ds_tile, kColumn},
                             Start::kZero);
     if (p.dropout_p > 0.0) dropout_tile(head, column, key, n, keep_scale_of(p), s.z);
     if (p.grad_weights.data) this->weights_gradient_tile(head, column, key, n, s.dw);
+
+    // Probabilities and ds
     const Index row = c * kKeys + key - tile_key;
     float *p_rows = s.p_all + row * kPanelPairs, *ds_rows = s.ds_all + row * kPanelPairs;
     float* ds_pairs = s.ds_pairs + (key - tile_key) % kPanel / 2 * kColumn;

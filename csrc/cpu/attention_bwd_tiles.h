@@ -122,10 +122,15 @@ struct BackwardTiles {
                      Index key, Index n, const float* k, Index k_row, const float* v, Index v_row,
                      BackwardScratch& s, float* prob, float* ds, bool through_cap,
                      DeadKeys* dead) const {
+    // Scores
     scores_of(head, column, key, n, k, k_row, state.q_t, prob, s.dcapped, nullptr, dead);
     spread_nan(state, n, prob);
+
+    // dP
     gemm<kTileVecs>(n, p.D_v, MatrixA{v, v_row, 1}, MatrixB{state.do_t, kColumn},
                     MatrixC{ds, kColumn}, Start::kZero);
+
+    // Probabilities and ds
     const float to_log2 = head.units.to_log2, to_natural = head.units.to_natural;
     if (is_plain()) {
       for (Index lane = 0; lane < kColumn; lane += kLanes) {
@@ -273,6 +278,8 @@ struct GradientTiles<Element, 0> : BackwardTiles<Element> {
       clear_outside(state.p, begin - key, end - key, n);
       clear_outside(state.ds, begin - key, end - key, n);
     }
+
+    // dv, dk
     if (!to.dkv || first >= last) return;
     const Index tile = kKeys * kColumn;
     gemm_wide(n, s.D_v_pad, kColumn,

@@ -93,6 +93,7 @@ void finish_column(const ForwardParams& p, const Head<Element>& head, const Colu
     const Vec m = load(state.m + lane);
     Vec top = m, top_natural = m * to_natural, l = load(state.l + lane);
     Vec depth_sum = load(state.depth_sum + lane), rescale = broadcast(1.0f);
+    // Sinks
     if (p.sinks) {
       const Vec sink = broadcast(head.sink);
       top = max(sink, m);
@@ -105,6 +106,8 @@ void finish_column(const ForwardParams& p, const Head<Element>& head, const Colu
                   (l_sink > 0.0f ? l_sink * (sink - base) : zeros());
       l = l * rescale + l_sink;
     }
+
+    // Statistics
     const Vec log2_l = log2(l), log_l = log2_l * kLn2;
     const IVec empty = l == 0.0f;
     const Vec inverse = empty ? zeros() : 1.0f / l;
@@ -117,6 +120,8 @@ void finish_column(const ForwardParams& p, const Head<Element>& head, const Colu
     store(reach + lane, load(state.distance_sum + lane) * rescale * inverse);
     store(focus + lane, m == -kInfinity ? zeros() : rescale * inverse);
   }
+
+  // Store
   const Index row = head.b * (p.cu_seqlens_q ? 0 : p.lse_stride_b) + head.h * p.lse_stride_h +
                     head.q_begin + column.t0;
   const auto write = [&](float* to, const float* from) {
