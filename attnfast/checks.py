@@ -145,21 +145,19 @@ def attention_call(
                 cu_seqlens_k,
             )
         ),
-        Options._make(
-            (
-                *require.score_options(function, D, scores),
-                causal,
-                window_left,
-                window_right,
-                align_offset,
-                bottom_right,
-                dropout_p,
-                weights,
-                stats,
-                deterministic,
-                max_seqlen_q,
-                max_seqlen_k,
-            )
+        Options(
+            *require.score_options(function, D, scores),
+            causal,
+            window_left,
+            window_right,
+            align_offset,
+            bottom_right,
+            dropout_p,
+            weights,
+            stats,
+            deterministic,
+            max_seqlen_q,
+            max_seqlen_k,
         ),
     )
 
