@@ -13,7 +13,7 @@ from torch.func import functional_call, grad
 import attnfast
 
 
-class Results(nn.Module):
+class AllResults(nn.Module):
     """Attention by every differentiable tensor, with every differentiable result."""
 
     def __init__(self, weights: bool | str, dropout_p: float) -> None:
@@ -74,7 +74,7 @@ class Layers(nn.Module):
 
 def results(weights: bool | str, dropout_p: float) -> tuple[nn.Module, tuple[Tensor, ...]]:
     q = torch.randn(2, 4, 5, 8, requires_grad=True)
-    return Results(weights, dropout_p), (q, torch.tensor([3, 4]))
+    return AllResults(weights, dropout_p), (q, torch.tensor([3, 4]))
 
 
 MODELS = {
