@@ -3,7 +3,7 @@
     s   = softcap(scale * q k^T) + bias - slope * |j - t'|   -inf where t may not attend j
     lse = log(sum_j exp(s_j) + exp(sink))
     p   = exp(s - lse)
-    out = (p * keep / (1 - dropout_p)) v
+    out = (p * kept / (1 - dropout_p)) v
 
 Every backend has to agree with this file, and second derivatives are taken through it. It holds all
 T x S scores at once and runs on any device and dtype. docs/math.md derives the gradients that the
@@ -82,8 +82,8 @@ def reference_attention(
         if options.dropout_p > 0:
             assert inputs.dropout_seed is not None
             start = {"row_start": row_start, "batch_start": batch_start}
-            keep = dropout_mask(inputs.dropout_seed, B, H, T, S, options.dropout_p, **start)
-            w = torch.where(keep, p, 0) / (1 - options.dropout_p if options.dropout_p < 1 else 1)
+            kept = dropout_mask(inputs.dropout_seed, B, H, T, S, options.dropout_p, **start)
+            w = torch.where(kept, p, 0) / (1 - options.dropout_p if options.dropout_p < 1 else 1)
         # Likewise the gradient of a query without keys, and NaN probabilities of unseen keys.
         out = torch.where(seen.any(-1, keepdim=True), torch.where(seen, w, 0) @ v, 0)
 
