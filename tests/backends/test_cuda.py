@@ -18,7 +18,7 @@ from torch import Tensor
 import attnfast
 from attnfast import dispatch, ops
 from attnfast.backends import cuda, gpus
-from attnfast.call import Inputs, Options
+from attnfast.call import DecodeInputs, DecodeOptions, Inputs, Options
 from attnfast.functional import attention_problem
 
 PLAIN = Case("plain", B=1, H_kv=1, T=150, S=200, D=64, dtype=bf16, causal=True)
@@ -360,8 +360,7 @@ def test_opcheck() -> None:
     gradients = (*grads, out, norm, stats[1], True, True)
     torch.library.opcheck(ops.CUDA.bwd, (*gradients, *inputs, *options))
     call = decode_cases.make(decode_cases.DecodeCase("opcheck", T=2, dtype=fp16))
-    rest = (None, None, None, None, 0.1, -1, -1, 0.0)
-    torch.library.opcheck(ops.CUDA.decode, (*call[:4], *rest))
+    torch.library.opcheck(ops.CUDA.decode, (*DecodeInputs(*call[:4]), *DecodeOptions(0.1)))
 
 
 REFUSED = {
