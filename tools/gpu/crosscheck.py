@@ -80,8 +80,8 @@ def cases() -> list[tuple[Any, str]]:
     tables, decode = proof.module("cases"), proof.module("decode_cases")
     plain = tables.Case(B=1, H=1, H_kv=1, T=150, S=200)
     everything = replace(tables.EVERYTHING, H=2, H_kv=1, D_v=0)
-    cache = decode.Case("cache", lengths=(129, 300), H=8)
-    rest = decode.Case(
+    cache = decode.DecodeCase("cache", lengths=(129, 300), H=8)
+    rest = decode.DecodeCase(
         "cache_options", lengths=(129, 300), T=2, softcap=4.0, alibi="h", sinks=True, bias="bs"
     )
     found: list[tuple[Any, str]] = []

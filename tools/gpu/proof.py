@@ -97,7 +97,7 @@ def attention(backend: str, device: str, case: Any) -> tuple[dict[str, torch.Ten
 
 
 def decode(backend: str, device: str, case: Any, way: str) -> tuple[dict[str, torch.Tensor], Any]:
-    """The results of a ``decode_cases.Case``, on the CPU, and its problem of attention."""
+    """The results of a ``decode_cases.DecodeCase``, on the CPU, and its problem of attention."""
     cases = module("decode_cases")
     call = cases.make(case)
     options = {
