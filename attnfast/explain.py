@@ -64,6 +64,7 @@ def explain(*args: Any, **kwargs: Any) -> str:
     call.apply_defaults()
     if call.arguments["other"]:
         require.nothing_else(name, call.arguments["other"])
+    call.arguments["return_lse"] = require.truth(name, "return_lse", call.arguments["return_lse"])
     checked = _checked_call(name, call.arguments)
     problem = (decode_problem if name == "decode_attention" else attention_problem)(*checked)
     workspace = functools.partial(_workspace, name, call.arguments, checked)

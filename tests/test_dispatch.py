@@ -337,6 +337,14 @@ def test_explain_takes_keywords_too() -> None:
     assert "k (2, 2, 24, 64), v (2, 2, 24, 32) (pages of 8)" in text
 
 
+@pytest.mark.parametrize("function", ["attention", "varlen_attention", "decode_attention"])
+def test_explain_reads_return_lse_as_the_call_does(function: str) -> None:
+    message = f"{function}: return_lse must be True or False, got"
+    for call in (getattr(attnfast, function), attnfast.explain):
+        with pytest.raises(TypeError, match=message):
+            called(call, function, *qkv(), return_lse=torch.zeros(2))
+
+
 def test_explain_shows_its_lines_where_it_is_the_last_value_of_a_cell() -> None:
     found = attnfast.explain(*qkv())
     assert isinstance(found, str)
