@@ -108,10 +108,10 @@ docs: $(RUNTIME) $(DOCS)  ## the documentation, in build/docs/; a warning is an 
 asan: $(TEST)  ## the case table under AddressSanitizer and UndefinedBehaviorSanitizer
 	ATTNFAST_SANITIZE=1 $(PY) setup.py -q build_ext
 	OMP_NUM_THREADS=1 $(ASAN_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal --capture=sys \
-	  --backend cpu $(ASAN_TESTS) -k "not reference" $(ARGS)
+	  --backend cpu $(ASAN_TESTS) -k "not test_reference" $(ARGS)
 	@for isa in $$($(PY) -c 'from csrc import build; print(*[*build.SANITIZED_ISAS][-2::-1])'); do echo "the case table as $$isa"; \
 	  OMP_NUM_THREADS=1 $(ASAN_ENV) ATTNFAST_CPU_ISA=$$isa $(PY) -m pytest -n $(WORKERS) --dist worksteal \
-	    --capture=sys --backend cpu tests/backends/test_table.py -k "not reference" $(ARGS) || exit 1; done
+	    --capture=sys --backend cpu tests/backends/test_table.py -k "not test_reference" $(ARGS) || exit 1; done
 
 venv: $(RUNTIME) $(TEST) $(LINT)  ## .venv with what building, testing and linting need
 
