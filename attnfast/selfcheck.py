@@ -77,20 +77,18 @@ def run(backends: list[tuple[str, str]]) -> Iterator[Verdict]:
 def check(backend: str, sample: Sample, dtype: torch.dtype, device: str) -> Verdict:
     """Run one sample forward and backward, and measure it against the rule.
 
-    ``error <= 2 x eager error + 4 eps M``: eager is the reference computed in its dtype, M
-    the largest of the same sums taken with absolute terms in fp64 (`magnitudes`).
+    ``error <= 2 x eager error + 4 unit``: eager is the reference computed in its dtype (lse in
+    fp32), unit what the rounding of its sums explains (`units`).
     """
     inputs, options, grad_out = drawn(sample, dtype, device)
     truth = reference_results(_double(inputs), options, grad_out.double(), torch.float64)
     eager = reference_results(inputs, options, grad_out, dtype)
     eager["lse"] = reference_results(inputs, options, grad_out, torch.float32)["lse"]
-    sums = magnitudes(_double(inputs), options, grad_out.double())
+    unit = units(_double(inputs), options, grad_out.double(), torch.finfo(dtype).eps)
     results, forward_ms, backward_ms = timed(backend, inputs, options, grad_out)
     errors = {name: _largest(results[name].double() - truth[name]) for name in truth}
     bounds = {
-        name: 2 * _largest(eager[name].double() - truth[name])
-        + 4 * torch.finfo(torch.float32 if name == "lse" else dtype).eps * sums[name]
-        for name in truth
+        name: 2 * _largest(eager[name].double() - truth[name]) + 4 * unit[name] for name in truth
     }
     name = str(dtype).removeprefix("torch.")
     return Verdict(backend, sample.name, name, errors, bounds, forward_ms, backward_ms)
@@ -165,32 +163,63 @@ def timed(
     return results, 1e3 * sorted(forward)[REPEATS // 2], 1e3 * sorted(backward)[REPEATS // 2]
 
 
-def magnitudes(inputs: Inputs, options: Options, grad_out: Tensor) -> dict[str, float]:
-    """M of each result: its largest sum with every term replaced by its absolute value, in fp64."""
-    q, k, v = (x.abs() for x in inputs[:3])
+def units(inputs: Inputs, options: Options, grad_out: Tensor, e: float) -> dict[str, float]:
+    """The largest rounding error of each result that its sums explain, from inputs in fp64.
+
+    Terms and results are rounded to a dtype of this eps, each for itself: the root of the squares,
+    at a variance of ``e**2 / 12``. Errors of fp32 count as its eps times the absolute terms.
+    """
+    q, k, v = inputs[:3]
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     per_head = options._replace(weights=2)
     undropped = reference_attention(inputs, per_head._replace(dropout_p=0.0))
-    dropped = reference_attention(inputs, per_head).weights
-    p, lse = undropped.weights, undropped.lse
+    dropped = reference_attention(inputs, per_head)
+    p, pz, lse = undropped.weights, dropped.weights, undropped.lse
     assert p is not None
-    assert dropped is not None
-    dp = dropped * (grad_out.abs() @ v.mT)  # p * |dP|
-    delta = dp.sum(-1, keepdim=True)
-    ds = dp + p * delta
-    sums = {
-        "out": dropped @ v,
-        "lse": lse[lse.isfinite()].abs() + 1,
-        "dq": options.scale * ds @ k,
-        "dk": (options.scale * ds.mT @ q).unflatten(1, (-1, group)).sum(2),
-        "dv": (dropped.mT @ grad_out.abs()).unflatten(1, (-1, group)).sum(2),
+    assert pz is not None
+
+    def per_kv_head(x: Tensor) -> Tensor:
+        heads: Tensor = x.unflatten(1, (-1, group))
+        return heads.sum(2)
+
+    dp, dp_abs = pz * (grad_out @ v.mT), pz * (grad_out.abs() @ v.abs().mT)  # p * dP
+    delta, delta_abs = dp.sum(-1, keepdim=True), dp_abs.sum(-1, keepdim=True)
+    rounded = (grad_out * dropped.out).square().sum(-1, keepdim=True)  # delta's squares: of out
+    rounded = rounded + dp.square().sum(-1, keepdim=True)  # and of p
+    ds, ds_abs = dp - p * delta, dp_abs + p * delta_abs
+    squares = ds.square() + rounded * p.square()
+    scale = options.scale
+    sums = {  # squared terms, absolute terms
+        "out": (pz.square() @ v.square() + dropped.out.square(), pz @ v.abs()),
+        "lse": (lse.new_zeros(()), lse[lse.isfinite()].abs() + 1),
+        "dq": (
+            scale**2 * (ds.square() @ k.square() + rounded * (p @ k).square()),
+            scale * ds_abs @ k.abs(),
+        ),
+        "dk": (
+            per_kv_head(scale**2 * squares.mT @ q.square()),
+            per_kv_head(scale * ds_abs.mT @ q.abs()),
+        ),
+        "dv": (
+            per_kv_head(pz.square().mT @ grad_out.square()),
+            per_kv_head(pz.mT @ grad_out.abs()),
+        ),
     }
     if inputs.bias is not None:
-        sums["dbias"] = ds.sum_to_size(inputs.bias.shape)
+        shape = inputs.bias.shape
+        sums["dbias"] = squares.sum_to_size(shape), ds_abs.sum_to_size(shape)
     if inputs.sinks is not None:
-        sums["dsinks"] = ((1 - p.sum(-1, keepdim=True)) * delta).sum((0, 2, 3))
-    return {name: _largest(x) for name, x in sums.items()}
+        p_sink = 1 - p.sum(-1, keepdim=True)
+        sums["dsinks"] = (
+            (p_sink.square() * (delta.square() + rounded)).sum((0, 2, 3)),
+            (p_sink * delta_abs).sum((0, 2, 3)),
+        )
+    fp32 = torch.finfo(torch.float32).eps
+    return {
+        name: e / 12**0.5 * _largest(squared) ** 0.5 + fp32 * _largest(absolute)
+        for name, (squared, absolute) in sums.items()
+    }
 
 
 def _with_leaves(inputs: Inputs) -> tuple[Inputs, dict[str, Tensor]]:

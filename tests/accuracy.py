@@ -27,10 +27,10 @@ def check(actual: Results, problem: Trial) -> None:
         mean error  <=  2 mean |eager - truth|  +  4 mean unit
 
     `eager` is the same computation in plain PyTorch, all of it in the input's dtype; in fp32 for
-    lse, statistics and column sums, which are fp32 results. `unit` is eps times the same sum with
-    absolute terms, in fp64, as `dense` derives it: eps of the dtype for what may be rounded to
-    it, of fp32 for the scores. To it comes the spacing of the dtype's subnormal numbers, below
-    which nothing can be told apart.
+    lse, statistics and column sums, which are fp32 results. `unit` is the size of the rounding
+    errors of the sums that the result has, in fp64, as `dense` derives it: the root of the squares
+    of what may be rounded to the dtype, the result itself too, and fp32's eps for the scores. To
+    it comes the spacing of the dtype's subnormal numbers, below which nothing can be told apart.
 
     Where eager has no digit left (overflow, NaN, an error beyond a quarter of the largest value),
     it is no baseline: fp32, rounded to the dtype, takes its place.
@@ -155,7 +155,8 @@ def _judge(
         return _Verdict(None, 0.0)
     error = _error(result, truth, special)
     info = torch.finfo(dtype)
-    unit = torch.maximum(unit, info.eps * truth.abs())[~special] + info.eps * info.smallest_normal
+    rounding = info.eps * truth.abs() / 12**0.5  # of the result itself
+    unit = torch.hypot(unit, rounding)[~special] + info.eps * info.smallest_normal
     bound_max, bound_mean = 4 * unit.max(), 4 * unit.mean()
     for baseline in baselines:
         eager = _error(baseline.to(dtype), truth, special)

@@ -1,12 +1,16 @@
 """Attention and its gradients as dense fp64 formulas, each with the size of its rounding errors.
 
 Written from the formulas of docs/math.md and independent of ``attnfast.reference``, which gets
-its gradients from autograd: the two check each other. Beside every value stands its `unit`: eps
-times the same sum with absolute terms, each term weighted by what it carries. The accuracy rule
-(`accuracy.check`) allows four of the largest.
+its gradients from autograd: the two check each other. Beside every value stands its `unit`, the
+size of its rounding errors. The accuracy rule (`accuracy.check`) allows four of the largest.
 
 Scores, softmax and sums are in fp32, with ``es = 2**-23``. Only p, out and ds, as they enter a sum,
-and the results may be rounded to the input's dtype, with ``e = finfo(dtype).eps``.
+and the results may be rounded to the input's dtype, with ``e = finfo(dtype).eps``. Every term of
+such a sum is rounded for itself, by at most e / 2 of it either way: a variance of e^2 / 12 times
+its square, and these add up. The errors of fp32 may all go one way: they count as es times the sum
+of the absolute terms. A unit is
+
+    unit = sqrt(var) + lin,   r^2 = e^2 / 12
 
     A      = |scale| sum |q| |k|, through the softcap, + |bias - bias*| + slope |s - t'|
     Abar   = sum_s p A, the sink as one more key with A = |sink - m|
@@ -16,24 +20,31 @@ and the results may be rounded to the input's dtype, with ``e = finfo(dtype).eps
 m is a row's largest score and bias* the bias there: a constant that all scores of a row share is no
 part of the softmax, and of no error. A is the sum of a score's other absolute terms, so es A is its
 error. p = exp(score - m - log l) is moved, relative to its size, by that and by the error of log l,
-es (Abar + |lse - m|): together es E. rho is p's relative error as it enters a sum. The units, |x|'
-the absolute terms of x summed:
+es (Abar + |lse - m|): together es E. rho is p's relative error where it is a result. The units,
+|x|' the absolute terms of x summed, var before the bar and lin after it:
 
-    out        sum_s rho p Z |v|                    weights    rho p Z
+    out        r^2 sum_s (p Z v)^2  |  es sum_s (1 + E) p Z |v|
+    weights    rho p Z
     lse        es (1 + Abar + |lse|)               focus      es p (1 + E) of the likeliest key
     max_logit  es A of the largest score, or of any within its own error of it, with all its bias
     entropy    es (1 + |log l| + sum_s p (|s - m| + sum p |s - m|) E)
     reach      es sum_s p |s - t'| (1 + E)          received   es sum_t p (1 + E)
 
     dP         |dP|' = Z (|do| |v|^T + |dW|)
-    delta      es sum_s p |dP|' (1 + E)
-    ds         e (|ds| + p sum_d |do o|) + es |ds|' (1 + E)
-                 + p (unit(delta) + |dH| (es E + unit(H))),
+    delta      r^2 (sum_d (do o)^2 + sum_s (p dP)^2)  |  es sum_s p |dP|' (1 + E)
+    ds         r^2 ds^2 + p^2 var(delta)
+                 |  es (1 + E) |ds|' + p (lin(delta) + |dH| (es E + unit(H))),
                |ds|' = p (|dP|' + sum_s p |dP|' + |dlse| + |dH| (|log p| + H))
-    dx         unit(ds) (1 - u^2) + es |ds|' (u^2 + 2 |u| (1 - u^2) A_x / c),   u = tanh(x / c)
-    dq, dk     |scale| sum unit(dx) |k|, and |q|    dv         sum_t rho p Z |do|
-    dbias      sum unit(ds)                         dsinks     sum unit(ds) of the sink
+    dx         ds (1 - u^2), likewise
+                 |  lin(ds) (1 - u^2) + es |ds|' (u^2 + 2 |u| (1 - u^2) A_x / c),  u = tanh(x / c)
+    dq         scale^2 (r^2 sum_s (dx k)^2 + var(delta) (sum_s p (1 - u^2) k)^2)
+                 |  |scale| sum_s lin(dx) |k|
+    dk         scale^2 sum_t var(dx) q^2  |  |scale| sum_t lin(dx) |q|
+    dv         r^2 sum_t (p Z do)^2  |  es sum_t (1 + E) p Z |do|
+    dbias      r^2 sum ds^2 + sum_t var(delta) (sum_s p)^2, over what the bias spans  |  sum lin(ds)
+    dsinks     sum var(ds)  |  sum lin(ds), of the sink
 
+One error of delta moves a whole row of ds: in sums over keys it counts once, times the sum of p.
 So huge scores are judged by what fp32 can know of them, cancelling sums by their terms.
 """
 
@@ -72,6 +83,11 @@ class Sum(NamedTuple):
     unit: Tensor
 
 
+def _sum(value: Tensor, var: Tensor, lin: Tensor) -> Sum:
+    """A sum whose terms' own roundings have the squares `var`, and whose other errors are `lin`."""
+    return Sum(value, var.sqrt() + lin)
+
+
 def dense(problem: Trial) -> dict[str, Sum]:
     """Every output and gradient of a call, from inputs of any dtype.
 
@@ -90,6 +106,7 @@ def _batch(
     H_kv, S, D_v = inputs.v.shape[1:]
     group = H // H_kv
     e, es = rounding(inputs.q.dtype)
+    variance = e**2 / 12  # of a rounding error, over the square of what is rounded
 
     standing = torch.arange(T).view(1, 1, T, 1) + options.align_offset
     if options.align_bottom_right:
@@ -167,7 +184,7 @@ def _batch(
         1 + log_l.abs() + (p_all * (depth + mean_depth) * E_all).sum(3, keepdim=True)
     )
     result = {
-        "out": Sum((p * Z) @ v, (rho * p * Z) @ v.abs()),
+        "out": _sum((p * Z) @ v, variance * (p * Z) ** 2 @ v**2, es * ((1 + E) * p * Z) @ v.abs()),
         "lse": Sum(lse.squeeze(3), es * (1 + A_bar + lse0.abs()).squeeze(3)),
     }
     if options.stats:
@@ -198,33 +215,57 @@ def _batch(
     dP, dP_abs = Z * (do @ v.mT + dW), Z * (do.abs() @ v.abs().mT + dW.abs())
     delta = (p * dP).sum(3, keepdim=True)
     delta_abs = (p * dP_abs).sum(3, keepdim=True)
-    delta_unit = es * ((1 + E) * p * dP_abs).sum(3, keepdim=True)
+    delta_lin = es * ((1 + E) * p * dP_abs).sum(3, keepdim=True)
+    products = (do * result["out"].value) ** 2
+    delta_var = variance * (products.sum(3, keepdim=True) + ((p * dP) ** 2).sum(3, keepdim=True))
 
     nothing = torch.zeros(B, H, T, 1).double()  # the sink has no value: its dP is zero
     ds_all = p_all * (torch.cat([dP, nothing], 3) - delta + dlse - dH * (below + spread))
     ds_abs = p_all * (
         torch.cat([dP_abs, nothing], 3) + delta_abs + dlse.abs() + dH.abs() * (below.abs() + spread)
     )
-    rounded = (do * result["out"].value).abs().sum(3, keepdim=True)  # of delta from a rounded out
-    ds_unit = e * (ds_all.abs() + p_all * rounded) + es * (1 + E_all) * ds_abs
-    ds_unit += p_all * (delta_unit + dH.abs() * (es * E_all + entropy_unit))
-    ds = Sum(ds_all[..., :S], ds_unit[..., :S])
-    dx = Sum(ds.value * slope, ds.unit * slope + ds_abs[..., :S] * slope_unit)
+    lin_all = es * (1 + E_all) * ds_abs
+    lin_all += p_all * (delta_lin + dH.abs() * (es * E_all + entropy_unit))
+    ds, ds_lin = ds_all[..., :S], lin_all[..., :S]
+    dx, dx_lin = ds * slope, ds_lin * slope + ds_abs[..., :S] * slope_unit
+    p_slope = p * slope
 
     def per_kv_head(x: Tensor) -> Tensor:
         return x.unflatten(1, (H_kv, group)).sum(2)
 
     scale = options.scale
-    result["dq"] = Sum(scale * dx.value @ k, abs(scale) * dx.unit @ k.abs())
-    result["dk"] = Sum(
-        per_kv_head(scale * dx.value.mT @ q), per_kv_head(abs(scale) * dx.unit.mT @ q.abs())
+    result["dq"] = _sum(
+        scale * dx @ k,
+        scale**2 * (variance * dx**2 @ k**2 + delta_var * (p_slope @ k) ** 2),
+        abs(scale) * dx_lin @ k.abs(),
     )
-    result["dv"] = Sum(per_kv_head((p * Z).mT @ do), per_kv_head((rho * p * Z).mT @ do.abs()))
+    dx_var = variance * dx**2 + delta_var * p_slope**2
+    result["dk"] = _sum(
+        per_kv_head(scale * dx.mT @ q),
+        per_kv_head(scale**2 * dx_var.mT @ q**2),
+        per_kv_head(abs(scale) * dx_lin.mT @ q.abs()),
+    )
+    result["dv"] = _sum(
+        per_kv_head((p * Z).mT @ do),
+        per_kv_head(variance * ((p * Z) ** 2).mT @ do**2),
+        per_kv_head(es * ((1 + E) * p * Z).mT @ do.abs()),
+    )
     if inputs.bias is not None:
         shape = inputs.bias.shape
-        result["dbias"] = Sum(ds.value.sum_to_size(shape), ds.unit.sum_to_size(shape))
+        weight = p.sum(3, keepdim=True) if shape[3] == 1 else p
+        spans = (*shape[:3], weight.shape[3])
+        result["dbias"] = _sum(
+            ds.sum_to_size(shape),
+            variance * (ds**2).sum_to_size(shape) + (delta_var * weight**2).sum_to_size(spans),
+            ds_lin.sum_to_size(shape),
+        )
     if inputs.sinks is not None:
-        result["dsinks"] = Sum(ds_all[..., S].sum((0, 2)), ds_unit[..., S].sum((0, 2)))
+        last, p_sink = ds_all[..., S], p_all[..., S]
+        result["dsinks"] = _sum(
+            last.sum((0, 2)),
+            (variance * last**2 + delta_var.squeeze(3) * p_sink**2).sum((0, 2)),
+            lin_all[..., S].sum((0, 2)),
+        )
     return result
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import Results, check, reference_results
+from accuracy import Results, check, in_double, reference_results
 from cases import DTYPES, EVERYTHING, Case, problem
 from dense import Cotangents, Trial
+from torch import Tensor
 
 from attnfast.call import Inputs
 
@@ -129,3 +130,59 @@ def test_a_baseline_without_digits_is_replaced() -> None:
                 reference_results(right, dtype) | {"lse": reference_results(right, None)["lse"]},
                 right,
             )
+
+
+def dropped(a: Tensor) -> Tensor:
+    return torch.zeros_like(a)
+
+
+def a1_and_a2_swapped(a: Tensor) -> Tensor:
+    wrong = a.clone()
+    wrong[8:, :8], wrong[:8, 8:] = a[:8, 8:], a[8:, :8]
+    return wrong
+
+
+def b0_and_b1_swapped(a: Tensor) -> Tensor:
+    return a.roll(8, 1)
+
+
+def halves_swapped(a: Tensor) -> Tensor:
+    return a.unflatten(1, (8, 2)).flip(2).flatten(1)
+
+
+# What a tensor core's instruction gets instead of its [16, 16] operand a.
+FRAGMENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropped": dropped,
+    "a1 and a2 swapped": a1_and_a2_swapped,
+    "b0 and b1 swapped": b0_and_b1_swapped,
+    "halves of a pair swapped": halves_swapped,
+}
+TILES = Case("tiles", B=1, H=1, H_kv=1, T=150, S=200, D=64, bias="bhts", weights="per head")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fault", FRAGMENTS)
+@pytest.mark.parametrize("name", ["out", "dq", "dk", "dv"])
+def test_one_wrong_product_of_a_kernel_is_caught(name: str, fault: str, dtype: torch.dtype) -> None:
+    """One of the 16 x 8 x 16 products that a result is summed from, in fp32 everywhere else."""
+    given = problem(replace(TILES, dtype=dtype))
+    results = reference_results(given, None)
+    check(results, given)
+    exact = reference_results(in_double(given), torch.float64)
+    p, ds = exact["weights"], exact["dbias"] * given.options.scale
+    q, k, v = (x.double() for x in given.inputs[:3])
+    assert given.cotangents.out is not None
+    a, b = {
+        "out": (p, v),
+        "dq": (ds, k),
+        "dk": (ds.mT, q),
+        "dv": (p.mT, given.cotangents.out.double()),
+    }[name]
+    for m, n, depth in ((0, 0, 0), (16, 24, 64), (128, 56, 128)):
+        rows, columns, terms = slice(m, m + 16), slice(n, n + 8), slice(depth, depth + 16)
+        right = a[0, 0, rows, terms]
+        wrong = FRAGMENTS[fault](right) - right
+        damaged = {key: x.clone() for key, x in results.items()}
+        damaged[name][0, 0, rows, columns] += (wrong @ b[0, 0, terms, columns]).to(dtype)
+        with pytest.raises(AssertionError, match=f"accuracy rule\n{name}: max error"):
+            check(damaged, given)
