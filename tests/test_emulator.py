@@ -16,7 +16,7 @@ def test_sample() -> None:
         pytest.skip("the emulator of the CUDA kernels is not built: make emulator")
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-         "--backend", "cuda", "--part", "1/11", "tests/backends"],
+         "-o", "timeout=300", "--backend", "cuda", "--part", "1/11", "tests/backends"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout[-6000:]

@@ -49,7 +49,8 @@ def test_instruction_set(isa: str, record_property: Any) -> None:
     part = f"{others.index(isa) + 1}/{len(others)}"
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-         "--backend", "cpu", "--part", part, "-k", "not test_reference", *FILES],
+         "-o", "timeout=300", "--backend", "cpu", "--part", part, "-k", "not test_reference",
+         *FILES],
         env=os.environ | {"ATTNFAST_CPU_ISA": isa},
         cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -38,7 +38,8 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 def test_sample() -> None:
     sample = "tests/backends/test_triton_sample.py"
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--backend", "triton", sample)
+    options = ["-q", "-p", "no:cacheprovider", "-o", "timeout=300", "--backend", "triton"]
+    done = run("-m", "pytest", *options, sample)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
