@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -96,6 +95,33 @@ def test_giving_up(guarded):
     assert outcomes[2].failure == outcomes[3].failure == "left undone after 2 crashes or hangs"
     [late] = guarded("ok", until=time.monotonic() - 1)
     assert late.failure == "no time left"
+
+
+def test_a_run_that_was_cut_short_goes_on(tmp_path):
+    script, path, log = (tmp_path / x for x in ("worker.py", "journal.jsonl", "log.txt"))
+    script.write_text(WORKER)
+    command = [sys.executable, str(script)]
+    limits = guard.Limits(start_s=30, item_s=2, deaths=2)
+
+    def run(stamp, *items, **changes):
+        given = [{"do": do, "n": n, "ceilings": len(items)} for n, do in enumerate(items)]
+        journal = guard.Journal(path, {"device": stamp})
+        return list(journal.run(command, given, limits._replace(**changes), log))
+
+    first = run("a", "ok", "crash", "raise")
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 4
+    path.write_text("".join(lines)[:-20])  # killed while it wrote the last
+    again = run("a", "ok", "crash", "raise", "ok")
+    assert again[:2] == [x._replace(item={**x.item, "ceilings": 4}) for x in first[:2]]
+    assert again[2].failure == first[2].failure
+    assert again[3].failure is None
+    assert again[3].result != first[0].result, "another item"
+    [*_, late] = run("a", "ok", "crash", "raise", "ok", "ok", until=time.monotonic() - 1)
+    assert late.failure == "no time left"
+    [*_, done] = run("a", "ok", "crash", "raise", "ok", "ok")
+    assert done.failure is None, "what had no time is done now"
+    assert run("b", "ok")[0].result != first[0].result, "another machine"
 
 
 class FakeCuda:
@@ -270,7 +296,13 @@ def test_dry_run(tmp_path):
     proven = results.load(tmp_path / "evidence-cpu.json", "evidence")
     assert {"forward", "backward", "decode"} <= {row["kind"] for row in proven.rows}
     assert all(not row["failed"] for row in proven.rows)
-    json.loads((tmp_path / "timing.json").read_text())
+    page = (tmp_path / "page.md").read_text()
+    assert "| cpu backward | fp32 |" in page
+    assert "No plots: matplotlib is not installed here" in page
+    assert page.count("| forward |") == sum(row["suite"] == "forward" for row in timing.rows)
+    again = gpu("--out", tmp_path, "--minutes", "4", "--dry")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert results.load(tmp_path / "timing.json", "timing").rows == timing.rows, "not timed again"
     if not (ROOT / "build" / "emulator" / "_emulator.so").exists():
         assert "cuda, emulator and GPU: not compared: not built: make emulator" in summary
         return

@@ -6,15 +6,17 @@
 It needs torch, and Triton and numpy where kernels do; our wheel or a source build. In this order:
 
 1. the environment;
-2. the CUDA kernels on the GPU beside the same on their emulator, which is built where g++ is;
-3. the case tables of the tests on every GPU backend of ours that is present, smallest cases first;
-4. compute-sanitizer on a few of them, where the tool is installed;
-5. the timing grid beside all rivals, in order of value, until the minutes are used.
+2. which kernels are right, within ten minutes: the case tables of the tests on every GPU backend of
+   ours that is present, smallest cases first;
+3. how fast they are: the timing grid beside all rivals, in order of value;
+4. the CUDA kernels on the GPU beside the same on their emulator, which is built where g++ is;
+5. compute-sanitizer on a few cases, where the tool is installed.
 
 Whatever may crash or hang runs in a guarded process and costs its own row only. Without kernels of
-ours it still measures rivals and ceilings. DIR then holds `timing.json`, `crosscheck.json`,
-`evidence-<backend>.json` of each backend, `log.txt` and `summary.txt`, the last table, of at most
-60 lines.
+ours it still measures rivals and ceilings. DIR then holds `page.md`, one page to commit,
+`timing.json`, `crosscheck.json`, `evidence-<backend>.json` of each backend, `log.txt` and
+`summary.txt`, the last table, of at most 60 lines; and `journal.jsonl`: the same command again goes
+on where a run was cut short, on the same machine and sources.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def run(
         for outcome in first:
             if outcome.failure is None:
                 computed.append(outcome)
-            elif outcome.failure != "no time left":
+            elif outcome.failure != guard.NO_TIME:
                 rows.append(_row(outcome, pair[0], [outcome.seconds]))
         given = [
             {**x.item, "device": pair[1].device, "save": None, "against": x.item["save"]}

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,6 +115,7 @@ def run(
     log: Path,
     until: float = float("inf"),
     isa: str | None = None,
+    guarded: Callable[..., Iterator[guard.Outcome]] = guard.run,
 ) -> list[guard.Outcome]:
     """Run a backend's plan, each kernel family in a process of its own.
 
@@ -125,6 +126,7 @@ def run(
         log: Where the processes' messages are added.
         until: ``time.monotonic()`` after which no case is begun.
         isa: The CPU backend's instruction set; None for the best one.
+        guarded: `guard.run`, or that of a journal.
     """
     limits = guard.Limits(start_s=120, item_s=60, deaths=5, until=until)
     families: dict[tuple[str, str], list[guard.Item]] = {}
@@ -134,7 +136,7 @@ def run(
     for i, items in enumerate(families.values()):  # each has its part of the time that is left
         now = time.monotonic()
         part = limits._replace(until=now + (until - now) / (len(families) - i))
-        outcomes += guard.run(
+        outcomes += guarded(
             worker.COMMAND, items, part, log, {"ATTNFAST_CPU_ISA": isa} if isa else {}
         )
     return outcomes

@@ -1,7 +1,8 @@
 """Work that may crash or hang, done by a process of its own: a failure costs only its item.
 
 The process reads one item (JSON, a line) at a time and answers with one line. Whoever waits too
-long for an answer kills the process, says what happened, and goes on in a new one.
+long for an answer kills the process, says what happened, and goes on in a new one. A `Journal`
+keeps the outcomes, so that a run that was cut short goes on where it was.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class Limits(NamedTuple):
     until: float = float("inf")  # time.monotonic() after which no item is begun
 
 
+NO_TIME, LEFT = "no time left", "left undone"
+UNDONE = (NO_TIME, LEFT)  # how the failures of items begin that were never begun
+
+
 def run(
     command: list[str],
     items: list[Item],
@@ -60,10 +65,10 @@ def run(
     try:
         for item in items:
             if time.monotonic() > limits.until:
-                yield Outcome(item, None, "no time left", 0.0)
+                yield Outcome(item, None, NO_TIME, 0.0)
                 continue
             if deaths >= limits.deaths:
-                yield Outcome(item, None, f"left undone after {deaths} crashes or hangs", 0.0)
+                yield Outcome(item, None, f"{LEFT} after {deaths} crashes or hangs", 0.0)
                 continue
             start = time.monotonic()
             failure = None
@@ -86,6 +91,60 @@ def run(
     finally:
         if child is not None:
             child.close()
+
+
+class Journal:
+    """The outcomes of one run in a file, a line each: those that are there are not made again.
+
+    Args:
+        path: The file.
+        stamp: What outcomes depend on beside their items (device, versions, sources): JSON. A file
+            with another stamp begins anew.
+    """
+
+    def __init__(self, path: Path, stamp: dict[str, Any]) -> None:
+        self.path, self.known = path, {}
+        head = json.dumps({"stamp": stamp}, sort_keys=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        if lines[:1] != [head]:
+            path.write_text(f"{head}\n")
+            lines = []
+        for line in lines[1:]:
+            with contextlib.suppress(json.JSONDecodeError):  # the run ended while it was written
+                found = json.loads(line)
+                self.known[found["key"]] = found
+
+    def run(
+        self,
+        command: list[str],
+        items: list[Item],
+        limits: Limits,
+        log: Path,
+        variables: Mapping[str, str] | None = None,
+    ) -> Iterator[Outcome]:
+        """As `run` of this module, of the items whose outcome is not known."""
+        keys = [self._key(command, item, variables) for item in items]
+        missing = [item for item, key in zip(items, keys, strict=True) if key not in self.known]
+        made = run(command, missing, limits, log, variables)
+        for item, key in zip(items, keys, strict=True):
+            if (found := self.known.get(key)) is not None:
+                yield Outcome(item, found["result"], found["failure"], found["seconds"])
+                continue
+            outcome = next(made)
+            if outcome.failure is None or not outcome.failure.startswith(UNDONE):
+                self._keep(key, outcome.result, outcome.failure, outcome.seconds)
+            yield outcome
+
+    @staticmethod
+    def _key(command: list[str], item: Item, variables: Mapping[str, str] | None) -> str:
+        told = {name: x for name, x in item.items() if name != "ceilings"}  # measured anew
+        return json.dumps([command, told, dict(variables or {})], sort_keys=True)
+
+    def _keep(self, key: str, result: Any, failure: str | None, seconds: float) -> None:
+        found = {"key": key, "result": result, "failure": failure, "seconds": seconds}
+        self.known[key] = found
+        with self.path.open("a") as file:
+            file.write(json.dumps(found) + "\n")
 
 
 def serve(work: Callable[[Item], Any], poisoned: Callable[[Exception], bool]) -> None:

@@ -1,4 +1,8 @@
-"""What `make gpu` does, step by step, with a time for each."""
+"""What `make gpu` does, step by step, with a time for each.
+
+The first answer, which kernels are right, comes within ten minutes; then how fast they are; what
+looks closer comes last. Outcomes are kept in a journal: the same command again goes on.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,12 @@ from bench import OURS, environment, results, suites
 from bench.grid import DTYPE_NAMES, SUITES
 from bench.results import case_name
 
-from . import crosscheck, evidence, guard, worker
+from . import crosscheck, evidence, guard, page, worker
 
-CROSSCHECK_SHARE = 0.15  # of the time
-EVIDENCE_SHARE = 0.4  # of what is left; the grid gets the rest
-SANITIZER_SHARE = 0.1
+FIRST_ANSWER_S = 600.0
+EVIDENCE_SHARE = 0.4  # of the time, where that is less
+GRID_SHARE = 0.75  # of what is left then
+CROSSCHECK_SHARE = 0.6  # of what is left after that; the sanitizer gets the rest
 ROW_S = 120.0
 SANITIZED = 4  # cases per backend, the largest of the smallest tenth
 MOST_LINES = 60
@@ -39,6 +44,14 @@ class Visit:
         self.device = "cpu" if dry else "cuda"
         size = "smoke" if dry else "gpu"
         self.settings = environment.settings({}, size=size, device=self.device, threads=1)
+        self.first_answer = time.monotonic() + FIRST_ANSWER_S
+        stamp = {
+            "device": environment.device_name(self.device),
+            "size": size,
+            "versions": environment.versions(self.device),
+            "sources": [environment.sources(name) for name in ("cpu", "cuda", "triton")],
+        }
+        self.journal = guard.Journal(out / "journal.jsonl", stamp)
         self.refusals = self._refusals()
         self.backends = [name for name, reason in self.refusals.items() if reason is None]
         self.failures: list[str] = []
@@ -55,7 +68,7 @@ class Visit:
         ]
         return {
             outcome.item["backend"]: outcome.failure or outcome.result
-            for outcome in guard.run(worker.COMMAND, items, limits, self.log)
+            for outcome in self.journal.run(worker.COMMAND, items, limits, self.log)
         }
 
     def say(self, line: str) -> None:
@@ -84,10 +97,12 @@ def run(out: Path, until: float, *, dry: bool) -> int:
     """
     visit = Visit(out, until, dry=dry)
     _environment(visit)
-    _crosscheck(visit)
     _evidence(visit)
-    _sanitize(visit)
+    visit.say("")
+    _table(visit)
     _grid(visit)
+    _crosscheck(visit)
+    _sanitize(visit)
     return _end(visit)
 
 
@@ -137,10 +152,18 @@ def _crosscheck(visit: Visit) -> None:
 
 def _evidence(visit: Visit) -> None:
     """The case tables, each backend's part of the time the same."""
+    end = min(visit.first_answer, visit.share(EVIDENCE_SHARE))
     for i, backend in enumerate(visit.backends):
-        until = visit.share(EVIDENCE_SHARE / (len(visit.backends) - i))
-        outcomes = evidence.run(backend, visit.device, dry=visit.dry, log=visit.log, until=until)
-        done = [x for x in outcomes if x.failure != "no time left"]
+        now = time.monotonic()
+        outcomes = evidence.run(
+            backend,
+            visit.device,
+            dry=visit.dry,
+            log=visit.log,
+            until=now + (end - now) / (len(visit.backends) - i),
+            guarded=visit.journal.run,
+        )
+        done = [x for x in outcomes if x.failure != guard.NO_TIME]
         ran = environment.architecture(backend, visit.device)
         rows = evidence.record(backend, visit.device, done, ran)
         if rows:
@@ -167,16 +190,15 @@ def _sanitize(visit: Visit) -> None:
     if tool is None or visit.dry:
         visit.lines.append("compute-sanitizer: " + ("not run" if tool else "not installed"))
         return
-    until = visit.share(SANITIZER_SHARE)
     for backend in visit.backends:
         items = evidence.plan(backend, visit.device)
         small = items[: max(1, len(items) // 10)]
         chosen = small[:: max(1, len(small) // SANITIZED)][:SANITIZED]
         for check in ("memcheck", "racecheck"):
             command = [tool, "--tool", check, "--error-exitcode", "9", *worker.COMMAND]
-            limits = guard.Limits(start_s=180, item_s=300, deaths=1, until=until)
-            outcomes = list(guard.run(command, chosen, limits, visit.log))
-            wrong = [x for x in outcomes if x.failure and x.failure != "no time left"]
+            limits = guard.Limits(start_s=180, item_s=300, deaths=1, until=visit.until)
+            outcomes = list(visit.journal.run(command, chosen, limits, visit.log))
+            wrong = [x for x in outcomes if x.failure and x.failure != guard.NO_TIME]
             visit.failures += [f"{check} {backend} {x.item['id']}: {x.failure}" for x in wrong]
             errors = _sanitizer_errors(visit.log)
             ran = sum(x.failure is None for x in outcomes)
@@ -192,9 +214,10 @@ def _sanitizer_errors(log: Path) -> int:
 
 def _grid(visit: Visit) -> None:
     """Ceilings, then rows in order of value until the time is over."""
-    limits = guard.Limits(start_s=120, item_s=ROW_S, deaths=20, until=visit.until)
+    until = visit.until if visit.dry else visit.share(GRID_SHARE)
+    limits = guard.Limits(start_s=120, item_s=ROW_S, deaths=20, until=until)
     settings = visit.settings._asdict()
-    [outcome] = guard.run(
+    [outcome] = visit.journal.run(
         worker.COMMAND,
         [{"task": "ceilings", "settings": settings}],
         limits._replace(until=float("inf")),
@@ -210,8 +233,8 @@ def _grid(visit: Visit) -> None:
     items = rows_by_value(visit)
     for item in items:
         item["ceilings"] = outcome.result
-    for done in guard.run(worker.COMMAND, items, limits, visit.log):
-        if done.failure == "no time left":
+    for done in visit.journal.run(worker.COMMAND, items, limits, visit.log):
+        if done.failure == guard.NO_TIME:
             ran = len(rows) + len(refused)
             visit.lines.append(f"grid: {ran} of {len(items)} rows, then no time was left")
             break
@@ -290,15 +313,22 @@ def table(head: list[str], failures: list[str], most: int = MOST_LINES) -> list[
     return [*body, title, *shown]
 
 
+def _table(visit: Visit) -> None:
+    """Print what was found so far, and keep it."""
+    lines = table(visit.lines, visit.failures)
+    (visit.out / "summary.txt").write_text("\n".join(lines) + "\n")
+    for line in lines:
+        visit.say(line)
+
+
 def _end(visit: Visit) -> int:
+    with visit.log.open("a") as log:
+        log.writelines(f"{line}\n" for line in visit.failures)
+    page.write(visit.out, visit.lines[:3], visit.failures)
     if not visit.dry:
         folder = f"bench/results/{environment.device_name(visit.device)}"
         visit.say(f"to publish: {visit.out}/*.json into {folder}, then `python -m bench report`")
-    lines = table(visit.lines, visit.failures)
-    (visit.out / "summary.txt").write_text("\n".join(lines) + "\n")
-    with visit.log.open("a") as log:
-        log.writelines(f"{line}\n" for line in visit.failures)
+    visit.say(f"one page: {visit.out / page.NAME}")
     visit.say("")
-    for line in lines:
-        visit.say(line)
+    _table(visit)
     return 1 if visit.failures else 0
