@@ -114,6 +114,7 @@ void fill_params(AttentionParams* p, Kept<Call>* kept, ATTNFAST_INPUTS) {
     STD_TORCH_CHECK(p->B >= 0, "attention: cu_seqlens_q must start with 0, got nothing");
     STD_TORCH_CHECK(cu_seqlens_k, "attention: cu_seqlens_k must be given with cu_seqlens_q");
     check_count(cu_seqlens_k, "cu_seqlens_k", p->B + 1);
+    check_longest("max_seqlen_q", max_seqlen_q), check_longest("max_seqlen_k", max_seqlen_k);
     p->cu_seqlens_q = kept->ints(cu_seqlens_q, "cu_seqlens_q");
     p->cu_seqlens_k = kept->ints(cu_seqlens_k, "cu_seqlens_k");
     p->T = std::min(p->T, max_seqlen_q), p->S = std::min(p->S, max_seqlen_k);

@@ -96,6 +96,10 @@ inline void check_count(const OptionalTensor& x, const char* name, int64_t count
                   " elements, got ", x ? x->numel() : 0);
 }
 
+inline void check_longest(const char* name, int64_t longest) {
+  STD_TORCH_CHECK(longest >= 0, "attention: ", name, " must be at least 0, got ", longest);
+}
+
 // Keys and values (B, H_kv, S, D), or pages (P, page, H_kv, D).
 inline void check_sizes(const Tensor& q, const Tensor& k, const Tensor& v, const char* k_name,
                         const char* v_name, const OptionalTensor& page_table) {

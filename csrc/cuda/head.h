@@ -13,14 +13,17 @@ ATTNFAST_DEVICE int saturate(int64_t x) {
   return static_cast<int>(min_of<int64_t>(max_of<int64_t>(x, INT32_MIN), INT32_MAX));
 }
 
-// A sequence's rows, [begin, end), within a tensor of `total` rows, whatever cu_seqlens holds.
+// A sequence's rows, [begin, begin + length), within a tensor of `total` rows, whatever cu_seqlens
+// holds: at most `longest`, for which grids, scratch, masks and tiles were made.
 struct Range {
-  int begin, end;
-  ATTNFAST_DEVICE Range(const int32_t* cu_seqlens, int64_t b, int64_t total) {
-    begin = 0, end = static_cast<int>(total);
+  int begin, length;
+  ATTNFAST_DEVICE Range(const int32_t* cu_seqlens, int64_t b, int64_t total, int64_t longest) {
+    const int rows = static_cast<int>(total);
+    begin = 0, length = static_cast<int>(longest);
     if (!cu_seqlens) return;
-    begin = min_of(max_of(load_global(cu_seqlens + b), 0), end);
-    end = min_of(max_of(load_global(cu_seqlens + b + 1), begin), end);
+    begin = min_of(max_of(load_global(cu_seqlens + b), 0), rows);
+    const int end = min_of(max_of(load_global(cu_seqlens + b + 1), begin), rows);
+    length = min_of(end - begin, length);
   }
 };
 
@@ -34,9 +37,9 @@ struct Head {
   ATTNFAST_DEVICE Head(const AttentionParams& p, int64_t rows_q, int64_t rows_k, int64_t b_,
                        int64_t h_)
       : b(static_cast<int>(b_)), h(static_cast<int>(h_)) {
-    const Range q(p.cu_seqlens_q, b, rows_q), k(p.cu_seqlens_k, b, rows_k);
+    const Range q(p.cu_seqlens_q, b, rows_q, p.T), k(p.cu_seqlens_k, b, rows_k, p.S);
     h_kv = static_cast<int>(h_ / (p.H / p.H_kv));
-    q_begin = q.begin, k_begin = k.begin, T = q.end - q.begin, S = k.end - k.begin;
+    q_begin = q.begin, k_begin = k.begin, T = q.length, S = k.length;
     int64_t by = p.align_offset + (p.align_per_batch ? load_global(p.align_per_batch + b) : 0);
     if (p.align_bottom_right) by += S - T;
     shift = static_cast<int>(min_of<int64_t>(max_of<int64_t>(by, -kFarthest), kFarthest));

@@ -280,13 +280,73 @@ def test_poison_that_nobody_attends(options: str, poison: float) -> None:
         assert torch.equal(x, y)
 
 
-def test_cu_seqlens_never_lead_out_of_a_tensor() -> None:
-    """The kernels do not trust what they cannot check without waiting for the device."""
-    q = torch.randn(20, 2, 32).to(bf16)
-    for ends in ([0, 25, 1 << 30], [-7, 3, 90], [0, 15, 4], [20, 20, 20]):
-        cu = torch.tensor(ends, dtype=torch.int32)
-        x = q.clone().requires_grad_()
-        attnfast.varlen_attention(x, x, x, cu, cu, 20, 20, backend="cuda").sum().backward()
+LYING = {  # about sequences of 200 rows: their ends, and the longest
+    "longer": ([0, 200], 64),
+    "two longer": ([0, 150, 200], 40),
+    "none": ([0, 200], 0),
+    "beyond": ([0, 250, 1 << 30], 200),
+    "before": ([-7, 3, 900], 200),
+    "back": ([0, 150, 4, 200], 160),
+    "past": ([200, 200, 200], 200),
+    "both": ([-(2**31), 2**31 - 1], 65),
+}
+MASKED: dict[str, Any] = {  # what is read or written by positions within the longest
+    "plain": {},
+    "mask": {"mask": "bool"},
+    "bias": {"bias": "float"},
+    "statistics": {"return_stats": "received", "return_weights": "mean", "softcap": 5.0},
+    "dropout": {"dropout_p": 0.3, "return_weights": True, "window": (70, 9), "causal": True},
+}
+
+
+@pytest.mark.parametrize("options", MASKED)
+@pytest.mark.parametrize("lie", LYING)
+def test_no_kernel_trusts_cu_seqlens(lie: str, options: str) -> None:
+    """A GPU does not check them: of a longer sequence only the first rows are there."""
+    ends, longest = LYING[lie]
+    cu = torch.tensor(ends, dtype=torch.int32)
+    q = torch.randn(200, 2, 32).to(bf16).requires_grad_()
+    given = dict(MASKED[options])
+    if "mask" in given:
+        given["mask"] = torch.rand(1, 2, longest, longest) < 0.8
+    if "bias" in given:
+        given["bias"] = torch.randn(1, 2, longest, longest, requires_grad=True)
+
+    def results(cu: Tensor) -> list[Tensor]:
+        torch.manual_seed(0)  # of dropout
+        out = attnfast.varlen_attention(q, q, q, cu, cu, longest, longest, backend="cuda", **given)
+        out, weights = (out[0], out[-1]) if isinstance(out, tuple) else (out, out)
+        loss = out.float().sum() + weights.float().square().sum()
+        leaves = [q, *(x for x in given.values() if isinstance(x, Tensor) and x.requires_grad)]
+        return [out.detach(), *torch.autograd.grad(loss, leaves)]
+
+    found = results(cu)
+    assert all(x.isfinite().all() for x in found)
+    if lie == "longer":
+        expected = results(torch.tensor([0, longest], dtype=torch.int32))
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_lengths_and_pages_of_raw_calls_beyond_int32() -> None:
+    """Public functions say so of CPU tensors; those of a GPU reach the kernels as they are."""
+    q, pages = torch.randn(2, 2, 1, 8).to(bf16), torch.randn(5, 100, 2, 8).to(bf16)
+    inputs = DecodeInputs(
+        *(q, pages, pages, torch.tensor([2**32 + 5, -(2**32) + 7])),
+        page_table=torch.tensor([[2**32, -(2**32) + 1, 0], [1, 2, 3]]),
+    )
+    full, empty = ops.CUDA.decode(*inputs, *DecodeOptions(0.1))[0]
+    assert full.any()
+    assert not empty.any()
+
+
+def test_negative_maxima_of_raw_calls() -> None:
+    q, ends = torch.randn(1, 2, 20, 32).to(bf16), torch.tensor([0, 20]).int()
+    inputs = Inputs(q, q, q, cu_seqlens_q=ends, cu_seqlens_k=ends)
+    for maxima, name in (((-1, 20), "max_seqlen_q"), ((20, -300), "max_seqlen_k")):
+        options = Options(0.1, max_seqlen_q=maxima[0], max_seqlen_k=maxima[1])
+        with pytest.raises(RuntimeError, match=f"{name} must be at least 0, got -"):
+            ops.CUDA.fwd(*inputs, *options)
 
 
 def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,14 +381,24 @@ def test_decode_on_turing(D: int) -> None:
         decode_cases.judge(decode_cases.decode_paged(call, "cuda"), call)
 
 
-def test_lengths_and_pages_never_lead_out_of_a_cache() -> None:
-    q, cache = torch.randn(2, 2, 1, 8).to(bf16), torch.randn(2, 2, 20, 8).to(bf16)
-    pages = torch.randn(5, 4, 2, 8).to(bf16)
-    table = torch.tensor([[0, -1, 9], [2, 2**31 - 1, -(2**31)]]).int()
-    for length in (21, -1, 2**31 - 1, -(2**31)):
-        lengths = torch.tensor([5, length]).int()
-        attnfast.decode_attention(q, cache, cache, lengths, backend="cuda")
-        attnfast.decode_attention(q, pages, pages, lengths, page_table=table, backend="cuda")
+@pytest.mark.parametrize("window", [None, (3, 0), (2**31 - 1, 2)], ids=str)
+@pytest.mark.parametrize("T", [1, 5])
+def test_lengths_and_pages_never_lead_out_of_a_cache(T: int, window: Any) -> None:
+    q, cache = torch.randn(2, 2, T, 8).to(bf16), torch.randn(2, 2, 300, 8).to(bf16)
+    pages, bias = torch.randn(5, 100, 2, 8).to(bf16), torch.randn(2, 1, T, 300)
+    table = torch.tensor([[0, -1, 9], [2, 2**31 - 1, -(2**31)]])
+    for length in (301, -1, 2**31 - 1, -(2**31)):
+        lengths = torch.tensor([5, length])
+        for given in ({}, {"bias": bias, "window": window}):
+            call = {"backend": "cuda", **given}
+            for out in (
+                attnfast.decode_attention(q, cache, cache, lengths, **call),
+                attnfast.decode_attention(q, pages, pages, lengths, page_table=table, **call),
+                attnfast.decode_attention(
+                    q, pages[:0], pages[:0], lengths, page_table=table, **call
+                ),
+            ):
+                assert out.isfinite().all()
 
 
 @pytest.mark.parametrize(("call", "name"), EACH, ids=lambda x: getattr(x, "__name__", x))
