@@ -26,7 +26,7 @@ from attnfast.call import DecodeInputs, DecodeOptions, DecodeOutputs
 from attnfast.ops import empty_in_order
 
 from . import configs
-from .arguments import Call, Tile, block, gather, row_strides
+from .arguments import Call, Tile, block, dense, gather, row_strides
 from .head import narrow
 from .launch import Launch, launch
 from .rows import store_rows, without_dead_rows
@@ -227,12 +227,15 @@ def decode_jobs(inputs: DecodeInputs, options: DecodeOptions, arch: str) -> tupl
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     call = gather(inputs.as_inputs(k, v), options.as_options(), configs.l2_bytes(arch))
     S = k.shape[2] if table is None else k.shape[2] * table.shape[1]
+    S = S if k.shape[0] else 0  # without pages, none is the nearest to a wrong one
     call = call._replace(p=call.p._replace(S=S))
-    return decode_launches(call, inputs.cache_seqlens, table, arch)
+    if table is not None and table.stride(1) != 1:
+        table = table.contiguous()
+    return decode_launches(call, dense(inputs.cache_seqlens), table, arch)
 
 
 def decode_launches(
-    call: Call, lengths: Tensor, page_table: Tensor | None, arch: str
+    call: Call, lengths: Tensor | None, page_table: Tensor | None, arch: str
 ) -> tuple[Launch, Launch]:
     """The two kernels, and memory for the pieces and the results."""
     x, p, f = call

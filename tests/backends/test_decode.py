@@ -133,6 +133,27 @@ def test_nothing_of_something(backend: str, way: str) -> None:
         judge(WAYS[way](call, backend), call)
 
 
+@EVERY
+def test_lengths_and_pages_with_gaps(backend: str, way: str) -> None:
+    """Every second number of a tensor, as slices of a server's tables are."""
+
+    def with_gaps(x: Tensor) -> Tensor:
+        return torch.stack([x, torch.full_like(x, 99)], -1).flatten(-2)[..., ::2]
+
+    call = make(DecodeCase("gaps", lengths=(20, 3, 9), dtype=torch.bfloat16))
+    judge(WAYS[way](call._replace(lengths=with_gaps(call.lengths)), backend), call)
+    q, pages = torch.randn(2, 2, 1, 8), torch.randn(6, 4, 2, 8)
+    lengths, table = torch.tensor([12, 7]).int(), torch.tensor([[5, 1, 2], [3, 4, 0]]).int()
+    outs = [
+        attnfast.decode_attention(
+            *(x.bfloat16() for x in (q, pages, pages)), lengths, page_table=x, backend=backend
+        )
+        for x in (table, with_gaps(table), table.t().contiguous().t())
+    ]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
 @pytest.mark.reference(1)
 @pytest.mark.parametrize("page", [5, -1, 2**31 - 1, -(2**31)])
 def test_a_page_out_of_range(backend: str, page: int, monkeypatch: pytest.MonkeyPatch) -> None:

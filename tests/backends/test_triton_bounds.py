@@ -131,6 +131,15 @@ def test_pages_and_lengths_that_lead_astray(
     assert out.isfinite().all()
 
 
+def test_a_cache_without_pages() -> None:
+    """No page is the nearest to a wrong one: nothing is read, not what lies before them."""
+    q, memory = torch.randn(2, 2, 1, 8), torch.full((3, 4, 2, 8), torch.nan)
+    table, lengths = torch.zeros(2, 5).int(), torch.tensor([20, 3]).int()
+    pages = memory[2:2]
+    out = attnfast.decode_attention(q, pages, pages, lengths, page_table=table, backend="triton")
+    assert not out.any()
+
+
 @pytest.mark.parametrize(("call", "name"), EACH, ids=lambda x: getattr(x, "__name__", x))
 def test_a_storage_given_back(call: Any, name: str) -> None:
     given = GIVEN_BACK[call]()
