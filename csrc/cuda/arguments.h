@@ -1,6 +1,7 @@
 // What the kernels are launched with: the call's parameters, and what follows from them.
 #pragma once
 #include <algorithm>
+#include <cmath>
 
 #include "kernels.h"
 #include "prims/prims.h"
@@ -36,10 +37,22 @@ struct Scaling : Units {
   }
 };
 
+// Dropout as kernels take it: where the seed lies, and what is made of the probability, in fp64, here.
+struct Dropout {
+  DeviceSeed from;
+  float keep_scale;    // 1 / (1 - dropout_p), what probabilities that stay are multiplied with
+  uint32_t threshold;  // of 65536, draws below it are dropped; 0: none
+
+  Dropout(const AttentionParams& p, const DeviceSeed& seed)
+      : from(seed),
+        keep_scale(p.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - p.dropout_p)) : 0.0f),
+        threshold(static_cast<uint32_t>(std::rint(p.dropout_p * 65536.0))) {}
+};
+
 struct ForwardArguments {
   ForwardParams p;
   Scaling units;
-  DeviceSeed dropout;
+  Dropout dropout;
   int64_t rows_q, rows_k;    // of the tensors; varlen: of all sequences
   int64_t query_blocks = 0;  // of the longest sequence
   // Whether rows begin at multiples of 16 bytes.
@@ -54,7 +67,7 @@ struct BiasSizes {
 struct BackwardArguments {
   BackwardParams p;
   Scaling units;
-  DeviceSeed dropout;
+  Dropout dropout;
   int64_t rows_q, rows_k;
   BiasSizes bias;
   float* terms;        // [4][B * H][padded]: what row_terms.cu makes of each query

@@ -45,7 +45,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
   index = by_key / query_blocks;
   const int64_t bias_h = index % sizes.H, bias_b = index / sizes.H;
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
-  const float keep_scale = keep_scale_of(p);
+  const float keep_scale = arguments.dropout.keep_scale;
 
   const uint32_t q_tile = shared_memory(), do_tile = q_tile + kM * kD * 2;
   const uint32_t k_tile = do_tile + kM * kD * 2, v_tile = k_tile + kN * kD * 2;

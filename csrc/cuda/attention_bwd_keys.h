@@ -34,7 +34,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
   const int query_end = head.end_query(s_last);
   const int end_head = query_begin < query_end ? head.h + static_cast<int>(group) : head.h;
   Philox philox(p, arguments.dropout, head.b, head.h);
-  const float keep_scale = keep_scale_of(p);
+  const float keep_scale = arguments.dropout.keep_scale;
 
   const uint32_t k_tile = shared_memory(), v_tile = k_tile + Shape::kStayBytes;
   const uint32_t ring = v_tile + Shape::kStayBytes;

@@ -30,7 +30,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
   const int key_begin = head.first_key(t_block) / kMove * kMove, key_end = head.end_key(t_last);
   const ScoreEdits edits(arguments, head);
   const Philox philox(p, arguments.dropout, head.b, head.h);
-  const float keep_scale = keep_scale_of(p);
+  const float keep_scale = arguments.dropout.keep_scale;
   const OwnTerms<kRowTiles> terms(TermPlanes(arguments, head.b, head.h), t0, head.T, lane);
 
   const uint32_t q_tile = shared_memory(), do_tile = q_tile + Shape::kStayBytes;

@@ -26,7 +26,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ProbabilityShape<kD>::kThreads), 1)
   const int t0 = t_block + warp * 16, t_last = min_of(t_block + Shape::kM, head.T) - 1;
   const Philox philox(p, a.dropout, head.b, head.h);
   const WeightGradient dw(p, head);
-  const float keep_scale = keep_scale_of(p);
+  const float keep_scale = a.dropout.keep_scale;
   float delta[2] = {};
 
   // Keys, tile by tile

@@ -190,7 +190,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   const auto [lane, t0, q_rows] = ForwardPlace<kD, kPlain>(t_block, q_tile);
   if (t0 >= head.T) return;
   const Scaling& units = arguments.units;
-  const float keep_scale = keep_scale_of(p);
+  const float keep_scale = kPlain ? 1.0f : arguments.dropout.keep_scale;
   float factor[kRows];  // from acc to the output
   ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
     const int t = t0 + r * 8 + lane / 4;

@@ -28,7 +28,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ProbabilityShape<kD>::kThreads), 1)
   const int64_t b = mean ? bh : bh / p.H, first = mean ? 0 : bh % p.H, end = mean ? p.H : first + 1;
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
   const int t0 = t_block + warp * 16;
-  const float keep_scale = keep_scale_of(p), share = mean ? 1.0f / static_cast<float>(p.H) : 1.0f;
+  const float keep_scale = a.dropout.keep_scale,
+              share = mean ? 1.0f / static_cast<float>(p.H) : 1.0f;
 
   // Scores, Probabilities: head by head
   float sum[Shape::kN / 8][4] = {};

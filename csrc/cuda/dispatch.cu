@@ -55,7 +55,7 @@ void with_head_dim(const Params& p, Run run) {
 void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
                    int64_t rows_k, Stream stream) {
   refuse_on_turing(p, false, stream);
-  ForwardArguments a{p, Scaling(p), dropout, rows_q, rows_k};
+  ForwardArguments a{p, Scaling(p), Dropout(p, dropout), rows_q, rows_k};
   a.q_aligned = aligned(p.q, p.D), a.k_aligned = aligned(p.k, p.D);
   a.v_aligned = aligned(p.v, p.D_v), a.out_aligned = aligned(p.out, p.D_v);
   const bool simple =
@@ -71,7 +71,8 @@ int64_t backward_scratch(const BackwardParams& p) { return 4 * p.B * p.H * padde
 void attention_bwd(const BackwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
                    int64_t rows_k, const int64_t (&bias_sizes)[4], float* scratch, Stream stream) {
   refuse_on_turing(p, true, stream);
-  BackwardArguments a{p, Scaling(p), dropout, rows_q, rows_k, {}, scratch, padded_rows(p.T)};
+  BackwardArguments a{p,  Scaling(p), Dropout(p, dropout), rows_q, rows_k,
+                      {}, scratch,    padded_rows(p.T)};
   a.bias = {bias_sizes[0], bias_sizes[1], bias_sizes[2], bias_sizes[3]};
   a.q_aligned = aligned(p.q, p.D), a.k_aligned = aligned(p.k, p.D);
   a.v_aligned = aligned(p.v, p.D_v), a.out_aligned = aligned(p.out, p.D_v);

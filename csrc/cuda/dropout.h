@@ -1,27 +1,26 @@
 // Which probabilities dropout keeps: Philox-4x32-10 (Salmon, Moraes, Dror and Shaw, 2011) as
 // docs/math.md section 6 counts it.
 #pragma once
-#include "kernels.h"
+#include "arguments.h"
 #include "prims/prims.h"
 
 namespace attnfast::cuda {
-
-// 1 / (1 - dropout_p), what probabilities that stay are multiplied with.
-ATTNFAST_DEVICE float keep_scale_of(const AttentionParams& p) {
-  return p.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - p.dropout_p)) : 0.0f;
-}
 
 struct Philox {
   uint32_t key0, key1, stream, offset;
   uint32_t threshold;  // lanes below it are dropped; 0: none
 
-  ATTNFAST_DEVICE Philox(const AttentionParams& p, const DeviceSeed& seed, int64_t b, int64_t h)
-      : key0(0), key1(0), stream(static_cast<uint32_t>(b * p.H + h)), offset(0), threshold(0) {
-    if (!(p.dropout_p > 0.0)) return;
-    const auto number = static_cast<uint64_t>(load_global(seed.seed));
+  ATTNFAST_DEVICE Philox(const AttentionParams& p, const Dropout& dropout, int64_t b, int64_t h)
+      : key0(0),
+        key1(0),
+        stream(static_cast<uint32_t>(b * p.H + h)),
+        offset(0),
+        threshold(dropout.threshold) {
+    if (!threshold) return;
+    const DeviceSeed& of = dropout.from;
+    const auto number = static_cast<uint64_t>(load_global(of.seed));
     key0 = static_cast<uint32_t>(number), key1 = static_cast<uint32_t>(number >> 32);
-    offset = static_cast<uint32_t>(load_global(seed.seed + seed.stride));
-    threshold = static_cast<uint32_t>(rint(p.dropout_p * 65536.0));
+    offset = static_cast<uint32_t>(load_global(of.seed + of.stride));
   }
 
   // The four words of a group of eight keys and a query.
