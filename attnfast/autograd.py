@@ -71,7 +71,9 @@ def call_unwatched(op: Any, args: tuple[Any, ...]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
     except RuntimeError as error:
-        raise operator_error(error) from None
+        if (known := operator_error(error)) is None:
+            raise
+        raise known from error
 
 
 def call_below(op: Any, *args: Any) -> Any:
@@ -83,18 +85,19 @@ def call_below(op: Any, *args: Any) -> Any:
         return op(*args)
 
 
-def operator_error(error: RuntimeError) -> Exception:
-    """A native operator's error: of a GPU's memory as torch's own, any other as it is.
+def operator_error(error: RuntimeError) -> RuntimeError | None:
+    """What a native operator's error is to become; None if it is to stay as it is.
+
+    A lack of a GPU's memory becomes torch's own error; what is said after a place in the source is
+    said without the place.
 
     Where a signal's handler has interrupted the operator, Python raises what the handler raised as
     soon as it enters a function, which is this one.
     """
     if type(error) is RuntimeError and re.match(r"attnfast: no tensor.*out of memory", str(error)):
         return torch.OutOfMemoryError(str(error))
-    said = re.search(
-        r"csrc/\S+, ((?:decode_)?attention: .*)", str(error)
-    )  # after where it was said
-    return error if said is None or type(error) is not RuntimeError else RuntimeError(said[1])
+    said = re.search(r"csrc/\S+, ((?:decode_)?attention: .*)", str(error))
+    return None if said is None or type(error) is not RuntimeError else RuntimeError(said[1])
 
 
 def no_jvp(ctx: Any, *tangents: Any) -> Any:
@@ -311,7 +314,9 @@ def redispatch(op: Any, keyset: torch._C.DispatchKeySet, args: tuple[Any, ...]) 
     try:
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
     except RuntimeError as error:
-        raise operator_error(error) from None
+        if (known := operator_error(error)) is None:
+            raise
+        raise known from error
 
 
 def is_recorded(args: tuple[Any, ...]) -> bool:

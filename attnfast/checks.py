@@ -21,7 +21,7 @@ from .subclasses import PLAIN, is_causal_bias
 
 NAMES = ("q", "k", "v", "mask", "bias")
 CACHE_NAMES = ("q", "k_cache", "v_cache")
-COMPLAINT = re.compile(r"\b(?:decode_)?attention: (\S+) (.*)")  # what native code says of values
+COMPLAINT = re.compile(r"\b(?:decode_)?attention: (\w+) (must .*)")  # native code's of a value
 STATS: dict[Any, int] = {False: 0, True: 1, "received": 2}
 WEIGHTS: dict[Any, int] = {False: 0, "mean": 1, True: 2}
 ORDINARY = (*PLAIN, type(None))  # types of most masks and biases
@@ -335,10 +335,16 @@ def cache_values(function: str, inputs: DecodeInputs) -> None:
                 raise ValueError(f"{function}: page_table must {requirement}")
 
 
-def value_error(function: str, error: RuntimeError, names: tuple[str, ...] = NAMES) -> Exception:
-    """A native operator's complaint about values as a ValueError; any other error as it is."""
-    complaint = COMPLAINT.search(str(error))
-    if complaint is None or type(error) is not RuntimeError:
-        return error
-    name, rest = complaint.groups()
+def complaint(
+    function: str, error: RuntimeError, names: tuple[str, ...] = NAMES
+) -> ValueError | None:
+    """A native operator's complaint about an argument's values; None if it is another error.
+
+    A launch that fails, memory that runs out: those are no fault of an argument's, and stay what
+    they are.
+    """
+    found = COMPLAINT.search(str(error))
+    if found is None or type(error) is not RuntimeError:
+        return None
+    name, rest = found.groups()
     return ValueError(f"{function}: {dict(zip(NAMES, names, strict=True)).get(name, name)} {rest}")

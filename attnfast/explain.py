@@ -23,6 +23,7 @@ from .functional import (
 )
 from .subclasses import is_at_hand
 
+NO_VALUES = "the tensors have no values yet"
 PARTS = ("window_right", "align_bottom_right", "max_seqlen_q", "max_seqlen_k")  # of other lines
 ENVIRONMENT = ("ATTNFAST_BACKEND", "ATTNFAST_FALLBACK", "ATTNFAST_CPU_ISA", "ATTNFAST_NATIVE")
 
@@ -55,12 +56,8 @@ def explain(*args: Any, **kwargs: Any) -> str:
         ValueError: As the function whose arguments these are, except that a named backend which
             refuses the call is reported, not raised.
     """
-    function = _function(args, kwargs)
+    function, call = bound_call("explain", args, kwargs)
     name = function.__name__
-    try:
-        call = inspect.signature(function).bind(*args, **kwargs)
-    except TypeError as error:
-        raise TypeError(f"explain: as a call of {name}: {error}") from None
     call.apply_defaults()
     if call.arguments["other"]:
         require.nothing_else(name, call.arguments["other"])
@@ -69,6 +66,21 @@ def explain(*args: Any, **kwargs: Any) -> str:
     problem = (decode_problem if name == "decode_attention" else attention_problem)(*checked)
     workspace = functools.partial(_workspace, name, call.arguments, checked)
     return Explanation(describe(name, problem, call.arguments["backend"], workspace))
+
+
+def bound_call(
+    asking: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], inspect.BoundArguments]:
+    """The public function that takes these arguments, and which of its arguments they are.
+
+    Raises:
+        TypeError: They do not fit it; the message names ``asking``, the function that was called.
+    """
+    function = _function(args, kwargs)
+    try:
+        return function, inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{asking}: as a call of {function.__name__}: {error}") from None
 
 
 def _function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -102,7 +114,7 @@ def describe(
     function: str,
     problem: Problem,
     backend: str = "auto",
-    workspace: Callable[[Backend], tuple[int, int] | None] = lambda row: None,
+    workspace: Callable[[Backend], tuple[int, int] | str] = lambda row: NO_VALUES,
 ) -> str:
     """The text of ``explain`` for a problem; ``workspace`` is what a backend takes for it."""
     name, source = dispatch.requested(backend)
@@ -202,8 +214,8 @@ def _saved(p: Problem, backend: str) -> str:
 
 def _workspace(
     function: str, arguments: dict[str, Any], call: Any, row: Backend
-) -> tuple[int, int] | None:
-    """Bytes in use only while a call runs, forward and backward; None where no values can be read.
+) -> tuple[int, int] | str:
+    """Bytes in use only while a call runs, forward and backward; or why they are not known.
 
     Not counted are a few numbers per batch entry, sequence or head, and copies of arguments and
     gradients whose rows have gaps.
@@ -212,11 +224,14 @@ def _workspace(
     if row.ops is None:
         return row.workspace(*call)
     if not is_at_hand(inputs.q):
-        return None
+        return NO_VALUES
     try:
         forward, backward = row.workspace(*call)
     except RuntimeError as error:
-        raise checks.value_error(function, error) from None
+        refused = checks.complaint(function, error)
+        if refused is None:  # of the device: which backend runs the call is known all the same
+            return str(error).partition("\n")[0]
+        raise refused from None
     rows = inputs.q.shape[:3].numel()
     if not (arguments["return_lse"] or arguments.get("return_stats")):
         forward += 4 * rows
@@ -225,9 +240,9 @@ def _workspace(
     return forward, backward
 
 
-def _sizes(workspace: tuple[int, int] | None, problem: Problem) -> str:
-    if workspace is None:
-        return "unknown, as the tensors have no values yet"
+def _sizes(workspace: tuple[int, int] | str, problem: Problem) -> str:
+    if isinstance(workspace, str):
+        return f"unknown: {workspace}"
     forward, backward = map(_size, workspace)
     return f"about {forward} forward" + (f", {backward} backward" if problem.requires_grad else "")
 

@@ -361,7 +361,9 @@ def decode_attention(
         try:
             out, lse = autograd.call(row.ops.decode, *inputs, *options)
         except RuntimeError as error:
-            raise checks.value_error(function, error) from None
+            if (refused := checks.complaint(function, error)) is None:
+                raise
+            raise refused from None
     return (out, lse) if return_lse else out
 
 
@@ -394,7 +396,9 @@ def run(
     try:
         return autograd.fused_attention(row.ops, inputs, options, problem.requires_grad)
     except RuntimeError as error:
-        raise checks.value_error(function, error, names) from None
+        if (refused := checks.complaint(function, error, names)) is None:
+            raise
+        raise refused from None
 
 
 def _in_onnx_export() -> bool:

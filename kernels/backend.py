@@ -62,7 +62,7 @@ def gluon_fwd(*args: Any) -> Outputs:
     call = gather(inputs, options, configs.l2_bytes("sm_90"))
     reason = attention_fwd_gluon.unsupported(call)
     if reason is not None:
-        raise RuntimeError(f"attention: the gluon backend {reason}")
+        raise ValueError(f"attention: the gluon backend {reason}")
     to = attention_fwd.results(inputs, options)
     attention_fwd_gluon.give_scratch()
     launch.launch(attention_fwd_gluon.hopper_launch(call, to))
