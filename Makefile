@@ -121,6 +121,8 @@ build: $(EDITABLE)  ## bring the native library up to date
 emulator: $(RUNTIME)  ## bring the emulator of the CUDA kernels up to date
 	@$(PY) setup.py -q build_emulator
 
+# Warnings of nvcc, which reads this variable itself, are errors here, but not in users' builds.
+cuda wheel: export NVCC_APPEND_FLAGS += -Werror=all-warnings
 cuda: build $(TRITON_LATEST)  ## build/native/_native_cuda.so: the CUDA kernels too, where nvcc is; ATTNFAST_CUDA_ARCHS="80 90"
 	@$(PY) setup.py -q build_cuda
 	@test ! -e build/native/cuda/row_terms.o || $(PY) tools/cuda_resources.py > /dev/null

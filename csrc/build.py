@@ -297,7 +297,7 @@ def cuda_objects(build: Ninja, nvcc: str) -> list[str]:
     names = ", ".join(f"sm_{arch}" for arch in archs)
     build.lines += [
         f"nvcc = {quoted(nvcc)}",
-        "nvccflags = -std=c++17 -O3 -DNDEBUG -Werror=all-warnings -Xptxas=-v --compress-mode=size"
+        "nvccflags = -std=c++17 -O3 -DNDEBUG -Xptxas=-v --compress-mode=size"
         f" -Xcompiler=-fPIC,-fvisibility=hidden,-Wall {code} -Icsrc",
         "rule nvcc",
         "  command = $nvcc -MMD -MF $out.d $nvccflags $extra -c $in -o $out > $out.log 2>&1"

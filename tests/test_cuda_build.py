@@ -164,6 +164,14 @@ def test_the_committed_table_is_of_all_architectures_and_without_faults() -> Non
     assert cuda_resources.table(usages) in page
 
 
+def test_warnings_are_errors_in_our_builds_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another nvcc warns of other things, and a user could do nothing about them."""
+    monkeypatch.setattr(build, "cuda_libraries", lambda nvcc: Path("lib64"))
+    assert "Werror" not in build.native_file("nvcc")
+    makefile = (ROOT / "Makefile").read_text()
+    assert "\ncuda wheel: export NVCC_APPEND_FLAGS += -Werror=all-warnings\n" in makefile
+
+
 def test_the_library_with_cuda_loads_without_it() -> None:
     library = ROOT / "build" / "native" / "_native_cuda.so"
     if not library.exists():
