@@ -11,8 +11,8 @@ time, or their names), ATTNFAST_SANITIZE=1 (AddressSanitizer and UndefinedBehavi
 library stays in build/native-asan, ATTNFAST_NATIVE loads it). ATTNFAST_CUDA=1 puts the CUDA kernels
 into the library of build_ext and of wheels, where there is an nvcc; 0 leaves them out of all;
 without it only build_cuda has them.
-NVCC or CUDA_HOME say where nvcc is, ATTNFAST_CUDA_ARCHS for which architectures ("all", those of
-the wheel, or their numbers: "80 90").
+NVCC or CUDA_HOME say where nvcc is (its CUDA decides which drivers will do: docs/wheel.md),
+ATTNFAST_CUDA_ARCHS for which architectures ("all", those of the wheel, or their numbers: "80 90").
 """
 
 from __future__ import annotations

@@ -75,6 +75,8 @@ def backend(name: str) -> dict[str, Any]:
     }
     refusals = {device: refusal(name, device) or absent(device) for device in served or ("cpu",)}
     devices = [device for device, reason in refusals.items() if reason is None]
+    if name == "cuda" and backends.cuda.IN_LIBRARY and not devices:
+        refusals["built for"] = f"they are built for {backends.cuda.details()}"
     result: dict[str, Any] = {
         "name": name,
         "available": bool(devices),

@@ -172,6 +172,7 @@ CUDA = define("cuda")
 _LIBRARY.define("cpu_isa() -> str")
 _LIBRARY.define("cpu_isas() -> str")
 _LIBRARY.define("cuda_unusable(int device) -> str")
+_LIBRARY.define("cuda_build() -> str")
 for _backend in ("cpu", "cuda"):
     _call = f"({parameters(Inputs, Options)}, bool need_dbias)"
     _LIBRARY.define(f"{_backend}_workspace{_call} -> (int forward, int backward)")

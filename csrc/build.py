@@ -292,8 +292,8 @@ def cuda_objects(build: Ninja, nvcc: str) -> list[str]:
     """Have the CUDA kernels compiled; the compiler's word on each one's resources is in *.o.log."""
     archs = cuda_archs()
     code = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
-    general = min((arch for arch in archs if arch >= 80), default=archs[-1])
-    code += f" -gencode=arch=compute_{general},code=compute_{general}"  # PTX for all others
+    general = ptx_arch(archs)
+    code += f" -gencode=arch=compute_{general},code=compute_{general}"
     names = ", ".join(f"sm_{arch}" for arch in archs)
     build.lines += [
         f"nvcc = {quoted(nvcc)}",
@@ -350,6 +350,11 @@ def cuda_archs() -> list[int]:
             f" ('80 90'), got '{asked}'"
         )
     return archs
+
+
+def ptx_arch(archs: list[int]) -> int:
+    """Whose PTX is added, of which drivers make code for later GPUs; launch.cu knows its limits."""
+    return min((arch for arch in archs if arch >= 80), default=archs[-1])
 
 
 def cuda_libraries(nvcc: str) -> Path:

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC, BUILT = ROOT / "csrc", ROOT / "build" / "emulator"
 
 # What CUDA permits while a stream is captured, and waits for nothing.
-CUDA_CALLS = {"cudaFuncSetAttribute", "cudaGetDevice", "cudaDeviceGetAttribute", "cudaLaunchKernel"}
+CUDA_CALLS = {"cudaFuncSetAttribute", "cudaFuncGetAttributes", "cudaGetDevice",
+              "cudaDeviceGetAttribute", "cudaLaunchKernel"}  # fmt: skip
 # Memory from torch's allocator, which captures know, and what torch launches on the current stream.
 TORCH_CALLS = {"guard", "unguard", "stream", "empty", "fill_", "aten::zero_", "aten::copy_",
                "from", "aten::select", "aten::clamp"}  # fmt: skip
@@ -43,15 +44,19 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int) {
   return heard("cudaFuncSetAttribute");
 }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, const void*) {
+  of->ptxVersion = 90;
   return heard("cudaFuncGetAttributes");
 }
 inline cudaError_t cudaGetDevice(int* x) { *x = current_device(); return heard("cudaGetDevice"); }
-inline cudaError_t cudaDeviceGetAttribute(int* x, int, int) {
+inline cudaError_t cudaDeviceGetAttribute(int* x, cudaDeviceAttr what, int) {
   const char* bytes = std::getenv("SHARED");
-  *x = bytes ? std::atoi(bytes) : 166912;
+  *x = what != cudaDevAttrMaxSharedMemoryPerBlockOptin ? capability(90, what)
+       : bytes                                         ? std::atoi(bytes)
+                                                       : 166912;
   return heard("cudaDeviceGetAttribute");
 }
+inline cudaError_t cudaDriverGetVersion(int* x) { *x = 13000; return cudaSuccess; }
 inline cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t stream) {
   return heard("cudaLaunchKernel", stream);
 }
@@ -238,7 +243,7 @@ def test_no_value_is_read_on_the_host(recorder: Recorder, call: str, kind: str) 
         ("forward", "cudaLaunchKernel", "launching attention_fwd<bf16, 64, plain>"),
         ("backward", "cudaLaunchKernel", "launching attention_bwd_rows<bf16>"),
         ("backward", "cudaFuncSetAttribute", "launching attention_bwd_keys<bf16, 64, plain>"),
-        ("decode", "cudaGetDevice", "asking for a GPU's shared memory"),
+        ("decode", "cudaGetDevice", "asking what a GPU can run"),
     ],
 )
 def test_a_failure_leaves_the_old_device_current(
@@ -269,15 +274,17 @@ def test_a_torch_without_streams(recorder: Recorder) -> None:
 
 def test_the_device_that_is_asked_about_is_current_meanwhile(recorder: Recorder) -> None:
     *lines, said, after = recorder.lines("unusable", "", 2, "cudaFuncGetAttributes")
-    assert lines == ["guard gpu 2 current 2", "cudaFuncGetAttributes to 0 current 2",
-                     "unguard current 1"]  # fmt: skip
-    assert said == "said words (name); free memory on this GPU, or split the call along B or H"
+    assert lines[0] == "guard gpu 2 current 2"
+    assert lines[-2:] == ["cudaFuncGetAttributes to 0 current 2", "unguard current 1"]
+    assert all(line.endswith(" current 2") for line in lines[:-1])
+    assert said.startswith("raised attention: asking what a GPU can run failed: words (name); free")
     assert after == "after: current 1"
 
 
 def test_the_operators_are_registered_for_gpus(recorder: Recorder) -> None:
     assert recorder.lines("registered", "", 0)[:-1] == [
         "CompositeExplicitAutograd cuda_unusable",
+        "CompositeExplicitAutograd cuda_build",
         "CUDA cuda_fwd",
         "CUDA cuda_bwd",
         "CUDA cuda_decode",

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from attnfast import __main__ as about
-from attnfast import dispatch, explain, selfcheck
+from attnfast import dispatch, explain, ops, selfcheck
 from attnfast.backends import Problem, cuda, gluon, reference, triton
 from attnfast.call import Options
 from attnfast.explain import describe
@@ -95,6 +95,42 @@ def test_the_library_is_asked_once_per_gpu(
     monkeypatch.setattr(torch.ops, "attnfast", Operators)
     assert [cuda.unusable(i) for i in (0, 1, 0, 1)] == [None, "broken"] * 2
     assert asked == [0, 1]
+
+
+def test_what_passes_is_not_remembered(with_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory, or a capture: the call is taken, its launch may fail, and the next asks again."""
+    answers: list[str | None] = [None, None, "the driver is too old"]
+
+    class Operators:
+        @staticmethod
+        def cuda_unusable(index: int) -> str:
+            answer = answers.pop(0)
+            if answer is None:
+                raise RuntimeError("attention: asking what a GPU can run failed: out of memory")
+            return answer
+
+    monkeypatch.setattr(cuda, "IN_LIBRARY", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops, "attnfast", Operators)
+    assert [cuda.unusable(0) for _ in range(4)] == [None, None, *["the driver is too old"] * 2]
+    assert not answers
+
+
+def test_the_command_says_what_the_kernels_were_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they run, and where they do not: an old driver is a reason."""
+    library = torch.library.Library("attnfast", "IMPL")
+    built = "sm_80, by CUDA 13.0: NVIDIA driver 580 or later"
+    library.impl("cuda_build", lambda: built, "CompositeExplicitAutograd")
+    monkeypatch.setattr(cuda, "IN_LIBRARY", True)
+    monkeypatch.setattr(ops, "EMULATOR", "0")
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", (cuda.ROW, reference.ROW))
+    try:
+        assert about.backend("cuda")["reason"].endswith(f"; they are built for {built}")
+        monkeypatch.setattr(about, "absent", lambda device: None)
+        monkeypatch.setitem(cuda._unusable, 0, None)
+        assert about.backend("cuda")["details"] == built
+    finally:
+        library._destroy()
 
 
 def test_asking_does_not_break_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:

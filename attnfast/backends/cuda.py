@@ -15,7 +15,7 @@ OLDEST, AMPERE = (7, 5), (8, 0)  # between them: no bf16 products, less shared m
 TURING_GRADIENTS = 128
 IN_LIBRARY = torch._C._dispatch_has_kernel_for_dispatch_key("attnfast::cuda_fwd", "CUDA")
 
-_unusable: dict[int, str | None] = {}  # by the GPU's index
+_unusable: dict[int, str | None] = {}  # by the GPU's index; answers that last
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -54,10 +54,18 @@ def emulated_capability() -> tuple[int, int]:
 
 
 def unusable(index: int) -> str | None:
-    """Why the driver or the GPU cannot run the kernels as they were built, or None."""
+    """Why the driver or the GPU cannot run the kernels as they were built, or None.
+
+    Where CUDA cannot tell now (no memory to load a kernel, a graph being captured) the next call
+    asks again. This one is taken: its launch says what is wrong, if it still is.
+    """
     if index not in _unusable:
         asked = IN_LIBRARY and torch.cuda.is_available()
-        _unusable[index] = (torch.ops.attnfast.cuda_unusable(index) or None) if asked else None
+        try:
+            reason = torch.ops.attnfast.cuda_unusable(index) if asked else ""
+        except RuntimeError:
+            return None
+        _unusable[index] = reason or None
     return _unusable[index]
 
 
@@ -66,8 +74,10 @@ unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def details() -> str:
-    """Where the kernels run."""
-    return "sm_75 and later" if ops.EMULATOR == "0" else "emulated"
+    """For which GPUs and drivers the kernels were built."""
+    if ops.EMULATOR != "0":
+        return "emulated"
+    return torch.ops.attnfast.cuda_build() if IN_LIBRARY else "sm_75 and later"
 
 
 ROW = Backend("cuda", unsupported, ops.CUDA, functools.partial(ops.workspace, "cuda"), details)

@@ -94,6 +94,8 @@ std::string cuda_unusable(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
   return attnfast::cuda::unusable();
 }
+
+std::string cuda_build() { return attnfast::cuda::built_for(); }
 #endif
 
 }  // namespace
@@ -103,6 +105,7 @@ STABLE_TORCH_LIBRARY_IMPL(attnfast, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(attnfast, CompositeExplicitAutograd, m) {
   m.impl("cuda_unusable", ATTNFAST_BOX(cuda_unusable));
+  m.impl("cuda_build", ATTNFAST_BOX(cuda_build));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnfast, CUDA, m) {

@@ -16,8 +16,11 @@ struct DeviceSeed {
   int64_t stride = 1;
 };
 
-// Why the current device cannot run the kernels of this build, or "".
+// Why the current device cannot run the kernels of this build, and never will; or "".
+//   Raises std::runtime_error where CUDA cannot tell now, for a lack of memory for example.
 std::string unusable();
+// "sm_80, sm_90, by CUDA 13.0: NVIDIA driver 580 or later"
+std::string built_for();
 
 // out, lse and, where wanted, max_logit, entropy, reach, received and weights. D and D_v up to 256;
 // the tensors have rows_q and rows_k rows, with varlen of all sequences together.

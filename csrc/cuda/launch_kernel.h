@@ -17,12 +17,14 @@ struct Configuration {
 //   Raises std::runtime_error where CUDA refuses.
 void launch_kernel(const void* kernel, const Configuration& with, void* stream, void** arguments);
 
-// Why the current device cannot run this build's kernels, of which `any` is one; "" if it can.
-std::string unusable(const void* any);
+// One of this build's kernels, by which CUDA is asked about all of them.
+const void* any_kernel();
 
-// The most shared memory that a block can have on the stream's GPU, in bytes.
+// The most shared memory that a block can have on the stream's GPU, in bytes, by the code that runs
+// there too: of kernels that need more than its architecture has, there is none.
+//   Raises std::runtime_error where CUDA does not say.
 int shared_limit(void* stream);
-// Whether that GPU is one of sm_75, which gives a block 64 KB.
+// Whether that GPU runs the code for sm_75, which gives a block 64 KB.
 bool on_turing(void* stream);
 
 }  // namespace attnfast::cuda

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "../cuda/launch_kernel.h"
+#include "../cuda/shared_limits.h"
 
 namespace attnfast::emulator {
 
@@ -23,21 +24,10 @@ Counts& counted() {
 Gpu asked_for() {
   const char* asked = std::getenv("ATTNFAST_EMULATOR_ARCH");
   const int arch = asked ? std::atoi(asked) : 80;
-  switch (arch) {
-    case 75:
-      return {arch, 64 << 10};
-    case 80:
-      return {arch, 163 << 10};
-    case 86:
-    case 89:
-    case 120:
-      return {arch, 99 << 10};
-    case 90:
-    case 100:
-      return {arch, 227 << 10};
-    default:
-      throw std::invalid_argument("emulator: there is no sm_" + std::to_string(arch));
+  for (const int known : {75, 80, 86, 89, 90, 100, 120}) {
+    if (arch == known) return {arch, cuda::shared_of(arch)};
   }
+  throw std::invalid_argument("emulator: there is no sm_" + std::to_string(arch));
 }
 
 void run_blocks(Launch launch, const Session& session) {
@@ -85,6 +75,5 @@ namespace attnfast::cuda {
 
 int shared_limit(void* stream) { return static_cast<emulator::Session*>(stream)->gpu.shared_limit; }
 bool on_turing(void* stream) { return static_cast<emulator::Session*>(stream)->gpu.turing(); }
-std::string unusable(const void*) { return ""; }
 
 }  // namespace attnfast::cuda

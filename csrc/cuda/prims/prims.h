@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "../shared_limits.h"
+
 namespace attnfast::cuda {
 
 // Storage types; arithmetic is in float.
@@ -36,10 +38,6 @@ struct alignas(16) Words4 {
 };
 
 constexpr int kWarpSize = 32;
-
-// The most shared memory of a block: what sm_80 and all later ones give, of which sm_86, sm_89 and
-// sm_120 have no more, and what sm_75 gives.
-constexpr int kSharedLimit = 99 << 10, kTuringShared = 64 << 10;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();

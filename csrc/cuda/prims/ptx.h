@@ -18,15 +18,12 @@ constexpr bool kTuring = true;
 constexpr bool kTuring = false;
 #endif
 
-// The most shared memory of a block where this pass's code runs. sm_80's also runs on sm_86 and
-// sm_89, which have less: there the host decides.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900 || \
-    (__CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200)
-constexpr int kPassShared = 227 << 10;
-#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
-constexpr int kPassShared = 163 << 10;
+// The most shared memory of a block that this pass's code may ask for. It also runs where there is
+// less (sm_80's on sm_86) or more (sm_86's on sm_90): the host takes the smaller (launch.cu).
+#ifdef __CUDA_ARCH__
+constexpr int kPassShared = shared_of(__CUDA_ARCH__ / 10);
 #else
-constexpr int kPassShared = kTuring ? kTuringShared : kSharedLimit;
+constexpr int kPassShared = shared_of(90);
 #endif
 
 // Whether a kernel has code in this pass: it is empty where the host never launches it, on sm_75
@@ -37,7 +34,7 @@ ATTNFAST_DEVICE constexpr bool has_code() {
 }
 
 // Whether a block can have this much shared memory here. A kernel that needs more has no code but
-// fail(), an error of the launch, should one architecture's PTX run on another that has more.
+// fail(), an error of the launch, should the host launch it all the same.
 ATTNFAST_DEVICE constexpr bool has_shared(int bytes) { return bytes <= kPassShared; }
 ATTNFAST_DEVICE void fail() { asm volatile("trap;"); }
 
