@@ -14,6 +14,7 @@ from .nn.cache import KVCache
 from .nn.replace import replace, restore
 from .sdpa import scaled_dot_product_attention
 from .stats import AttentionStats
+from .warm_up import warm_up
 
 when_imported("torch.utils.flop_counter", flops.register)
 when_imported("torch.distributed.tensor", sharding.register)
@@ -30,4 +31,5 @@ __all__ = [
     "restore",
     "scaled_dot_product_attention",
     "varlen_attention",
+    "warm_up",
 ]

@@ -349,6 +349,29 @@ def test_negative_maxima_of_raw_calls() -> None:
             ops.CUDA.fwd(*inputs, *options)
 
 
+@pytest.mark.parametrize("returned", [{}, {"return_stats": True}], ids=["out", "statistics"])
+@pytest.mark.parametrize("T", [30, 150])
+def test_warming_up_runs_every_kernel_of_a_call(T: int, returned: dict[str, Any]) -> None:
+    q = torch.randn(1, 2, T, 32).to(bf16).requires_grad_()
+
+    def call() -> None:
+        results = attnfast.attention(q, q, q, causal=True, backend="cuda", **returned)
+        out, *stats = results if returned else (results,)
+        loss = out.float().sum() + sum(x.entropy.sum() for x in stats)
+        torch.autograd.grad(loss, q)
+
+    def warm_up() -> None:
+        attnfast.warm_up(q, q, q, causal=True, backend="cuda", **returned)
+
+    def run(function: Any) -> set[str]:
+        return {str(place) for place in places(function)}
+
+    needed = run(call)
+    assert needed <= run(warm_up)
+    with torch.no_grad():
+        assert not needed <= run(warm_up)  # nor does it run backward
+
+
 def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, options, _ = problem(PLAIN)
     call = attention_problem(inputs, options)._replace(device=torch.device("cuda"))
