@@ -371,15 +371,15 @@ def backward_launches(call: Call, given: Given, to: BackwardResults, arch: str) 
     x, p, f = call
     size, extras = x.q.element_size(), call.reads_tiles() or given.grad_weights is not None
     jobs = []
-    for name, kernel, tensors in (
-        ("rows", row_terms_kernel, (x, given)),
-        ("dq", dq_kernel, (x, given, to)),
-        ("dkdv", dkdv_kernel, (x, given, to)),
+    for name, kernel, tensors, walked in (
+        ("rows", row_terms_kernel, (x, given), "BLOCK_N"),
+        ("dq", dq_kernel, (x, given, to), "BLOCK_N"),
+        ("dkdv", dkdv_kernel, (x, given, to), "BLOCK_M"),
     ):
         config = configs.choose(arch, name, size, f.D, f.D_V, extras)
         tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
         grid = p.B * p.H * -(-p.T // config.BLOCK_M)
         if name == "dkdv":
             grid = p.B * (p.H // p.group) * -(-p.S // config.BLOCK_N)
-        jobs.append(Launch(kernel, grid, tensors, p, f, tile, config))
+        jobs.append(Launch(kernel, grid, tensors, p, f, tile, config, walked))
     return jobs

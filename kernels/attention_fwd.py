@@ -199,4 +199,4 @@ def forward_launch(call: Call, to: ForwardResults, arch: str) -> Launch:
     config = configs.choose(arch, "fwd", x.q.element_size(), f.D, f.D_V, call.reads_tiles())
     tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
     grid = p.B * p.H * -(-p.T // config.BLOCK_M)
-    return Launch(attention_fwd_kernel, grid, (x, to), p, f, tile, config)
+    return Launch(attention_fwd_kernel, grid, (x, to), p, f, tile, config, "BLOCK_N")

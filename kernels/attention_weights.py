@@ -180,4 +180,4 @@ def received_launch(call: Call, received: Tensor, norm: Tensor, arch: str) -> La
     tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
     grid = p.B * p.H * -(-p.S // config.BLOCK_N)
     to = Received(received, norm, norm.numel() // 2)
-    return Launch(received_kernel, grid, (x, to), p, f, tile, config)
+    return Launch(received_kernel, grid, (x, to), p, f, tile, config, "BLOCK_M")

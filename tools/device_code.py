@@ -24,7 +24,7 @@ KERNELS = {  # by name in the tables: the file in kernels/, the backend, the kin
     "gluon": ("attention_fwd_gluon", "gluon", "forward"),
 }
 # Files that all of them are compiled from as well.
-SHARED = ("arguments", "dropout", "gradients", "head", "launch", "rows", "scores")
+SHARED = ("arguments", "dropout", "gradients", "head", "rows", "scores")
 
 
 def fingerprint(name: str, folder: Path) -> str:
