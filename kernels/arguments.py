@@ -155,6 +155,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         others: More tensors whose rows are walked: gradients and outputs.
     """
     q, k, v, mask, bias, slopes, sinks, align, seed, cu_q, cu_k = inputs
+    slopes = None if slopes is None else slopes.contiguous()  # one per batch entry and head
     varlen = cu_q is not None
     rows_q, rows_k = q.shape[2], k.shape[2]
     B, T, S = q.shape[0], rows_q, rows_k
@@ -172,6 +173,9 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
     if options.causal:
         right = 0 if right < 0 else min(right, 0)
     key_bytes = max(rows_k * (q.shape[3] + v.shape[3]) * q.element_size(), 1)
+    # kernels multiply it by a head's blocks, of T or of S, in 32 bits
+    most = (1 << 30) // max(group * max(T, S), 1)
+    section = max(min(l2_bytes // key_bytes, most), 1) * group
     mask_strides = strides(mask)
     values = Values(
         B,
@@ -197,7 +201,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         max(min(options.align_offset, FARTHEST), -FARTHEST),
         round(p_drop * 65536),
         0.0 if p_drop >= 1 else 1 / (1 - p_drop),
-        max(l2_bytes // key_bytes, 1) * group,
+        section,
     )
     features = Features(
         q.shape[3],

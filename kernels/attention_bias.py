@@ -105,7 +105,8 @@ def dbias_kernel(x, g, to, p, f, tile):
             )
 
     # Store
-    at = to.sums + chunk.to(tl.int64) * to.chunk + own_b.to(tl.int64) * to.b + own_h * to.h
+    at = to.sums + chunk.to(tl.int64) * to.chunk + own_b.to(tl.int64) * to.b
+    at += own_h.to(tl.int64) * to.h
     out_type = to.sums.dtype.element_ty
     t, j = own_t * tile.BLOCK_M + row, own_s * tile.BLOCK_N + key
     if tile.PER_T:

@@ -73,7 +73,9 @@ def pieces_of(length, p, f, BLOCK_N: tl.constexpr):
 def key_rows(base, b, b_stride, h, h_stride, j, stride, live, c):
     """[N] pointers to the rows of keys j, through the page table if there is one."""
     if c.page_table is not None:
-        page = tl.load(c.page_table + b * c.table_b + j // c.page_size, mask=live, other=0)
+        page = tl.load(
+            c.page_table + b.to(tl.int64) * c.table_b + j // c.page_size, mask=live, other=0
+        )
         b = tl.minimum(tl.maximum(page, 0), c.num_pages - 1)
         j = j % c.page_size
     return base + b.to(tl.int64) * b_stride + h.to(tl.int64) * h_stride + j.to(tl.int64) * stride

@@ -45,6 +45,7 @@ from attnfast.kernels import (
     configs,
 )
 from attnfast.kernels.launch import Launch
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -243,6 +244,23 @@ def compiled(entry: Entry) -> Resources:
         found[1].split("_f32")[0] if found else "",
         fingerprint(entry.name),
     )
+
+
+def intermediate(entry: Entry) -> str:
+    """An entry as Triton reads it: nothing optimised, names and types those of the source."""
+    driver.set_active(NoDevice(entry.arch))
+    launch = job(entry)
+    launch.kernel.device_caches.clear()
+    options = launch.options()
+    *_, backend, binder = launch.kernel.device_caches[0]
+    bound, specialised, given = binder(*launch.arguments(), **options)
+    parsed, *parts = launch.kernel._pack_args(backend, options, bound, specialised, given)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    ways = backend.get_codegen_implementation(parsed), backend.get_module_map(), context
+    source = launch.kernel.ASTSource(launch.kernel, *parts)
+    return str(source.make_ir(driver.active.target, parsed, *ways))
 
 
 def reason(error: BaseException) -> str:
