@@ -71,7 +71,7 @@ def backend(name: str) -> dict[str, Any]:
         device: row
         for device, table in dispatch.BACKENDS.items()
         for row in table
-        if row.name == name
+        if row.name == name and (device != "xpu" or absent(device) is None)
     }
     refusals = {device: refusal(name, device) or absent(device) for device in served or ("cpu",)}
     devices = [device for device, reason in refusals.items() if reason is None]
@@ -108,9 +108,9 @@ def refusal(name: str, device: str) -> str | None:
 
 def absent(device: str) -> str | None:
     """Why there are no tensors on a device, or None."""
-    if device == "cuda" and not torch.cuda.is_available():
-        return "no GPU that torch can use"
-    return None
+    if device == "cpu" or torch.get_device_module(device).is_available():
+        return None
+    return "no GPU that torch can use"
 
 
 def plain_problem(device: str, dtype: torch.dtype) -> backends.Problem:

@@ -26,6 +26,7 @@ COMPILED = (cuda.ROW,) if cuda.IN_LIBRARY else ()
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "cpu": (cpu.ROW, reference.ROW, triton.ROW, *EMULATED),
     "cuda": (triton.ROW, *COMPILED, reference.ROW, gluon.ROW),
+    "xpu": (triton.ROW, reference.ROW),
 }
 OTHER_DEVICES = (reference.ROW,)
 
@@ -45,6 +46,10 @@ REASONS: dict[str, dict[str, str]] = {
         " 7.5, which Triton's row refuses",
         "reference": "takes what all others refuse",
         "gluon": "experimental: only where it is named",
+    },
+    "xpu": {
+        "triton": "compiled by Intel's Triton; no such GPU has run it yet",
+        "reference": "takes what all others refuse",
     },
 }
 

@@ -193,8 +193,10 @@ def entry(arch: str, name: str, size: int, D: int) -> Config:
 
 
 def architecture(device: torch.device) -> str:
-    """What the table calls a device: "sm_90", "gfx942" and so on; "interpreter" for the CPU."""
-    return "interpreter" if device.type == "cpu" else _architecture(device.index)
+    """What the table calls a device: "sm_90", "gfx942", "xpu"; "interpreter" for the CPU."""
+    if device.type == "cuda":
+        return _architecture(device.index)
+    return "interpreter" if device.type == "cpu" else device.type
 
 
 @functools.cache
