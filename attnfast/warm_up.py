@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from .explain import bound_call
@@ -43,7 +44,7 @@ def warm_up(*args: Any, **kwargs: Any) -> None:
     function, call = bound_call("warm_up", args, kwargs)
     leaves = []
     for name, x in call.arguments.items():
-        if isinstance(x, Tensor) and x.requires_grad:
+        if isinstance(x, Tensor) and x.requires_grad and not is_lazy(x):
             leaves.append(x.detach().requires_grad_())
             call.arguments[name] = leaves[-1]
     gpus = {x.get_device() for x in call.arguments.values() if isinstance(x, Tensor) and x.is_cuda}
