@@ -71,6 +71,9 @@ SANITIZED_ISAS = {
     "tiles16": f"{LANES16} -DATTNFAST_EMULATED_TILES",
 }
 
+# Registers are bytes that an instruction takes for what it likes, and no product is fused unasked.
+PTX_MACHINE = "-std=c++20 -ffp-contract=off -fno-strict-aliasing -ftree-vectorize"
+
 CUDA_ARCHS = (75, 80, 90, 100, 120)  # of the wheel; sm_80's code also serves sm_86 and sm_89
 USUAL_CUDA_ARCHS = (80, 90)
 
@@ -276,13 +279,18 @@ def native_file(nvcc: str | None = None) -> str:
 
 
 def emulator_file() -> str:
-    """How _emulator.so is built: the CUDA kernels compiled for the CPU, and what runs them."""
+    """How _emulator.so is built: the CUDA kernels compiled for the CPU, and what runs them.
+
+    The PTX machine, which runs what the compilers emit instead, is part of it.
+    """
     build = Ninja(EMULATOR, "-O2 -DATTNFAST_EMULATOR -pthread", "-Wl,-z,defs")
     objects = [
         build.compile(CSRC / "bindings" / name, extra="$torchflags")
         for name in ("cuda.cpp", "emulator.cpp")
     ]
     objects += [build.compile(source) for source in sorted((CSRC / "emulator").glob("*.cpp"))]
+    machine = sorted((CSRC / "emulator" / "ptx").glob("*.cpp"))
+    objects += [build.compile(source, extra=PTX_MACHINE) for source in machine]
     for source, suffix, extra in cuda_sources():
         objects.append(build.compile(source, suffix, f"-x c++ {extra}"))
     return build.text(build.link("_emulator.so", objects))
