@@ -13,7 +13,7 @@ import warnings
 import torch
 
 from . import ops
-from .backends import FUSED_DTYPES, Backend, Problem, cpu, cuda, gluon, reference, triton
+from .backends import FUSED_DTYPES, Backend, Problem, cpu, cuda, gluon, gpus, reference, triton
 from .requirements import checks_values, environment
 
 NAMES = ("cpu", "triton", "gluon", "cuda", "reference")
@@ -21,10 +21,11 @@ NAMES = ("cpu", "triton", "gluon", "cuda", "reference")
 # The emulator of the CUDA kernels and Triton's interpreter come after the reference, which accepts
 # everything: they serve CPU tensors only where they are named.
 EMULATED = () if ops.EMULATOR == "0" else (cuda.ROW,)
+EXECUTED = (gluon.ROW,) if gpus.PTX else ()
 COMPILED = (cuda.ROW,) if cuda.IN_LIBRARY else ()
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "cpu": (cpu.ROW, reference.ROW, triton.ROW, *EMULATED),
+    "cpu": (cpu.ROW, reference.ROW, triton.ROW, *EMULATED, *EXECUTED),
     "cuda": (triton.ROW, *COMPILED, reference.ROW, gluon.ROW),
     "xpu": (triton.ROW, reference.ROW),
 }
@@ -38,6 +39,7 @@ REASONS: dict[str, dict[str, str]] = {
         "reference": "takes what all others refuse",
         "triton": "interpreted, for tests: only where it is named",
         "cuda": "emulated, for tests: only where it is named",
+        "gluon": "experimental, for tests: only where it is named",
     },
     "cuda": {
         "triton": "takes the most: float32 too, and D up to 512; no GPU has yet measured that the"

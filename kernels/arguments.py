@@ -17,6 +17,8 @@ from torch import Tensor
 
 from attnfast.call import Inputs, Options
 
+from .launch import INTERPRETED
+
 LOG2_E = math.log2(math.e)
 MAX_ROWS = 1 << 28  # of positions no sum then leaves 32 bits
 FARTHEST = 2**31 - 1  # positions and windows beyond are taken for this
@@ -226,7 +228,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
 
 def precision(q: Tensor) -> str:
     """How fp32 products are taken: as torch's own would be on this device."""
-    if q.dtype is not torch.float32 or not q.is_cuda or torch.version.hip is not None:
+    if q.dtype is not torch.float32 or INTERPRETED or torch.version.hip is not None:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 

@@ -299,11 +299,11 @@ def attention_fwd_hopper_kernel(x, to, p, f, tile):
     )  # fmt: skip
 
 
-def give_scratch() -> None:
+def give_scratch(device: torch.device) -> None:
     """Let Triton allocate what TMA descriptors are written to, from torch's caching allocator."""
 
     def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int8, device="cuda")
+        return torch.empty(size, dtype=torch.int8, device=device)
 
     triton.set_allocator(allocate)
 

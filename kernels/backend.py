@@ -64,7 +64,7 @@ def gluon_fwd(*args: Any) -> Outputs:
     if reason is not None:
         raise ValueError(f"attention: the gluon backend {reason}")
     to = attention_fwd.results(inputs, options)
-    attention_fwd_gluon.give_scratch()
+    attention_fwd_gluon.give_scratch(inputs.q.device)
     launch.launch(attention_fwd_gluon.hopper_launch(call, to))
     stats, received = to.lse.new_empty(0), to.lse.new_empty(0)
     return Outputs(to.out, to.lse, to.norm, stats, received, inputs.q.new_empty(0))

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from attnfast.backends.gpus import PTX
+
 from .tuned import TUNED
 
 
@@ -196,7 +198,9 @@ def architecture(device: torch.device) -> str:
     """What the table calls a device: "sm_90", "gfx942", "xpu"; "interpreter" for the CPU."""
     if device.type == "cuda":
         return _architecture(device.index)
-    return "interpreter" if device.type == "cpu" else device.type
+    if device.type == "cpu":
+        return f"sm_{PTX}" if PTX else "interpreter"
+    return device.type
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from ptx import session
 
 torch.set_num_threads(1)  # tests that need more ask for them
 
@@ -27,7 +28,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-BACKENDS = ("cpu", "triton", "cuda", "reference")
+BACKENDS = ("cpu", "triton", "gluon", "cuda", "reference")
 MINUTES = {"test_emulator", "test_isa", "test_triton"}  # tests in processes of their own
 ON_THE_CPU = {"triton": "TRITON_INTERPRET", "cuda": "ATTNFAST_EMULATOR"}  # read when imported
 
@@ -39,14 +40,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--backend",
         action="append",
         choices=BACKENDS,
-        help="whose kernels tests/backends tests, Triton's interpreted and CUDA's on the emulator;"
-        " may be repeated (default: cpu, and a sample for the reference)",
+        help="whose kernels tests/backends tests, Triton's interpreted and CUDA's on the emulator,"
+        " or under ATTNFAST_PTX their PTX executed; may be repeated (default: cpu, and a sample for"
+        " the reference)",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before anything imports attnfast, have its other backends take CPU tensors."""
-    for backend in config.getoption("--backend") or ():
+    chosen = config.getoption("--backend") or []
+    if os.environ.get("ATTNFAST_PTX"):
+        session.begin(chosen)
+        return
+    for backend in chosen:
         if backend in ON_THE_CPU:
             os.environ.setdefault(ON_THE_CPU[backend], "1")
 

@@ -15,7 +15,8 @@ _LIBRARY = torch.library.Library("attnfast", "IMPL")
 
 for _kind in OPERATORS:
     _name = "gluon_fwd" if _kind == "fwd" else _kind
-    _LIBRARY.impl(f"gluon_{_kind}", triton.implementation(_name), "CUDA")
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(f"gluon_{_kind}", triton.implementation(_name), _key)
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -24,7 +25,10 @@ def unsupported(problem: Problem) -> str | None:
     tensors = problem.mask or problem.bias or problem.alibi or problem.sinks or problem.align
     plain = options._replace(scale=1.0, causal=False, deterministic=False, align_bottom_right=False)
     reasons = (
-        (problem.device.type == "cpu", "runs on GPUs only: Triton cannot interpret Gluon"),
+        (
+            problem.device.type == "cpu" and not gpus.PTX,
+            "runs on GPUs only: Triton cannot interpret Gluon",
+        ),
         (problem.kind != "attention", f"takes attention only, got {problem.kind}"),
         (problem.dtype not in HALF, other_dtype(problem, HALF)),
         (

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from ..requirements import environment
+
+# Tests: the GPU that a machine which executes PTX plays for CPU tensors, "90" for sm_90; or "".
+PTX = environment("ATTNFAST_PTX", "75", "80", "90")
+
 
 def capability(index: int) -> tuple[int, int]:
     """An NVIDIA GPU's compute capability; of any other device more than enough."""
+    if PTX:
+        return int(PTX[0]), int(PTX[1])
     if torch.version.hip is not None or not torch.cuda.is_available():
         return (99, 0)
     found = torch.cuda.get_device_properties(index)  # a constant to torch.compile

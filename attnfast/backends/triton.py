@@ -182,7 +182,7 @@ def unsupported(problem: Problem) -> str | None:
     reason = other_dtype(problem, FUSED_DTYPES) or too_wide(problem, MAX_HEAD_DIM) or MISSING
     if reason is not None:
         return reason
-    if problem.device.type == "cpu":
+    if problem.device.type == "cpu" and not gpus.PTX:
         if not interpreted():
             return "takes CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1"
         if imported_without_interpreter():
@@ -198,7 +198,8 @@ def unsupported(problem: Problem) -> str | None:
 
 def details() -> str:
     """Triton's version and how it runs."""
-    return f"Triton {VERSION}" + (", interpreted" if interpreted() else "")
+    how = f", its PTX for sm_{gpus.PTX} executed" if gpus.PTX else ""
+    return f"Triton {VERSION}" + (", interpreted" if interpreted() else how)
 
 
 ROW = Backend("triton", unsupported, OPS, implementation("workspace"), details)

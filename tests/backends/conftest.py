@@ -1,7 +1,8 @@
 """Tests of kernels, for the backends that ``--backend`` names.
 
 A test with an argument `backend` is run for each of them. Files called test_triton* and test_cuda*
-are about one backend, and all other tests about the CPU's, or none.
+are about one backend, and all other tests about the CPU's, or none. Under ATTNFAST_PTX, where
+there is neither Triton's interpreter nor the emulator, files called test_ptx* take their place.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from ptx import session
 
 HERE = Path(__file__).parent
-OF_ONE = "test_(triton|cuda)"
+OF_ONE = "test_(triton|cuda|ptx)"
 SCHEDULES = 6  # of the emulator
 
 # Where kernels are interpreted or emulated: of the cases of each test of a file one in so many.
@@ -38,6 +40,28 @@ ONE_IN = {
         "test_large_scores": 9,
     },
 }
+# Where their PTX is executed: Triton takes seconds to compile a case.
+ONE_IN_PTX = {
+    "triton": {
+        "test_table": 6,
+        "test_numerics": 8,
+        "test_layouts": 8,
+        "test_dropout": 8,
+        "test_varlen": 8,
+        "test_decode": 6,
+        "test_determinism": 8,
+        "test_large_scores": 12,
+    },
+    "cuda": {
+        "test_table": 2,
+        "test_numerics": 3,
+        "test_layouts": 2,
+        "test_dropout": 3,
+        "test_varlen": 3,
+        "test_determinism": 4,
+        "test_large_scores": 9,
+    },
+}
 
 
 def backends(config: pytest.Config) -> list[str]:
@@ -47,7 +71,7 @@ def backends(config: pytest.Config) -> list[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Numpy, which interprets Triton's kernels, warns of what a GPU does silently: 1 / 0."""
-    if "triton" in backends(config):
+    if "triton" in backends(config) and not session.ARCH:
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
     if not {"cpu", "reference"} & set(backends(config)):
         hypothesis.settings.register_profile(
@@ -57,9 +81,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Whether a file is about a backend that is not under test."""
+    """Whether a file is about a backend, or a way to run it, that is not under test."""
     about = re.match(OF_ONE, collection_path.name)
-    return True if about and about[1] not in backends(config) else None
+    chosen = ["ptx"] if session.ARCH else backends(config)
+    return True if about and about[1] not in chosen else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -96,13 +121,15 @@ def one_in(item: pytest.Item, chosen: list[str]) -> int:
     if backend == "reference":
         mark = item.get_closest_marker("reference")
         return mark.args[0] if mark else 0
-    return ONE_IN.get(backend, {}).get(file, 1)
+    return (ONE_IN_PTX if session.ARCH else ONE_IN).get(backend, {}).get(file, 1)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     """What a backend refuses is skipped for the backend's reason."""
     backend = pyfuncitem.funcargs.get("backend")
+    if session.ARCH and (reason := session.missing(backend)):
+        pytest.skip(reason)
     try:
         return (yield)
     except ValueError as error:

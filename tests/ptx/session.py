@@ -1,0 +1,38 @@
+"""What a process of pytest needs to execute the kernels' PTX, and who may run what of it.
+
+``ATTNFAST_PTX`` names the architecture, 80 for sm_80; ``--backend`` the kernels.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+ARCH = os.environ.get("ATTNFAST_PTX", "")
+BUILT = Path(__file__).resolve().parents[2] / "build" / "ptx"
+FOLDER = BUILT / ARCH  # nvcc's
+NO_PTX = f"no PTX of the CUDA kernels for sm_{ARCH}: `make ptx` has nvcc emit it"
+
+
+def begin(backends: list[str]) -> None:
+    """Have these backends take CPU tensors, and execute what their compilers emit."""
+    # What torch.empty returns is NaN; the public switch imports torch's compiler.
+    torch._C._set_deterministic_algorithms(True)
+    if "cuda" in backends:
+        os.environ |= {"ATTNFAST_EMULATOR": "1", "ATTNFAST_EMULATOR_ARCH": ARCH}
+        import attnfast.ops
+
+        if attnfast.ops.EMULATOR_MISSING is None:
+            torch.ops.attnfast.emulator_ptx(str(FOLDER))
+    if {"triton", "gluon"} & set(backends):
+        os.environ.setdefault("TRITON_CACHE_DIR", str(BUILT / "triton"))
+        from . import driver
+
+        driver.install(int(ARCH))
+
+
+def missing(backend: str) -> str | None:
+    """Why a backend cannot run here, or None."""
+    return NO_PTX if backend == "cuda" and not (FOLDER / "row_terms.ptx").exists() else None
