@@ -9,6 +9,7 @@ PYTHONS := python3.11 python3 python3.12 python3.13 python3.10
 COMPILER = $(if $(filter default,$(origin CXX)),$$(command -v g++ || command -v clang++ || echo c++),$(CXX))
 WORKERS ?= 2
 TRITON ?= 3.9
+PTX ?= 75 80 90
 RESULTS ?= device
 OUT ?= build/gpu
 MINUTES ?= 30
@@ -43,7 +44,7 @@ ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   LD_PRELOAD="$(foreach l,asan ubsan,$$($(COMPILER) -print-file-name=lib$(l).so))"
 ASAN_TESTS := $(patsubst %,tests/backends/test_%.py,table layouts decode)
 
-.PHONY: help demo translate test test-cuda test-triton aot lint bench gpu wheel test-abi docs asan venv build emulator cuda clean
+.PHONY: help demo translate test test-cuda test-triton test-ptx aot lint bench gpu wheel test-abi docs asan venv build emulator ptx cuda clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -65,6 +66,11 @@ test-cuda: emulator $(TEST)  ## every test of the CUDA kernels, on the CPU
 
 test-triton: build $(TEST) $(TRITON_LATEST)  ## every test of the Triton kernels, in Triton's interpreter
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal --backend triton tests/backends $(ARGS)
+
+test-ptx: build emulator ptx $(TEST) $(TRITON_LATEST)  ## the compiled kernels, their PTX executed on the CPU; PTX="80 90" for sm_80 and sm_90
+	@for arch in $(PTX); do echo "the PTX for sm_$$arch"; \
+	  OMP_NUM_THREADS=1 ATTNFAST_PTX=$$arch $(PY) -m pytest -n $(WORKERS) --dist worksteal \
+	    --backend triton --backend cuda tests/backends $(ARGS) || exit 1; done
 
 aot: build $(TRITON_LATEST) build/triton-3.6/.installed  ## compile the Triton kernels for every architecture, without a GPU; TRITON=3.6 or 3.9
 	PYTHONPATH=$(if $(filter 3.6,$(TRITON)),build/triton-3.6) $(PY) -m tools.aot $(ARGS)
@@ -120,6 +126,9 @@ build: $(EDITABLE)  ## bring the native library up to date
 
 emulator: $(RUNTIME)  ## bring the emulator of the CUDA kernels up to date
 	@$(PY) setup.py -q build_emulator
+
+ptx: $(RUNTIME)  ## what nvcc makes of the CUDA kernels, where it is: for test-ptx
+	@ATTNFAST_CUDA_ARCHS="$(PTX)" $(PY) setup.py -q build_ptx
 
 # Warnings of nvcc, which reads this variable itself, are errors here, but not in users' builds.
 cuda wheel: export NVCC_APPEND_FLAGS += -Werror=all-warnings

@@ -4,6 +4,7 @@
     pip install -e . --no-build-isolation   the same, and the package becomes importable
     python setup.py build_emulator          build/emulator/_emulator.so: the CUDA kernels on the CPU
     python setup.py build_cuda              build/native/_native_cuda.so: with the CUDA kernels
+    python setup.py build_ptx               build/ptx/: the CUDA kernels as nvcc compiles them
 
 Environment: MAX_JOBS, CXX and ATTNFAST_CXXFLAGS (appended; both are words for a shell),
 ATTNFAST_ISAS ("all", "native" for those that this machine runs, which compiles in a third of the
@@ -71,6 +72,16 @@ class BuildCuda(Build):
         build.cuda()
 
 
+class BuildPtx(Build):
+    """Has nvcc emit the PTX of the CUDA kernels, which tests execute on the CPU."""
+
+    description = "have nvcc emit the PTX of the CUDA kernels, where it is, for tests"
+
+    def run(self) -> None:
+        """Build, or say why not."""
+        build.ptx()
+
+
 class BuildNative(build_ext):
     """Has the one library built and puts it where setuptools expects an extension."""
 
@@ -109,6 +120,7 @@ if sys.platform == "linux":
             "build_ext": BuildNative,
             "build_cuda": BuildCuda,
             "build_emulator": BuildEmulator,
+            "build_ptx": BuildPtx,
             "bdist_wheel": NativeWheel,
         },
     )

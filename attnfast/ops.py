@@ -231,6 +231,8 @@ def load_emulator() -> str | None:
         "emulator_sabotage(str kind, str place, int amount) -> ()",
         "emulator_count(bool on) -> ()",
         "emulator_counts() -> str",
+        "emulator_ptx(str folder) -> ()",
+        "emulator_ptx_lines(str file) -> str",
         "emulator_selftest(str kernel, str bug) -> ()",
     ):
         _LIBRARY.define(test_hook)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 CSRC = Path(__file__).resolve().parent
 ROOT = CSRC.parent
 EMULATOR = Path("build", "emulator")  # in the root, as build_folder()
+PTX = Path("build", "ptx")
 
 OLDEST_TORCH = (2, 10)
 COMMON = (
@@ -292,8 +293,32 @@ def emulator_file() -> str:
     machine = sorted((CSRC / "emulator" / "ptx").glob("*.cpp"))
     objects += [build.compile(source, extra=PTX_MACHINE) for source in machine]
     for source, suffix, extra in cuda_sources():
-        objects.append(build.compile(source, suffix, f"-x c++ {extra}"))
+        # Visible, for the PTX machine to ask for a kernel's name.
+        objects.append(build.compile(source, suffix, f"-x c++ -fvisibility=default {extra}"))
     return build.text(build.link("_emulator.so", objects))
+
+
+def ptx_file(nvcc: str) -> str:
+    """How the PTX of the CUDA kernels is made, in a folder for each architecture."""
+    build = Ninja(PTX, "", "")
+    build.lines += [
+        f"nvcc = {quoted(nvcc)}",
+        "rule nvcc",
+        "  command = $nvcc -MMD -MF $out.d -std=c++17 -O3 -DNDEBUG -lineinfo $extra -Icsrc -ptx $in"
+        " -o $out",
+        "  description = compile $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    made = []
+    for arch in cuda_archs():
+        for source, suffix, flags in cuda_sources():
+            target = PTX / str(arch) / f"{source.stem}{suffix}.ptx"
+            extra = f"""-arch=compute_{arch} {flags} -DATTNFAST_CUDA_ARCHS='"sm_{arch}"'"""
+            text = f"build {target}: nvcc {source.relative_to(ROOT)}\n  extra = {extra}"
+            build.compilations.append((source.stat().st_size, text))
+            made.append(str(target))
+    return build.text(f"build {PTX / 'all'}: phony {' '.join(made)}")
 
 
 def cuda_objects(build: Ninja, nvcc: str) -> list[str]:
@@ -424,6 +449,12 @@ def cuda() -> None:
     """Bring the native library with CUDA's kernels up to date, where nvcc is."""
     if nvcc := find_nvcc():
         run_ninja(build_folder() / "_native_cuda.so", native_file(nvcc), "the CUDA kernels")
+
+
+def ptx() -> None:
+    """Bring the PTX of the CUDA kernels up to date, where nvcc is."""
+    if nvcc := find_nvcc():
+        run_ninja(PTX / "all", ptx_file(nvcc), "the PTX of the CUDA kernels")
 
 
 def emulator() -> None:

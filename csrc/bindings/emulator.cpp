@@ -42,6 +42,16 @@ std::string emulator_counts() {
   return text.str();
 }
 
+// Has launches run the PTX of this folder from now on; "" for the kernels' C++.
+void emulator_ptx(std::string folder) { attnfast::emulator::settings().ptx = folder; }
+
+// The lines of a .ptx file that have run since it was loaded, as "1 2 3".
+std::string emulator_ptx_lines(std::string file) {
+  std::ostringstream text;
+  for (const int line : attnfast::emulator::ptx_lines(file)) text << line << ' ';
+  return text.str();
+}
+
 // Runs a small kernel that has a bug of that name, or none: "" names the sound ones.
 void emulator_selftest(std::string kernel, std::string bug) {
   attnfast::emulator::run_selftest(kernel, bug);
@@ -53,5 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(attnfast, CompositeExplicitAutograd, m) {
   m.impl("emulator_sabotage", TORCH_BOX(&emulator_sabotage));
   m.impl("emulator_count", TORCH_BOX(&emulator_count));
   m.impl("emulator_counts", TORCH_BOX(&emulator_counts));
+  m.impl("emulator_ptx", TORCH_BOX(&emulator_ptx));
+  m.impl("emulator_ptx_lines", TORCH_BOX(&emulator_ptx_lines));
   m.impl("emulator_selftest", TORCH_BOX(&emulator_selftest));
 }

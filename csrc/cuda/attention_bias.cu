@@ -27,6 +27,8 @@ ATTNFAST_DEVICE void store_number(const MutableView& x, int64_t at, float value)
   }
 }
 
+}  // namespace
+
 template <class Element, int kD>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
     attention_bwd_bias_kernel(ATTNFAST_PARAMS BackwardArguments arguments) {
@@ -148,6 +150,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
   for (int lanes = 1; lanes < kWarpSize; lanes *= 2) column += shuffle_xor(column, lanes);
   if (lane == 0) store_number(p.dbias, at, column);
 }
+
+namespace {
 
 template <class Element>
 void run(const BackwardArguments& a, Stream stream) {

@@ -60,6 +60,8 @@ ATTNFAST_DEVICE CachedRows<Element> cached(const DecodeParams& p, const View& x,
           aligned};
 }
 
+}  // namespace
+
 template <class Element, int kD, bool kSmall>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
     attention_decode_kernel(ATTNFAST_PARAMS DecodeArguments a) {
@@ -220,6 +222,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
     if (column + 1 < p.D_v) store_global(a.partial + at * p.D_v + column + 1, total.y);
   }
 }
+
+namespace {
 
 template <class Element, bool kSmall = false>
 void run(const DecodeArguments& arguments, Stream stream) {

@@ -10,7 +10,6 @@
 #include "probabilities.h"
 
 namespace attnfast::cuda {
-namespace {
 
 template <class Element, int kD>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ProbabilityShape<kD>::kThreads), 1)
@@ -90,6 +89,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ProbabilityShape<kD>::kThreads), 1)
                       head.h * p.received_stride_h + head.k_begin;
   store_global(p.received + row + s0 + lane, total);
 }
+
+namespace {
 
 template <class Element>
 void run(const ForwardArguments& arguments, Stream stream) {

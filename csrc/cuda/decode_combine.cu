@@ -11,6 +11,8 @@ namespace {
 
 constexpr int kThreads = 128;
 
+}  // namespace
+
 template <class Element>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
     decode_combine_kernel(ATTNFAST_PARAMS DecodeArguments a) {
@@ -54,8 +56,6 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
     store_global(p.lse + row, l == 0.0f ? -kInfinity : top * a.units.to_natural + logf(l));
   }
 }
-
-}  // namespace
 
 const void* any_kernel() { return reinterpret_cast<const void*>(decode_combine_kernel<Float16>); }
 

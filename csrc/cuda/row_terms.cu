@@ -11,6 +11,8 @@ namespace {
 
 constexpr int kThreads = 128, kRows = 64;
 
+}  // namespace
+
 template <class Element>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
     attention_bwd_rows_kernel(ATTNFAST_PARAMS BackwardArguments a) {
@@ -31,8 +33,6 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
     if (to.planes > 3) store_global(to.m + 3 * to.plane + t, terms.dentropy);
   }
 }
-
-}  // namespace
 
 int64_t padded_rows(int64_t T) { return (T + kRows - 1) / kRows * kRows; }
 

@@ -10,6 +10,8 @@ namespace {
 
 constexpr int kThreads = 128;
 
+}  // namespace
+
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
     attention_bwd_sinks_kernel(ATTNFAST_PARAMS BackwardArguments a) {
   const BackwardParams& p = a.p;
@@ -42,8 +44,6 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
   }
   store_global(p.dsinks + h, total);
 }
-
-}  // namespace
 
 void run_attention_bwd_sinks(const BackwardArguments& a, Stream stream) {
   launch<BackwardArguments>("attention_bwd_sinks", attention_bwd_sinks_kernel, a.p.H, kThreads,

@@ -30,7 +30,7 @@ Gpu asked_for() {
   throw std::invalid_argument("emulator: there is no sm_" + std::to_string(arch));
 }
 
-void run_blocks(Launch launch, const Session& session) {
+void check_launch(const Launch& launch, const Session& session) {
   if (launch.threads % kWarp) throw std::runtime_error("emulator: blocks consist of whole warps");
   if (launch.shared_bytes > session.gpu.shared_limit) {
     throw std::runtime_error("emulator: " + launch.kernel + " asks for " +
@@ -38,8 +38,16 @@ void run_blocks(Launch launch, const Session& session) {
                              std::to_string(session.gpu.arch) + " has " +
                              std::to_string(session.gpu.shared_limit));
   }
+}
+
+uint64_t schedule() {
   const char* seed = std::getenv("ATTNFAST_EMULATOR_SEED");
-  launch.seed = seed ? std::strtoull(seed, nullptr, 10) : 0;
+  return seed ? std::strtoull(seed, nullptr, 10) : 0;
+}
+
+void run_blocks(Launch launch, const Session& session) {
+  check_launch(launch, session);
+  launch.seed = schedule();
   launch.memory = &session.memory, launch.gpu = session.gpu;
   launch.sabotage = settings().sabotage, launch.counting = settings().counting;
 

@@ -31,6 +31,8 @@ class Memory {
                  : "a read outside every tensor";
   }
 
+  const std::vector<Region>& regions() const { return regions_; }
+
   // "4 bytes past the end of k": where an address lies relative to the nearest region.
   std::string describe(const void* data, int bytes) const;
 
