@@ -30,6 +30,7 @@ CUDA_CALLS = {"cudaFuncSetAttribute", "cudaFuncGetAttributes", "cudaGetDevice",
 TORCH_CALLS = {"guard", "unguard", "stream", "empty", "fill_", "aten::zero_", "aten::copy_",
                "from", "aten::select", "aten::clamp"}  # fmt: skip
 
+REPLACED = ("launch.o", "launch_ptx.o", "selftest.o")  # by the recorder, or not needed
 HEADER = (
     TYPES
     + """
@@ -128,7 +129,7 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
     objects = [
         CSRC.parent / name
         for name in linked.split()[3:]
-        if "/bindings/" not in name and Path(name).name not in ("launch.o", "selftest.o")
+        if "/bindings/" not in name and Path(name).name not in REPLACED
     ]
     folder = tmp_path_factory.mktemp("recorder")
     (folder / "cuda_runtime_api.h").write_text(HEADER)
