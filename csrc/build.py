@@ -73,7 +73,7 @@ SANITIZED_ISAS = {
 }
 
 # Registers are bytes that an instruction takes for what it likes, and no product is fused unasked.
-PTX_MACHINE = "-std=c++20 -ffp-contract=off -fno-strict-aliasing -ftree-vectorize"
+PTX_MACHINE = "-O3 -ffp-contract=off -fno-strict-aliasing"
 
 CUDA_ARCHS = (75, 80, 90, 100, 120)  # of the wheel; sm_80's code also serves sm_86 and sm_89
 USUAL_CUDA_ARCHS = (80, 90)

@@ -44,16 +44,16 @@ void ptx_runs(void* kernel, long* runs, int room) {
 long ptx_launch(void* kernel, const uint32_t* grid, int threads, int dynamic_shared,
                 const void* parameters, const PtxRange* ranges, int count, uint64_t seed,
                 int options, char* message, int room) {
-  const bool checks = options & kPtxChecks;
-  Machine machine(program_of(kernel), {seed, checks, checks});
+  Options asked;
+  asked.seed = seed, asked.checks = options & kPtxChecks;
+  asked.exact = options & kPtxExact, asked.rounded_sums = options & kPtxRoundedSums;
   try {
-    for (int n = 0; n < count; n++) {
-      const PtxRange& r = ranges[n];
-      if (r.end > r.begin) machine.ranges.push_back({r.begin, r.end, r.writable != 0});
+    Launch launch(program_of(kernel), asked);
+    for (int n = 0; n < count; ++n) {
+      launch.global.allow(ranges[n].begin, ranges[n].end, ranges[n].writable != 0);
     }
-    const uint32_t size[3] = {grid[0], grid[1], grid[2]};
-    machine.launch(size, threads, dynamic_shared, parameters);
-    return machine.executed;
+    launch.run({grid[0], grid[1], grid[2]}, threads, dynamic_shared, parameters);
+    return launch.executed;
   } catch (const std::exception& error) {
     snprintf(message, room, "%s", error.what());
     return -1;

@@ -24,7 +24,9 @@ ATTNFAST_PTX_API void ptx_runs(void* kernel, long* runs, int room);
 
 // What ptx_launch is asked, added up. Without kPtxChecks bounds and alignment are still checked.
 enum PtxOptions {
-  kPtxChecks = 1,  // races, reads of what was never written
+  kPtxChecks = 1,       // races, reads of what was never written
+  kPtxExact = 2,        // ex2, rcp and other approximations are rounded to nearest instead
+  kPtxRoundedSums = 4,  // mma rounds every sum to nearest, instead of dropping bits as tensor cores
 };
 
 // Runs a grid of blocks of so many threads on the schedule of `seed`. Returns the number of

@@ -1,296 +1,243 @@
-// Scheduling, memory and its checks.
+// Scheduling: blocks in any order, warps in any order, asynchronous loads at any time.
 #include "machine.h"
 
 #include <algorithm>
 #include <cstring>
+#include <map>
+
+#include "warpgroup.h"
 
 namespace attnfast::ptx {
 
-static std::string hex(uint64_t x) {
-  char text[32];
-  snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(x));
+namespace {
+
+constexpr int64_t kTooLong = int64_t{1} << 32;  // instructions of one block
+
+}  // namespace
+
+void Launch::run(const uint32_t (&size)[3], int block_threads, int dynamic, const void* values) {
+  std::copy(size, size + 3, grid);
+  threads = block_threads, dynamic_shared = dynamic;
+  parameters = static_cast<const char*>(values);
+  shared_bytes = program.static_shared + dynamic;
+  const int most = program.most_threads ? program.most_threads : kMaxWarps * kLanes;
+  if ((program.threads && program.threads != threads) || threads < 1 || threads > most) {
+    throw Fault("launched with " + std::to_string(threads) + " threads, compiled for " +
+                std::to_string(program.threads ? program.threads : most));
+  }
+  for (const auto& c : program.constants) {
+    const auto begin = reinterpret_cast<uint64_t>(c.data());
+    global.allow(begin, begin + c.size(), false);
+  }
+  global.arrange(options.checks);
+  std::vector<uint32_t> order(static_cast<size_t>(grid[0]) * grid[1] * grid[2]);
+  for (size_t n = 0; n < order.size(); ++n) {
+    order[n] = static_cast<uint32_t>(n);
+    std::swap(order[n], order[random.below(static_cast<uint32_t>(n + 1))]);
+  }
+  Block block(*this, (threads + kLanes - 1) / kLanes);
+  for (uint32_t n : order) block.run(n);
+}
+
+Block::Block(Launch& of, int count) : launch(of) {
+  for (int n = 0; n < count; ++n) warps.push_back(std::make_unique<Warp>(*this, n));
+}
+
+void Block::reset() {
+  const int count = static_cast<int>(warps.size());
+  shared.reset(launch.shared_bytes, count, launch.options.checks);
+  mbarriers.reset();
+  loads_.clear(), unacquired_maps.clear();
+  warpgroup_order.assign((count + 3) / 4, {});
+  std::fill(std::begin(barriers_), std::end(barriers_), Barrier());
+  for (const auto& w : warps) {
+    w->reset(std::min(kLanes, launch.threads - w->index * kLanes));
+    fill_special(*w);
+  }
+  pace_ = static_cast<Pace>(launch.random.below(3));
+  // A warp that lags behind all others, or runs ahead, finds barriers that are missing.
+  held_ = favoured_ = -1;
+  const uint32_t temper = launch.random.below(4);
+  if (temper == 0) held_ = static_cast<int>(launch.random.below(count));
+  if (temper == 1) favoured_ = static_cast<int>(launch.random.below(count));
+}
+
+void Block::fill_special(Warp& warp) {
+  for (const Special& s : launch.program.specials) {
+    auto* r = warp.lanes<uint32_t>(s.offset);
+    for (uint32_t l = 0; l < kLanes; ++l) {
+      const uint32_t bit = 1u << l;
+      const std::map<std::string, uint32_t> values = {
+          {"%tid.x", warp.index * kLanes + l},
+          {"%ntid.x", launch.threads},
+          {"%ntid.y", 1},
+          {"%ntid.z", 1},
+          {"%ctaid.x", index[0]},
+          {"%ctaid.y", index[1]},
+          {"%ctaid.z", index[2]},
+          {"%nctaid.x", launch.grid[0]},
+          {"%nctaid.y", launch.grid[1]},
+          {"%nctaid.z", launch.grid[2]},
+          {"%laneid", l},
+          {"%warpid", warp.index},
+          {"%lanemask_eq", bit},
+          {"%lanemask_lt", bit - 1},
+          {"%lanemask_le", bit | (bit - 1)},
+          {"%lanemask_gt", ~(bit | (bit - 1))},
+          {"%lanemask_ge", ~(bit - 1)},
+          {"%cluster_nctarank", 1},
+          {"%dynamic_smem_size", launch.dynamic_shared}};
+      const auto found = values.find(s.name);  // %tid.y, %tid.z, %cluster_ctarank: zero
+      r[l] = found == values.end() ? 0 : found->second;
+    }
+  }
+}
+
+void Block::run(uint32_t which) {
+  number = static_cast<int>(which);
+  index[0] = which % launch.grid[0], index[1] = which / launch.grid[0] % launch.grid[1];
+  index[2] = which / launch.grid[0] / launch.grid[1];
+  reset();
+  const int64_t end = launch.executed + kTooLong;
+  std::vector<Warp*> ready;
+  for (;;) {
+    ready.clear();
+    for (const auto& w : warps) {
+      try {
+        if (w->ready()) ready.push_back(w.get());
+      } catch (const Fault& fault) {
+        fail(*w, fault);
+      }
+    }
+    if (ready.empty()) {
+      if (land_one()) continue;
+      if (!alive()) return;
+      throw Fault("deadlock in block " + std::to_string(number) + waiting());
+    }
+    if (pace_ == Pace::kAnyTime && !loads_.empty() && launch.random.below(4) == 0) land_one();
+    Warp& w = choose(ready);
+    try {
+      w.run(1 << launch.random.below(12));
+      if (w.ended()) release_barriers();
+      if (launch.executed > end) throw Fault("the block does not come to an end");
+    } catch (const Fault& fault) {
+      fail(w, fault);
+    }
+  }
+}
+
+Warp& Block::choose(const std::vector<Warp*>& ready) {
+  // Now and then the others all the same: who is held or favoured may wait for them in a loop.
+  const bool fair = launch.random.below(16) == 0;
+  for (Warp* w : ready) {
+    if (w->index == favoured_ && !fair) return *w;
+  }
+  const auto count = static_cast<uint32_t>(ready.size());
+  Warp* chosen = ready[launch.random.below(count)];
+  while (count > 1 && !fair && chosen->index == held_) chosen = ready[launch.random.below(count)];
+  return *chosen;
+}
+
+void Block::arrive(Warp& warp, int id, int expected, bool waits) {
+  if (id < 0 || id > 15) throw Fault("there are barriers 0 to 15, this is " + std::to_string(id));
+  if (expected % kLanes) throw Fault("a barrier of " + std::to_string(expected) + " threads");
+  if (expected == kLanes * static_cast<int>(warps.size())) expected = 0;
+  Barrier& b = barriers_[id];
+  if (b.arrived && b.expected != expected) {
+    throw Fault("a barrier that others reached with another count", b.instruction);
+  }
+  b.expected = expected, b.arrived += kLanes, b.instruction = warp.pc;
+  b.joined.join(warp.position.published(kAll, kAll));
+  // Its own lanes have met.
+  warp.position.known.seen[warp.index] = warp.position.clock - 1;
+  if (waits) warp.barrier = id, warp.yield();
+  release_barriers();
+}
+
+int Block::alive() const {
+  return kLanes * static_cast<int>(std::count_if(warps.begin(), warps.end(),
+                                                 [](const auto& w) { return !w->ended(); }));
+}
+
+void Block::release_barriers() {
+  for (int id = 0; id < 16; ++id) {
+    Barrier& b = barriers_[id];
+    if (!b.arrived || b.arrived < (b.expected ? b.expected : alive())) continue;
+    for (const auto& w : warps) {
+      if (w->barrier != id) continue;
+      w->barrier = -1;
+      w->position.known.join(b.joined);
+    }
+    b = Barrier();
+  }
+}
+
+void Block::start(std::unique_ptr<BulkCopy> load) {
+  loads_.push_back(std::move(load));
+  if (pace_ == Pace::kAtOnce) land_one();
+}
+
+bool Block::land_one() {
+  if (loads_.empty()) return false;
+  const size_t n = launch.random.below(static_cast<uint32_t>(loads_.size()));
+  const std::unique_ptr<BulkCopy> load = std::move(loads_[n]);
+  loads_.erase(loads_.begin() + static_cast<long>(n));
+  land(*load);
+  return true;
+}
+
+void Block::land(BulkCopy& load) try {
+  const uint32_t clock = mbarriers.tick(load.mbarrier);
+  const int agent = mbarriers.agent(load.mbarrier);
+  for (const BulkCopy::Run& r : load.runs) {
+    char* to = shared.at(r.shared);
+    if (r.inside) {
+      std::memcpy(to, launch.global.read(r.global, r.bytes, number), r.bytes);
+    } else {
+      std::memset(to, 0, r.bytes);
+    }
+    shared.end_write(r.shared, r.bytes, agent, -1, clock, load.instruction);
+  }
+  mbarriers.complete(load.mbarrier, load.bytes, clock);
+} catch (const Fault& fault) {
+  throw Fault(std::string(fault.what()) + "\n  block " + std::to_string(number) + ", a copy of " +
+              place(load.instruction));
+}
+
+std::string Block::waiting() const {
+  const Program& program = launch.program;
+  std::string text;
+  for (const auto& w : warps) {
+    if (w->ended()) continue;
+    text += "\n  warp " + std::to_string(w->index);
+    if (w->barrier >= 0) {
+      const Barrier& b = barriers_[w->barrier];
+      text += " waits at barrier " + std::to_string(w->barrier) + ", where " +
+              std::to_string(b.arrived) + " of " +
+              std::to_string(b.expected ? b.expected : alive()) + " threads are";
+    }
+    for (const Group& g : w->groups) {
+      if (g.waits == Wait::kMbarrier) text += " waits for the " + mbarriers.describe(g.mbarrier);
+    }
+    const int at = std::max(w->groups[0].pc - (w->barrier >= 0 ? 1 : 0), 0);
+    text += ", PTX line " + std::to_string(program.code[at].line);
+  }
   return text;
 }
 
-// What is there and what is to be written, in words.
-std::string Machine::held(uint64_t address, int bytes, const char* data) const {
-  if (!data || address % 4 || bytes % 4) return "";
-  std::string there = " (there", written = ", now";
-  for (int i = 0; i < bytes; i += 4) {
-    uint32_t a, b;
-    std::memcpy(&a, &shared[address + i], 4), std::memcpy(&b, data + i, 4);
-    there += ' ' + hex(a), written += ' ' + hex(b);
-  }
-  return there + written + ')';
+std::string Block::place(int instruction) const {
+  const Program& program = launch.program;
+  const Instruction& i = program.code[instruction];
+  return "PTX line " + std::to_string(i.line) + ": " + program.lines[i.line - 1] +
+         (i.source < 0 ? "" : "  (" + program.sources[i.source] + ")");
 }
 
-void Machine::touch(Warp& w, uint64_t address, int bytes, int lane, bool writes, const char* data) {
-  const int thread = w.index * kLanes + std::max(lane, 0);
-  for (int i = 0; i < bytes; i++) {
-    Shadow& s = shadow[address + i];
-    if (s.pending)
-      throw Fault("shared byte " + std::to_string(address + i) +
-                  (writes ? " is written" : " is read") +
-                  " while a cp.async to it is not waited for");
-    if (!writes && !s.written && options.uninitialised)
-      throw Fault("shared byte " + std::to_string(address + i) + " is read and was never written");
-    if (options.races && !partial_barriers && s.writer >= 0 && s.write_epoch == epoch) {
-      const bool same_warp = s.writer / kLanes == w.index;
-      const bool races =
-          !same_warp || (s.write_warp_epoch == w.epoch && (lane < 0 || s.writer != thread));
-      const bool benign = writes && data && shared[address + i] == data[i];
-      if (races && !benign)
-        throw Fault("race: shared byte " + std::to_string(address + i) +
-                    (writes ? " is written" : " is read") + ", thread " + std::to_string(s.writer) +
-                    " wrote it with no barrier between" + held(address, bytes, data));
-    }
-    if (writes) {
-      if (options.races && !partial_barriers && s.read_epoch == epoch &&
-          s.readers & ~(1u << w.index) && !(data && shared[address + i] == data[i]))
-        throw Fault("race: shared byte " + std::to_string(address + i) +
-                    " is written, another warp read it with no barrier between");
-      s.writer = thread, s.write_epoch = epoch, s.write_warp_epoch = w.epoch, s.written = true;
-    } else {
-      if (s.read_epoch != epoch) s.readers = 0, s.read_epoch = epoch;
-      s.readers |= 1u << w.index;
-    }
-  }
-}
-
-char* Machine::at(Warp& w, Space space, uint64_t address, int bytes, int lane, bool writes,
-                  const char* data) {
-  if (space == Space::kGeneric) {
-    const uint64_t window = address >> 60;
-    space = window == 1   ? Space::kShared
-            : window == 2 ? Space::kParam
-            : window == 3 ? Space::kLocal
-                          : Space::kGlobal;
-    if (window) address &= (1ull << 60) - 1;
-  }
-  if (address % bytes)
-    throw Fault("address " + hex(address) + " is not aligned to " + std::to_string(bytes) +
-                " bytes");
-  if (space == Space::kShared) {
-    if (address + bytes > shared.size())
-      throw Fault("shared address " + std::to_string(address) + " is beyond " +
-                  std::to_string(shared.size()));
-    touch(w, address, bytes, lane, writes, data);
-    return shared.data() + address;
-  }
-  if (space == Space::kParam) {
-    if (writes || address + bytes > static_cast<uint64_t>(program.parameter_bytes))
-      throw Fault("parameter address");
-    return const_cast<char*>(parameters) + address;
-  }
-  if (space == Space::kLocal) {
-    if (address + bytes > static_cast<uint64_t>(program.local_bytes)) throw Fault("local address");
-    return w.local.data() + static_cast<size_t>(lane) * program.local_bytes + address;
-  }
-  auto after = std::upper_bound(ranges.begin(), ranges.end(), address,
-                                [](uint64_t a, const Range& r) { return a < r.begin; });
-  if (after == ranges.begin() || address + bytes > (after - 1)->end)
-    throw Fault(std::string(writes ? "write" : "read") + " of " + std::to_string(bytes) +
-                " bytes of global memory at " + hex(address) + ", outside of every tensor");
-  if (writes && !(after - 1)->writable) throw Fault("write to a tensor that is only read");
-  return reinterpret_cast<char*>(address);
-}
-
-void Machine::complete(Warp& w, Copy& copy) {
-  char bytes[16] = {};
-  std::memcpy(bytes, copy.early ? copy.data : reinterpret_cast<char*>(copy.from), copy.valid);
-  for (int i = 0; i < copy.size; i++) shadow[copy.to + i].pending--;
-  for (int i = 0; i < copy.size; i++) {
-    Shadow& s = shadow[copy.to + i];
-    s.writer = w.index * kLanes + copy.lane, s.write_epoch = epoch, s.write_warp_epoch = w.epoch,
-    s.written = true;
-  }
-  std::memcpy(shared.data() + copy.to, bytes, copy.size);
-}
-
-// Runs the first group that can, for a number of instructions.
-void Machine::step(Warp& w, int most) {
-  while (most > 0 && !w.groups.empty() && w.barrier < 0) {
-    size_t n = 0;
-    while (n < w.groups.size() && w.groups[n].waits) n++;
-    if (n == w.groups.size()) throw Fault("lanes wait for each other at different instructions");
-    Group g = w.groups[n];
-    const bool alone = w.groups.size() == 1;
-    int next = g.pc;
-    for (; most > 0; most--) {
-      const Instruction& i = program.code[g.pc];
-      Mask m = g.lanes;
-      if (i.guard >= 0) {
-        const auto* p = reinterpret_cast<const uint32_t*>(w.file.data() + i.guard);
-        Mask set = 0;
-        for (int l = 0; l < kLanes; l++) set |= static_cast<Mask>(p[l] != 0) << l;
-        m &= i.guard_negated ? ~set : set;
-      }
-      executed++;
-      if (i.branch) {
-        const Mask stay = g.lanes & ~m;
-        if (!m) {
-          g.pc++;
-        } else if (!stay) {
-          g.pc = i.target;
-        } else {  // the lanes part
-          w.groups.erase(w.groups.begin() + n);
-          w.groups.push_back({g.pc + 1, stay});
-          w.groups.push_back({i.target, m});
-          goto merge;
-        }
-        if (alone) continue;
-        w.groups[n] = g;
-        goto merge;
-      }
-      if (i.exits) {
-        if (m == g.lanes) {
-          w.groups.erase(w.groups.begin() + n);
-        } else {
-          w.groups[n] = {g.pc + 1, g.lanes & ~m};
-        }
-        goto merge;
-      }
-      if (i.meets && !alone) {
-        w.groups[n] = g;
-        w.groups[n].waits = true;
-        goto merge;
-      }
-      w.groups[n].pc = g.pc;  // for messages
-      if (m) program.runs[g.pc]++, i.run(*this, w, i, m);
-      g.pc++;
-      if (w.barrier >= 0) {
-        w.groups[n] = g;
-        return;
-      }
-      if (!alone) break;
-    }
-    w.groups[n] = g;
-    (void)next;
-  merge:
-    std::sort(w.groups.begin(), w.groups.end(),
-              [](const Group& a, const Group& b) { return a.pc < b.pc; });
-    for (size_t k = 1; k < w.groups.size();) {
-      if (w.groups[k].pc == w.groups[k - 1].pc) {
-        w.groups[k - 1].lanes |= w.groups[k].lanes;
-        w.groups[k - 1].waits = false;
-        w.groups.erase(w.groups.begin() + k);
-      } else {
-        k++;
-      }
-    }
-    if (w.groups.size() == 1) w.groups[0].waits = false;
-    most--;
-  }
-}
-
-// Lets warps past a barrier that all of its threads have reached.
-void Machine::release() {
-  for (int id = 0; id < 16; id++) {
-    int arrived = 0, expected = 0, alive = 0;
-    for (Warp& w : warps) {
-      if (!w.groups.empty()) alive += kLanes;
-      if (w.barrier == id) arrived += kLanes, expected = w.expected;
-    }
-    if (!arrived) continue;
-    const bool all = expected == 0 || expected == threads;
-    if (!all) partial_barriers = true;
-    if (arrived < (all ? alive : expected)) continue;
-    for (Warp& w : warps)
-      if (w.barrier == id) w.barrier = -1, w.epoch++;
-    if (all) epoch++;
-  }
-}
-
-void Machine::run_block(uint32_t x, uint32_t y, uint32_t z) {
-  block[0] = x, block[1] = y, block[2] = z;
-  std::memset(shared.data(), 0xFF, shared.size());
-  std::fill(shadow.begin(), shadow.end(), Shadow{});
-  epoch = 1;
-  const int count = (threads + kLanes - 1) / kLanes;
-  warps.resize(count);
-  for (int n = 0; n < count; n++) {
-    Warp& w = warps[n];
-    w.index = n, w.barrier = -1, w.epoch = 0;
-    w.file = program.registers;
-    w.copies.clear(), w.products.clear(), w.product_groups = 0;
-    std::fill(w.committed, w.committed + kLanes, 0);
-    const int lanes = std::min(kLanes, threads - n * kLanes);
-    w.groups = {{0, lanes == kLanes ? kAll : (1u << lanes) - 1}};
-    w.local.assign(static_cast<size_t>(kLanes) * program.local_bytes, char(0xFF));
-    for (const auto& [name, offset] : program.special) {
-      auto* r = reinterpret_cast<uint32_t*>(w.file.data() + offset);
-      for (int l = 0; l < kLanes; l++) {
-        const uint32_t t = n * kLanes + l;
-        r[l] = name == "%tid.x"                         ? t
-               : name == "%ctaid.x"                     ? x
-               : name == "%ctaid.y"                     ? y
-               : name == "%ctaid.z"                     ? z
-               : name == "%ntid.x"                      ? threads
-               : name == "%nctaid.x"                    ? grid[0]
-               : name == "%nctaid.y"                    ? grid[1]
-               : name == "%nctaid.z"                    ? grid[2]
-               : name == "%laneid"                      ? l
-               : name == "%warpid"                      ? n
-               : name == "%ntid.y" || name == "%ntid.z" ? 1
-                                                        : 0;
-      }
-    }
-  }
-  for (;;) {
-    int ready[64], n = 0;
-    for (int k = 0; k < count; k++)
-      if (warps[k].barrier < 0 && !warps[k].groups.empty()) ready[n++] = k;
-    if (!n) {
-      bool done = true;
-      for (Warp& w : warps) done &= w.groups.empty();
-      if (done) return;
-      throw Fault("warps wait at different barriers, or for one that has ended");
-    }
-    Warp& w = warps[ready[random() % n]];
-    const int most = 1 << random() % 12;
-    try {
-      step(w, most);
-    } catch (const Fault& fault) {
-      size_t g = 0;
-      while (g + 1 < w.groups.size() && w.groups[g].waits) g++;
-      const Instruction& i = program.code[w.groups.empty() ? 0 : w.groups[g].pc];
-      throw Fault(std::string(fault.what()) + "\n  block " + std::to_string(x) + ", warp " +
-                  std::to_string(w.index) + ", PTX line " + std::to_string(i.line) + ": " +
-                  program.lines[i.line - 1] +
-                  (i.source >= 0 ? "\n  from " + program.sources[i.source] : ""));
-    }
-    release();
-  }
-}
-
-void Machine::launch(const uint32_t (&size)[3], int block_threads, int dynamic_shared,
-                     const void* values) {
-  std::copy(size, size + 3, grid);
-  threads = block_threads;
-  if (program.threads && program.threads != threads)
-    throw Fault("launched with " + std::to_string(threads) + " threads, compiled for " +
-                std::to_string(program.threads));
-  parameters = static_cast<const char*>(values);
-  program.runs.resize(program.code.size());
-  shared.assign(program.static_shared + dynamic_shared, 0);
-  shadow.assign(shared.size(), Shadow{});
-  for (const auto& c : program.constants)
-    ranges.push_back({reinterpret_cast<uint64_t>(c.data()),
-                      reinterpret_cast<uint64_t>(c.data()) + c.size(), false});
-  std::sort(ranges.begin(), ranges.end(),
-            [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  std::vector<Range> joined;
-  for (const Range& r : ranges) {
-    if (!joined.empty() && r.begin < joined.back().end)  // views of one tensor
-      joined.back().writable |= r.writable, joined.back().end = std::max(joined.back().end, r.end);
-    else
-      joined.push_back(r);
-  }
-  ranges = joined;
-  std::vector<uint32_t> blocks(static_cast<size_t>(grid[0]) * grid[1] * grid[2]);
-  for (size_t n = 0; n < blocks.size(); n++) blocks[n] = n;
-  std::shuffle(blocks.begin(), blocks.end(), random);
-  for (uint32_t n : blocks) run_block(n % grid[0], n / grid[0] % grid[1], n / grid[0] / grid[1]);
+void Block::fail(const Warp& warp, const Fault& fault) const {
+  std::string text = fault.what();
+  text += "\n  block " + std::to_string(number) + ", warp " + std::to_string(warp.index) + ", " +
+          place(warp.pc);
+  if (fault.before >= 0) text += "\n  before: " + place(fault.before);
+  throw Fault(text);
 }
 
 }  // namespace attnfast::ptx

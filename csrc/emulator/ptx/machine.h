@@ -1,168 +1,189 @@
-// A machine that executes PTX on the CPU: one kernel, a grid of blocks, warps of 32 lanes.
+// Runs a grid of blocks: warps of 32 lanes, on a schedule that a seed chooses.
 #pragma once
 #include <cstdint>
-#include <map>
-#include <random>
-#include <stdexcept>
+#include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
+#include "../random.h"
+#include "clocks.h"
+#include "global.h"
+#include "mbarriers.h"
+#include "program.h"
+#include "shared.h"
+
 namespace attnfast::ptx {
 
-constexpr int kLanes = 32;
-using Mask = uint32_t;
-constexpr Mask kAll = ~0u;
-
-// What a kernel did that it must not. The machine adds where.
-struct Fault : std::runtime_error {
-  using std::runtime_error::runtime_error;
+struct Options {
+  uint64_t seed = 0;
+  bool checks = true;         // races, reads of what was never written, fragments of a wgmma
+  bool exact = false;         // approximate functions round as the host's do
+  bool rounded_sums = false;  // mma adds product after product, each sum rounded to nearest
 };
 
-struct Machine;
-struct Warp;
-struct Instruction;
-using Execute = void (*)(Machine&, Warp&, const Instruction&, Mask);
+// One launch.
+struct Launch {
+  Launch(const Program& kernel, Options asked)
+      : program(kernel), options(asked), random(asked.seed) {}
+  void run(const uint32_t (&size)[3], int block_threads, int dynamic_shared, const void* values);
 
-enum class Space : uint8_t { kGlobal, kShared, kParam, kLocal, kGeneric };
-// Where the spaces begin in generic addresses.
-constexpr uint64_t kSharedWindow = 1ull << 60, kParamWindow = 2ull << 60, kLocalWindow = 3ull << 60;
-
-// A decoded instruction. Operands are byte offsets into a warp's register file, where immediates
-// lie too: 32 lanes of 4 bytes, or of 8 for 64-bit types.
-struct Instruction {
-  Execute run = nullptr;
-  int operands[24] = {};
-  int guard = -1;  // a predicate, or -1
-  bool guard_negated = false;
-  bool branch = false, exits = false, meets = false;  // meets: all lanes of the warp take part
-  int target = -1;                                    // of a branch, an instruction's index
-  // Of memory instructions.
-  Space space = Space::kGlobal;
-  int64_t offset = 0;
-  int count = 1, bytes = 4;
-  bool extends_sign = false, wide_registers = false, wide_address = false;
-  int variant = 0;  // what else an opcode needs
-  int line = 0;     // of the PTX text
-  int source = -1;  // index into Program::sources
+  const Program& program;
+  Options options;
+  emulator::Random random;
+  GlobalMemory global;
+  const char* parameters = nullptr;
+  uint32_t grid[3] = {1, 1, 1};
+  int threads = 0, shared_bytes = 0, dynamic_shared = 0;
+  int64_t executed = 0;  // instructions of warps
 };
 
-struct Parameter {
-  std::string name;
-  int offset, size;
-};
-
-struct Program {
-  std::string name;
-  std::vector<Instruction> code;
-  std::vector<std::string> lines, sources;
-  std::vector<Parameter> parameters;
-  int parameter_bytes = 0;
-  std::vector<char> registers;  // a warp's file at its start: garbage, and the immediates
-  std::map<std::string, int> special;
-  int static_shared = 0, local_bytes = 0, threads = 0;
-  std::vector<std::vector<char>> constants;  // .global and .const variables
-  mutable std::vector<long> runs;            // of each instruction, by how many warps
-  std::map<std::string, long> opcodes;       // how often each occurs in the text
-};
-
-// Reads the kernel `entry` ("" for the first).
-//   Raises Fault for what it does not know.
-Program parse(const std::string& text, const std::string& entry);
+enum class Wait : uint8_t { kNot, kLanes, kMbarrier };
 
 // Lanes of a warp that stand at the same instruction.
 struct Group {
   int pc;
   Mask lanes;
-  bool waits = false;  // at an instruction that needs all lanes
+  Wait waits = Wait::kNot;
+  uint32_t mbarrier = 0;  // that it waits for, until the phase under way is another
+  uint64_t phase = 0;
 };
 
 // One thread's cp.async that has not been waited for.
-struct Copy {
+struct ThreadCopy {
   int lane;
-  long group;  // of that thread
+  int64_t group;  // of that thread
   uint32_t to;
   uint64_t from;
-  int size, valid;
-  bool early;  // the source is read when it is issued, else when it is waited for
+  int size, valid;  // bytes; the rest is zero
+  bool early;       // the source is read when it is issued, else when it is waited for
+  int instruction;
   char data[16];
 };
 
-// A wgmma that has not been waited for.
-struct Product {
-  const Instruction* instruction;
-  uint64_t a, b;  // descriptors
-  bool accumulates;
-  int group;
-  std::vector<uint32_t> saved;  // what the accumulators held; registers are poisoned meanwhile
+// An asynchronous copy of a box between global and shared memory.
+struct BulkCopy {
+  struct Run {  // of consecutive bytes
+    uint64_t global;
+    uint32_t shared;
+    int bytes;
+    bool inside;  // else zeros are loaded, and nothing is stored
+  };
+  std::vector<Run> runs;
+  int instruction = 0;
+  uint32_t mbarrier = 0, bytes = 0;  // of a load
+  int lane = 0;                      // of a store
+  int64_t group = 0;
+  int reduces = 0;  // a store that adds: see bulk.cpp
+  bool done = false;
 };
 
-struct Warp {
-  int index;
-  std::vector<Product> products;
-  int product_groups = 0;
-  std::vector<char> file;
-  std::vector<Group> groups;  // ordered by pc; the first that does not wait runs
-  std::vector<Copy> copies;
-  long committed[kLanes] = {};
-  uint32_t epoch = 0;  // of bar.warp.sync
-  int barrier = -1, expected = 0;
-  std::vector<char> local;
-  Mask live() const {
-    Mask m = 0;
-    for (const Group& g : groups) m |= g.lanes;
-    return m;
+// A wgmma that has not been waited for: see warpgroup.cpp.
+struct Products;
+
+class Block;
+
+class Warp {
+ public:
+  Warp(Block& of, int number);
+  ~Warp();
+  void reset(int lanes);
+  // Executes up to so many instructions, as long as it can.
+  void run(int most);
+  bool ended() const { return groups.empty(); }
+  // Whether it can go on. Raises Fault if its lanes wait for one another.
+  bool ready();
+  Mask live() const;
+
+  template <class T>
+  T* lanes(int offset) {
+    return reinterpret_cast<T*>(file_.data() + offset);
   }
-};
+  uint64_t cell(int offset, bool wide, int lane) {
+    return wide ? lanes<uint64_t>(offset)[lane] : lanes<uint32_t>(offset)[lane];
+  }
 
-struct Range {
-  uint64_t begin, end;
-  bool writable = true;
-};
+  // The bytes of an access, checked; lane -1: all together. `data` is what a write will leave.
+  char* access(Space space, uint64_t address, int bytes, int lane, bool writes, bool strong,
+               const char* data);
+  // Of an address in shared memory, also if it is generic.
+  static uint32_t shared_address(uint64_t address);
+  Access by(int lane) const { return {position, lane, pc}; }
+  // Lets the group that runs wait for the end of an mbarrier's phase, and then run this
+  // instruction again.
+  void wait_for(uint32_t mbarrier, uint64_t phase);
+  // Ends this turn after the instruction.
+  void yield() { stops_ = true; }
 
-// What is known of one byte of shared memory.
-struct Shadow {
-  uint32_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0;
-  Mask readers = 0;  // warps, in read_epoch
-  int16_t writer = -1;
-  int16_t pending = 0;  // cp.async that will write here
-  bool written = false;
-};
-
-struct Options {
-  uint64_t seed = 0;
-  bool races = true, uninitialised = true;
-};
-
-struct Machine {
-  const Program& program;
-  Options options;
-  std::mt19937_64 random;
-  std::vector<Range> ranges;  // global memory that may be accessed, disjoint, ordered
-  std::vector<char> shared;
-  std::vector<Shadow> shadow;
-  const char* parameters = nullptr;
-  std::vector<Warp> warps;
-  uint32_t epoch = 1;  // of bar.sync
-  bool partial_barriers = false;
-  int threads = 0;
-  uint32_t grid[3] = {1, 1, 1}, block[3] = {};
-  long executed = 0;
-
-  Machine(const Program& p, Options o) : program(p), options(o), random(o.seed) {}
-  void launch(const uint32_t (&size)[3], int threads, int dynamic_shared, const void* parameters);
-
-  // The bytes of an access, checked. `lane` is -1 for an access of the whole warp.
-  char* at(Warp& w, Space space, uint64_t address, int bytes, int lane, bool writes,
-           const char* data);
-  void complete(Warp& w, Copy& copy);
-  void multiply(Warp& w, Product& product);  // runs a wgmma
+  Block& block;
+  const int index;
+  int pc = 0;  // of the instruction under way
+  Position position;
+  std::vector<Group> groups;  // ordered by pc
+  int barrier = -1;           // that it waits at
+  std::vector<ThreadCopy> copies;
+  int64_t committed[kLanes] = {};
+  std::vector<std::unique_ptr<BulkCopy>> stores;
+  int64_t committed_stores[kLanes] = {};
+  std::unique_ptr<Products> products;
 
  private:
-  void run_block(uint32_t x, uint32_t y, uint32_t z);
-  void step(Warp& w, int most);
-  void release();
-  std::string held(uint64_t address, int bytes, const char* data) const;
-  void touch(Warp& w, uint64_t address, int bytes, int lane, bool writes, const char* data);
+  int runnable();
+  void run_group(size_t n, int& most);
+  bool follow(size_t n, const Instruction& i, Mask taken);
+  void follow_table(size_t n, const Instruction& i, Mask taken);
+  void merge();
+  Mask guarded(const Instruction& i, Mask lanes);
+  void end();
+
+  std::vector<char> file_, local_;
+  bool stops_ = false, again_ = false;
+};
+
+class Block {
+ public:
+  Block(Launch& of, int warps);
+  void run(uint32_t number);
+
+  // bar.sync and bar.arrive: `expected` threads, 0 for all. The warp stops if it waits.
+  void arrive(Warp& warp, int id, int expected, bool waits);
+  // Has an asynchronous load land now or later, as the block's pace is.
+  void start(std::unique_ptr<BulkCopy> load);
+
+  Launch& launch;
+  uint32_t index[3] = {};
+  int number = 0;
+  SharedMemory shared;
+  Mbarriers mbarriers;
+  std::vector<std::unique_ptr<Warp>> warps;
+  // Warpgroups' wgmmas in order, by which its warps must agree.
+  std::vector<std::vector<int>> warpgroup_order;
+  std::set<uint64_t> unacquired_maps;  // tensor maps that were made and not fenced since
+
+ private:
+  enum class Pace { kAtOnce, kAnyTime, kLate };
+  struct Barrier {
+    int arrived = 0, expected = 0;
+    Clocks joined;
+    int instruction = -1;
+  };
+
+  void reset();
+  void fill_special(Warp& warp);
+  Warp& choose(const std::vector<Warp*>& ready);
+  void release_barriers();
+  int alive() const;
+  bool land_one();
+  void land(BulkCopy& load);
+  std::string waiting() const;
+  std::string place(int instruction) const;
+  [[noreturn]] void fail(const Warp& warp, const Fault& fault) const;
+
+  Barrier barriers_[16];
+  std::vector<std::unique_ptr<BulkCopy>> loads_;
+  Pace pace_ = Pace::kAnyTime;
+  int held_ = -1;      // a warp that only runs when no other can
+  int favoured_ = -1;  // one that runs whenever it can
 };
 
 }  // namespace attnfast::ptx

@@ -1,419 +1,562 @@
-// From PTX text to decoded instructions.
+#include "parser.h"
+
+#include <algorithm>
 #include <cctype>
+#include <cstdlib>
 #include <cstring>
 #include <set>
-
-#include "operations.h"
 
 namespace attnfast::ptx {
 
 namespace {
 
-int width_of(const std::string& type) {  // bytes of a type's name, "u32" without the dot
-  if (type == "pred") return 4;
-  if (type == "bf16x2" || type == "f16x2" || type == "tf32") return 4;
-  if (type == "bf16") return 2;
-  int n = 0;
-  while (n < static_cast<int>(type.size()) && !isdigit(type[n])) n++;
-  return atoi(type.c_str() + n) / 8;
+constexpr char kGarbage = char(0xA5);  // what registers hold before they are written
+
+bool in_name(char c) { return isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$'; }
+
+// The same text with blanks for comments.
+std::string without_comments(std::string text) {
+  bool quoted = false;
+  for (size_t n = 0; n < text.size(); ++n) {
+    if (text[n] == '"') quoted = !quoted;
+    if (quoted || text[n] != '/' || n + 1 == text.size()) continue;
+    if (text[n + 1] != '/' && text[n + 1] != '*') continue;
+    const bool block = text[n + 1] == '*';
+    size_t end = block ? text.find("*/", n + 2) : text.find('\n', n);
+    end = end == std::string::npos ? text.size() : end + (block ? 2 : 0);
+    for (; n < end; ++n) {
+      if (text[n] != '\n') text[n] = ' ';
+    }
+    --n;
+  }
+  return text;
 }
 
-std::string trimmed(const std::string& s) {
-  const size_t a = s.find_first_not_of(" \t\r\n"), b = s.find_last_not_of(" \t\r\n");
-  return a == std::string::npos ? "" : s.substr(a, b - a + 1);
+int element_bytes(const std::string& word) {  // of ".b8"; 0 for other words
+  static const std::set<std::string> kinds = {"u", "s", "b", "f"};
+  if (word.size() < 3 || word[0] != '.' || !kinds.count(word.substr(1, 1))) return 0;
+  return isdigit(static_cast<unsigned char>(word[2])) ? atoi(word.c_str() + 2) / 8 : 0;
 }
 
-std::vector<std::string> split(const std::string& s) {  // at commas outside of brackets
-  std::vector<std::string> parts;
+const std::set<std::string>& special_names() {
+  static const std::set<std::string> names = {
+      "%tid.x",
+      "%tid.y",
+      "%tid.z",
+      "%ntid.x",
+      "%ntid.y",
+      "%ntid.z",
+      "%ctaid.x",
+      "%ctaid.y",
+      "%ctaid.z",
+      "%nctaid.x",
+      "%nctaid.y",
+      "%nctaid.z",
+      "%laneid",
+      "%warpid",
+      "%lanemask_eq",
+      "%lanemask_lt",
+      "%lanemask_le",
+      "%lanemask_gt",
+      "%lanemask_ge",
+      "%cluster_ctarank",
+      "%cluster_nctarank",
+      "%dynamic_smem_size",
+      "%carry"};  // the last one, the condition code, has no name in PTX
+  return names;
+}
+
+}  // namespace
+
+Parser::Parser(const std::string& text) : text_(without_comments(text)) {
+  size_t n = 0;
+  while (n < text.size()) {
+    const size_t end = std::min(text.find('\n', n), text.size());
+    const std::string line = trimmed(text.substr(n, end - n));
+    program_.lines.push_back(line);
+    if (!line.compare(0, 6, ".file\t") || !line.compare(0, 6, ".file ")) {
+      const size_t quote = line.find('"'), slash = line.rfind('/');
+      const size_t from = slash == std::string::npos ? quote + 1 : slash + 1;
+      const std::string name = line.substr(from, line.rfind('"') - from);
+      files_[atoi(line.c_str() + 6)] = name;
+    }
+    n = end + 1;
+  }
+  program_.constants.reserve(256);  // they have addresses
+}
+
+std::string Parser::place() const {
+  std::string text = "PTX line " + std::to_string(line_);
+  if (line_ <= static_cast<int>(program_.lines.size())) text += ": " + program_.lines[line_ - 1];
+  return text + "\n  ";
+}
+
+// ---- The text
+
+void Parser::advance(size_t to) {
+  to = std::min(to, text_.size());
+  line_ += static_cast<int>(std::count(text_.begin() + at_, text_.begin() + to, '\n'));
+  at_ = to;
+}
+
+bool Parser::skip_space() {
+  size_t n = at_;
+  while (n < text_.size() && isspace(static_cast<unsigned char>(text_[n]))) ++n;
+  advance(n);
+  return at_ < text_.size();
+}
+
+std::string Parser::until(char end) {
+  size_t n = at_;
+  bool quoted = false;
+  while (n < text_.size() && (quoted || text_[n] != end)) {
+    if (text_[n] == '"') quoted = !quoted;
+    ++n;
+  }
+  const std::string found = text_.substr(at_, n - at_);
+  advance(n + 1);
+  return found;
+}
+
+std::string Parser::name_here() {
+  size_t n = at_;
+  while (n < text_.size() && in_name(text_[n])) ++n;
+  const std::string name = text_.substr(at_, n - at_);
+  at_ = n;
+  return name;
+}
+
+void Parser::skip_body() {
   int depth = 0;
-  std::string part;
-  for (char c : s) {
-    if (c == '{' || c == '[' || c == '(') depth++;
-    if (c == '}' || c == ']' || c == ')') depth--;
-    if (c == ',' && !depth) {
-      parts.push_back(trimmed(part));
-      part.clear();
-    } else {
-      part += c;
-    }
-  }
-  if (!trimmed(part).empty()) parts.push_back(trimmed(part));
-  return parts;
+  size_t n = text_.find('{', at_);
+  if (n == std::string::npos) fail("a body without an end");
+  do {
+    if (text_[n] == '{') ++depth;
+    if (text_[n] == '}') --depth;
+    ++n;
+  } while (n < text_.size() && depth);
+  advance(n);
 }
 
-struct Parser {
-  const std::string& text;
-  Program program;
-  size_t at = 0;
-  int line = 1;
-  std::vector<std::map<std::string, Register>> scopes;  // of registers
-  std::map<std::string, int> labels;
-  std::vector<std::pair<int, std::string>> branches;
-  std::map<std::string, uint64_t> symbols;  // addresses: of shared variables, constants, parameters
-  std::map<std::string, Space> spaces;
-  std::map<std::pair<uint64_t, int>, int> immediates;
-  int file = 0;
-  std::string source;
+// ---- Outside of kernels
 
-  [[noreturn]] void fail(const std::string& what) {
-    throw Fault("PTX line " + std::to_string(line) + ": " + what);
-  }
-
-  int reserve(int bytes) {
-    const int offset = file;
-    file += bytes * kLanes;
-    program.registers.resize(file, char(0xA5));
-    return offset;
-  }
-
-  Register immediate(uint64_t value, int bytes) {
-    const auto key = std::make_pair(value, bytes);
-    auto found = immediates.find(key);
-    if (found == immediates.end()) {
-      const int offset = reserve(bytes);
-      for (int l = 0; l < kLanes; l++)
-        std::memcpy(&program.registers[offset + l * bytes], &value, bytes);
-      found = immediates.emplace(key, offset).first;
-    }
-    return {found->second, bytes, false};
-  }
-
-  bool skip_space() {
-    while (at < text.size()) {
-      if (text[at] == '\n') line++;
-      if (isspace(text[at])) {
-        at++;
-      } else if (text.compare(at, 2, "//") == 0) {
-        at = std::min(text.find('\n', at), text.size());
-      } else {
-        return true;
-      }
-    }
-    return false;
-  }
-
-  std::string until(char end) {  // comments left out
-    std::string s;
-    bool quoted = false;
-    while (at < text.size() && (quoted || text[at] != end)) {
-      if (text[at] == '"') quoted = !quoted;
-      if (text.compare(at, 2, "//") == 0) {
-        at = text.find('\n', at);
-        continue;
-      }
-      if (text[at] == '\n') line++;
-      s += text[at++];
-    }
-    if (end != '\n') at++;
-    return s;
-  }
-
-  // "u64 .ptr .global .align 1 name", "align 8 .b8 name[544]": the declared bytes, alignment, name.
-  void declared(const std::string& s, int& bytes, int& align, std::string& name,
-                std::string& values) {
-    bytes = 0, align = 0;
-    std::string head = s;
-    const size_t equals = s.find('=');
-    if (equals != std::string::npos) head = s.substr(0, equals), values = s.substr(equals + 1);
-    size_t n = 0;
-    int element = 0;
-    long elements = 1;
-    while (n < head.size()) {
-      while (n < head.size() && isspace(head[n])) n++;
-      size_t e = n;
-      while (e < head.size() && !isspace(head[e])) e++;
-      std::string word = head.substr(n, e - n);
-      n = e;
-      if (word == ".align") {
-        align = atoi(head.c_str() + n);
-        while (n < head.size() && isspace(head[n])) n++;
-        while (n < head.size() && isdigit(head[n])) n++;
-      } else if (word.size() > 2 && word[0] == '.' && strchr("usbf", word[1]) && isdigit(word[2])) {
-        element = width_of(word.substr(1));
-      } else if (!word.empty() && word[0] != '.' && !isdigit(word[0])) {
-        const size_t bracket = word.find('[');
-        name = word.substr(0, bracket);
-        if (bracket != std::string::npos) elements = atol(word.c_str() + bracket + 1);
-      }
-    }
-    bytes = element * elements;
-    if (!align) align = std::max(element, 1);
-  }
-
-  void variable(std::string s) {
-    int bytes, align;
-    std::string name, values;
-    const bool shared = s.find(".shared") != std::string::npos;
-    const bool local = s.find(".local") != std::string::npos;
-    const bool dynamic = s.find(".extern") != std::string::npos;
-    declared(s, bytes, align, name, values);
-    if (shared) {
-      spaces[name] = Space::kShared;
-      if (dynamic) {
-        dynamic_shared.push_back(name);
-        dynamic_align = std::max(dynamic_align, align);
-      } else {
-        program.static_shared = (program.static_shared + align - 1) / align * align;
-        symbols[name] = program.static_shared;
-        program.static_shared += bytes;
-      }
-    } else if (local) {
-      spaces[name] = Space::kLocal;
-      program.local_bytes = (program.local_bytes + align - 1) / align * align;
-      symbols[name] = program.local_bytes;
-      program.local_bytes += bytes;
+Program Parser::parse(const std::string& entry) {
+  while (skip_space()) {
+    const size_t line_end = std::min(text_.find('\n', at_), text_.size());
+    if (at_word(".version") || at_word(".file") || at_word(".address_size")) {
+      advance(line_end);
+    } else if (at_word(".target")) {
+      const size_t number = text_.find("sm_", at_);
+      program_.target = atoi(text_.c_str() + number + 3);
+      advance(line_end);
+    } else if (at_word(".section")) {
+      skip_body();
+    } else if (at_word(".pragma")) {
+      until(';');
     } else {
-      spaces[name] = Space::kGlobal;
-      const int element = std::max(1, width_of(s.substr(s.find(".b") + 1)));
-      std::vector<char> data(bytes + 16);
-      size_t n = values.find('{');
-      for (int k = 0; n != std::string::npos && k < bytes; k += element) {
-        const long value = strtol(values.c_str() + n + 1, nullptr, 0);
-        std::memcpy(&data[k], &value, std::min(element, 8));
-        n = values.find(',', n + 1);
-      }
-      data.resize(bytes);
-      program.constants.push_back(std::move(data));
-      symbols[name] = reinterpret_cast<uint64_t>(program.constants.back().data());
-    }
-  }
-  std::vector<std::string> dynamic_shared;
-  int dynamic_align = 1;
-
-  void kernel_parameters() {
-    while (text[at] != '(') at++;
-    at++;
-    for (const std::string& s : split(until(')'))) {
-      int bytes, align;
-      std::string name, values;
-      declared(s, bytes, align, name, values);
-      if (s.find(".ptr") != std::string::npos) bytes = align = 8;
-      int& end = program.parameter_bytes;
-      end = (end + align - 1) / align * align;
-      program.parameters.push_back({name, end, bytes});
-      symbols[name] = end, spaces[name] = Space::kParam;
-      end += bytes;
-    }
-  }
-
-  Register* find(const std::string& name) {
-    for (size_t n = scopes.size(); n--;) {
-      auto found = scopes[n].find(name);
-      if (found != scopes[n].end()) return &found->second;
-    }
-    return nullptr;
-  }
-
-  void registers(const std::string& s) {  // "pred %p<50>" or "b16 l, h"
-    const size_t space = s.find_first_of(" \t");
-    const std::string type = s.substr(0, space);
-    const int bytes = std::max(4, width_of(type));
-    for (const std::string& name : split(s.substr(space))) {
-      const size_t angle = name.find('<');
-      if (angle == std::string::npos) {
-        scopes.back()[name] = {reserve(bytes), bytes, type == "pred"};
-        continue;
-      }
-      const int count = atoi(name.c_str() + angle + 1);
-      for (int n = 0; n < count; n++)
-        scopes.back()[name.substr(0, angle) + std::to_string(n)] = {reserve(bytes), bytes,
-                                                                    type == "pred"};
-    }
-  }
-
-  Register operand(const std::string& s, int bytes) {
-    if (Register* r = find(s)) return *r;
-    if (s == "_") return {reserve(std::max(bytes, 4)), std::max(bytes, 4), false};
-    if (s[0] == '%') {
-      if (!isalpha(s[1])) fail("register " + s);
-      if (!program.special.count(s)) program.special[s] = reserve(4);
-      return {program.special[s], 4, false};
-    }
-    const int size = std::max(bytes, 4);
-    if (s.compare(0, 2, "0f") == 0 || s.compare(0, 2, "0F") == 0)
-      return immediate(strtoull(s.c_str() + 2, nullptr, 16), 4);
-    if (s.compare(0, 2, "0d") == 0 || s.compare(0, 2, "0D") == 0)
-      return immediate(strtoull(s.c_str() + 2, nullptr, 16), 8);
-    if (isdigit(s[0]) || s[0] == '-') {
-      uint64_t value = s[0] == '-' ? static_cast<uint64_t>(strtoll(s.c_str(), nullptr, 0))
-                                   : strtoull(s.c_str(), nullptr, 0);
-      if (size == 4) value &= 0xFFFFFFFF;
-      if (bytes == 2) value &= 0xFFFF;
-      return immediate(value, size);
-    }
-    auto found = symbols.find(s);
-    if (found != symbols.end()) return immediate(found->second, size);
-    fail("operand " + s);
-  }
-
-  Operand parsed(const std::string& s) {
-    Operand o;
-    o.text = s;
-    if (s[0] == '{') {
-      o.parts = split(s.substr(1, s.size() - 2));
-    } else if (s[0] == '[') {
-      o.memory = true;
-      std::string base = trimmed(s.substr(1, s.size() - 2));
-      const size_t plus = base.find('+');
-      if (plus != std::string::npos) {
-        o.offset = strtoll(trimmed(base.substr(plus + 1)).c_str(), nullptr, 0);
-        base = trimmed(base.substr(0, plus));
-      }
-      o.base = base;
-    }
-    return o;
-  }
-
-  void instruction(std::string s) {
-    s = trimmed(s);
-    if (s.empty()) return;
-    Instruction i;
-    i.line = line;
-    if (s[0] == '@') {
-      const size_t end = s.find_first_of(" \t");
-      std::string guard = s.substr(1, end - 1);
-      if (guard[0] == '!') i.guard_negated = true, guard = guard.substr(1);
-      i.guard = operand(guard, 4).offset;
-      s = trimmed(s.substr(end));
-    }
-    const size_t space = s.find_first_of(" \t\n{");
-    std::string name = s.substr(0, space);
-    std::vector<Operand> operands;
-    if (space != std::string::npos)
-      for (const std::string& part : split(s.substr(space))) operands.push_back(parsed(part));
-    program.opcodes[name]++;
-    if (program.sources.empty() || program.sources.back() != source)
-      program.sources.push_back(source);
-    i.source = source.empty() ? -1 : program.sources.size() - 1;
-    Opcode opcode;
-    size_t from = 0;
-    for (size_t dot; (dot = name.find('.', from)) != std::string::npos; from = dot + 1)
-      opcode.words.push_back(name.substr(from, dot - from));
-    opcode.words.push_back(name.substr(from));
-    opcode.name = name;
-    if (opcode.words[0] == "bra") {
-      i.branch = true;
-      branches.push_back({static_cast<int>(program.code.size()), operands[0].text});
-    } else if (opcode.words[0] == "ret" || opcode.words[0] == "exit") {
-      i.exits = true;
-    } else {
-      Decoder decoder{
-          [this](const std::string& t, int bytes) { return operand(t, bytes); },
-          [this](const std::string& t) { return spaces.count(t) ? spaces[t] : Space::kGlobal; },
-          [this](const std::string& t) { fail(t); }};
-      decode(opcode, operands, i, decoder);
-    }
-    program.code.push_back(i);
-  }
-
-  void body() {
-    while (text[at] != '{') {
-      if (text.compare(at, 8, ".reqntid") == 0) program.threads = atoi(text.c_str() + at + 8);
-      if (text[at] == '\n') line++;
-      at++;
-    }
-    for (auto& name : dynamic_shared) {
-      program.static_shared =
-          (program.static_shared + dynamic_align - 1) / dynamic_align * dynamic_align;
-      symbols[name] = program.static_shared;
-    }
-    int depth = 0;
-    while (skip_space()) {
-      if (text[at] == '{') {
-        at++, depth++;
-        scopes.emplace_back();
-      } else if (text[at] == '}') {
-        at++;
-        scopes.pop_back();
-        if (!--depth) break;
-      } else if (text.compare(at, 4, ".loc") == 0) {
-        const size_t end = text.find('\n', at), comment = text.find("// ", at);
-        source =
-            comment < end ? text.substr(comment + 3, end - comment - 3) : text.substr(at, end - at);
-        at = end;
-      } else if (text.compare(at, 5, ".reg ") == 0) {
-        at += 5;
-        registers(trimmed(until(';')));
-      } else if (text[at] == '.') {
-        const std::string s = until(';');
-        if (s.compare(0, 7, ".pragma")) variable(s);
-      } else {
-        size_t e = at;
-        while (e < text.size() && (isalnum(text[e]) || strchr("_$%", text[e]))) e++;
-        if (text[e] == ':') {
-          labels[text.substr(at, e - at)] = program.code.size();
-          at = e + 1;
-        } else {
-          const int first = line;
-          const std::string s = until(';');
-          const int last = line;
-          line = first;
-          instruction(s);
-          line = last;
-        }
-      }
-    }
-    program.code.emplace_back();
-    program.code.back().exits = true;
-    for (auto& [index, label] : branches) {
-      if (!labels.count(label)) fail("label " + label);
-      program.code[index].target = labels[label];
-    }
-  }
-
-  Program parse(const std::string& entry) {
-    program.constants.reserve(64);
-    for (size_t n = 0; n < text.size();) {
-      const size_t end = std::min(text.find('\n', n), text.size());
-      program.lines.push_back(trimmed(text.substr(n, end - n)));
-      n = end + 1;
-    }
-    while (skip_space()) {
-      if (text.compare(at, 8, ".section") == 0) break;
-      if (text.compare(at, 8, ".version") == 0 || text.compare(at, 7, ".target") == 0 ||
-          text.compare(at, 5, ".file") == 0 || text.compare(at, 13, ".address_size") == 0) {
-        until('\n');
-        continue;
-      }
-      const size_t semicolon = text.find(';', at), kernel = text.find(".entry", at);
-      if (kernel < semicolon) {
-        while (at < kernel) {
-          if (text[at] == '\n') line++;
-          at++;
-        }
-        at += 6;
+      const size_t semicolon = text_.find(';', at_), brace = text_.find('{', at_);
+      const size_t word = text_.find(".entry", at_), function = text_.find(".func", at_);
+      if (word < std::min(semicolon, brace)) {
+        advance(word + 6);
         skip_space();
-        size_t e = at;
-        while (isalnum(text[e]) || strchr("_$", text[e])) e++;
-        const std::string name = text.substr(at, e - at);
+        const std::string name = name_here();
         if (entry.empty() || name == entry) {
-          program.name = name;
-          at = e;
-          kernel_parameters();
-          body();
-          return std::move(program);
+          kernel(name);
+          return std::move(program_);
         }
-        int depth = 0;  // another kernel
-        bool entered = false;
-        while (at < text.size() && (!entered || depth)) {
-          if (text.compare(at, 2, "//") == 0) at = text.find('\n', at);
-          if (text[at] == '\n') line++;
-          if (text[at] == '{') depth++, entered = true;
-          if (text[at] == '}') depth--;
-          at++;
-        }
+        skip_body();
+      } else if (function < std::min(semicolon, brace)) {
+        if (brace < semicolon)
+          skip_body();
+        else
+          until(';');  // a call of it is an error
       } else {
         variable(until(';'));
       }
     }
-    throw Fault("no kernel " + entry);
   }
-};
+  throw Fault("the text has no kernel " + entry);
+}
 
-}  // namespace
+Declaration Parser::declared(const std::string& statement) {
+  Declaration d;
+  const size_t equals = statement.find('=');
+  std::string head = statement.substr(0, equals);
+  if (equals != std::string::npos) d.values = statement.substr(equals + 1);
+  bool aligned = false, pointer = false;
+  int64_t elements = 1;
+  size_t n = 0;
+  const auto next = [&] {
+    while (n < head.size() && isspace(static_cast<unsigned char>(head[n]))) ++n;
+    const size_t from = n;
+    while (n < head.size() && !isspace(static_cast<unsigned char>(head[n]))) ++n;
+    return head.substr(from, n - from);
+  };
+  for (std::string word = next(); !word.empty(); word = next()) {
+    if (word == ".align") {
+      d.align = atoi(next().c_str()), aligned = true;
+    } else if (word == ".shared") {
+      d.shared = true;
+    } else if (word == ".local") {
+      d.local = true;
+    } else if (word == ".extern") {
+      d.dynamic = true;
+    } else if (word == ".ptr") {
+      pointer = true;
+    } else if (element_bytes(word)) {
+      d.element = element_bytes(word);
+    } else if (word[0] != '.') {
+      const size_t bracket = word.find('[');
+      d.name = word.substr(0, bracket);
+      if (bracket != std::string::npos) elements = atoll(word.c_str() + bracket + 1);
+    } else if (word != ".param" && word != ".global" && word != ".const" && word != ".visible" &&
+               word != ".weak" && word != ".common") {
+      fail("declaration " + word + " is not known");
+    }
+  }
+  if (d.name.empty() || !d.element) fail("a declaration without a name or type");
+  d.bytes = static_cast<int>(d.element * elements);
+  if (!aligned || pointer)
+    d.align = d.element;  // a pointer's alignment is that of what it points to
+  return d;
+}
+
+void Parser::variable(const std::string& statement) {
+  const Declaration d = declared(trimmed(statement));
+  if (d.shared && d.dynamic) {
+    dynamic_shared_.push_back(d.name);
+    dynamic_align_ = std::max(dynamic_align_, d.align);
+  } else if (d.shared || d.local) {
+    int& end = d.shared ? program_.static_shared : program_.local_bytes;
+    end = (end + d.align - 1) / d.align * d.align;
+    symbols_[d.name] = end + (d.shared ? kSharedBase : 0);
+    end += d.bytes;
+  } else {
+    constant(d);
+  }
+}
+
+void Parser::constant(const Declaration& d) {
+  if (program_.constants.size() == program_.constants.capacity()) fail("too many variables");
+  std::vector<char> data(d.bytes + d.align);
+  // The vector's own memory is aligned to 16 bytes.
+  if (d.align > 16) fail("a variable aligned to more than 16 bytes");
+  size_t n = d.values.find('{');
+  for (int k = 0; n != std::string::npos && k < d.bytes; k += d.element) {
+    const char* from = d.values.c_str() + n + 1;
+    while (isspace(static_cast<unsigned char>(*from))) ++from;
+    const bool bits =
+        from[0] == '0' && (from[1] == 'f' || from[1] == 'F' || from[1] == 'd' || from[1] == 'D');
+    const uint64_t value = bits           ? strtoull(from + 2, nullptr, 16)
+                           : *from == '-' ? static_cast<uint64_t>(strtoll(from, nullptr, 0))
+                                          : strtoull(from, nullptr, 0);
+    std::memcpy(&data[k], &value, std::min(d.element, 8));
+    n = d.values.find(',', n + 1);
+  }
+  data.resize(d.bytes);
+  program_.constants.push_back(std::move(data));
+  symbols_[d.name] = reinterpret_cast<uint64_t>(program_.constants.back().data());
+}
+
+// ---- A kernel
+
+void Parser::kernel(const std::string& name) {
+  program_.name = name;
+  parameters();
+  attributes();
+  place_dynamic_shared();
+  body();
+  resolve_branches();
+  mark_fragments();
+  program_.registers.resize(file_bytes_, kGarbage);
+  program_.runs.resize(program_.code.size());
+}
+
+void Parser::parameters() {
+  skip_space();
+  if (text_[at_] != '(') return;
+  ++at_;
+  for (const std::string& statement : split(until(')'))) {
+    const Declaration d = declared(statement);
+    int& end = program_.parameter_bytes;
+    end = (end + d.align - 1) / d.align * d.align;
+    program_.parameters.push_back({d.name, end, d.bytes});
+    symbols_[d.name] = end;
+    end += d.bytes;
+  }
+}
+
+void Parser::attributes() {
+  while (skip_space() && text_[at_] != '{') {
+    if (text_[at_] != '.') fail("unexpected text before a kernel's body");
+    ++at_;
+    const std::string word = name_here();
+    const size_t end = std::min(text_.find('.', at_), text_.find('{', at_));
+    const std::vector<std::string> numbers = split(text_.substr(at_, end - at_));
+    int threads = 1;
+    for (const std::string& number : numbers) threads *= std::max(atoi(number.c_str()), 1);
+    if (word == "reqntid") {
+      program_.threads = threads;
+      if (numbers.size() > 1 && threads != atoi(numbers[0].c_str()))
+        fail("blocks of one dimension");
+    } else if (word == "maxntid") {
+      program_.most_threads = threads;
+    } else if (word == "reqnctapercluster" || word == "explicitcluster") {
+      if (word[0] == 'e' || threads != 1) fail("clusters are not known");
+    } else if (word != "minnctapersm" && word != "maxnreg" && word != "maxnctapersm") {
+      fail("attribute ." + word + " is not known");
+    }
+    advance(end);
+  }
+}
+
+void Parser::place_dynamic_shared() {
+  if (dynamic_shared_.empty()) return;
+  int& end = program_.static_shared;
+  end = (end + dynamic_align_ - 1) / dynamic_align_ * dynamic_align_;
+  for (const std::string& name : dynamic_shared_) symbols_[name] = end + kSharedBase;
+}
+
+void Parser::body() {
+  int depth = 0;
+  do {
+    if (!skip_space()) fail("a body without an end");
+    if (text_[at_] == '{') {
+      ++at_, ++depth;
+      scopes_.push_back({scope_, {}, {}});
+      scope_ = static_cast<int>(scopes_.size()) - 1;
+    } else if (text_[at_] == '}') {
+      ++at_, --depth;
+      scope_ = scopes_[scope_].parent;
+    } else {
+      statement();
+    }
+  } while (depth);
+  program_.code.emplace_back();
+  program_.code.back().flow = Flow::kExit;
+  program_.code.back().line = program_.code.size() > 1 ? program_.code.end()[-2].line : 1;
+  program_.touched.emplace_back();
+}
+
+void Parser::statement() {
+  if (at_word(".loc")) return location();
+  if (text_[at_] == ';') {
+    ++at_;
+    return;
+  }
+  if (text_[at_] == '.') {
+    const std::string found = until(';');
+    if (!found.compare(0, 4, ".reg")) return registers(trimmed(found.substr(4)));
+    if (!found.compare(0, 7, ".pragma")) return;
+    if (!found.compare(0, 14, ".branchtargets")) {
+      tables_[last_label_] = split(trimmed(found.substr(14)));
+      return;
+    }
+    return variable(found);
+  }
+  size_t end = at_;
+  while (end < text_.size() && (in_name(text_[end]) || text_[end] == '%')) ++end;
+  size_t colon = end;
+  while (colon < text_.size() && isspace(static_cast<unsigned char>(text_[colon]))) ++colon;
+  if (end > at_ && text_[colon] == ':' && text_[colon + 1] != ':') {
+    last_label_ = text_.substr(at_, end - at_);
+    scopes_[scope_].labels[last_label_] = static_cast<int>(program_.code.size());
+    return advance(colon + 1);
+  }
+  const int first = line_;
+  const std::string found = until(';');
+  const int last = line_;
+  line_ = first;
+  instruction(trimmed(found));
+  line_ = last;
+}
+
+void Parser::location() {  // .loc file line column
+  const std::string words = until('\n');
+  char* end = nullptr;
+  const int file = static_cast<int>(strtol(words.c_str() + 4, &end, 10));
+  const int line = static_cast<int>(strtol(end, nullptr, 10));
+  const auto name = files_.find(file);
+  const std::string place = (name == files_.end() ? "file " + std::to_string(file) : name->second) +
+                            ":" + std::to_string(line);
+  const auto [found, fresh] = locations_.emplace(place, program_.sources.size());
+  if (fresh) program_.sources.push_back(place);
+  source_ = found->second;
+}
+
+void Parser::registers(const std::string& statement) {  // ".pred %p<50>" or ".b16 l, h"
+  const size_t space = statement.find_first_of(" \t");
+  const std::string type = statement.substr(0, space);
+  const bool predicate = type == ".pred";
+  const int bytes = predicate ? 4 : std::max(4, element_bytes(type));
+  if (!predicate && !element_bytes(type)) fail("registers of type " + type);
+  if (space == std::string::npos) fail("registers without names");
+  for (const std::string& name : split(statement.substr(space))) {
+    const size_t angle = name.find('<');
+    const int count = angle == std::string::npos ? -1 : atoi(name.c_str() + angle + 1);
+    if (count < 0) scopes_[scope_].registers[name] = {reserve(bytes), bytes, predicate};
+    for (int n = 0; n < count; ++n) {
+      const std::string one = name.substr(0, angle) + std::to_string(n);
+      scopes_[scope_].registers[one] = {reserve(bytes), bytes, predicate};
+    }
+  }
+}
+
+int Parser::reserve(int bytes) {
+  const size_t offset = file_bytes_;
+  file_bytes_ += static_cast<size_t>(bytes) * kLanes;
+  return static_cast<int>(offset);
+}
+
+const Register* Parser::known(const std::string& name) const {
+  for (int s = scope_; s >= 0; s = scopes_[s].parent) {
+    const auto found = scopes_[s].registers.find(name);
+    if (found != scopes_[s].registers.end()) return &found->second;
+  }
+  return nullptr;
+}
+
+Register Parser::find(const std::string& text, int bytes) {
+  if (const Register* r = known(text)) return *r;
+  const int size = bytes == 8 ? 8 : 4;
+  if (text == "_") return {reserve(size), size, false};
+  if (text[0] == '%') return special(text);
+  if (text[0] == '0' && text.size() > 2 && strchr("fFdD", text[1])) {
+    const int own = strchr("dD", text[1]) ? 8 : 4;
+    return immediate(strtoull(text.c_str() + 2, nullptr, 16), own);
+  }
+  if (isdigit(static_cast<unsigned char>(text[0])) || text[0] == '-') {
+    char* end = nullptr;
+    uint64_t value = text[0] == '-' ? static_cast<uint64_t>(strtoll(text.c_str(), &end, 0))
+                                    : strtoull(text.c_str(), &end, 0);
+    if (*end && !(*end == 'U' && !end[1])) fail("operand " + text);
+    if (bytes < 8) value &= bytes == 2 ? 0xFFFF : 0xFFFFFFFF;
+    return immediate(value, size);
+  }
+  const auto symbol = symbols_.find(text);
+  if (symbol == symbols_.end()) fail("operand " + text + " is not known");
+  return immediate(symbol->second, size);
+}
+
+Register Parser::special(const std::string& name) {
+  if (!special_names().count(name)) fail("register " + name + " is not known");
+  for (const Special& s : program_.specials) {
+    if (s.name == name) return {s.offset, 4, false};
+  }
+  program_.specials.push_back({name, reserve(4)});
+  return {program_.specials.back().offset, 4, false};
+}
+
+Register Parser::immediate(uint64_t value, int bytes) {
+  auto found = immediates_.find({value, bytes});
+  if (found == immediates_.end()) {
+    const int offset = reserve(bytes);
+    program_.registers.resize(file_bytes_, kGarbage);
+    for (int l = 0; l < kLanes; ++l) {
+      std::memcpy(&program_.registers[offset + l * bytes], &value, bytes);
+    }
+    found = immediates_.emplace(std::make_pair(value, bytes), offset).first;
+  }
+  return {found->second, bytes, false};
+}
+
+void Parser::instruction(std::string statement) {
+  Instruction i;
+  Touched touched;
+  i.line = line_, i.source = source_;
+  if (statement[0] == '@') {
+    const size_t end = statement.find_first_of(" \t\n");
+    if (end == std::string::npos) fail("a predicate without an instruction");
+    std::string guard = statement.substr(1, end - 1);
+    i.guard_negated = guard[0] == '!';
+    if (i.guard_negated) guard = guard.substr(1);
+    i.guard = find(guard, 4).offset;
+    touched.read.push_back(i.guard);
+    statement = trimmed(statement.substr(end));
+  }
+  const size_t space = statement.find_first_of(" \t\n{[");
+  const std::string opcode = statement.substr(0, space);
+  std::vector<std::string> operands;
+  if (space != std::string::npos) operands = split(statement.substr(space));
+  Decoder decoder(i, touched, opcode, operands, *this);
+  if (decoder.op() == "bra") {
+    branch(decoder);
+  } else if (decoder.op() == "brx") {
+    indexed_branch(decoder);
+  } else if (decoder.op() == "ret" || decoder.op() == "exit") {
+    decoder.pass({"uni"});
+    i.flow = Flow::kExit;
+  } else {
+    const auto known = decoders().find(decoder.op());
+    if (known == decoders().end()) decoder.fail("opcode is not known");
+    known->second(decoder);
+  }
+  decoder.finish();
+  program_.code.push_back(i);
+  program_.touched.push_back(std::move(touched));
+}
+
+void Parser::branch(Decoder& decoder) {
+  decoder.pass({"uni"});
+  decoder.need_count(1);
+  decoder.i.flow = Flow::kBranch;
+  branches_.push_back({static_cast<int>(program_.code.size()), scope_, decoder.text(0)});
+}
+
+void Parser::indexed_branch(Decoder& decoder) {
+  decoder.need("idx");
+  decoder.pass({"uni"});
+  decoder.need_count(2);
+  decoder.from(1, 0, 4);
+  decoder.i.flow = Flow::kIndexedBranch;
+  const auto table = tables_.find(decoder.text(1));
+  if (table == tables_.end()) decoder.fail("needs the label of .branchtargets");
+  const auto targets = std::make_shared<IndexedTargets>();
+  targets->targets.resize(table->second.size());
+  decoder.i.detail = targets;
+  branches_.push_back({static_cast<int>(program_.code.size()), scope_, decoder.text(1)});
+}
+
+int Parser::label(const Branch& branch) {
+  for (int s = branch.scope; s >= 0; s = scopes_[s].parent) {
+    const auto found = scopes_[s].labels.find(branch.label);
+    if (found != scopes_[s].labels.end()) return found->second;
+  }
+  line_ = program_.code[branch.instruction].line;
+  fail("label " + branch.label + " is not known");
+}
+
+void Parser::resolve_branches() {
+  for (const Branch& b : branches_) {
+    Instruction& i = program_.code[b.instruction];
+    if (i.flow == Flow::kBranch) {
+      i.target = label(b);
+      continue;
+    }
+    const auto resolved = std::make_shared<IndexedTargets>();
+    for (const std::string& target : tables_[b.label]) {
+      resolved->targets.push_back(label({b.instruction, b.scope, target}));
+    }
+    i.detail = resolved;
+  }
+}
+
+void Parser::mark_fragments() {
+  std::set<int> fragments;
+  for (const Touched& t : program_.touched) {
+    fragments.insert(t.fragments.begin(), t.fragments.end());
+  }
+  if (fragments.empty()) return;
+  for (size_t n = 0; n < program_.code.size(); ++n) {
+    const Touched& t = program_.touched[n];
+    // Compilers put copies of accumulators between wgmma.fence and the wgmma.
+    if (!t.fragments.empty() || t.renames) continue;
+    for (int r : t.written) program_.code[n].writes_fragment |= fragments.count(r) != 0;
+  }
+}
 
 Program parse(const std::string& text, const std::string& entry) {
-  return Parser{text}.parse(entry);
+  return Parser(text).parse(entry);
 }
 
 }  // namespace attnfast::ptx

@@ -1,0 +1,77 @@
+// Vector clocks of the warps of a block: what each knows to lie behind it.
+//
+// An access happens before another if barriers lead from one to the other (FastTrack, Flanagan and
+// Freund 2009). Every warp counts its own synchronisations; so does every mbarrier that
+// asynchronous copies report to. Beside a whole warp's accesses a clock may hold those of some
+// lanes, which is what one lane's arrival publishes.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "program.h"
+
+namespace attnfast::ptx {
+
+constexpr int kSlots = 32;  // of mbarriers, which share them if there are more
+constexpr int kAgents = kMaxWarps + kSlots;
+
+struct Clocks {
+  uint32_t seen[kAgents] = {};
+  uint32_t lanes_clock[kMaxWarps] = {};  // up to here, of `lanes` only
+  Mask lanes[kMaxWarps] = {};
+  // Writes up to here have been shown to the asynchronous proxy, by a fence.
+  uint32_t fenced[kMaxWarps] = {};
+
+  void join(const Clocks& other) {
+    for (int a = 0; a < kAgents; ++a) seen[a] = std::max(seen[a], other.seen[a]);
+    for (int w = 0; w < kMaxWarps; ++w) {
+      fenced[w] = std::max(fenced[w], other.fenced[w]);
+      lanes_clock[w] = std::max(lanes_clock[w], other.lanes_clock[w]);
+      lanes[w] |= other.lanes[w];
+    }
+  }
+
+  // Whether an access of an agent at that time lies behind; `lane` is -1 for many.
+  bool behind(int agent, int lane, uint32_t clock) const {
+    if (clock <= seen[agent]) return true;
+    if (agent >= kMaxWarps || clock > lanes_clock[agent]) return false;
+    return lane < 0 ? lanes[agent] == kAll : lanes[agent] >> lane & 1;
+  }
+};
+
+// What a warp's accesses are told apart by.
+struct Position {
+  int warp = 0;
+  uint32_t clock = 1;  // of its accesses from now on
+  Clocks known;        // known.seen[warp]: up to where its own lanes are ordered
+
+  // All lanes have met.
+  void sync_lanes() { known.seen[warp] = clock++; }
+  // What others learn from an arrival of these lanes.
+  Clocks published(Mask lanes, Mask live) {
+    Clocks c = known;
+    if (lanes == live) {
+      c.seen[warp] = clock;
+    } else {
+      c.lanes_clock[warp] = clock, c.lanes[warp] = lanes;
+    }
+    ++clock;
+    return c;
+  }
+  // What lies behind is shown to the asynchronous proxy, other warps' writes too.
+  void fence_async() {
+    for (int w = 0; w < kMaxWarps; ++w) {
+      known.fenced[w] = std::max({known.fenced[w], known.seen[w], known.lanes_clock[w]});
+    }
+    known.fenced[warp] = clock++;
+  }
+};
+
+// Who accesses: a lane of a warp, -1 for all together; at which instruction.
+struct Access {
+  const Position& who;
+  int lane;
+  int instruction;
+};
+
+}  // namespace attnfast::ptx
