@@ -169,6 +169,70 @@ SHARED = (
         shared=128,
     ),
     Kernel(
+        "lanes race, write after read",
+        "race: shared byte .* no barrier between",
+        """
+        // what ldmatrix reads, it reads for all lanes; what a lane reads, for that one
+        mad.lo.s32 %r10, %r0, 16, %r2;
+        st.shared.v4.b32 [%r10], {%r0, %r0, %r0, %r0};
+        bar.warp.sync -1;
+        xor.b32 %r11, %r10, 16;
+        ! ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r12, %r13, %r14, %r15}, [%r11];
+        ? ld.shared.v4.b32 {%r12, %r13, %r14, %r15}, [%r11];
+        shfl.sync.bfly.b32 %r16, %r12, 1, 31, -1;
+        st.shared.v4.b32 [%r10], {7, 7, 7, 7};
+        """,
+        shared=512,
+    ),
+    Kernel(
+        "a lane's read beside a matrix's",
+        "race: shared byte .* no barrier between",
+        """
+        mad.lo.s32 %r10, %r0, 16, %r2;
+        st.shared.v4.b32 [%r10], {%r0, %r0, %r0, %r0};
+        bar.warp.sync -1;
+        ld.shared.b32 %r16, [%r10];
+        ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r12, %r13, %r14, %r15}, [%r10];
+        ? xor.b32 %r10, %r10, 16;
+        st.shared.b32 [%r10], 7;
+        """,
+        shared=512,
+    ),
+    Kernel(
+        "a matrix of rows that other lanes wrote",
+        "race: shared byte .* no barrier between",
+        """
+        mad.lo.s32 %r10, %r0, 16, %r2;
+        st.shared.v4.b32 [%r10], {%r0, %r0, %r0, %r0};
+        ! bar.warp.sync -1;
+        ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r12, %r13, %r14, %r15}, [%r10];
+        """,
+        shared=512,
+    ),
+    Kernel(
+        "an arrival after a lane's read",
+        "race: shared byte .* no barrier between",
+        """
+        // warp 0 reads, its first lane arrives; warp 1 waits and writes
+        setp.eq.u32 %p1, %r0, 0;
+        @%p1 mbarrier.init.shared::cta.b64 [%r2], 1;
+        and.b32 %r10, %r0, 31;
+        mad.lo.s32 %r10, %r10, 16, %r2;
+        setp.ge.u32 %p3, %r0, 32;
+        st.shared.v4.b32 [%r10+128], {1, 1, 1, 1};
+        bar.sync 0;
+        @%p3 bra $wait;
+        ! ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r12, %r13, %r14, %r15}, [%r10+128];
+        ? ld.shared.v4.b32 {%r12, %r13, %r14, %r15}, [%r10+128];
+        @%p1 mbarrier.arrive.shared::cta.b64 _, [%r2];
+        bra.uni $end;
+        """
+        + WAIT
+        + "st.shared.v4.b32 [%r10+128], {2, 2, 2, 2};\n$end:",
+        threads=64,
+        shared=640,
+    ),
+    Kernel(
         "a barrier of the wrong warps",
         "race: shared byte .* no barrier between",
         """

@@ -4,6 +4,12 @@
 // Freund 2009). Every warp counts its own synchronisations; so does every mbarrier that
 // asynchronous copies report to. Beside a whole warp's accesses a clock may hold those of some
 // lanes, which is what one lane's arrival publishes.
+//
+// Of the lanes of one warp only bar.warp.sync, or a barrier of the block, orders the accesses: a
+// shuffle, a vote or an mma waits for all lanes, but is no fence, and lanes that happen to run
+// together may part. What ldmatrix and wgmma read, however, they read for every lane at once, so it
+// lies before whatever any of them does next. What other lanes have written they see only after a
+// barrier.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -14,6 +20,8 @@ namespace attnfast::ptx {
 
 constexpr int kSlots = 32;  // of mbarriers, which share them if there are more
 constexpr int kAgents = kMaxWarps + kSlots;
+constexpr int kMany = -1;    // in place of a lane: several of them
+constexpr int kTogether = -2;  // all of them, by one instruction that reads
 
 struct Clocks {
   uint32_t seen[kAgents] = {};
@@ -31,11 +39,12 @@ struct Clocks {
     }
   }
 
-  // Whether an access of an agent at that time lies behind; `lane` is -1 for many.
+  // Whether an access of an agent at that time lies behind.
   bool behind(int agent, int lane, uint32_t clock) const {
     if (clock <= seen[agent]) return true;
     if (agent >= kMaxWarps || clock > lanes_clock[agent]) return false;
-    return lane < 0 ? lanes[agent] == kAll : lanes[agent] >> lane & 1;
+    if (lane == kTogether) return lanes[agent] != 0;
+    return lane == kMany ? lanes[agent] == kAll : lanes[agent] >> lane & 1;
   }
 };
 
@@ -67,7 +76,7 @@ struct Position {
   }
 };
 
-// Who accesses: a lane of a warp, -1 for all together; at which instruction.
+// Who accesses: a lane of a warp, kMany or kTogether; at which instruction.
 struct Access {
   const Position& who;
   int lane;

@@ -196,7 +196,7 @@ void Block::land(BulkCopy& load) try {
     } else {
       std::memset(to, 0, r.bytes);
     }
-    shared.end_write(r.shared, r.bytes, agent, -1, clock, load.instruction);
+    shared.end_write(r.shared, r.bytes, agent, kMany, clock, load.instruction);
   }
   mbarriers.complete(load.mbarrier, load.bytes, clock);
 } catch (const Fault& fault) {

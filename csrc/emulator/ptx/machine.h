@@ -103,7 +103,7 @@ class Warp {
     return wide ? lanes<uint64_t>(offset)[lane] : lanes<uint32_t>(offset)[lane];
   }
 
-  // The bytes of an access, checked; lane -1: all together. `data` is what a write will leave.
+  // The bytes of an access, checked. `data` is what a write will leave.
   char* access(Space space, uint64_t address, int bytes, int lane, bool writes, bool strong,
                const char* data);
   // Of an address in shared memory, also if it is generic.

@@ -20,7 +20,7 @@ void load_matrix(Warp& w, const Instruction& i, Mask) {
     uint16_t rows[8][8];
     for (int r = 0; r < 8; ++r) {
       const uint32_t address = row_address(w, i, 8 * k + r);
-      std::memcpy(rows[r], w.access(Space::kShared, address, 16, -1, false, false, nullptr), 16);
+      std::memcpy(rows[r], w.access(Space::kShared, address, 16, kTogether, false, false, nullptr), 16);
     }
     for (int l = 0; l < kLanes; ++l) {
       const int g = l / 4, t = l % 4 * 2;
@@ -46,7 +46,7 @@ void store_matrix(Warp& w, const Instruction& i, Mask) {
     for (int r = 0; r < 8; ++r) {
       const auto* data = reinterpret_cast<const char*>(rows[r]);
       const uint32_t address = row_address(w, i, 8 * k + r);
-      std::memcpy(w.access(Space::kShared, address, 16, -1, true, false, data), data, 16);
+      std::memcpy(w.access(Space::kShared, address, 16, kMany, true, false, data), data, 16);
     }
   }
 }

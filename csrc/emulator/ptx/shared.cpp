@@ -87,7 +87,8 @@ void SharedMemory::check_readers(size_t cell, uint32_t address, const Access& ac
   for (Mask left = cells_[cell].readers; left; left &= left - 1) {
     const int warp = __builtin_ctz(left);
     const Read& r = reads_[cell * warps_ + warp];
-    if (warp == access.who.warp && r.lane == access.lane && access.lane >= 0) continue;
+    const bool own = r.lane == kTogether || (r.lane == access.lane && access.lane >= 0);
+    if (warp == access.who.warp && own) continue;
     if (access.who.known.behind(warp, r.lane, r.clock)) continue;
     throw Fault("race: " + byte(address) + " is written, " + named(warp, r.lane) +
                     " read it with no barrier between",
@@ -99,9 +100,11 @@ void SharedMemory::note_read(size_t cell, const Access& access) {
   Cell& c = cells_[cell];
   const Mask bit = 1u << access.who.warp;
   Read& r = reads_[cell * warps_ + access.who.warp];
-  const bool another = (c.readers & bit) && r.clock == access.who.clock && r.lane != access.lane;
+  const bool open = (c.readers & bit) && r.clock > access.who.known.seen[access.who.warp];
+  int lane = access.lane;
+  if (open && r.lane != lane && r.lane != kTogether) lane = lane == kTogether ? r.lane : kMany;
   c.readers |= bit;
-  r = {access.who.clock, access.instruction, another ? -1 : access.lane};
+  r = {access.who.clock, access.instruction, lane};
 }
 
 void SharedMemory::note_write(Cell& c, const Access& access) {

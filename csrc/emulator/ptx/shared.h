@@ -45,7 +45,7 @@ class SharedMemory {
     uint32_t write_clock = 0;  // 0: never written
     int write_instruction = -1;
     int16_t writer = 0;       // an agent
-    int8_t writer_lane = -1;  // -1: many
+    int8_t writer_lane = kMany;
     bool claimed = false;
     uint16_t copies = 0;       // that will write here
     uint16_t async_reads = 0;  // under way

@@ -119,7 +119,7 @@ void publish(Warp& w, const Instruction& i, Mask m) {
                   ", no multiple of 128 bytes");
     }
   }
-  const char* data = w.access(Space::kShared, from, 128, -1, false, false, nullptr);
+  const char* data = w.access(Space::kShared, from, 128, kTogether, false, false, nullptr);
   std::memcpy(w.access(Space::kGlobal, to, 128, l, true, false, data), data, 128);
   w.block.unacquired_maps.insert(to);
 }

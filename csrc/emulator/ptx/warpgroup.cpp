@@ -215,7 +215,7 @@ void issue(Warp& w, const Instruction& i, Mask m) {
     check_fragments(products, s);
   }
   each_operand(w, p, [&](uint32_t address, int, int, bool) {
-    w.block.shared.begin_async_read(address, 16, w.by(-1));
+    w.block.shared.begin_async_read(address, 16, w.by(kTogether));
   });
   take_accumulators(w, s);
   // It runs now, or when it is waited for; those of a warp in their order.
@@ -251,7 +251,7 @@ void wait(Warp& w, const Instruction& i, Mask) {
     if (p.group >= products.groups - i.variant) break;
     if (!p.done) compute(w, p, accumulator(products, *p.shape).values);
     each_operand(w, p, [&](uint32_t address, int, int, bool) {
-      w.block.shared.end_async_read(address, 16, w.by(-1));
+      w.block.shared.end_async_read(address, 16, w.by(kTogether));
     });
   }
   products.queue.erase(products.queue.begin(), products.queue.begin() + static_cast<long>(done));
