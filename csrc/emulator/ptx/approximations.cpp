@@ -1,7 +1,8 @@
 // Functions that the hardware approximates: off by up to what the PTX ISA documents.
 //
-// How far off is a function of the operand's bits and the seed, so that lanes and warps that compute
-// one value agree. A result that is exact is given exactly, as hardware's tables do.
+// How far off is a function of the operand's bits, so that lanes and warps that compute one value
+// agree on every schedule, and of the seed's bits from the ninth on. A result that is exact is given
+// exactly, as hardware's tables do.
 #include <cmath>
 
 #include "arithmetic.h"
@@ -69,11 +70,13 @@ struct Tanh {
   static double bound(double, double y) { return std::fabs(y) * 0x1p-11; }
 };
 
+uint64_t inaccuracy(const Options& options) { return options.seed >> 8; }
+
 template <class F>
 float approximated(float x, const Options& options) {
   const double y = F::value(x);
   if (options.exact) return static_cast<float>(y);
-  return within(y, F::bound(x, y), mixed(bits_of_float(x) ^ options.seed << 32));
+  return within(y, F::bound(x, y), mixed(bits_of_float(x) ^ inaccuracy(options) << 32));
 }
 
 template <class F, bool kFlushes>
@@ -114,7 +117,7 @@ void divide(Warp& w, const Instruction& i, Mask m) {
     const double q = static_cast<double>(x) / y;
     const uint64_t noise = static_cast<uint64_t>(bits_of_float(x)) << 32 | bits_of_float(y);
     float z = options.exact ? static_cast<float>(q)
-                            : within(q, 2 * ulp(q), mixed(noise ^ mixed(options.seed)));
+                            : within(q, 2 * ulp(q), mixed(noise ^ mixed(inaccuracy(options))));
     // div.approx reaches no divisors beyond 2^126.
     if (i.variant && std::fabs(y) > 0x1p126f && !std::isinf(y))
       z = std::isinf(x) ? NAN : std::copysign(0.0f, z);

@@ -20,7 +20,7 @@ namespace attnfast::ptx {
 
 constexpr int kSlots = 32;  // of mbarriers, which share them if there are more
 constexpr int kAgents = kMaxWarps + kSlots;
-constexpr int kMany = -1;    // in place of a lane: several of them
+constexpr int kMany = -1;      // in place of a lane: several of them
 constexpr int kTogether = -2;  // all of them, by one instruction that reads
 
 struct Clocks {

@@ -44,7 +44,7 @@ class SharedMemory {
   struct Cell {
     uint32_t write_clock = 0;  // 0: never written
     int write_instruction = -1;
-    int16_t writer = 0;       // an agent
+    int16_t writer = 0;  // an agent
     int8_t writer_lane = kMany;
     bool claimed = false;
     uint16_t copies = 0;       // that will write here
