@@ -20,7 +20,8 @@ void load_matrix(Warp& w, const Instruction& i, Mask) {
     uint16_t rows[8][8];
     for (int r = 0; r < 8; ++r) {
       const uint32_t address = row_address(w, i, 8 * k + r);
-      std::memcpy(rows[r], w.access(Space::kShared, address, 16, kTogether, false, false, nullptr), 16);
+      std::memcpy(rows[r], w.access(Space::kShared, address, 16, kTogether, false, false, nullptr),
+                  16);
     }
     for (int l = 0; l < kLanes; ++l) {
       const int g = l / 4, t = l % 4 * 2;
