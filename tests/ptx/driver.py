@@ -97,11 +97,11 @@ class Launcher:
                 ranges.append(Range.of(value, id(value) not in read_only))
                 value = value.data_ptr()
             passed.append(struct.pack("Q" if kind[0] == "*" else FORMATS[kind], value))
-        for what in ("global", "profile"):
-            scratch = self.scratch(what, x * y * z, stream)
-            if scratch is not None:
-                ranges.append(Range.of(scratch, True))
-            passed.append(struct.pack("Q", 0 if scratch is None else scratch.data_ptr()))
+        scratch = [self.scratch(what, x * y * z, stream) for what in ("global", "profile")]
+        for room in scratch:
+            if room is not None:
+                ranges.append(Range.of(room, True))
+            passed.append(struct.pack("Q", 0 if room is None else room.data_ptr()))
         blob = bytearray(sum(program.parameters[-1]))
         for parameter, value in zip(program.parameters, passed, strict=True):
             blob[parameter.offset : parameter.offset + len(value)] = value
@@ -120,7 +120,8 @@ class Launcher:
         if not size or what == "profile":
             return None
         align = getattr(self.metadata, f"{what}_scratch_align")
-        return _allocation._allocator.get()(size * programs, align, stream)
+        room = _allocation._allocator.get()(size * programs + align, align, stream)
+        return room[-room.data_ptr() % align :]  # the CPU's memory may begin at any 64 bytes
 
 
 def leaves(x: Any) -> Iterator[Any]:

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
 import torch
+
+if TYPE_CHECKING:
+    from .driver import Driver
 
 ARCH = os.environ.get("ATTNFAST_PTX", "")
 BUILT = Path(__file__).resolve().parents[2] / "build" / "ptx"
@@ -36,3 +41,19 @@ def begin(backends: list[str]) -> None:
 def missing(backend: str) -> str | None:
     """Why a backend cannot run here, or None."""
     return NO_PTX if backend == "cuda" and not (FOLDER / "row_terms.ptx").exists() else None
+
+
+def left_out(config: pytest.Config, backend: str, arch: str) -> str | None:
+    """Why a test of one backend's kernels for one architecture is not run, or None."""
+    if arch != ARCH:
+        return f"is about the PTX for sm_{arch}"
+    if backend not in (config.getoption("--backend") or []):
+        return f"is about the {backend} kernels"
+    return missing(backend)
+
+
+def driver() -> Driver:
+    """The stand-in that `begin` made Triton's driver."""
+    from triton.runtime import driver
+
+    return driver.active
