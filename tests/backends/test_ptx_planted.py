@@ -33,6 +33,7 @@ class Ground:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.places = folder, 0
+        folder.mkdir(exist_ok=True)
 
     def plant(self, fault: Planted) -> None:
         """Before the kernels run again."""
@@ -43,20 +44,15 @@ class Ground:
             return text
 
         if fault.backend == "cuda":
-            self.plant_in_files(fault.kernel, edit)
+            self.plant_in_files(lambda text: edit(text) if fault.kernel in text else text)
         else:
             session.driver().edit = lambda name, text: edit(text) if name == fault.kernel else text
 
-    def plant_in_files(self, kernel: str, edit: Callable[[str], str]) -> None:
+    def plant_in_files(self, edit: Callable[[str], str]) -> None:
         """In a folder that stands in for nvcc's."""
         for path in session.FOLDER.glob("*.ptx"):
             if path.stem.endswith(f".{CASES['cuda'].D}") or not path.stem.startswith("attention_"):
-                text = path.read_text()
-                place = self.folder / path.name
-                if kernel in text:
-                    place.write_text(edit(text))
-                else:
-                    place.symlink_to(path)
+                (self.folder / path.name).write_text(edit(path.read_text()))
         torch.ops.attnfast.emulator_ptx(str(self.folder))
 
     def weed(self, backend: str) -> None:
@@ -114,6 +110,40 @@ def test_planted(
         ground.weed(fault.backend)
     assert ground.places, "nothing was planted"
     assert re.search(fault.said, words, re.DOTALL), words or "nothing was found"
+
+
+SYNCHRONISES = r"(?:bar\.(?:warp\.)?sync|cp\.async\.wait_group)\s[^;]*;"
+PLAIN = r"\.entry \w*attention_{}_kernelINS0_7Float16ELi64ELb1.*?\n}}"  # without options
+
+
+def places(kernel: str, text: str) -> list[tuple[int, int]]:
+    """Where a kernel's barriers and waits for copies begin and end."""
+    body = re.search(PLAIN.format(kernel), text, re.DOTALL)
+    found = re.finditer(SYNCHRONISES, body[0]) if body else ()
+    return [(body.start() + x.start(), body.start() + x.end()) for x in found]
+
+
+@pytest.mark.parametrize("kernel", ["fwd", "bwd_keys", "bwd_queries"])
+def test_each_barrier_and_wait_is_missed(
+    kernel: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the CUDA kernels: none is superfluous."""
+    skip_others(request, "cuda", session.ARCH)
+    sound("cuda")
+    path = session.FOLDER / f"attention_{kernel[:3]}.64.ptx"
+    text = path.read_text()
+    assert places(kernel, text)
+    for begin, end in places(kernel, text):
+        faulty = text[:begin] + text[end:]
+        ground = Ground(tmp_path / str(begin))
+        ground.plant_in_files(lambda x, faulty=faulty: faulty if x == text else x)
+        try:
+            assert first_words("cuda", monkeypatch), text[begin:end]
+        finally:
+            ground.weed("cuda")
 
 
 # ---- What a launch passes
