@@ -1,7 +1,6 @@
 #include "parser.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cstdlib>
 #include <cstring>
 #include <set>
@@ -9,10 +8,6 @@
 namespace attnfast::ptx {
 
 namespace {
-
-constexpr char kGarbage = char(0xA5);  // what registers hold before they are written
-
-bool in_name(char c) { return isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$'; }
 
 // The same text with blanks for comments.
 std::string without_comments(std::string text) {
@@ -32,41 +27,13 @@ std::string without_comments(std::string text) {
   return text;
 }
 
-int element_bytes(const std::string& word) {  // of ".b8"; 0 for other words
+}  // namespace
+
+int element_bytes(const std::string& word) {
   static const std::set<std::string> kinds = {"u", "s", "b", "f"};
   if (word.size() < 3 || word[0] != '.' || !kinds.count(word.substr(1, 1))) return 0;
   return isdigit(static_cast<unsigned char>(word[2])) ? atoi(word.c_str() + 2) / 8 : 0;
 }
-
-const std::set<std::string>& special_names() {
-  static const std::set<std::string> names = {
-      "%tid.x",
-      "%tid.y",
-      "%tid.z",
-      "%ntid.x",
-      "%ntid.y",
-      "%ntid.z",
-      "%ctaid.x",
-      "%ctaid.y",
-      "%ctaid.z",
-      "%nctaid.x",
-      "%nctaid.y",
-      "%nctaid.z",
-      "%laneid",
-      "%warpid",
-      "%lanemask_eq",
-      "%lanemask_lt",
-      "%lanemask_le",
-      "%lanemask_gt",
-      "%lanemask_ge",
-      "%cluster_ctarank",
-      "%cluster_nctarank",
-      "%dynamic_smem_size",
-      "%carry"};  // the last one, the condition code, has no name in PTX
-  return names;
-}
-
-}  // namespace
 
 Parser::Parser(const std::string& text) : text_(without_comments(text)) {
   size_t n = 0;
@@ -315,244 +282,6 @@ void Parser::place_dynamic_shared() {
   int& end = program_.static_shared;
   end = (end + dynamic_align_ - 1) / dynamic_align_ * dynamic_align_;
   for (const std::string& name : dynamic_shared_) symbols_[name] = end + kSharedBase;
-}
-
-void Parser::body() {
-  int depth = 0;
-  do {
-    if (!skip_space()) fail("a body without an end");
-    if (text_[at_] == '{') {
-      ++at_, ++depth;
-      scopes_.push_back({scope_, {}, {}});
-      scope_ = static_cast<int>(scopes_.size()) - 1;
-    } else if (text_[at_] == '}') {
-      ++at_, --depth;
-      scope_ = scopes_[scope_].parent;
-    } else {
-      statement();
-    }
-  } while (depth);
-  program_.code.emplace_back();
-  program_.code.back().flow = Flow::kExit;
-  program_.code.back().line = program_.code.size() > 1 ? program_.code.end()[-2].line : 1;
-  program_.touched.emplace_back();
-}
-
-void Parser::statement() {
-  if (at_word(".loc")) return location();
-  if (text_[at_] == ';') {
-    ++at_;
-    return;
-  }
-  if (text_[at_] == '.') {
-    const std::string found = until(';');
-    if (!found.compare(0, 4, ".reg")) return registers(trimmed(found.substr(4)));
-    if (!found.compare(0, 7, ".pragma")) return;
-    if (!found.compare(0, 14, ".branchtargets")) {
-      tables_[last_label_] = split(trimmed(found.substr(14)));
-      return;
-    }
-    return variable(found);
-  }
-  size_t end = at_;
-  while (end < text_.size() && (in_name(text_[end]) || text_[end] == '%')) ++end;
-  size_t colon = end;
-  while (colon < text_.size() && isspace(static_cast<unsigned char>(text_[colon]))) ++colon;
-  if (end > at_ && text_[colon] == ':' && text_[colon + 1] != ':') {
-    last_label_ = text_.substr(at_, end - at_);
-    scopes_[scope_].labels[last_label_] = static_cast<int>(program_.code.size());
-    return advance(colon + 1);
-  }
-  const int first = line_;
-  const std::string found = until(';');
-  const int last = line_;
-  line_ = first;
-  instruction(trimmed(found));
-  line_ = last;
-}
-
-void Parser::location() {  // .loc file line column
-  const std::string words = until('\n');
-  char* end = nullptr;
-  const int file = static_cast<int>(strtol(words.c_str() + 4, &end, 10));
-  const int line = static_cast<int>(strtol(end, nullptr, 10));
-  const auto name = files_.find(file);
-  const std::string place = (name == files_.end() ? "file " + std::to_string(file) : name->second) +
-                            ":" + std::to_string(line);
-  const auto [found, fresh] = locations_.emplace(place, program_.sources.size());
-  if (fresh) program_.sources.push_back(place);
-  source_ = found->second;
-}
-
-void Parser::registers(const std::string& statement) {  // ".pred %p<50>" or ".b16 l, h"
-  const size_t space = statement.find_first_of(" \t");
-  const std::string type = statement.substr(0, space);
-  const bool predicate = type == ".pred";
-  const int bytes = predicate ? 4 : std::max(4, element_bytes(type));
-  if (!predicate && !element_bytes(type)) fail("registers of type " + type);
-  if (space == std::string::npos) fail("registers without names");
-  for (const std::string& name : split(statement.substr(space))) {
-    const size_t angle = name.find('<');
-    const int count = angle == std::string::npos ? -1 : atoi(name.c_str() + angle + 1);
-    if (count < 0) scopes_[scope_].registers[name] = {reserve(bytes), bytes, predicate};
-    for (int n = 0; n < count; ++n) {
-      const std::string one = name.substr(0, angle) + std::to_string(n);
-      scopes_[scope_].registers[one] = {reserve(bytes), bytes, predicate};
-    }
-  }
-}
-
-int Parser::reserve(int bytes) {
-  const size_t offset = file_bytes_;
-  file_bytes_ += static_cast<size_t>(bytes) * kLanes;
-  return static_cast<int>(offset);
-}
-
-const Register* Parser::known(const std::string& name) const {
-  for (int s = scope_; s >= 0; s = scopes_[s].parent) {
-    const auto found = scopes_[s].registers.find(name);
-    if (found != scopes_[s].registers.end()) return &found->second;
-  }
-  return nullptr;
-}
-
-Register Parser::find(const std::string& text, int bytes) {
-  if (const Register* r = known(text)) return *r;
-  const int size = bytes == 8 ? 8 : 4;
-  if (text == "_") return {reserve(size), size, false};
-  if (text[0] == '%') return special(text);
-  if (text[0] == '0' && text.size() > 2 && strchr("fFdD", text[1])) {
-    const int own = strchr("dD", text[1]) ? 8 : 4;
-    return immediate(strtoull(text.c_str() + 2, nullptr, 16), own);
-  }
-  if (isdigit(static_cast<unsigned char>(text[0])) || text[0] == '-') {
-    char* end = nullptr;
-    uint64_t value = text[0] == '-' ? static_cast<uint64_t>(strtoll(text.c_str(), &end, 0))
-                                    : strtoull(text.c_str(), &end, 0);
-    if (*end && !(*end == 'U' && !end[1])) fail("operand " + text);
-    if (bytes < 8) value &= bytes == 2 ? 0xFFFF : 0xFFFFFFFF;
-    return immediate(value, size);
-  }
-  const auto symbol = symbols_.find(text);
-  if (symbol == symbols_.end()) fail("operand " + text + " is not known");
-  return immediate(symbol->second, size);
-}
-
-Register Parser::special(const std::string& name) {
-  if (!special_names().count(name)) fail("register " + name + " is not known");
-  for (const Special& s : program_.specials) {
-    if (s.name == name) return {s.offset, 4, false};
-  }
-  program_.specials.push_back({name, reserve(4)});
-  return {program_.specials.back().offset, 4, false};
-}
-
-Register Parser::immediate(uint64_t value, int bytes) {
-  auto found = immediates_.find({value, bytes});
-  if (found == immediates_.end()) {
-    const int offset = reserve(bytes);
-    program_.registers.resize(file_bytes_, kGarbage);
-    for (int l = 0; l < kLanes; ++l) {
-      std::memcpy(&program_.registers[offset + l * bytes], &value, bytes);
-    }
-    found = immediates_.emplace(std::make_pair(value, bytes), offset).first;
-  }
-  return {found->second, bytes, false};
-}
-
-void Parser::instruction(std::string statement) {
-  Instruction i;
-  Touched touched;
-  i.line = line_, i.source = source_;
-  if (statement[0] == '@') {
-    const size_t end = statement.find_first_of(" \t\n");
-    if (end == std::string::npos) fail("a predicate without an instruction");
-    std::string guard = statement.substr(1, end - 1);
-    i.guard_negated = guard[0] == '!';
-    if (i.guard_negated) guard = guard.substr(1);
-    i.guard = find(guard, 4).offset;
-    touched.read.push_back(i.guard);
-    statement = trimmed(statement.substr(end));
-  }
-  const size_t space = statement.find_first_of(" \t\n{[");
-  const std::string opcode = statement.substr(0, space);
-  std::vector<std::string> operands;
-  if (space != std::string::npos) operands = split(statement.substr(space));
-  Decoder decoder(i, touched, opcode, operands, *this);
-  if (decoder.op() == "bra") {
-    branch(decoder);
-  } else if (decoder.op() == "brx") {
-    indexed_branch(decoder);
-  } else if (decoder.op() == "ret" || decoder.op() == "exit") {
-    decoder.pass({"uni"});
-    i.flow = Flow::kExit;
-  } else {
-    const auto known = decoders().find(decoder.op());
-    if (known == decoders().end()) decoder.fail("opcode is not known");
-    known->second(decoder);
-  }
-  decoder.finish();
-  program_.code.push_back(i);
-  program_.touched.push_back(std::move(touched));
-}
-
-void Parser::branch(Decoder& decoder) {
-  decoder.pass({"uni"});
-  decoder.need_count(1);
-  decoder.i.flow = Flow::kBranch;
-  branches_.push_back({static_cast<int>(program_.code.size()), scope_, decoder.text(0)});
-}
-
-void Parser::indexed_branch(Decoder& decoder) {
-  decoder.need("idx");
-  decoder.pass({"uni"});
-  decoder.need_count(2);
-  decoder.from(1, 0, 4);
-  decoder.i.flow = Flow::kIndexedBranch;
-  const auto table = tables_.find(decoder.text(1));
-  if (table == tables_.end()) decoder.fail("needs the label of .branchtargets");
-  const auto targets = std::make_shared<IndexedTargets>();
-  targets->targets.resize(table->second.size());
-  decoder.i.detail = targets;
-  branches_.push_back({static_cast<int>(program_.code.size()), scope_, decoder.text(1)});
-}
-
-int Parser::label(const Branch& branch) {
-  for (int s = branch.scope; s >= 0; s = scopes_[s].parent) {
-    const auto found = scopes_[s].labels.find(branch.label);
-    if (found != scopes_[s].labels.end()) return found->second;
-  }
-  line_ = program_.code[branch.instruction].line;
-  fail("label " + branch.label + " is not known");
-}
-
-void Parser::resolve_branches() {
-  for (const Branch& b : branches_) {
-    Instruction& i = program_.code[b.instruction];
-    if (i.flow == Flow::kBranch) {
-      i.target = label(b);
-      continue;
-    }
-    const auto resolved = std::make_shared<IndexedTargets>();
-    for (const std::string& target : tables_[b.label]) {
-      resolved->targets.push_back(label({b.instruction, b.scope, target}));
-    }
-    i.detail = resolved;
-  }
-}
-
-void Parser::mark_fragments() {
-  std::set<int> fragments;
-  for (const Touched& t : program_.touched) {
-    fragments.insert(t.fragments.begin(), t.fragments.end());
-  }
-  if (fragments.empty()) return;
-  for (size_t n = 0; n < program_.code.size(); ++n) {
-    const Touched& t = program_.touched[n];
-    // Compilers put copies of accumulators between wgmma.fence and the wgmma.
-    if (!t.fragments.empty() || t.renames) continue;
-    for (int r : t.written) program_.code[n].writes_fragment |= fragments.count(r) != 0;
-  }
 }
 
 Program parse(const std::string& text, const std::string& entry) {

@@ -1,5 +1,6 @@
 // From the text of a kernel to its instructions: statements, scopes, variables.
 #pragma once
+#include <cctype>
 #include <map>
 #include <string>
 #include <vector>
@@ -8,6 +9,13 @@
 #include "program.h"
 
 namespace attnfast::ptx {
+
+constexpr char kGarbage = char(0xA5);  // what registers hold before they are written
+
+inline bool in_name(char c) {
+  return isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$';
+}
+int element_bytes(const std::string& word);  // of ".b8"; 0 for other words
 
 // "u64 .ptr .global .align 1 name", ".align 8 .b8 name[544] = {1, 2}".
 struct Declaration {
