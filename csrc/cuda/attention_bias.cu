@@ -79,11 +79,11 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
     float s[1][kN / 8][4] = {}, dp[1][kN / 8][4] = {};
     uint32_t kept[1] = {~0u};
     // Scores
-    add_rows_times_rows<Element, kD>(s, q_tile + own, k_tile, lane);
+    multiply_rows_by_rows<Element, kD>(s, q_tile + own, k_tile, lane);
     edits.apply<false>(s, head, t0, s0, lane, crosses_edge(head, t0, 16, s0, kN));
     if (philox.threshold) kept_by_dropout<false, 1, kN / 8>(kept, philox, t0, s0, lane);
     // dP
-    add_rows_times_rows<Element, kD>(dp, do_tile + own, v_tile, lane);
+    multiply_rows_by_rows<Element, kD>(dp, do_tile + own, v_tile, lane);
     if (p.grad_weights.data) {
       WeightGradient(p, head).template add_to<false>(dp, head, t0, s0, lane);
     }

@@ -100,7 +100,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
       uint32_t live = ~0u, kept[kRowTiles];
       ATTNFAST_UNROLL for (int m = 0; m < kRowTiles; ++m) kept[m] = ~0u;
       // Scores, transposed
-      add_rows_times_rows<Element, kD>(s, k_tile + own, q_rows, lane);
+      multiply_rows_by_rows<Element, kD>(s, k_tile + own, q_rows, lane);
       if constexpr (!kPlain) {
         edits.apply<true>(s, head, t0, s0, lane, edge, dcapped);
         if (edits.drops_keys()) live = live_columns(s);
@@ -110,7 +110,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
         }
       }
       // dP
-      if constexpr (kWantsK) add_rows_times_rows<Element, kD>(dp, v_tile + own, do_rows, lane);
+      if constexpr (kWantsK) multiply_rows_by_rows<Element, kD>(dp, v_tile + own, do_rows, lane);
       if constexpr (!kPlain && kWantsK) {
         if (p.grad_weights.data) {
           WeightGradient(p, head).template add_to<true>(dp, head, t0, s0, lane);

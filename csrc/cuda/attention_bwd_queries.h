@@ -76,7 +76,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
       uint32_t live = ~0u, kept[kRowTiles];
       ATTNFAST_UNROLL for (int m = 0; m < kRowTiles; ++m) kept[m] = ~0u;
       // Scores
-      add_rows_times_rows<Element, kD>(s, q_tile + own, k_rows, lane);
+      multiply_rows_by_rows<Element, kD>(s, q_tile + own, k_rows, lane);
       if constexpr (!kPlain) {
         edits.apply<false>(s, head, t0, s0, lane, edge, dcapped);
         if (edits.drops_keys()) live = live_columns(s);
@@ -85,7 +85,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
         }
       }
       // dP
-      add_rows_times_rows<Element, kD>(dp, do_tile + own, v_rows, lane);
+      multiply_rows_by_rows<Element, kD>(dp, do_tile + own, v_rows, lane);
       if constexpr (!kPlain) {
         if (p.grad_weights.data) {
           WeightGradient(p, head).template add_to<false>(dp, head, t0, s0, lane);

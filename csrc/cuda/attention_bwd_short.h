@@ -108,9 +108,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
       const uint32_t k_rows = k_tile + s0 * kD * 2, v_rows = v_tile + s0 * kD * 2;
       float s[1][kPart / 8][4] = {}, dp[1][kPart / 8][4] = {};
       // Scores
-      add_rows_times_rows<Element, kD>(s, q_tile + own, k_rows, lane);
+      multiply_rows_by_rows<Element, kD>(s, q_tile + own, k_rows, lane);
       // dP
-      add_rows_times_rows<Element, kD>(dp, do_tile + own, v_rows, lane);
+      multiply_rows_by_rows<Element, kD>(dp, do_tile + own, v_rows, lane);
       // Probabilities, ds
       score_gradients<true>(s, dp, edits, kept, 1.0f, dcapped, terms);
       if (crosses_edge(head, own_first, 16, s0, kPart)) {
@@ -138,9 +138,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)
       const uint32_t q_rows = q_tile + t0 * kD * 2, do_rows = do_tile + t0 * kD * 2;
       float s[1][kPart / 8][4] = {}, dp[1][kPart / 8][4] = {};
       // Scores, transposed
-      add_rows_times_rows<Element, kD>(s, k_tile + own, q_rows, lane);
+      multiply_rows_by_rows<Element, kD>(s, k_tile + own, q_rows, lane);
       // dP
-      add_rows_times_rows<Element, kD>(dp, v_tile + own, do_rows, lane);
+      multiply_rows_by_rows<Element, kD>(dp, v_tile + own, do_rows, lane);
       // Probabilities, ds
       const MovingTerms<Shape::kTermBytes> terms{rows + t0 * 4, lane, false};
       score_gradients<true>(s, dp, edits, kept, 1.0f, dcapped, terms);

@@ -135,7 +135,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
     // Scores
     const int s0 = tile + warp * Shape::kOwnKeys;  // the warp's first key
     float s[1][kN][4] = {};
-    add_rows_times_rows<Element, kD>(s, q_tile, k_tile + own, lane);
+    multiply_rows_by_rows<Element, kD>(s, q_tile, k_tile + own, lane);
     ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
       ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
         const int r = e / 2, key = s0 + n * 8 + lane % 4 * 2 + e % 2, ahead = key - t[r] - shift;

@@ -24,27 +24,17 @@ struct ForwardShape {
   static constexpr int kRowTiles = kD <= 128 && kPlain ? 2 : 1;  // of 16 rows, per warp
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kM = kWarps * kRowTiles * 16;
-  static constexpr int kN = (kPlain ? kD < 96 || kD == 192 : kD <= 128) ? 64 : 32;  // no spills
+  // The most with which hardly anything spills.
+  static constexpr int kPlainN = kD == 64 ? 128 : kD == 96 || kD == 256 ? 32 : 64;
+  static constexpr int kN = kPlain ? kPlainN : kD <= 128 ? 64 : 32;
   static constexpr int kSharedBytes = (kM + 2 * kN) * kD * 2;
   // Where not, for its shared memory or, at 128, its registers, the form with options serves.
   static constexpr bool kOnTuring = kSharedBytes <= kTuringShared && !(kPlain && kD == 128);
 };
 
-// A thread's place in the block: its warp's first query and rows of q, its lane. Found anew for
-// every tile: kept, it takes registers that D = 128 lacks (sm_90 spilled 152 bytes).
-template <int kD, bool kPlain>
-struct ForwardPlace {
-  static constexpr int kWarpRows = ForwardShape<kD, kPlain>::kRowTiles * 16;
-  int lane, t0;
-  uint32_t q_rows;
-
-  ATTNFAST_DEVICE ForwardPlace(int t_block, uint32_t q_tile) {
-    const int thread = opaque(thread_index()), warp = thread / kWarpSize;
-    lane = thread % kWarpSize;
-    t0 = t_block + warp * kWarpRows;
-    q_rows = q_tile + warp * kWarpRows * kD * 2;
-  }
-};
+// A row whose maximum is farther from 0, in powers of two, has it subtracted from its scores before
+// they are multiplied: a multiply-add alone would round p.
+constexpr float kFar = 1024.0f;
 
 // The running softmax of a lane's rows, two for each row tile: row 2 * m + half.
 template <int kRows>
@@ -79,9 +69,18 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   const int key_begin = head.first_key(t_block) / kN * kN, key_end = head.end_key(t_last);
   const ScoreEdits edits(arguments, head);
   const Philox philox(p, arguments.dropout, head.b, head.h);
+  const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  const int t0 = t_block + warp * kRowTiles * 16;  // the warp's first query
+  const InnerKeys inner(head, t0, kRowTiles * 16, kN);
+  // A plain call's warp without queries goes along: what it computes is not stored, and to leave it
+  // out takes more registers than D = 128 has.
+  const bool works = kPlain || t0 < head.T;
 
   const uint32_t q_tile = shared_memory(), k_tile = q_tile + kM * kD * 2;
-  const uint32_t v_tile = k_tile + kN * kD * 2;
+  const uint32_t v_tile = k_tile + kN * kD * 2, q_rows = q_tile + warp * kRowTiles * 16 * kD * 2;
+  const auto of_q = LaneAddress<kD>::down_then_across(q_rows, lane);
+  const auto of_k = LaneAddress<kD>::across_then_down(k_tile, lane);
+  const auto of_v = LaneAddress<kD>::down_then_across(v_tile, lane);
   const int D_v = static_cast<int>(p.D_v);
   const auto q = head.queries_of<Element>(p.q, p.D, arguments.q_aligned);
   const auto k = head.keys_of<Element>(p.k, p.D, arguments.k_aligned);
@@ -96,26 +95,27 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   }
 
   // Load q, and the first k
+  TileWalk<Element, kD, kN, kThreads, !kPlain> k_walk(k, key_begin), v_walk(v, key_begin);
   if (key_begin < key_end) {
     load_tile<kD, kM, kThreads, !kPlain>(q_tile, q, t_block);
-    load_tile<kD, kN, kThreads, !kPlain>(k_tile, k, key_begin);
+    k_walk.load(k_tile, k, key_begin);
   }
   commit_copies();
 
   // Keys, tile by tile
   for (int s0 = key_begin; s0 < key_end; s0 += kN) {
-    const auto [lane, t0, q_rows] = ForwardPlace<kD, kPlain>(t_block, q_tile);
     wait_copies<0>();
     sync_block();  // q and k are here, and no warp reads v any more
-    load_tile<kD, kN, kThreads, !kPlain>(v_tile, v, s0);
+    v_walk.load(v_tile, v, s0);
+    v_walk.down();
     commit_copies();
 
     // Scores
-    float s[kRowTiles][kN / 8][4] = {};
+    float s[kRowTiles][kN / 8][4];
     uint32_t live = ~0u;
-    if (t0 < head.T) {
-      add_rows_times_rows<Element, kD>(s, q_rows, k_tile, lane);
-      const bool edge = crosses_edge(head, t0, kRowTiles * 16, s0, kN);
+    if (works) {
+      multiply_rows_by_rows<Element, kD>(s, of_q.again(), of_k.again());
+      const bool edge = !inner.has(s0);
       if constexpr (kPlain) {
         if (edge) edits.mask_positions<false>(s, head, t0, s0, lane);
       } else {
@@ -126,12 +126,14 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
 
     wait_copies<0>();
     sync_block();  // v is here, and no warp reads k any more
-    if (s0 + kN < key_end) load_tile<kD, kN, kThreads, !kPlain>(k_tile, k, s0 + kN);
+    k_walk.down();
+    if (s0 + kN < key_end) k_walk.load(k_tile, k, s0 + kN);
     commit_copies();
-    if (t0 >= head.T) continue;
+    if (!works) continue;
 
     // Softmax
     const float to_log2 = arguments.units.to_log2;
+    float base[kRows], base_log2[kRows], farthest = 0.0f;
     ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
       const int i = r / 2, half = r % 2 * 2;
       float m = softmax.m[r];
@@ -140,8 +142,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
       }
       m = fmaxf(m, shuffle_xor(m, 1));
       m = fmaxf(m, shuffle_xor(m, 2));
-      const float base = m == -kInfinity ? 0.0f : m;
-      const float drop = softmax.m[r] - base;  // of the old maximum, in units
+      base[r] = fmaxf(m, -kLargest);
+      const float drop = softmax.m[r] - base[r];  // of the old maximum, in units
       const float rescale = exp2_fast(drop * to_log2);
       softmax.m[r] = m;
       if constexpr (!kPlain) {
@@ -155,21 +157,41 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
       ATTNFAST_UNROLL for (int n = 0; n < kD / 8; ++n) {
         acc[i][n][half] *= rescale, acc[i][n][half + 1] *= rescale;
       }
-      ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
-        ATTNFAST_UNROLL for (int e = half; e < half + 2; ++e) {
-          float& x = s[i][n][e];
-          const float depth = x - base;  // first: at most 0, so that p is at most 1
-          x = exp2_fast(depth * to_log2);
-          if constexpr (!kPlain) {
-            if (p.entropy && depth != -kInfinity) {
-              const Position at = position_of<false>(t0, s0, i, n, e, lane);
-              moments.depth_sum[r] += x * depth;
-              moments.distance_sum[r] += x * fabsf(static_cast<float>(at.key - at.t - head.shift));
-            }
-          }
-          softmax.l[r] += x;
+      base_log2[r] = base[r] * to_log2;
+      farthest = fmaxf(farthest, fabsf(base_log2[r]));
+    }
+    const bool wants_depths = !kPlain && p.entropy;
+    if (wants_depths || any_lane(farthest > kFar)) {
+      ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
+        if (!wants_depths && !(fabsf(base_log2[r]) > kFar)) continue;
+        base_log2[r] = 0.0f;
+        ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
+          s[r / 2][n][r % 2 * 2] -= base[r], s[r / 2][n][r % 2 * 2 + 1] -= base[r];
         }
       }
+    }
+    const auto to_probabilities = [&](auto each) {
+      ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
+        ATTNFAST_UNROLL for (int n = 0; n < kN / 8; ++n) {
+          ATTNFAST_UNROLL for (int e = r % 2 * 2; e < r % 2 * 2 + 2; ++e) {
+            float& x = s[r / 2][n][e];
+            const float depth = x;  // where depths are wanted
+            x = exp2_fast(fmaf(x, to_log2, -base_log2[r]));
+            softmax.l[r] += x;
+            each(r, n, e, x, depth);
+          }
+        }
+      }
+    };
+    if (wants_depths) {
+      to_probabilities([&](int r, int n, int e, float x, float depth) {
+        if (depth == -kInfinity) return;
+        const Position at = position_of<false>(t0, s0, r / 2, n, e, lane);
+        moments.depth_sum[r] += x * depth;
+        moments.distance_sum[r] += x * fabsf(static_cast<float>(at.key - at.t - head.shift));
+      });
+    } else {
+      to_probabilities([](int, int, int, float, float) {});
     }
     if constexpr (!kPlain) {
       if (philox.threshold) {
@@ -183,11 +205,14 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
       }
     }
     // Output
-    add_registers_times_rows<Element, kD, !kPlain>(acc, s, v_tile, live, lane);
+    if (!kPlain && any_lane(live != ~0u)) {
+      add_registers_times_rows<Element, kD, true>(acc, s, of_v.again(), live);
+    } else {
+      add_registers_times_rows<Element, kD, false>(acc, s, of_v.again(), live);
+    }
   }
 
   // Row by row: what its four lanes have, together
-  const auto [lane, t0, q_rows] = ForwardPlace<kD, kPlain>(t_block, q_tile);
   if (t0 >= head.T) return;
   const Scaling& units = arguments.units;
   const float keep_scale = kPlain ? 1.0f : arguments.dropout.keep_scale;

@@ -61,7 +61,7 @@ ATTNFAST_DEVICE bool probability_tile(const Arguments& a, const Head& head, int 
   ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
     ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) p[0][n][e] = 0.0f;
   }
-  add_rows_times_rows<Element, kD>(p, q_tile + warp * 16 * kD * 2, k_tile, lane);
+  multiply_rows_by_rows<Element, kD>(p, q_tile + warp * 16 * kD * 2, k_tile, lane);
   edits.apply<false>(p, head, t0, s0, lane, crosses_edge(head, t0, 16, s0, Shape::kN));
   ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
     ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {

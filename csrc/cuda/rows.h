@@ -10,8 +10,10 @@ struct Rows {
   const Element* data;
   int64_t stride;  // of a row, in elements
   int begin, end;
-  int columns;   // of a row; the tile's other columns are zero
-  bool aligned;  // every row begins at a multiple of 16 bytes, and ends at one
+  int columns;  // of a row; the tile's other columns are zero
+  // Whether every row begins at a multiple of 16 bytes and ends at one, with less than 2^32 bytes
+  // from one to the 32nd after it.
+  bool aligned;
 
   ATTNFAST_DEVICE bool has(int r) const { return r >= begin && r < end; }
   ATTNFAST_DEVICE int64_t offset(int r) const { return r * stride; }
@@ -51,6 +53,58 @@ ATTNFAST_DEVICE void load_tile(uint32_t tile, const SomeRows& rows, int first) {
     copy_async(tile + Swizzle<kD>::offset(r, chunk), from, has ? 16 : 0);
   }
 }
+
+// Fills tiles with rows, one tile after the other. Of aligned rows a thread takes the same chunk of
+// every kStep-th, so that a copy's address is the first one's and a multiple of `step`.
+template <class Element, int kD, int kRows, int kThreads, bool kMayBeUnaligned>
+class TileWalk {
+ public:
+  ATTNFAST_DEVICE TileWalk(const Rows<Element>& rows, int first)
+      : row_(thread_index() / kChunks), step_(static_cast<uint32_t>(rows.stride * kStep * 2)) {
+    const int chunk = thread_index() % kChunks;
+    place_ = Swizzle<kD>::offset(row_, chunk);
+    has_chunk_ = chunk * 8 < rows.columns;
+    from_ = reinterpret_cast<const char*>(rows.data + rows.offset(first + row_) + chunk * 8);
+  }
+
+  // Starts to fill a tile with the rows from `first` on, where the walk has come to.
+  ATTNFAST_DEVICE void load(uint32_t tile, const Rows<Element>& rows, int first) const {
+    if (kMayBeUnaligned && !rows.aligned) {
+      load_tile<kD, kRows, kThreads, true>(tile, rows, first);
+    } else if (first >= rows.begin && first + kRows <= rows.end) {
+      fill(tile, [](int) { return true; });
+    } else {
+      fill(tile, [&](int r) { return rows.has(first + r); });
+    }
+  }
+  // Starts to fill a tile with those of its rows that `has` says are there.
+  template <class Has>
+  ATTNFAST_DEVICE void fill(uint32_t tile, Has has) const {
+    if (kStep * kChunks < kThreads && row_ >= kStep) return;  // a warp too many
+    ATTNFAST_UNROLL for (int i = 0; i < kRows / kStep; ++i) {
+      // The same place in every eighth row: between them, row_ lacks the bits of i * kStep.
+      const uint32_t place = place_ ^ (i * kStep % 8) * 16;
+      copy_async(tile + place + i * kStep * kD * 2, from_ + uint64_t{step_} * i,
+                 has_chunk_ && has(row_ + i * kStep) ? 16 : 0);
+    }
+  }
+  // Goes on to the tile below, or above.
+  ATTNFAST_DEVICE void down() { from_ += uint64_t{step_} * (kRows / kStep); }
+  ATTNFAST_DEVICE void up() { from_ -= uint64_t{step_} * (kRows / kStep); }
+  // Goes so many elements farther.
+  ATTNFAST_DEVICE void by(int64_t elements) { from_ += elements * 2; }
+
+ private:
+  static constexpr int power_of_two(int most) { return most > 1 ? 2 * power_of_two(most / 2) : 1; }
+  static constexpr int kChunks = kD / 8, kStep = power_of_two(min_of(kThreads / kChunks, kRows));
+  static_assert(kStep >= 8 || kD % 64 == 0);
+
+  int row_;         // the thread's first, in a tile
+  uint32_t place_;  // of its chunk there
+  bool has_chunk_;
+  const char* from_;
+  uint32_t step_;  // bytes
+};
 
 // Writes a warp's 16 * kM rows of sums, each times its factor ([2 * m + half]), rounded to Element,
 // by way of `own`, rows of a tile that no other warp touches: `rows` of them exist, of `columns`.

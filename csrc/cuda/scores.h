@@ -29,20 +29,33 @@ ATTNFAST_DEVICE float narrowed(double x) {
   return y > 0.0f ? kLargest : -kLargest;
 }
 
-// An element of a mask or a bias; of a mask, 0 where true and -inf where false.
-ATTNFAST_DEVICE float load_addend(const View& x, int64_t element) {
-  switch (x.dtype) {
-    case DType::kBool:
-      return load_global(static_cast<const uint8_t*>(x.data) + element) ? 0.0f : -kInfinity;
+// Calls run(Number()) with the type of a bias's elements.
+template <class Run>
+ATTNFAST_DEVICE void with_number(DType dtype, Run run) {
+  switch (dtype) {
     case DType::kFloat32:
-      return load_global(static_cast<const float*>(x.data) + element);
+      return run(float());
     case DType::kBFloat16:
-      return to_float(load_global(static_cast<const BFloat16*>(x.data) + element));
+      return run(BFloat16());
     case DType::kFloat16:
-      return to_float(load_global(static_cast<const Float16*>(x.data) + element));
+      return run(Float16());
     default:
-      return narrowed(load_global(static_cast<const double*>(x.data) + element));
+      return run(double());
   }
+}
+
+ATTNFAST_DEVICE float addend_of(float x) { return x; }
+ATTNFAST_DEVICE float addend_of(double x) { return narrowed(x); }
+ATTNFAST_DEVICE float addend_of(BFloat16 x) { return to_float(x); }
+ATTNFAST_DEVICE float addend_of(Float16 x) { return to_float(x); }
+
+// An element of a bias, or of the weights' gradient.
+ATTNFAST_DEVICE float load_addend(const View& x, int64_t element) {
+  float addend;
+  with_number(x.dtype, [&](auto number) {
+    addend = addend_of(load_global(static_cast<const decltype(number)*>(x.data) + element));
+  });
+  return addend;
 }
 
 // The options that change scores, as one head sees them.
@@ -97,18 +110,16 @@ struct ScoreEdits {
       });
     }
     if (bias.data) {
-      each([&](float x, Position at, float*) {
-        if (at.t >= head.T || at.key >= head.S) return -kInfinity;
-        const float addend = load_addend(bias, bias_at + at.t * bias.t + at.key * bias.d);
-        return addend == -kInfinity ? addend : fmaf(addend, units.natural, x);
+      with_number(bias.dtype, [&](auto number) {
+        join<kTransposed>(s, head, t0, s0, lane, bias, bias_at, number, [&](float x, auto element) {
+          const float addend = addend_of(element);
+          return addend == -kInfinity ? addend : fmaf(addend, units.natural, x);
+        });
       });
     }
     if (mask.data) {
-      each([&](float x, Position at, float*) {
-        if (at.t >= head.T || at.key >= head.S) return -kInfinity;
-        const float addend = load_addend(mask, mask_at + at.t * mask.t + at.key * mask.d);
-        return addend == -kInfinity ? addend : x;
-      });
+      join<kTransposed>(s, head, t0, s0, lane, mask, mask_at, uint8_t(),
+                        [](float x, uint8_t attends) { return attends ? x : -kInfinity; });
     }
     if (edge) mask_positions<kTransposed>(s, head, t0, s0, lane);
   }
@@ -128,6 +139,46 @@ struct ScoreEdits {
   }
 
  private:
+  // Each score with its element of a mask or a bias; -inf where there is no such query or key. All
+  // of a row's elements are under way before the first is waited for.
+  template <bool kTransposed, class Number, class Join, int kM, int kN>
+  static ATTNFAST_DEVICE void join(float (&s)[kM][kN][4], const Head& head, int t0, int s0,
+                                   int lane, const View& with, int64_t at, Number, Join f) {
+    const auto* first = static_cast<const Number*>(with.data) + at;
+    const int64_t along = kTransposed ? with.t : with.d, down = kTransposed ? with.d : with.t;
+    constexpr int kQueries = kTransposed ? kN * 8 : kM * 16, kKeys = kTransposed ? kM * 16 : kN * 8;
+    const bool inside = t0 + kQueries <= head.T && s0 + kKeys <= head.S;
+    const int rows = kTransposed ? head.S - s0 : head.T - t0;
+    const int columns = kTransposed ? head.T - t0 : head.S - s0;
+    first += t0 * with.t + s0 * with.d;
+    ATTNFAST_UNROLL for (int r = 0; r < 2 * kM; ++r) {
+      const int row = r * 8 + lane / 4, column = lane % 4 * 2;
+      Number element[kN][2];
+      const auto load = [&](int64_t step, auto place) {
+        const Number* of_row = first + place(row, rows) * down;
+        ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
+          ATTNFAST_UNROLL for (int e = 0; e < 2; ++e) {
+            element[n][e] = load_global(of_row + place(column + n * 8 + e, columns) * step);
+          }
+        }
+      };
+      if (!inside) {
+        load(along, [](int i, int n) { return min_of(i, n - 1); });
+      } else if (along == 1) {
+        load(1, [](int i, int) { return i; });
+      } else {
+        load(along, [](int i, int) { return i; });
+      }
+      ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
+        ATTNFAST_UNROLL for (int e = 0; e < 2; ++e) {
+          float& x = s[r / 2][n][r % 2 * 2 + e];
+          x = f(x, element[n][e]);
+          if (!inside && (row >= rows || column + n * 8 + e >= columns)) x = -kInfinity;
+        }
+      }
+    }
+  }
+
   int64_t mask_at, bias_at;
 };
 
@@ -137,17 +188,46 @@ ATTNFAST_DEVICE bool crosses_edge(const Head& head, int t0, int queries, int s0,
          !head.in_reach(t0, s0 + keys - 1);
 }
 
+// The tiles of keys of which crosses_edge is false for these queries, by their first keys.
+struct InnerKeys {
+  int begin, end;
+
+  ATTNFAST_DEVICE InnerKeys(const Head& head, int t0, int queries, int keys)
+      : begin(0), end(head.S - keys + 1) {
+    if (head.low != INT32_MIN) begin = saturate(int64_t{t0} + queries - 1 + head.low);
+    if (head.high != INT32_MAX) {
+      end = saturate(min_of<int64_t>(end, int64_t{t0} + head.high - keys + 2));
+    }
+  }
+  ATTNFAST_DEVICE bool has(int s0) const { return s0 >= begin && s0 < end; }
+};
+
+// The tiles of queries of which crosses_edge is false for these keys, by their first queries.
+struct InnerQueries {
+  int begin, end;
+
+  ATTNFAST_DEVICE InnerQueries(const Head& head, int s0, int keys, int queries)
+      : begin(INT32_MIN), end(INT32_MAX) {
+    if (head.high != INT32_MAX) begin = saturate(int64_t{s0} + keys - 1 - head.high);
+    if (head.low != INT32_MIN) end = saturate(int64_t{s0} - head.low - queries + 2);
+    if (s0 + keys > head.S) end = INT32_MIN;
+  }
+  ATTNFAST_DEVICE bool has(int t0) const { return t0 >= begin && t0 < end; }
+};
+
 // Bits of the lane's columns, as drop_dead_rows takes them: set where some row of the warp's tile
 // has a score, that is where a key is attended to; kTransposed, where a query attends.
 template <int kM, int kN>
 ATTNFAST_DEVICE uint32_t live_columns(const float (&s)[kM][kN][4]) {
   static_assert(kN <= 16);
-  uint32_t live = 0;
-  ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
-    ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
-      ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
-        if (s[m][n][e] != -kInfinity) live |= 1u << (n * 2 + e % 2);
+  uint32_t live = kN < 16 ? ~0u << 2 * kN % 32 : 0;  // of no column
+  ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
+    ATTNFAST_UNROLL for (int e = 0; e < 2; ++e) {
+      bool some = false;
+      ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
+        some |= s[m][n][e] != -kInfinity || s[m][n][e + 2] != -kInfinity;
       }
+      if (some) live |= 1u << (n * 2 + e);
     }
   }
   ATTNFAST_UNROLL for (int lanes = 4; lanes < kWarpSize; lanes *= 2) {

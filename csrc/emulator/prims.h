@@ -207,6 +207,12 @@ void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
   });
 }
 
+template <class Element>
+void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, ATTNFAST_CALLER) {
+  d[0] = d[1] = d[2] = d[3] = 0.0f;
+  multiply_accumulate<Element>(d, a, b0, b1, file, line);
+}
+
 inline float exp2_fast(float x) { return emulator::exp2_approx(x); }
 
 inline uint32_t multiply_high(uint32_t a, uint32_t b) {

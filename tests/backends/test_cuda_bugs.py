@@ -123,9 +123,9 @@ def test_unknown_kernels_and_sabotage() -> None:
 OPTIONS = replace(EVERYTHING, dtype=fp16, H=2, H_kv=1, T=140, S=130)
 CASES = {
     "plain": Case("plain", B=1, H_kv=1, T=150, S=200, D=64, dtype=bf16, causal=True),
-    "short": Case("short", B=1, H=2, H_kv=1, T=100, S=120, D=64, dtype=bf16, causal=True),
+    "short": Case("short", B=1, H=2, H_kv=1, T=100, S=120, D=32, dtype=bf16, causal=True),
     "short, wide": Case(
-        "wide", B=1, H_kv=1, T=70, S=50, D=128, dtype=fp16, window=(40, 20), align="bottom_right"
+        "wide", B=1, H_kv=1, T=70, S=100, D=128, dtype=fp16, window=(40, 20), align="bottom_right"
     ),
     "options": OPTIONS,
     "weights": Case(
@@ -134,6 +134,7 @@ CASES = {
         H_kv=1,
         T=70,
         S=70,
+        D=32,
         weights="mean",
         stats=2,
         grads=("out", "weights"),
@@ -141,16 +142,17 @@ CASES = {
     ),
     "odd rows": Case("odd", B=1, H=1, H_kv=1, T=70, S=70, D=37, dtype=bf16),
     "one stage": Case("one_stage", B=1, H_kv=1, T=70, S=70, D=256, dtype=bf16),
-    "bias per query": Case("bias_t", B=1, H=1, H_kv=1, T=70, S=70, bias="t", dtype=bf16),
-    "bias per key": Case("bias_s", B=1, H=1, H_kv=1, T=70, S=70, bias="s", dtype=bf16),
+    "bias per query": Case("bias_t", B=1, H=1, H_kv=1, T=70, S=70, D=32, bias="t", dtype=bf16),
+    "bias per key": Case("bias_s", B=1, H=1, H_kv=1, T=70, S=70, D=32, bias="s", dtype=bf16),
     "one bias": Case(
         "bias",
         B=1,
         H=1,
         H_kv=1,
         T=70,
-        D_v=8,
         S=70,
+        D=32,
+        D_v=8,
         bias="",
         bias_dtype=fp32,
         grads=("out", "lse"),
@@ -191,6 +193,7 @@ WRONGS: dict[str, list[tuple[str, int]]] = {
     "wait_copies": [("omit", 0)],
     "commit_copies": [("omit", 0)],
     "shuffle_xor": [("omit", 0), ("omit in one lane", 0)],
+    "any_lane": [("omit in one lane", 0)],  # where all lanes ask, to branch alike
     "multiply_accumulate": [("omit", 0), ("omit in one lane", 0)],
     "load_matrix": [*SHARED, ("omit in one lane", 0)],
     "load_matrix_transposed": [*SHARED, ("omit in one lane", 0)],

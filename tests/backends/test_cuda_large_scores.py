@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import check
 from cases import Case, bf16, fp16, fp32, problem, run
-from dense import Trial
+from dense import Cotangents, Trial
 from emulation import check_case
 from torch import Tensor
 from torch.testing import assert_close
@@ -307,3 +308,37 @@ def test_large_random_scores(dtype: torch.dtype) -> None:
         case = Case("large", B=1, H_kv=1, D=D, T=T, S=S, spread=25.0, dtype=dtype, causal=T > 100)
         check_case(case)
         check_case(replace(case, stats=2, weights="mean", grads=("out", "lse", "weights")))
+
+
+@both
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3000.0}, {"mask": "ts"}], ids=str)
+def test_rows_of_any_height_beside_each_other(
+    options: dict[str, Any], D: int, dtype: torch.dtype
+) -> None:
+    """Maxima from 0 to thousands in one warp, rows without keys, and a row of NaN."""
+    case = Case("rows", B=1, H=1, H_kv=1, T=150, S=200, D=D, dtype=dtype, causal=True, align=-30)
+    given = problem(replace(case, **options))
+    q = (given.inputs.q * torch.linspace(0, 900, 150).view(150, 1)).to(dtype)
+    given = with_inputs(given, q=q)
+    found = run(given, "cuda")
+    check(found, given)
+    lse = found["lse"]
+    assert (lse == -torch.inf).any()
+    assert (lse > 1500).any()
+    q = q.clone()
+    q[:, :, 77] = torch.nan
+    forward = with_inputs(given, q=q)._replace(cotangents=Cotangents())
+    dirty = run(forward, "cuda")
+    check(dirty, forward)
+    assert dirty["out"][0, 0, 77].isnan().all()
+
+
+@both
+def test_inputs_near_the_largest(dtype: torch.dtype) -> None:
+    """Scores up to 1e9 in fp16, and to 1e36 in bf16."""
+    spread = 1e4 if dtype == fp16 else 1e17
+    for D, T, S in ((64, 100, 128), (128, 150, 200)):
+        case = Case("largest", B=1, H=1, H_kv=1, D=D, T=T, S=S, spread=spread, dtype=dtype)
+        check_case(replace(case, grads=()))
+        check_case(replace(case, causal=True, softcap=20.0, grads=()))

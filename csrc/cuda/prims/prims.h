@@ -6,7 +6,7 @@
 //   global      load_global  store_global
 //   copies      copy_async  commit_copies  wait_copies
 //   forms       has_code  has_shared  fail
-//   arithmetic  multiply_accumulate  exp2_fast  pack  to_float  multiply_high
+//   arithmetic  multiply  multiply_accumulate  exp2_fast  pack  to_float  multiply_high
 //
 // Shared memory is addressed by 32-bit numbers, never by pointers. What only some architectures
 // have goes into a file of its own beside these.
@@ -53,11 +53,11 @@ constexpr float kLargest = std::numeric_limits<float>::max();
 namespace attnfast::cuda {
 
 template <class T>
-ATTNFAST_DEVICE T min_of(T a, T b) {
+ATTNFAST_DEVICE constexpr T min_of(T a, T b) {
   return a < b ? a : b;
 }
 template <class T>
-ATTNFAST_DEVICE T max_of(T a, T b) {
+ATTNFAST_DEVICE constexpr T max_of(T a, T b) {
   return a > b ? a : b;
 }
 

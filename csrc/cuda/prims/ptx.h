@@ -178,6 +178,27 @@ ATTNFAST_DEVICE void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], 
   }
 }
 
+// d = a b, likewise: what begins a sum, without registers set to zero first.
+template <class Element>
+ATTNFAST_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (kTuring) {
+    d[0] = d[1] = d[2] = d[3] = 0.0f;
+    multiply_accumulate<Element>(d, a, b0, b1);
+  } else if constexpr (__is_same(Element, Float16)) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+  }
+}
+
 // 2^x, subnormal results flushed to zero, to about 2 ulp.
 ATTNFAST_DEVICE float exp2_fast(float x) {
   float y;
