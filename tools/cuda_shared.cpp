@@ -8,6 +8,7 @@
 #include "cuda/attention_bwd_short.h"
 #include "cuda/attention_fwd.h"
 #include "cuda/decode_shape.h"
+#include "cuda/fused_shape.h"
 #include "cuda/probabilities.h"
 
 namespace attnfast::cuda {
@@ -42,6 +43,7 @@ void say_all() {
   }
   say<BiasShape<kD>>("attention_bwd_bias", kD);
   if constexpr (kD <= 128) say<ShortShape<kD>>("attention_bwd_short", kD);
+  if constexpr (kD == 64 || kD == 128) say<FusedShape<kD>>("attention_bwd_fused", kD);
   say<DecodeShape<kD, false>>("attention_decode", kD);
   say<DecodeShape<kD, true>>("attention_decode", kD, ", small");
 }

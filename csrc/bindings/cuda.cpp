@@ -51,7 +51,8 @@ BackwardTensors cuda_bwd(ATTNFAST_UPSTREAM, ATTNFAST_INPUTS) {
       backward_results(&p, &kept, p.cu_seqlens_q, ATTNFAST_UPSTREAM_NAMES, ATTNFAST_INPUT_NAMES);
   int64_t bias_sizes[4] = {1, 1, 1, 1};
   for (int64_t d = 0; need_dbias && d < 4; ++d) bias_sizes[d] = bias->size(d);
-  Tensor scratch = empty(q, ScalarType::Float, {attnfast::cuda::backward_scratch(p)});
+  Tensor scratch =
+      empty(q, ScalarType::Float, {attnfast::cuda::backward_scratch(p, call.stream())});
   call.writes(scratch, "scratch");
   attnfast::cuda::attention_bwd(p, seed, q.size(2), k.size(2), bias_sizes, floats(scratch),
                                 call.stream());
@@ -65,7 +66,8 @@ std::tuple<int64_t, int64_t> cuda_workspace(ATTNFAST_INPUTS, bool) {
   DeviceCall call(q);
   Kept kept(&call);
   fill_params(&p, &kept, ATTNFAST_INPUT_NAMES);
-  return {0, attnfast::cuda::backward_scratch(p) * static_cast<int64_t>(sizeof(float))};
+  const int64_t floats = attnfast::cuda::backward_scratch(p, call.stream());
+  return {0, floats * static_cast<int64_t>(sizeof(float))};
 }
 
 DecodeTensors cuda_decode(ATTNFAST_DECODE_INPUTS) {

@@ -59,6 +59,9 @@ struct ForwardArguments {
   bool q_aligned = false, k_aligned = false, v_aligned = false, out_aligned = false;
 };
 
+// Up to so many queries, and keys, attention_bwd_short.h has a plain backward.
+constexpr int kShort = 128;
+
 // The bias's own sizes: 1 where it broadcasts.
 struct BiasSizes {
   int64_t B = 1, H = 1, T = 1, S = 1;
@@ -70,8 +73,11 @@ struct BackwardArguments {
   Dropout dropout;
   int64_t rows_q, rows_k;
   BiasSizes bias;
-  float* terms;        // [4][B * H][padded]: what row_terms.cu makes of each query
-  int64_t padded;      // T, rounded up
+  float* terms;    // [4][B * H][padded]: what row_terms.cu makes of each query
+  int64_t padded;  // T, rounded up
+  // attention_bwd_fused.h's, else null: dq's sums so far, and whose turn it is to add.
+  float* sums = nullptr;
+  int32_t* turns = nullptr;
   int64_t blocks = 0;  // of the longest sequence's keys, or queries
   bool q_aligned = false, k_aligned = false, v_aligned = false;
   bool out_aligned = false, grad_out_aligned = false;

@@ -1,4 +1,5 @@
 // The backward kernels of one head dim, ATTNFAST_HEAD_DIM.
+#include "attention_bwd_fused.h"
 #include "attention_bwd_keys.h"
 #include "attention_bwd_queries.h"
 #include "attention_bwd_short.h"
@@ -19,6 +20,9 @@ void run(const BackwardArguments& a, Stream stream) {
   run_attention_bwd_rows(a, stream);
   if constexpr (!kPlain) {
     if (a.p.grad_weights.data) launch_attention_weight_rows<Element, ATTNFAST_HEAD_DIM>(a, stream);
+  }
+  if constexpr (kPlain && (ATTNFAST_HEAD_DIM == 64 || ATTNFAST_HEAD_DIM == 128)) {
+    if (a.sums) return launch_attention_bwd_fused<Element, ATTNFAST_HEAD_DIM>(a, stream);
   }
   launch_attention_bwd_keys<Element, ATTNFAST_HEAD_DIM, kPlain>(a, stream);
   launch_attention_bwd_queries<Element, ATTNFAST_HEAD_DIM, kPlain>(a, stream);

@@ -14,8 +14,6 @@
 
 namespace attnfast::cuda {
 
-constexpr int kShort = 128;  // queries, and keys
-
 template <int kD>
 struct ShortShape {
   static constexpr int kWarps = kShort / 16, kThreads = kWarps * kWarpSize;
@@ -24,28 +22,6 @@ struct ShortShape {
   static constexpr int kTileBytes = kShort * kD * 2, kTermBytes = kShort * 4;
   static constexpr int kSharedBytes = 4 * kTileBytes + 3 * kTermBytes;
 };
-
-// Writes a warp's 16 rows of sums times `factor`, rounded to Element, and past shared memory, which
-// other warps still read: the four lanes of a row hand each other the words of four chunks.
-template <int kD, class Element>
-ATTNFAST_DEVICE void store_by_quads(const float (&sum)[1][kD / 8][4], float factor, Element* out,
-                                    int64_t stride, int rows, int columns, int lane) {
-  ATTNFAST_UNROLL for (int half = 0; half < 2; ++half) {
-    const int row = half * 8 + lane / 4;
-    ATTNFAST_UNROLL for (int n = 0; n < kD / 8; n += 4) {
-      uint32_t words[4];  // lane % 4 of chunks n .. n + 3, then all of chunk n + lane % 4
-      ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
-        const float (&x)[4] = sum[0][n + i];
-        words[i] = pack<Element>(x[half * 2] * factor, x[half * 2 + 1] * factor);
-      }
-      transpose_in_quads(words, lane);
-      const int column = (n + lane % 4) * 8;
-      if (row >= rows || column >= columns) continue;
-      store_global(reinterpret_cast<Words4*>(out + row * stride + column),
-                   Words4{words[0], words[1], words[2], words[3]});
-    }
-  }
-}
 
 template <class Element, int kD>
 ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(ShortShape<kD>::kThreads, 1)

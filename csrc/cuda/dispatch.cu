@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "arguments.h"
+#include "fused_shape.h"
 #include "kernels.h"
 #include "launch_kernel.h"
 
@@ -67,23 +68,60 @@ void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t ro
   });
 }
 
-int64_t backward_scratch(const BackwardParams& p) { return 4 * p.B * p.H * padded_rows(p.T); }
+namespace {
+
+bool aligned(const BackwardParams& p) {
+  return aligned(p.q, p.D) && aligned(p.k, p.D) && aligned(p.v, p.D_v) && aligned(p.out, p.D_v) &&
+         aligned(p.grad_out, p.D_v) && aligned(p.dq, p.D) && aligned(p.dk, p.D) &&
+         aligned(p.dv, p.D_v);
+}
+bool simple(const BackwardParams& p) {
+  return plain(p) && !p.grad_entropy && !p.grad_weights.data && aligned(p);
+}
+
+// What a backward's scratch holds, in this order; without parts, dk and dv are one kernel's and dq
+// another's.
+struct BackwardScratch {
+  int64_t padded, terms, parts = 0, sums = 0;  // rows of a head, then floats, but for parts
+
+  BackwardScratch(const BackwardParams& p, Stream stream) : padded(padded_rows(p.T)) {
+    terms = 4 * p.B * p.H * padded;
+    const auto fuse = [&](auto shape) {
+      using Shape = decltype(shape);
+      if (on_turing(stream) || Shape::kSharedBytes > shared_limit(stream)) return;
+      parts = Shape::parts(p.B * p.H, padded), sums = parts * Shape::kPart;
+    };
+    if (!simple(p) || (p.T <= kShort && p.S <= kShort)) return;
+    with_head_dim(p, [&](auto head_dim) {
+      if constexpr (head_dim() == 64 || head_dim() == 128) fuse(FusedShape<head_dim()>());
+    });
+  }
+  int64_t turns() const { return parts ? parts + 1 : 0; }
+  int64_t floats() const { return terms + sums + turns(); }
+};
+
+}  // namespace
+
+int64_t backward_scratch(const BackwardParams& p, Stream stream) {
+  return BackwardScratch(p, stream).floats();
+}
 
 void attention_bwd(const BackwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
                    int64_t rows_k, const int64_t (&bias_sizes)[4], float* scratch, Stream stream) {
   refuse_on_turing(p, true, stream);
-  BackwardArguments a{p,  Scaling(p), Dropout(p, dropout), rows_q, rows_k,
-                      {}, scratch,    padded_rows(p.T)};
+  const BackwardScratch plan(p, stream);
+  BackwardArguments a{p, Scaling(p), Dropout(p, dropout), rows_q, rows_k, {}, scratch, plan.padded};
+  if (plan.parts) {
+    a.sums = scratch + plan.terms;
+    a.turns = reinterpret_cast<int32_t*>(a.sums + plan.sums);
+  }
   a.bias = {bias_sizes[0], bias_sizes[1], bias_sizes[2], bias_sizes[3]};
   a.q_aligned = aligned(p.q, p.D), a.k_aligned = aligned(p.k, p.D);
   a.v_aligned = aligned(p.v, p.D_v), a.out_aligned = aligned(p.out, p.D_v);
   a.grad_out_aligned = aligned(p.grad_out, p.D_v);
   a.dq_aligned = aligned(p.dq, p.D), a.dk_aligned = aligned(p.dk, p.D);
   a.dv_aligned = aligned(p.dv, p.D_v);
-  const bool simple = plain(p) && !p.grad_entropy && !p.grad_weights.data && a.q_aligned &&
-                      a.k_aligned && a.v_aligned && a.out_aligned && a.grad_out_aligned &&
-                      a.dq_aligned && a.dk_aligned && a.dv_aligned;
-  with_head_dim(p, [&](auto head_dim) { run_attention_bwd<head_dim()>(a, simple, stream); });
+  with_head_dim(p, [&](auto head_dim) { run_attention_bwd<head_dim()>(a, simple(p), stream); });
   if (p.dsinks) run_attention_bwd_sinks(a, stream);
 }
 

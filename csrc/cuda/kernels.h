@@ -28,10 +28,10 @@ void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t ro
                    int64_t rows_k, Stream stream);
 
 // dq, dk, dv and, where wanted, dbias of these sizes (1 where it broadcasts) and dsinks. `scratch`
-// holds backward_scratch(p) floats.
+// holds backward_scratch(p, stream) floats.
 void attention_bwd(const BackwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
                    int64_t rows_k, const int64_t (&bias_sizes)[4], float* scratch, Stream stream);
-int64_t backward_scratch(const BackwardParams& p);
+int64_t backward_scratch(const BackwardParams& p, Stream stream);
 
 // out and lse of a few queries over a cache. `scratch` holds decode_scratch(p) floats.
 void attention_decode(const DecodeParams& p, float* scratch, Stream stream);

@@ -1,15 +1,19 @@
 // Backward's numbers per query, before the walk over the keys.
 //   row_term = -rowsum(do o) + dlse + dH (log l - H)
+// and the turns of the fused kernel, which follows, back to 0.
 // Grid:   (batch entry, head, block of kRows queries), the padding included
 // Memory: registers
 #include "row_terms.h"
 
+#include "fused_shape.h"
 #include "launch.h"
 
 namespace attnfast::cuda {
 namespace {
 
 constexpr int kThreads = 128, kRows = 64;
+static_assert(kRows == FusedShape<64>::kMove && kRows == FusedShape<128>::kMove);
+constexpr int kTurnsPerRows = FusedShape<64>::kWarps;
 
 }  // namespace
 
@@ -21,6 +25,10 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS(kThreads, 1)
   const int64_t blocks = a.padded / kRows, bh = block_index() / blocks;
   const int first = static_cast<int>(block_index() % blocks) * kRows;
   const Head head(p, a.rows_q, a.rows_k, bh / p.H, bh % p.H);
+  if (a.turns && thread_index() < kTurnsPerRows) {
+    if (block_index() == 0) store_global(a.turns, 0);
+    store_global(a.turns + 1 + block_index() * kTurnsPerRows + thread_index(), 0);
+  }
   const int lane = thread_index() % kLanesPerRow;
   for (int r = thread_index() / kLanesPerRow; r < kRows; r += kThreads / kLanesPerRow) {
     const int t = first + r;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <thread>
 
 asm(R"(
 .text
@@ -146,6 +147,16 @@ void Block::wait() { resume_another(); }
 void Block::yield() {
   ready_.push_back(running_);
   resume_another();
+}
+
+void Block::pause(const Place& place, int64_t turn, int64_t passes) {
+  constexpr int64_t kInVain = 1 << 16;  // turns of a lane, in which the others of its block go on
+  if (*launch_->stop) fail(place, "ended: another block has failed");
+  if (turn > kInVain && handed().in_vain(index_, passes, *launch_->workers)) {
+    fail(place, "deadlock: no other block brings about what is awaited");
+  }
+  if (turn % 16 == 15) std::this_thread::yield();
+  yield();
 }
 
 void Block::wake(std::vector<int>* lanes) {

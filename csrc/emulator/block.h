@@ -5,12 +5,14 @@
 // accesses out of bounds and races. A fault ends the block at once and becomes the exception of the
 // launch.
 #pragma once
+#include <atomic>
 #include <functional>
 #include <string>
 #include <vector>
 
 #include "counters.h"
 #include "fiber.h"
+#include "handed.h"
 #include "memory.h"
 #include "place.h"
 #include "random.h"
@@ -47,6 +49,9 @@ struct Launch {
   uint64_t seed = 0;
   Sabotage sabotage;
   bool counting = false;
+  Handed* handed = nullptr;
+  const std::atomic<bool>* stop = nullptr;    // a block has failed
+  const std::atomic<int>* workers = nullptr;  // host threads that may begin a block, or have one
 };
 
 class Block {
@@ -60,6 +65,8 @@ class Block {
   int lane() const { return running_ % kWarp; }
   int64_t index() const { return index_; }
   int64_t blocks() const { return launch_->blocks; }
+  Handed& handed() const { return *launch_->handed; }
+  int64_t warp_of_launch() const { return index_ * static_cast<int64_t>(warps_.size()) + warp(); }
   const Gpu& gpu() const { return launch_->gpu; }
   Counts& counts() { return counts_; }
 
@@ -92,6 +99,18 @@ class Block {
   void sync(int id, int warps, const Place& place);
   void sync_all(const Place& place) { sync(0, static_cast<int>(warps_.size()), place); }
   void sync_lanes(const Place& place);
+
+  // Lets this block's other lanes and other blocks go on until `done`, which another block brings
+  // about; a fault where none can any more.
+  template <class Done>
+  void await(const Place& place, Done done) {
+    int64_t passes = handed().passes();
+    for (int64_t turn = 0; !done(); ++turn) {
+      pause(place, turn, passes);
+      const int64_t now = handed().passes();
+      if (now != passes) passes = now, turn = 0;
+    }
+  }
 
   char* read_shared(uint32_t address, int bytes, const Place& place, bool collective = false);
   char* write_shared(uint32_t address, int bytes, const Place& place);
@@ -146,6 +165,7 @@ class Block {
   void leave();
   void wake(std::vector<int>* lanes);
   void land(size_t copy);
+  void pause(const Place& place, int64_t turn, int64_t passes);
   bool targets(const Place& place) const;
   std::string where() const;
 

@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -53,6 +54,10 @@ void run_blocks(Launch launch, const Session& session) {
 
   std::atomic<int64_t> next{0};
   std::atomic<bool> stop{false};
+  const int64_t most = std::min<int64_t>(session.host_threads, launch.blocks);
+  std::atomic<int> workers{static_cast<int>(std::max<int64_t>(most, 1))};
+  Handed handed;
+  launch.handed = &handed, launch.stop = &stop, launch.workers = &workers;
   std::mutex mutex;
   std::string fault;
   const auto work = [&] {
@@ -65,13 +70,13 @@ void run_blocks(Launch launch, const Session& session) {
       if (fault.empty()) fault = failed;
       stop = true;
     }
+    --workers;
     const std::lock_guard<std::mutex> lock(mutex);
     for (const auto& [place, count] : block->counts()) counted()[place].add(count);
     block->counts().clear();
   };
   std::vector<std::thread> helpers;
-  for (int64_t i = 1; i < session.host_threads && i < launch.blocks; ++i)
-    helpers.emplace_back(work);
+  for (int64_t i = 1; i < most; ++i) helpers.emplace_back(work);
   work();
   for (std::thread& helper : helpers) helper.join();
   if (!fault.empty()) throw std::runtime_error(fault);

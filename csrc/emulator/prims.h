@@ -108,6 +108,45 @@ void store_global(T* p, T x, ATTNFAST_CALLER) {
   std::memcpy(address, &x, sizeof(T));
 }
 
+inline int32_t take_ticket(int32_t* tickets, ATTNFAST_CALLER) {
+  const emulator::Place place{"take_ticket", file, line};
+  block().enter(place);
+  block().write_global(tickets, sizeof(int32_t), place);
+  return __atomic_fetch_add(tickets, 1, __ATOMIC_RELAXED);
+}
+inline void await_turn(const int32_t* at, int32_t turn, ATTNFAST_CALLER) {
+  const emulator::Place place{"await_turn", file, line};
+  if (!block().enter(place)) return;
+  block().read_global(at, sizeof(int32_t), place);
+  block().await(place, [&] { return __atomic_load_n(at, __ATOMIC_ACQUIRE) == turn; });
+  block().handed().take(at, block().warp_of_launch());
+}
+inline void pass_turn(int32_t* at, int32_t turn, ATTNFAST_CALLER) {
+  const emulator::Place place{"pass_turn", file, line};
+  if (!block().enter(place)) return;
+  block().write_global(at, sizeof(int32_t), place);
+  block().handed().pass(at, block().warp_of_launch(),
+                        [&] { __atomic_store_n(at, turn, __ATOMIC_RELEASE); });
+}
+inline Floats4 load_handed(const Floats4* p, ATTNFAST_CALLER) {
+  const emulator::Place place{"load_handed", file, line};
+  block().enter(place);
+  p = reinterpret_cast<const Floats4*>(block().tampered(reinterpret_cast<uintptr_t>(p), place));
+  block().read_global(p, sizeof(Floats4), place);
+  if (!block().handed().may_load(p, block().warp_of_launch())) {
+    block().fail(place, "a read of what no other block has passed on");
+  }
+  return *p;
+}
+inline void store_handed(Floats4* p, Floats4 x, ATTNFAST_CALLER) {
+  const emulator::Place place{"store_handed", file, line};
+  block().enter(place);
+  p = reinterpret_cast<Floats4*>(block().tampered(reinterpret_cast<uintptr_t>(p), place));
+  block().write_global(p, sizeof(Floats4), place);
+  block().handed().store(p, block().warp_of_launch());
+  *p = x;
+}
+
 inline void copy_async(uint32_t to, const void* from, int valid, ATTNFAST_CALLER) {
   const emulator::Place place{"copy_async", file, line};
   block().enter(place);

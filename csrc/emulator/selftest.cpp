@@ -14,6 +14,8 @@ constexpr int kThreads = 128, kRounds = 6;
 struct Arguments {
   const uint32_t* in;
   uint32_t* out;
+  int32_t* turns;
+  Floats4* handed;
 };
 
 const std::string* planted = nullptr;
@@ -167,10 +169,39 @@ uint32_t warp_sum(const std::vector<uint32_t>& in, int t) {
   return sum;
 }
 
+// Blocks add to sums one after the other, in the order of their tickets; the last stores them.
+//   Bugs: "no wait", "no pass", "no sync_warp after the wait", "no sync_warp before the pass"
+constexpr int kAdding = 4;
+
+void hand_over(const Arguments a) {
+  const int t = thread_index();
+  if (t == 0) store_shared(shared_memory(), take_ticket(a.turns));
+  sync_block();
+  const auto ticket = load_shared<int32_t>(shared_memory());
+  int32_t* turn = a.turns + 1 + t / kWarpSize;
+  Floats4 x{0.0f, 0.0f, 0.0f, 0.0f};
+  if (ticket > 0) {
+    if (t % kWarpSize == 0 && !has("no wait")) await_turn(turn, ticket);
+    if (!has("no sync_warp after the wait")) sync_warp();
+    x = load_handed(a.handed + t);
+  }
+  x.w += static_cast<float>(load_global(a.in + ticket * kThreads + t) % 1024);
+  if (ticket + 1 == kAdding) return store_global(a.out + t, static_cast<uint32_t>(x.w));
+  store_handed(a.handed + t, x);
+  if (!has("no sync_warp before the pass")) sync_warp();
+  if (t % kWarpSize == 0 && !has("no pass")) pass_turn(turn, ticket + 1);
+}
+uint32_t handed_sum(const std::vector<uint32_t>& in, int t) {
+  uint32_t sum = 0;
+  for (int ticket = 0; ticket < kAdding; ++ticket) sum += in[ticket * kThreads + t] % 1024;
+  return sum;
+}
+
 struct SmallKernel {
   const char* name;
   void (*kernel)(const Arguments);
   uint32_t (*expected)(const std::vector<uint32_t>&, int);
+  int64_t blocks = 1;
 };
 constexpr SmallKernel kKernels[] = {
     {"exchange", exchange, exchanged},
@@ -179,6 +210,7 @@ constexpr SmallKernel kKernels[] = {
     {"matrices", matrices, matrix_sum},
     {"collectives", collectives, warp_sum},
     {"products", products, product_sum},
+    {"hand over", hand_over, handed_sum, kAdding},
 };
 
 }  // namespace
@@ -190,14 +222,20 @@ void run_selftest(const std::string& name, const std::string& bug) {
   using namespace attnfast::cuda;
   std::vector<uint32_t> in(kRounds * kThreads * 4), out(kThreads, 0xFFFFFFFFu);
   for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<uint32_t>(i * 2654435761u >> 8);
+  std::vector<int32_t> turns(1 + kThreads / kWarpSize);
+  std::vector<Floats4> handed(kThreads);
   Session session;
   session.gpu = asked_for();
+  session.host_threads = 2;
   session.memory.allow(in.data(), in.size() * 4, false, "in");
   session.memory.allow(out.data(), out.size() * 4, true, "out");
+  session.memory.allow(turns.data(), turns.size() * 4, true, "turns");
+  session.memory.allow(handed.data(), handed.size() * 16, true, "handed");
   planted = &bug;
   for (const SmallKernel& k : kKernels) {
     if (name != k.name) continue;
-    launch(name, k.kernel, 1, kThreads, 4096, session, Arguments{in.data(), out.data()});
+    launch(name, k.kernel, k.blocks, kThreads, 4096, session,
+           Arguments{in.data(), out.data(), turns.data(), handed.data()});
     for (int t = 0; t < kThreads; ++t) {
       if (out[t] != k.expected(in, t)) {
         throw std::runtime_error("emulator: a wrong result of " + name + " in thread " +

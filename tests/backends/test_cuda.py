@@ -95,6 +95,60 @@ def test_where_backward_is_one_launch(arch: int, D: int, T: int, S: int, one: bo
     assert ("row_terms.cu" in files) != one
 
 
+# Backward in one pass: blocks of 128 keys, tiles of 64 queries, heads that share keys, queries
+# without keys, sequences without queries or keys.
+FUSED = [
+    replace(case, D=D, dtype=dtype)
+    for D, dtype in ((64, bf16), (128, fp16))
+    for case in (
+        Case("causal", B=2, H=2, H_kv=1, T=200, S=300, causal=True),
+        Case("cross", B=1, H=1, H_kv=1, T=70, S=280, grads=("out", "lse")),
+        Case("empty rows", B=1, H=2, H_kv=1, T=270, S=140, causal=True, align="bottom_right"),
+        Case("unreached", B=1, H=1, H_kv=1, T=70, S=150, causal=True, align=40),
+        Case("window", B=1, H=1, H_kv=1, T=330, S=330, window=(40, 20)),
+        Case("window left", B=1, H=1, H_kv=1, T=260, S=400, window=(130, 0), align="bottom_right"),
+        Case("packed", lengths=((5, 300), (140, 0), (0, 9), (150, 150)), H=2, H_kv=1, causal=True),
+    )
+]
+
+
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_backward_in_one_pass(case: Case) -> None:
+    for threads in (1, 2):
+        with schedule(threads, threads):
+            files = {place.file for place in places(lambda: check_case(case))}
+            assert "attention_bwd_fused.h" in files
+            assert "attention_bwd_keys.h" not in files
+
+
+@pytest.mark.parametrize(
+    ("arch", "case", "one_pass"),
+    [
+        (80, Case(D=64), True),
+        (80, Case(D=40), True),
+        (80, Case(D=128, D_v=72), True),
+        (86, Case(D=64), True),
+        (86, Case(D=128), False),  # more than 99 KB
+        (90, Case(D=128), True),
+        (75, Case(D=64), False),
+        (80, Case(D=32), False),
+        (80, Case(D=96), False),
+        (80, Case(D=68), False),  # rows of no whole number of 16 bytes
+        (80, Case(D=64, softcap=5.0), False),
+        (80, Case(D=64, mask="bhts"), False),
+        (80, Case(D=64, dropout_p=0.3), False),
+        (80, Case(D=64, stats=1, grads=("out", "entropy")), False),
+    ],
+    ids=str,
+)
+def test_where_backward_is_one_pass(arch: int, case: Case, one_pass: bool) -> None:
+    case = replace(case, name="", B=1, H=1, H_kv=1, T=20, S=130, dtype=fp16)
+    with architecture(arch):
+        files = {place.file for place in places(lambda: results(case))}
+    assert ("attention_bwd_fused.h" in files) == one_pass
+    assert ("attention_bwd_queries.h" in files) != one_pass
+
+
 @pytest.mark.parametrize("D", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_shared_memory_is_enough_where_there_is_least(D: int, softcap: float) -> None:

@@ -60,6 +60,12 @@ SMALL = {
         "different barriers": "divergence: other warps are in sync_block",
     },
     "products": {},
+    "hand over": {
+        "no wait": "a read of what no other block has passed on",
+        "no pass": "deadlock: no other block brings about what is awaited",
+        "no sync_warp after the wait": "a read of what no other block has passed on",
+        "no sync_warp before the pass": "a read of what no other block has passed on",
+    },
 }
 # What has no effect on sm_75, where copies are there at once.
 ORDERED_ON_TURING = ("no wait", "wait for too few", "no commit", "never waited")
@@ -123,6 +129,7 @@ def test_unknown_kernels_and_sabotage() -> None:
 OPTIONS = replace(EVERYTHING, dtype=fp16, H=2, H_kv=1, T=140, S=130)
 CASES = {
     "plain": Case("plain", B=1, H_kv=1, T=150, S=200, D=64, dtype=bf16, causal=True),
+    "two passes": Case("two", B=1, H=1, H_kv=1, T=150, S=140, D=32, dtype=bf16, causal=True),
     "short": Case("short", B=1, H=2, H_kv=1, T=100, S=120, D=32, dtype=bf16, causal=True),
     "short, wide": Case(
         "wide", B=1, H_kv=1, T=70, S=100, D=128, dtype=fp16, window=(40, 20), align="bottom_right"
@@ -195,6 +202,11 @@ WRONGS: dict[str, list[tuple[str, int]]] = {
     "shuffle_xor": [("omit", 0), ("omit in one lane", 0)],
     "any_lane": [("omit in one lane", 0)],  # where all lanes ask, to branch alike
     "multiply_accumulate": [("omit", 0), ("omit in one lane", 0)],
+    "take_ticket": [],
+    "await_turn": [("omit", 0)],
+    "pass_turn": [("omit", 0)],
+    "load_handed": [("shift", 1 << 22), ("flip", 16)],
+    "store_handed": [("shift", 1 << 22), ("flip", 16)],
     "load_matrix": [*SHARED, ("omit in one lane", 0)],
     "load_matrix_transposed": [*SHARED, ("omit in one lane", 0)],
     "load_shared": SHARED,
@@ -236,7 +248,7 @@ def test_bugs_of_the_real_kernels(name: str) -> None:
 
 
 def test_deadlocks_name_each_warp() -> None:
-    run = REAL["plain"]
+    run = REAL["two passes"]
     barrier = next(place for place in places(run) if place.op == "sync_block")
     with sabotage("omit in one lane", barrier):
         message = caught(run)

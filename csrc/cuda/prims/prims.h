@@ -4,6 +4,7 @@
 //   threads     thread_index  block_index  sync_block  sync_warp  shuffle_xor  any_lane
 //   shared      shared_memory  load_shared  store_shared  load_matrix  load_matrix_transposed
 //   global      load_global  store_global
+//   blocks      take_ticket  await_turn  pass_turn  load_handed  store_handed
 //   copies      copy_async  commit_copies  wait_copies
 //   forms       has_code  has_shared  fail
 //   arithmetic  multiply  multiply_accumulate  exp2_fast  pack  to_float  multiply_high
@@ -32,6 +33,9 @@ struct alignas(8) Words2 {
 };
 struct alignas(8) Floats2 {
   float x, y;
+};
+struct alignas(16) Floats4 {
+  float x, y, z, w;
 };
 struct alignas(16) Words4 {
   uint32_t x, y, z, w;

@@ -107,6 +107,35 @@ ATTNFAST_DEVICE void store_global(T* p, T x) {
   *p = x;
 }
 
+// Between blocks of one launch. The number of earlier calls with this address, which is 0 at first.
+ATTNFAST_DEVICE int32_t take_ticket(int32_t* tickets) { return atomicAdd(tickets, 1); }
+// Waits until `at` holds `turn`: what was stored before it was passed on can then be read, by the
+// warp's other lanes after sync_warp.
+ATTNFAST_DEVICE void await_turn(const int32_t* at, int32_t turn) {
+  int32_t now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
+  } while (now != turn);
+}
+// Stores `turn`, after all that this lane has stored, and before sync_warp the warp's others.
+ATTNFAST_DEVICE void pass_turn(int32_t* at, int32_t turn) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(at), "r"(turn) : "memory");
+}
+// 16 bytes that blocks hand to each other: past the L1 caches, which do not see each other's.
+ATTNFAST_DEVICE Floats4 load_handed(const Floats4* p) {
+  Floats4 x;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(p)
+               : "memory");
+  return x;
+}
+ATTNFAST_DEVICE void store_handed(Floats4* p, Floats4 x) {
+  asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x.x), "f"(x.y), "f"(x.z),
+               "f"(x.w)
+               : "memory");
+}
+
 // 16 bytes to shared memory, from global memory, or zeros if `valid` is 0 instead of 16. They are
 // there after commit_copies and wait_copies, for other threads after a barrier too; on sm_75 at
 // once.
