@@ -14,7 +14,7 @@ import pytest
 
 from attnfast.backends import cuda
 from csrc import build
-from tools import cuda_resources
+from tools import cuda_loops, cuda_resources
 from tools.cuda_resources import Kernel, Usage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +80,7 @@ def test_the_backend_takes_the_head_dims_that_are_compiled() -> None:
         ),
         ("attention_decode_kernel<Float16, 256, true>", "attention_decode<fp16, 256, small>"),
         ("attention_bwd_short_kernel<BFloat16, 64>", "attention_bwd_short<bf16, 64>"),
+        ("attention_bwd_fused_kernel<BFloat16, 64>", "attention_bwd_fused<bf16, 64>"),
         ("attention_bwd_rows_kernel<Float16>", "attention_bwd_rows<fp16>"),
         ("attention_bwd_sinks_kernel", "attention_bwd_sinks"),
     ],
@@ -93,16 +94,18 @@ def test_kernels_are_named_by_their_templates(template: str, name: str) -> None:
 
 
 def test_shared_memory_is_known_without_the_dtype() -> None:
-    known = cuda_resources.shared_bytes()
-    assert known["attention_fwd<64, plain>"] == (128 + 2 * 64) * 64 * 2
-    assert known["attention_bwd_keys<128, options, small, dk>"] <= 64 << 10
-    assert known["attention_bwd_short<96>"] <= 99 << 10 < known["attention_bwd_short<128>"]
+    known = cuda_resources.launched()
+    assert known["attention_fwd<64, plain>"] == (128, (128 + 2 * 128) * 64 * 2)
+    assert known["attention_bwd_keys<128, options, small, dk>"][1] <= 64 << 10
+    assert known["attention_bwd_short<96>"][1] <= 99 << 10 < known["attention_bwd_short<128>"][1]
+    assert known["attention_bwd_fused<64>"][1] <= 99 << 10 < known["attention_bwd_fused<128>"][1]
     assert Kernel("attention_fwd<bf16, 64, plain>", 64).without_dtype() in known
 
 
-def test_what_breaks_the_rules_is_a_fault() -> None:
+def test_what_breaks_the_rules_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     code, none = (8, 8, 8, 8), (0, 0, 0, 0)
     sound, spilling = Usage(200, 0, code, 9000), Usage(255, 16, code)
+    monkeypatch.setattr(cuda_resources, "SPILLS", {"few<128>": 16, "many<128>": 15})
     usages = {
         Kernel("a<bf16, 128>", 128): {
             "sm_80": sound,
@@ -110,6 +113,8 @@ def test_what_breaks_the_rules_is_a_fault() -> None:
             "sm_75": Usage(8, 0, none),
         },
         Kernel("b<bf16, 256>", 256): {"sm_80": spilling},
+        Kernel("few<bf16, 128>", 128): {"sm_80": spilling},
+        Kernel("many<bf16, 128>", 128): {"sm_80": spilling},
         Kernel("c<bf16, 64>", 64): {"sm_80": Usage(100, 0, (8, 8, 0, 8))},
         Kernel("d<fp16, 64>", 64): {"sm_75": sound, "sm_120": Usage(99, 0, code, 100 << 10)},
         Kernel("e<fp16, 96, small>", 96): {"sm_75": Usage(8, 0, none), "sm_80": sound},
@@ -127,6 +132,7 @@ def test_what_breaks_the_rules_is_a_fault() -> None:
     }
     assert list(cuda_resources.wrong(usages)) == [
         "a<bf16, 128> on sm_90 spills 16 bytes",
+        "many<bf16, 128> on sm_80 spills 16 bytes",
         "c<bf16, 64> on sm_80 has {'HMMA': 8, 'LDSM': 8, 'LDGSTS': 0, 'STG': 8}",
         "d<fp16, 64> on sm_75 has {'HMMA': 8, 'LDSM': 8, 'LDGSTS': 8, 'STG': 8}",
         f"d<fp16, 64> on sm_120 needs {100 << 10} bytes of shared memory, of 99 KB",
@@ -148,17 +154,24 @@ def test_the_committed_table_is_of_all_architectures_and_without_faults() -> Non
             head_dim = re.search(r"(?<= )\d+", row["kernel"])
             each = Kernel(row["kernel"], int(head_dim[0]) if head_dim else 0)
             numbers = [int(row[name]) for name in cuda_resources.INSTRUCTIONS[:-1]]
+            tile = tuple(int(row[name]) for name in cuda_loops.NAMES if row[name])
             usages.setdefault(each, {})[row["architecture"]] = Usage(
-                int(row["registers"]), int(row["spilled"]), (*numbers, 1), int(row["shared"])
-            )
+                int(row["registers"]), int(row["spilled"]), (*numbers, 1), int(row["shared"]),
+                int(row["blocks"]), tile,
+            )  # fmt: skip
     assert not list(cuda_resources.wrong(usages))
     assert cuda_resources.architectures(usages) == [f"sm_{arch}" for arch in build.CUDA_ARCHS]
     assert {each.head_dim for each in usages} == {0, *build.cuda_head_dims()}
     assert "ATTNFAST_CUDA_ARCHS ?= all" in (ROOT / "Makefile").read_text()
-    shared = cuda_resources.shared_bytes()
+    known = cuda_resources.launched()
     for each, by_arch in usages.items():
-        if each.head_dim:
-            assert {usage.shared for usage in by_arch.values()} == {shared[each.without_dtype()]}
+        for arch, usage in by_arch.items():
+            threads, shared = known[each.without_dtype()] if each.head_dim else (0, 0)
+            assert usage.shared == shared
+            fitting = cuda_resources.blocks_of_sm(arch, usage.registers, threads, shared)
+            assert usage.blocks == fitting
+            counted = each.name.startswith(tuple(cuda_loops.PRODUCTS))
+            assert bool(usage.tile) == (counted and arch in cuda_resources.COUNTED), each.name
     assert cuda_resources.csv_of(usages) == cuda_resources.TABLE.read_text()
     page = cuda_resources.PAGE.read_text()
     assert cuda_resources.table(usages) in page
@@ -170,6 +183,83 @@ def test_warnings_are_errors_in_our_builds_alone(monkeypatch: pytest.MonkeyPatch
     assert "Werror" not in build.native_file("nvcc")
     makefile = (ROOT / "Makefile").read_text()
     assert "\ncuda wheel: export NVCC_APPEND_FLAGS += -Werror=all-warnings\n" in makefile
+
+
+# A turn of a loop as cuobjdump shows it, with the positions of an edge (0x70) and the copies of one
+# (0x30), a loop of a few instructions after it, and a way to other blocks.
+LOOP = """
+        Function : made_up
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   ISETP.GT.AND P0, PT, R2, R3, PT ;
+        /*0020*/               @P0 BRA 0x50 ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R4], [R6.64], P1 ;
+        /*0040*/                   IADD3 R8, R8, 0x1, RZ ;
+        /*0048*/                   BRA 0x60 ;
+        /*0050*/                   LDGSTS.E.BYPASS.128 [R4], [R6.64] ;
+        /*0060*/                   HMMA.16816.F32.BF16 R8, R12, R16, R8 ;
+        /*0068*/              @!P1 BRA 0x80 ;
+        /*0070*/                   FSEL R8, R8, -INF , P2 ;
+        /*0080*/                   BSSY B0, 0xd0 ;
+        /*0090*/              @!P3 BRA 0xc0 ;
+        /*00a0*/                   LDG.E.128.STRONG.GPU R20, [R22.64] ;
+        /*00b0*/                   FADD R8, R8, R20 ;
+        /*00c0*/                   BSYNC B0 ;
+        /*00d0*/                   HMMA.16816.F32.BF16 R8, R12, R16, R8 ;
+        /*00e0*/                   MUFU.EX2 R8, R8 ;
+        /*00f0*/              @!P4 BRA 0x10 ;
+        /*0100*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0110*/              @!P5 BRA 0x100 ;
+        /*0120*/                   EXIT ;
+"""
+
+
+def tile_of(listing: str, products: int = 2, head_dim: int = 16) -> dict[str, int]:
+    code = cuda_loops.parsed(listing.splitlines())
+    return dict(zip(cuda_loops.NAMES, cuda_loops.per_tile(code, products, head_dim), strict=True))
+
+
+def test_a_tile_s_instructions_are_those_of_a_turn_in_the_middle() -> None:
+    """Two products a turn, of 64 that 64 x 64 scores take: 32 turns."""
+    found = tile_of(LOOP)
+    assert found == {
+        "mma": 64, "ldmatrix": 0, "copies": 32, "shared": 0, "global": 32, "mufu": 32,
+        "float": 32, "control": 6 * 32, "integer": 32, "total": 13 * 32,
+    }  # fmt: skip
+    assert tile_of(LOOP, products=4)["total"] == 2 * found["total"]
+    assert tile_of(LOOP, head_dim=32)["total"] == 2 * found["total"]
+
+    more = "        /*00d8*/                   FMUL R8, R8, R9 ;\n        /*00e0*/"
+    assert tile_of(LOOP.replace("        /*00e0*/", more))["float"] == 64
+    at_edges = "        /*0078*/                   FMUL R8, R8, R9 ;\n        /*0080*/"
+    assert tile_of(LOOP.replace("        /*0080*/", at_edges)) == found
+    assert not cuda_loops.per_tile(cuda_loops.parsed(LOOP.splitlines()[:-6]), 2, 16)
+    assert not cuda_loops.per_tile([], 2, 16)
+
+
+def test_a_loop_that_grows_is_a_fault() -> None:
+    def usages(total: int) -> cuda_resources.Usages:
+        tile = (*[0] * (len(cuda_loops.NAMES) - 1), total)
+        return {Kernel("a<bf16, 64>", 64): {"sm_80": Usage(9, 0, (), 0, 1, tile), "sm_90": BARE}}
+
+    BARE = Usage(9, 0)
+    before = {("a<bf16, 64>", "sm_80"): 1000}
+    assert not list(cuda_resources.grown(usages(1020), before))
+    assert not list(cuda_resources.grown(usages(500), before))
+    assert not list(cuda_resources.grown(usages(5000), {}))
+    said = "a<bf16, 64> on sm_80 takes {} instructions for a tile, not 1000"
+    assert list(cuda_resources.grown(usages(1021), before)) == [said.format(1021)]
+    assert list(cuda_resources.grown({Kernel("a<bf16, 64>", 64): {"sm_80": BARE}}, before)) == [
+        said.format(0)
+    ]
+
+
+def test_how_many_blocks_an_sm_has() -> None:
+    blocks = cuda_resources.blocks_of_sm
+    assert blocks("sm_80", 255, 128, 48 << 10) == 2  # by registers
+    assert blocks("sm_80", 64, 128, 48 << 10) == 3  # by shared memory
+    assert blocks("sm_80", 32, 1024, 0) == 2  # by warps
+    assert blocks("sm_75", 32, 1024, 0) == 1
+    assert blocks("sm_80", 64, 0, 0) == 0
 
 
 def test_the_library_with_cuda_loads_without_it() -> None:

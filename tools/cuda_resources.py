@@ -5,14 +5,17 @@
 
 Reads the logs and objects that `make cuda` leaves in build/native/cuda. Registers and spills are
 ptxas's words; instructions are counted in the code that cuobjdump shows, which comes with the CUDA
-toolkit and with Triton; shared memory is what kernels are launched with (cuda_shared.cpp). Fails if
-a kernel of head dims up to 128 spills, exceeds an architecture's shared memory, lacks the tensor
-cores' instructions, or has no code where it should.
+toolkit and with Triton, also those of a tile of scores (cuda_loops.py); shared memory is what
+kernels are launched with (cuda_shared.cpp). Fails if a kernel of head dims up to 128 spills more
+than SPILLS says, exceeds an architecture's shared memory, lacks the tensor cores' instructions, or
+has no code where it should; and, compiled by the toolkit that the table is of, if a tile takes over
+2% more instructions than in the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import os
 import re
@@ -26,16 +29,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from csrc import build  # noqa: E402
+from tools import cuda_loops  # noqa: E402
+
 OBJECTS = ROOT / "build" / "native" / "cuda"
 PAGE = ROOT / "docs" / "cuda.md"
 TABLE = ROOT / "docs" / "cuda-resources.csv"
 BEGIN, END = "<!-- resources:begin -->", "<!-- resources:end -->"
 INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS", "STG")  # tensor cores, ldmatrix, cp.async, any output
 TURING = "sm_75"  # no bf16, no cp.async; it alone has the small forms
-WITHOUT_SPILLS = 128  # head dims up to here
+WITHOUT_SPILLS = 128  # head dims up to here, but for
+# what takes fewer instructions so: bytes stored and loaded, at most on any architecture.
+SPILLS: dict[str, int] = {}
+TOOLKIT = "13.0"  # whose ptxas the table is of
+COUNTED = ("sm_80", "sm_90")  # the architectures whose loops are counted
+GROWTH = 1.02  # of a loop's instructions
 # The most shared memory of a block, in KB.
 SHARED_KB = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227}
 LEAST_SHARED_KB = 99  # of all later ones, sm_120 among them
+# An SM's shared memory in KB, of which a block takes 1 for itself, and its warps; registers are
+# shared out to warps by 256.
+SM_SHARED_KB = {"sm_75": 64, "sm_80": 164, "sm_90": 228, "sm_100": 228, "sm_120": 100}
+SM_WARPS = {"sm_75": 32, "sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}
+SM_REGISTERS = 64 << 10
 
 ENTRY = re.compile(
     r"Compiling entry function '(\S+)' for '(sm_\d+)'.*?(\d+) bytes spill stores, (\d+) bytes spill"
@@ -71,6 +89,8 @@ class Usage(NamedTuple):
     spills: int  # bytes stored and loaded
     instructions: tuple[int, ...] = ()
     shared: int = 0  # bytes
+    blocks: int = 0  # that an SM can have at a time; 0: not known
+    tile: tuple[int, ...] = ()  # instructions for 64 x 64 scores, as cuda_loops.NAMES
 
     @property
     def empty(self) -> bool:
@@ -88,16 +108,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         write = parser.parse_args(arguments).write
         usages = measured()
+        before = {} if write or nvcc_release() != TOOLKIT else committed()
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     if write:
         TABLE.write_text(csv_of(usages))
-        before, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{table(usages)}\n{END}{rest.split(END)[1]}")
+        head, rest = PAGE.read_text().split(BEGIN)
+        PAGE.write_text(f"{head}{BEGIN}\n{table(usages)}\n{END}{rest.split(END)[1]}")
     else:
         print(table(usages))
-    faults = list(wrong(usages))
+    faults = [*wrong(usages), *grown(usages, before)]
     for fault in faults:
         print(fault, file=sys.stderr)
     return 1 if faults else 0
@@ -113,28 +134,31 @@ def measured() -> Usages:
     if not logs:
         raise ValueError(f"cuda resources: no {OBJECTS}/*.o.log: run `make cuda` first")
     usages: Usages = {}
-    shared = shared_bytes()
+    launches = launched()
     for log in logs:
         found = ENTRY.findall(log.read_text())
         if not found:
             continue
-        counts = instructions(log.with_suffix(""))
+        code = listings(log.with_suffix(""))
         names = demangled([entry for entry, *_ in found])
         for entry, arch, stores, loads, registers in found:
             each = kernel(names[entry])
-            if each.head_dim and each.without_dtype() not in shared:
+            if each.head_dim and each.without_dtype() not in launches:
                 raise ValueError(f"cuda resources: cuda_shared.cpp does not know {each.name}")
+            threads, shared = launches.get(each.without_dtype(), (0, 0))
             usages.setdefault(each, {})[arch] = Usage(
                 int(registers),
                 int(stores) + int(loads),
-                counts[entry, arch],
-                shared.get(each.without_dtype(), 0),
+                instructions(code[entry, arch]),
+                shared,
+                blocks_of_sm(arch, int(registers), threads, shared),
+                tile(each, arch, code[entry, arch]),
             )
     return usages
 
 
-def shared_bytes() -> dict[str, int]:
-    """The shared memory that kernels are launched with, by their names without a dtype."""
+def launched() -> dict[str, tuple[int, int]]:
+    """The threads and the shared memory of a block, by kernels' names without a dtype."""
     compiler = shlex.split(os.environ.get("CXX") or "g++")
     source = Path(__file__).with_name("cuda_shared.cpp")
     with tempfile.TemporaryDirectory() as folder:
@@ -143,26 +167,67 @@ def shared_bytes() -> dict[str, int]:
         subprocess.run([*compiler, *flags, str(source)], check=True)
         said = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     lines = [line.rsplit(" ", 2) for line in said.splitlines()]
-    return {name: int(shared) for name, _, shared in lines}
+    return {name: (int(threads), int(shared)) for name, threads, shared in lines}
 
 
-def instructions(binary: Path) -> dict[tuple[str, str], tuple[int, ...]]:
-    """How many of INSTRUCTIONS an object's functions have, by mangled name and architecture."""
+def blocks_of_sm(arch: str, registers: int, threads: int, shared: int) -> int:
+    """How many blocks an SM can have at a time; 0 where that is not known."""
+    if not threads or arch not in SM_SHARED_KB:
+        return 0
+    of_warp = -(-registers * 32 // 256) * 256
+    by_registers = SM_REGISTERS // (of_warp * threads // 32)
+    by_shared = (SM_SHARED_KB[arch] << 10) // (shared + 1024)
+    return min(by_registers, by_shared, SM_WARPS[arch] * 32 // threads)
+
+
+def listings(binary: Path) -> dict[tuple[str, str], list[str]]:
+    """The lines of an object's functions, by mangled name and architecture."""
     done = subprocess.run(
         [cuobjdump(), "-sass", str(binary)], capture_output=True, text=True, check=True
     )
-    counts: dict[tuple[str, str], list[int]] = {}
-    arch, current = "", [0] * len(INSTRUCTIONS)
+    found: dict[tuple[str, str], list[str]] = {}
+    arch, current = "", []
     for line in done.stdout.splitlines():
         match = SASS_FUNCTION.search(line)
         if match and match[2]:
             arch = match[2]
         elif match:
-            current = counts.setdefault((match[1], arch), [0] * len(INSTRUCTIONS))
+            current = found.setdefault((match[1], arch), [])
         else:
-            for i, name in enumerate(INSTRUCTIONS):
-                current[i] += f" {name}." in line
-    return {key: tuple(numbers) for key, numbers in counts.items()}
+            current.append(line)
+    return found
+
+
+def instructions(listing: list[str]) -> tuple[int, ...]:
+    """How many of INSTRUCTIONS a function has."""
+    return tuple(sum(f" {name}." in line for line in listing) for name in INSTRUCTIONS)
+
+
+def tile(each: Kernel, arch: str, listing: list[str]) -> tuple[int, ...]:
+    """Instructions for 64 x 64 scores, where they are counted."""
+    name, forms = each.name.partition("<")[0], each.name.rstrip(">").split(", ")
+    part = f"{name}, {forms[-1]}"
+    products = cuda_loops.PRODUCTS.get(part, cuda_loops.PRODUCTS.get(name))
+    if arch not in COUNTED or products is None:
+        return ()
+    return cuda_loops.per_tile(cuda_loops.parsed(listing), products, each.head_dim)
+
+
+def committed() -> dict[tuple[str, str], int]:
+    """The instructions of a tile in the table, by kernel and architecture."""
+    with TABLE.open() as file:
+        rows = list(csv.DictReader(file))
+    return {(row["kernel"], row["architecture"]): int(row["total"]) for row in rows if row["total"]}
+
+
+def nvcc_release() -> str:
+    """The version of the toolkit that compiled, as `13.0`; "" where there is none."""
+    nvcc = build.find_nvcc()
+    if nvcc is None:
+        return ""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release ([\d.]+)", said)
+    return match[1] if match else ""
 
 
 def cuobjdump() -> str:
@@ -215,13 +280,16 @@ def architectures(usages: Usages) -> list[str]:
 
 def csv_of(usages: Usages) -> str:
     """One line for every kernel and every architecture that has code for it."""
-    lines = ["kernel,architecture,shared,registers,spilled," + ",".join(INSTRUCTIONS[:-1])]
+    columns = ("kernel,architecture,shared,registers,spilled,blocks", *INSTRUCTIONS[:-1])
+    lines = [",".join((*columns, *cuda_loops.NAMES))]
     for each, by_arch in by_kernel(usages):
         for arch in architectures(usages):
             usage = by_arch.get(arch)
             if usage is None or usage.empty:
                 continue
-            numbers = (usage.shared, usage.registers, usage.spills, *usage.instructions[:-1])
+            numbers: list[int | str] = [usage.shared, usage.registers, usage.spills, usage.blocks]
+            numbers += usage.instructions[:-1]
+            numbers += usage.tile or [""] * len(cuda_loops.NAMES)
             lines.append(f'"{each.name}",{arch},' + ",".join(map(str, numbers)))
     return "\n".join([*lines, ""])
 
@@ -261,13 +329,24 @@ def wrong(usages: Usages) -> Iterator[str]:
                 continue
             if (turing and "bf16" in each.name) or (small and not turing):
                 yield f"{at} has code that is never run"
-            if usage.spills and each.head_dim <= WITHOUT_SPILLS:
+            allowed = SPILLS.get(each.without_dtype(), 0)
+            if usage.spills > allowed and each.head_dim <= WITHOUT_SPILLS:
                 yield f"{at} spills {usage.spills} bytes"
             if too_large:
                 yield f"{at} needs {usage.shared} bytes of shared memory, of {limit} KB"
             mma, ldmatrix, copies, _ = usage.instructions
             if each.head_dim and not (mma and ldmatrix and bool(copies) != turing):
                 yield f"{at} has {dict(zip(INSTRUCTIONS, usage.instructions, strict=True))}"
+
+
+def grown(usages: Usages, before: dict[tuple[str, str], int]) -> Iterator[str]:
+    """The loops that take more instructions than the table says."""
+    for each, by_arch in usages.items():
+        for arch, usage in by_arch.items():
+            was = before.get((each.name, arch), 0)
+            now = usage.tile[-1] if usage.tile else 0
+            if was and (not now or now > GROWTH * was):
+                yield f"{each.name} on {arch} takes {now} instructions for a tile, not {was}"
 
 
 if __name__ == "__main__":
