@@ -65,7 +65,8 @@ def test_the_backend_takes_the_head_dims_that_are_compiled() -> None:
 @pytest.mark.parametrize(
     ("template", "name"),
     [
-        ("attention_fwd_kernel<BFloat16, 64, true>", "attention_fwd<bf16, 64, plain>"),
+        ("attention_fwd_kernel<BFloat16, 64, (Form)0>", "attention_fwd<bf16, 64, plain>"),
+        ("attention_fwd_kernel<Float16, 64, (Form)1>", "attention_fwd<fp16, 64, masked>"),
         (
             "attention_bwd_keys_kernel<Float16, 256, false, true, false, false>",
             "attention_bwd_keys<fp16, 256, options, dk>",
@@ -86,7 +87,7 @@ def test_the_backend_takes_the_head_dims_that_are_compiled() -> None:
     ],
 )
 def test_kernels_are_named_by_their_templates(template: str, name: str) -> None:
-    qualified = re.sub(r"(BFloat16|Float16)", r"attnfast::cuda::\1", template)
+    qualified = re.sub(r"(BFloat16|Float16|Form)", r"attnfast::cuda::\1", template)
     signature = f"void attnfast::cuda::(anonymous namespace)::{qualified}(attnfast::cuda::X)"
     head_dim = re.search(r", (\d+)", template)
     found = cuda_resources.kernel(signature)

@@ -61,14 +61,16 @@ ENTRY = re.compile(
     re.DOTALL,
 )
 SASS_FUNCTION = re.compile(r"Function : (\S+)|arch = (sm_\d+)")
-# What a kernel's boolean template arguments mean, where they are true and where they are false.
+# What a kernel's template arguments after the head dim mean.
+PLAIN, SMALL = {"true": "plain", "false": "options"}, {"true": "small", "false": ""}
+KEYS, VALUES = {"true": "", "false": "dv"}, {"true": "", "false": "dk"}  # those that are wanted
 FORMS = {
-    "attention_fwd": [("plain", "options")],
-    "attention_bwd_keys": [("plain", "options"), ("", "dv"), ("", "dk"), ("small", "")],
-    "attention_bwd_queries": [("plain", "options"), ("small", "")],
-    "attention_decode": [("small", "")],
+    "attention_fwd": [{"(Form)0": "plain", "(Form)1": "masked", "(Form)2": "options"}],
+    "attention_bwd_keys": [PLAIN, KEYS, VALUES, SMALL],
+    "attention_bwd_queries": [PLAIN, SMALL],
+    "attention_decode": [SMALL],
 }
-ORDER = ("plain", "options", "small", "dk", "dv")
+ORDER = ("plain", "masked", "options", "small", "dk", "dv")
 
 
 class Kernel(NamedTuple):
@@ -257,10 +259,7 @@ def kernel(signature: str) -> Kernel:
         raise ValueError(f"cuda resources: {signature} is not a kernel of ours")
     name, dtype, *rest = match[1], *(match[2] or "").split(", ")
     head_dim, *flags = rest or ["0"]
-    forms = [
-        yes if flag == "true" else no
-        for (yes, no), flag in zip(FORMS.get(name, []), flags, strict=True)
-    ]
+    forms = [of[flag] for of, flag in zip(FORMS.get(name, []), flags, strict=True)]
     forms = sorted(filter(None, forms), key=ORDER.index)
     words = [{"BFloat16": "bf16", "Float16": "fp16", "": ""}[dtype], head_dim if rest else ""]
     inside = ", ".join(word for word in (*words, *forms) if word)

@@ -30,8 +30,9 @@ void say_backward(const char* form) {
 
 template <int kD>
 void say_all() {
-  say<ForwardShape<kD, true>>("attention_fwd", kD, ", plain");
-  say<ForwardShape<kD, false>>("attention_fwd", kD, ", options");
+  say<ForwardShape<kD, Form::kPlain>>("attention_fwd", kD, ", plain");
+  say<ForwardShape<kD, Form::kMasked>>("attention_fwd", kD, ", masked");
+  say<ForwardShape<kD, Form::kOptions>>("attention_fwd", kD, ", options");
   for (const char* name : {"attention_weights", "attention_received", "attention_weight_rows"}) {
     say<ProbabilityShape<kD>>(name, kD);
   }

@@ -94,10 +94,14 @@ struct DecodeArguments {
   bool q_aligned = false, k_aligned = false, v_aligned = false;
 };
 
-// Launches the kernels of the head dims up to kHeadDim. Plain calls have no option but positions,
-// rows that are aligned, and a positive scale.
+// What a kernel serves. Plain calls have no option but positions, rows that are aligned, and a
+// positive scale; masked ones also masks, biases, sinks and any scale.
+enum class Form { kPlain, kMasked, kOptions };
+constexpr const char* kForms[] = {"plain", "masked", "options"};
+
+// Launches the kernels of the head dims up to kHeadDim.
 template <int kHeadDim>
-void run_attention_fwd(const ForwardArguments& a, bool plain, Stream stream);
+void run_attention_fwd(const ForwardArguments& a, Form form, Stream stream);
 template <int kHeadDim>
 void run_attention_bwd(const BackwardArguments& a, bool plain, Stream stream);
 // The weights and what keys receive, where wanted, after the forward.
@@ -119,7 +123,7 @@ void run_attention_bwd_sinks(const BackwardArguments& a, Stream stream);
 #define ATTNFAST_HEAD_DIMS(X) X(32) X(64) X(96) X(128) X(192) X(256)
 #define ATTNFAST_DECLARE(kHeadDim)                                          \
   template <>                                                               \
-  void run_attention_fwd<kHeadDim>(const ForwardArguments&, bool, Stream);  \
+  void run_attention_fwd<kHeadDim>(const ForwardArguments&, Form, Stream);  \
   template <>                                                               \
   void run_attention_bwd<kHeadDim>(const BackwardArguments&, bool, Stream); \
   template <>                                                               \

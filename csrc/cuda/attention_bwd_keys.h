@@ -102,8 +102,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
       // Scores, transposed
       multiply_rows_by_rows<Element, kD>(s, k_tile + own, q_rows, lane);
       if constexpr (!kPlain) {
-        edits.apply<true>(s, head, t0, s0, lane, edge, dcapped);
-        if (edits.drops_keys()) live = live_columns(s);
+        if (edits.apply<true>(s, head, t0, s0, lane, edge, dcapped)) live = live_columns(s);
         philox.stream = static_cast<uint32_t>(head.b * p.H + head.h);
         if (philox.threshold) {
           kept_by_dropout<true, kRowTiles, kMove / 8>(kept, philox, t0, s0, lane);

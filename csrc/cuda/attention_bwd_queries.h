@@ -78,8 +78,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
       // Scores
       multiply_rows_by_rows<Element, kD>(s, q_tile + own, k_rows, lane);
       if constexpr (!kPlain) {
-        edits.apply<false>(s, head, t0, s0, lane, edge, dcapped);
-        if (edits.drops_keys()) live = live_columns(s);
+        if (edits.apply<false>(s, head, t0, s0, lane, edge, dcapped)) live = live_columns(s);
         if (philox.threshold) {
           kept_by_dropout<false, kRowTiles, kMove / 8>(kept, philox, t0, s0, lane);
         }

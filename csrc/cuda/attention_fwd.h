@@ -17,11 +17,13 @@
 
 namespace attnfast::cuda {
 
-// Plain calls: no option but positions, rows aligned, a positive scale. kM queries, kN keys.
-template <int kD, bool kPlain>
+// kM queries, kN keys.
+template <int kD, Form kForm>
 struct ForwardShape {
-  static constexpr int kWarps = kD > 128 || kPlain ? 4 : 8;
-  static constexpr int kRowTiles = kD <= 128 && kPlain ? 2 : 1;  // of 16 rows, per warp
+  static constexpr bool kPlain = kForm == Form::kPlain;
+  static constexpr int kRowTiles =
+      kD <= 128 && kForm != Form::kOptions ? 2 : 1;  // of 16 rows, per warp
+  static constexpr int kWarps = kD > 128 || kRowTiles == 2 ? 4 : 8;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kM = kWarps * kRowTiles * 16;
   // The most with which hardly anything spills.
@@ -50,12 +52,13 @@ struct Moments {
   float distance_sum[kRows];  // of exp(s - m) |j - t'|
 };
 
-template <class Element, int kD, bool kPlain>
-ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
+template <class Element, int kD, Form kForm>
+ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kForm>::kThreads), 1)
     attention_fwd_kernel(ATTNFAST_PARAMS ForwardArguments arguments) {
-  using Shape = ForwardShape<kD, kPlain>;
+  using Shape = ForwardShape<kD, kForm>;
   constexpr int kM = Shape::kM, kN = Shape::kN, kThreads = Shape::kThreads;
   constexpr int kRowTiles = Shape::kRowTiles, kRows = 2 * kRowTiles;
+  constexpr bool kPlain = kForm == Form::kPlain, kOptions = kForm == Form::kOptions;
   if (!has_code<Element, Shape::kOnTuring>()) return;
   const ForwardParams& p = arguments.p;
 
@@ -67,7 +70,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   if (t_block >= head.T) return;
   const int t_last = min_of(t_block + kM, head.T) - 1;
   const int key_begin = head.first_key(t_block) / kN * kN, key_end = head.end_key(t_last);
-  const ScoreEdits edits(arguments, head);
+  ScoreEdits edits(arguments, head);
+  if constexpr (!kOptions) edits.slope = 0.0f, edits.units.softcap = 0.0f;
   const Philox philox(p, arguments.dropout, head.b, head.h);
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
   const int t0 = t_block + warp * kRowTiles * 16;  // the warp's first query
@@ -95,9 +99,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   }
 
   // Load q, and the first k
-  TileWalk<Element, kD, kN, kThreads, !kPlain> k_walk(k, key_begin), v_walk(v, key_begin);
+  TileWalk<Element, kD, kN, kThreads, kOptions> k_walk(k, key_begin), v_walk(v, key_begin);
   if (key_begin < key_end) {
-    load_tile<kD, kM, kThreads, !kPlain>(q_tile, q, t_block);
+    load_tile<kD, kM, kThreads, kOptions>(q_tile, q, t_block);
     k_walk.load(k_tile, k, key_begin);
   }
   commit_copies();
@@ -117,10 +121,11 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
       multiply_rows_by_rows<Element, kD>(s, of_q.again(), of_k.again());
       const bool edge = !inner.has(s0);
       if constexpr (kPlain) {
-        if (edge) edits.mask_positions<false>(s, head, t0, s0, lane);
+        // Anew where they are wanted: kept, they take registers that D = 64 lacks.
+        const auto anew = [](int x) { return kD <= 64 ? opaque(x) : x; };
+        if (edge) edits.mask_positions<false>(s, head, anew(t0), s0, anew(lane));
       } else {
-        edits.apply<false>(s, head, t0, s0, lane, edge);
-        if (edits.drops_keys()) live = live_columns(s);
+        if (edits.apply<false>(s, head, t0, s0, lane, edge)) live = live_columns(s);
       }
     }
 
@@ -146,7 +151,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
       const float drop = softmax.m[r] - base[r];  // of the old maximum, in units
       const float rescale = exp2_fast(drop * to_log2);
       softmax.m[r] = m;
-      if constexpr (!kPlain) {
+      if constexpr (kOptions) {
         if (p.entropy) {
           const float moved = rescale > 0.0f ? drop : 0.0f;
           moments.depth_sum[r] = rescale * (moments.depth_sum[r] + moved * softmax.l[r]);
@@ -160,7 +165,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
       base_log2[r] = base[r] * to_log2;
       farthest = fmaxf(farthest, fabsf(base_log2[r]));
     }
-    const bool wants_depths = !kPlain && p.entropy;
+    const bool wants_depths = kOptions && p.entropy;
     if (wants_depths || any_lane(farthest > kFar)) {
       ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
         if (!wants_depths && !(fabsf(base_log2[r]) > kFar)) continue;
@@ -193,7 +198,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
     } else {
       to_probabilities([](int, int, int, float, float) {});
     }
-    if constexpr (!kPlain) {
+    if constexpr (kOptions) {
       if (philox.threshold) {
         uint32_t kept[kRowTiles];
         kept_by_dropout<false, kRowTiles, kN / 8>(kept, philox, t0, s0, lane);
@@ -215,7 +220,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
   // Row by row: what its four lanes have, together
   if (t0 >= head.T) return;
   const Scaling& units = arguments.units;
-  const float keep_scale = kPlain ? 1.0f : arguments.dropout.keep_scale;
+  const float keep_scale = !kOptions ? 1.0f : arguments.dropout.keep_scale;
   float factor[kRows];  // from acc to the output
   ATTNFAST_UNROLL for (int r = 0; r < kRows; ++r) {
     const int t = t0 + r * 8 + lane / 4;
@@ -225,7 +230,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
     float rescale = 1.0f, depth_sum = 0.0f, distance_sum = 0.0f;
     if constexpr (!kPlain) {
       depth_sum = moments.depth_sum[r], distance_sum = moments.distance_sum[r];
-      if (p.entropy) {
+      if (kOptions && p.entropy) {
         depth_sum += shuffle_xor(depth_sum, 1), distance_sum += shuffle_xor(distance_sum, 1);
         depth_sum += shuffle_xor(depth_sum, 2), distance_sum += shuffle_xor(distance_sum, 2);
       }
@@ -253,7 +258,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
       store_global(p.lse + row, any ? m * units.to_natural + log_l : -kInfinity);
       store_global(p.norm + row, any ? m : 0.0f);
       store_global(p.norm + p.norm_plane + row, any ? log2_l : kInfinity);
-      if constexpr (!kPlain) {
+      if constexpr (kOptions) {
         if (p.entropy) {
           const float entropy = any ? log_l - depth_sum / l * units.to_natural : 0.0f;
           const float focus = exp2_fast((softmax.m[r] - m) * units.to_log2) / l;
@@ -268,22 +273,25 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kPlain>::kThreads), 1)
 
   // Store
   auto* out = head.rows_to<Element>(p.out, head.h, head.q_begin);
-  store_rows<kD, !kPlain>(acc, factor, q_rows, out + t0 * p.out.t, p.out.t, head.T - t0, D_v,
-                          arguments.out_aligned, lane);
+  store_rows<kD, kOptions>(acc, factor, q_rows, out + t0 * p.out.t, p.out.t, head.T - t0, D_v,
+                           arguments.out_aligned, lane);
 }
 
-template <class Element, int kD, bool kPlain>
+template <class Element, int kD, Form kForm>
 void launch_attention_fwd(const ForwardArguments& arguments, Stream stream) {
-  using Shape = ForwardShape<kD, kPlain>;
+  using Shape = ForwardShape<kD, kForm>;
   static_assert(Shape::kSharedBytes <= kSharedLimit);
   if constexpr (!Shape::kOnTuring) {
-    if (on_turing(stream)) return launch_attention_fwd<Element, kD, false>(arguments, stream);
+    if (on_turing(stream)) {
+      return launch_attention_fwd<Element, kD, Form::kOptions>(arguments, stream);
+    }
   }
   ForwardArguments a = arguments;
   a.query_blocks = (a.p.T + Shape::kM - 1) / Shape::kM;
   launch<ForwardArguments>(
-      kernel_name<Element, kD, kPlain>("attention_fwd"), attention_fwd_kernel<Element, kD, kPlain>,
-      a.p.B * a.p.H * a.query_blocks, Shape::kThreads, Shape::kSharedBytes, stream, a);
+      kernel_name<Element, kD>("attention_fwd", kForms[static_cast<int>(kForm)]),
+      attention_fwd_kernel<Element, kD, kForm>, a.p.B * a.p.H * a.query_blocks, Shape::kThreads,
+      Shape::kSharedBytes, stream, a);
 }
 
 }  // namespace attnfast::cuda

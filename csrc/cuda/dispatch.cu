@@ -60,10 +60,11 @@ void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t ro
   ForwardArguments a{p, Scaling(p), Dropout(p, dropout), rows_q, rows_k};
   a.q_aligned = aligned(p.q, p.D), a.k_aligned = aligned(p.k, p.D);
   a.v_aligned = aligned(p.v, p.D_v), a.out_aligned = aligned(p.out, p.D_v);
-  const bool simple =
-      plain(p) && !p.entropy && a.q_aligned && a.k_aligned && a.v_aligned && a.out_aligned;
+  const bool aligned = a.q_aligned && a.k_aligned && a.v_aligned && a.out_aligned;
+  const bool others = p.entropy || p.dropout_p > 0.0 || p.softcap > 0.0f || p.alibi_slopes;
+  const Form form = !aligned || others ? Form::kOptions : plain(p) ? Form::kPlain : Form::kMasked;
   with_head_dim(p, [&](auto head_dim) {
-    run_attention_fwd<head_dim()>(a, simple, stream);
+    run_attention_fwd<head_dim()>(a, form, stream);
     if (p.weights.data || p.received) run_attention_weights<head_dim()>(a, stream);
   });
 }

@@ -17,10 +17,14 @@ template <class Params>
 using Kernel = void (*)(Params);
 
 // "attention_fwd<bf16, 64, plain>"
+template <class Element, int kD>
+std::string kernel_name(const std::string& name, const std::string& form) {
+  const char* dtype = std::is_same_v<Element, Float16> ? "<fp16, " : "<bf16, ";
+  return name + dtype + std::to_string(kD) + ", " + form + ">";
+}
 template <class Element, int kD, bool kPlain>
 std::string kernel_name(const char* name) {
-  const char* dtype = std::is_same_v<Element, Float16> ? "<fp16, " : "<bf16, ";
-  return std::string(name) + dtype + std::to_string(kD) + (kPlain ? ", plain>" : ", options>");
+  return kernel_name<Element, kD>(name, kPlain ? "plain" : "options");
 }
 
 #ifdef ATTNFAST_EMULATOR

@@ -1,11 +1,12 @@
 // Tiles of scores in registers, and every option applied to them: the one place where positions,
-// masks, bias, ALiBi and softcap live (but for decoding, attention_decode.cu).
+// ALiBi and softcap live, and with masks.h masks and biases (but for decoding, attention_decode.cu).
 //
 // A warp's tile is [kM][kN][4]: 16 * kM queries by 8 * kN keys, or kTransposed, 16 * kM keys by 8 *
 // kN queries (tile.h says which lane holds what). Scores are in the Units of arguments.h.
 #pragma once
 #include "arguments.h"
 #include "head.h"
+#include "masks.h"
 #include "prims/prims.h"
 
 namespace attnfast::cuda {
@@ -20,42 +21,6 @@ template <bool kTransposed>
 ATTNFAST_DEVICE Position position_of(int t0, int s0, int m, int n, int e, int lane) {
   const int row = m * 16 + e / 2 * 8 + lane / 4, column = n * 8 + lane % 4 * 2 + e % 2;
   return kTransposed ? Position{t0 + column, s0 + row} : Position{t0 + row, s0 + column};
-}
-
-// Finite where x is.
-ATTNFAST_DEVICE float narrowed(double x) {
-  const auto y = static_cast<float>(x);
-  if (fabsf(y) != kInfinity || fabs(x) == static_cast<double>(kInfinity)) return y;
-  return y > 0.0f ? kLargest : -kLargest;
-}
-
-// Calls run(Number()) with the type of a bias's elements.
-template <class Run>
-ATTNFAST_DEVICE void with_number(DType dtype, Run run) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return run(float());
-    case DType::kBFloat16:
-      return run(BFloat16());
-    case DType::kFloat16:
-      return run(Float16());
-    default:
-      return run(double());
-  }
-}
-
-ATTNFAST_DEVICE float addend_of(float x) { return x; }
-ATTNFAST_DEVICE float addend_of(double x) { return narrowed(x); }
-ATTNFAST_DEVICE float addend_of(BFloat16 x) { return to_float(x); }
-ATTNFAST_DEVICE float addend_of(Float16 x) { return to_float(x); }
-
-// An element of a bias, or of the weights' gradient.
-ATTNFAST_DEVICE float load_addend(const View& x, int64_t element) {
-  float addend;
-  with_number(x.dtype, [&](auto number) {
-    addend = addend_of(load_global(static_cast<const decltype(number)*>(x.data) + element));
-  });
-  return addend;
 }
 
 // The options that change scores, as one head sees them.
@@ -74,14 +39,11 @@ struct ScoreEdits {
     bias_at = head.b * bias.b + head.h * bias.h;
   }
 
-  // Whether keys may be left out that positions allow.
-  ATTNFAST_DEVICE bool drops_keys() const { return mask.data || bias.data; }
-
   // Products q k^T to scores, -inf where a query may not attend. `edge`: some of the tile's keys
   // are out of reach of some of its queries. `dcapped`, unless null, takes d capped / d uncapped,
-  // which is 1 without a softcap.
+  // which is 1 without a softcap. Returns whether a mask or a bias leaves some key out.
   template <bool kTransposed, int kM, int kN>
-  ATTNFAST_DEVICE void apply(float (&s)[kM][kN][4], const Head& head, int t0, int s0, int lane,
+  ATTNFAST_DEVICE bool apply(float (&s)[kM][kN][4], const Head& head, int t0, int s0, int lane,
                              bool edge, float (*dcapped)[kN][4] = nullptr) const {
     const auto each = [&](auto f) {
       ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
@@ -93,10 +55,12 @@ struct ScoreEdits {
         }
       }
     };
-    each([&](float x, Position, float* derivative) {
-      if (derivative) *derivative = 1.0f;
-      return x * units.factor;
-    });
+    if (dcapped || units.factor != 1.0f) {
+      each([&](float x, Position, float* derivative) {
+        if (derivative) *derivative = 1.0f;
+        return x * units.factor;
+      });
+    }
     if (units.softcap > 0.0f) {
       each([&](float x, Position, float* derivative) {
         const float tanh_x = tanhf(x * units.uncap);
@@ -109,19 +73,18 @@ struct ScoreEdits {
         return x - slope * fabsf(static_cast<float>(at.key - at.t - head.shift));
       });
     }
+    bool leaves_out = false;
     if (bias.data) {
       with_number(bias.dtype, [&](auto number) {
-        join<kTransposed>(s, head, t0, s0, lane, bias, bias_at, number, [&](float x, auto element) {
-          const float addend = addend_of(element);
-          return addend == -kInfinity ? addend : fmaf(addend, units.natural, x);
-        });
+        const Biasing<decltype(number)> biasing{units.natural};
+        leaves_out |= join<kTransposed>(s, biasing, bias, bias_at, head, t0, s0, lane);
       });
     }
     if (mask.data) {
-      join<kTransposed>(s, head, t0, s0, lane, mask, mask_at, uint8_t(),
-                        [](float x, uint8_t attends) { return attends ? x : -kInfinity; });
+      leaves_out |= join<kTransposed>(s, Masking(), mask, mask_at, head, t0, s0, lane);
     }
     if (edge) mask_positions<kTransposed>(s, head, t0, s0, lane);
+    return leaves_out;
   }
 
   // `value` where positions do not allow a query its key.
@@ -139,46 +102,6 @@ struct ScoreEdits {
   }
 
  private:
-  // Each score with its element of a mask or a bias; -inf where there is no such query or key. All
-  // of a row's elements are under way before the first is waited for.
-  template <bool kTransposed, class Number, class Join, int kM, int kN>
-  static ATTNFAST_DEVICE void join(float (&s)[kM][kN][4], const Head& head, int t0, int s0,
-                                   int lane, const View& with, int64_t at, Number, Join f) {
-    const auto* first = static_cast<const Number*>(with.data) + at;
-    const int64_t along = kTransposed ? with.t : with.d, down = kTransposed ? with.d : with.t;
-    constexpr int kQueries = kTransposed ? kN * 8 : kM * 16, kKeys = kTransposed ? kM * 16 : kN * 8;
-    const bool inside = t0 + kQueries <= head.T && s0 + kKeys <= head.S;
-    const int rows = kTransposed ? head.S - s0 : head.T - t0;
-    const int columns = kTransposed ? head.T - t0 : head.S - s0;
-    first += t0 * with.t + s0 * with.d;
-    ATTNFAST_UNROLL for (int r = 0; r < 2 * kM; ++r) {
-      const int row = r * 8 + lane / 4, column = lane % 4 * 2;
-      Number element[kN][2];
-      const auto load = [&](int64_t step, auto place) {
-        const Number* of_row = first + place(row, rows) * down;
-        ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
-          ATTNFAST_UNROLL for (int e = 0; e < 2; ++e) {
-            element[n][e] = load_global(of_row + place(column + n * 8 + e, columns) * step);
-          }
-        }
-      };
-      if (!inside) {
-        load(along, [](int i, int n) { return min_of(i, n - 1); });
-      } else if (along == 1) {
-        load(1, [](int i, int) { return i; });
-      } else {
-        load(along, [](int i, int) { return i; });
-      }
-      ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
-        ATTNFAST_UNROLL for (int e = 0; e < 2; ++e) {
-          float& x = s[r / 2][n][r % 2 * 2 + e];
-          x = f(x, element[n][e]);
-          if (!inside && (row >= rows || column + n * 8 + e >= columns)) x = -kInfinity;
-        }
-      }
-    }
-  }
-
   int64_t mask_at, bias_at;
 };
 

@@ -9,8 +9,9 @@ from typing import Any
 import decode_cases
 import pytest
 import torch
-from cases import CASES, EVERYTHING, Case, bf16, fp16, problem, run
-from emulation import SEEDS, architecture, check_case, places, schedule
+from accuracy import check
+from cases import CASES, EVERYTHING, Case, bf16, fp16, fp32, problem, run
+from emulation import SEEDS, architecture, check_case, places, sabotage, schedule
 from test_given_back import CALLS as GIVEN_BACK
 from test_given_back import EACH, complaint
 from torch import Tensor
@@ -21,6 +22,7 @@ from attnfast.backends import cuda, gpus
 from attnfast.call import DecodeInputs, DecodeOptions, Inputs, Options
 from attnfast.functional import attention_problem
 
+fp64 = torch.float64
 PLAIN = Case("plain", B=1, H_kv=1, T=150, S=200, D=64, dtype=bf16, causal=True)
 OPTIONS = replace(EVERYTHING, name="options", dtype=fp16, H=2, H_kv=1, T=90)
 
@@ -147,6 +149,76 @@ def test_where_backward_is_one_pass(arch: int, case: Case, one_pass: bool) -> No
         files = {place.file for place in places(lambda: results(case))}
     assert ("attention_bwd_fused.h" in files) == one_pass
     assert ("attention_bwd_queries.h" in files) != one_pass
+
+
+# Masks and biases in pairs and one by one (an odd S), of every dtype, alone and together.
+MASKED = [
+    replace(case, B=1, H=2, H_kv=1, T=150, S=S, D=D, dtype=dtype)
+    for S, D, dtype in ((192, 32, fp16), (192, 64, bf16), (201, 64, fp16), (192, 128, bf16))
+    for case in (
+        Case("mask", mask="ts"),
+        Case("keys", mask="hs", causal=True, scale=-0.3),
+        Case("bias", bias="hts", masking_bias=True),
+        Case("fp32", bias="ts", bias_dtype=fp32, sinks=True),
+        Case("fp64", bias="ht", bias_dtype=fp64, masking_bias=True, window=(90, 40)),
+        Case("both", bias="hts", mask="bs", sinks=True, causal=True, align="bottom_right"),
+    )
+]
+
+
+@pytest.mark.parametrize("case", MASKED, ids=str)
+def test_masks_and_biases(case: Case) -> None:
+    check_case(case)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_masks_that_leave_few_keys_out(bias: bool, shift: int, D: int) -> None:
+    """Whole tiles without one, at even and at odd addresses: padding beside nothing at all."""
+    case = Case("few", B=1, H=1, H_kv=1, T=150, S=192, D=D, dtype=bf16)
+    given = problem(replace(case, **{"bias" if bias else "mask": "ts"}))
+    wide = torch.randn(1, 1, 150, 194).to(bf16) if bias else torch.ones(1, 1, 150, 194) > 0
+    x = wide[..., shift : shift + 192]
+    x[..., 40:, 170:] = -torch.inf if bias else False
+    x[..., 7, 3] = -torch.inf if bias else False
+    inputs = given.inputs._replace(**{"bias" if bias else "mask": x})
+    for poison in (0.0, torch.nan):  # of a key that nobody attends
+        x[..., 180] = -torch.inf if bias else False
+        v = inputs.v.clone()
+        v[:, :, 180] = poison
+        found = run(given._replace(inputs=inputs._replace(v=v)), "cuda")
+        clean = inputs._replace(v=v.nan_to_num())
+        check(found, given._replace(inputs=clean))
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [
+        (Case(D=64), "64, plain"),
+        (Case(D=64, mask="ts"), "64, masked"),
+        (Case(D=20, bias="s", sinks=True, scale=-1.0), "32, options"),  # rows of 40 bytes
+        (Case(D=24, bias="s", sinks=True, scale=-1.0), "32, masked"),
+        (Case(D=64, mask="ts", softcap=5.0), "64, options"),
+        (Case(D=64, mask="ts", dropout_p=0.3), "64, options"),
+        (Case(D=64, alibi="h"), "64, options"),
+        (Case(D=64, stats=1), "64, options"),
+        (Case(D=72, mask="ts"), "96, options"),
+    ],
+    ids=str,
+)
+def test_which_form_of_the_forward_serves(case: Case, form: str) -> None:
+    case = replace(case, name="", B=1, H=1, H_kv=1, T=20, S=30, dtype=bf16, grads=())
+
+    def run() -> None:
+        results(case)
+
+    stored = [x for x in places(run) if x.file == "attention_fwd.h" and x.op == "store_global"]
+    with (
+        sabotage("shift", stored[0], 1 << 22),
+        pytest.raises(RuntimeError, match=rf"attention_fwd<bf16, {form}>"),
+    ):
+        run()
 
 
 @pytest.mark.parametrize("D", [64, 96, 128, 192, 256])

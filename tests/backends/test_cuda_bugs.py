@@ -135,6 +135,8 @@ CASES = {
         "wide", B=1, H_kv=1, T=70, S=100, D=128, dtype=fp16, window=(40, 20), align="bottom_right"
     ),
     "options": OPTIONS,
+    "masked": Case("masked", B=1, H=1, H_kv=1, T=140, S=130, D=64, mask="ts", dtype=bf16),
+    "odd bias": Case("odd_bias", B=1, H=2, H_kv=1, T=70, S=71, D=32, bias="ts", dtype=fp16),
     "weights": Case(
         "weights",
         B=1,
