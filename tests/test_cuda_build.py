@@ -223,7 +223,7 @@ def test_a_tile_s_instructions_are_those_of_a_turn_in_the_middle() -> None:
     """Two products a turn, of 64 that 64 x 64 scores take: 32 turns."""
     found = tile_of(LOOP)
     assert found == {
-        "mma": 64, "ldmatrix": 0, "copies": 32, "shared": 0, "global": 32, "mufu": 32,
+        "mma": 64, "ldmatrix": 0, "copies": 32, "exchange": 0, "global": 32, "mufu": 32,
         "float": 32, "control": 6 * 32, "integer": 32, "total": 13 * 32,
     }  # fmt: skip
     assert tile_of(LOOP, products=4)["total"] == 2 * found["total"]

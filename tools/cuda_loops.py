@@ -28,7 +28,7 @@ CLASSES = {
     "mma": "HMMA",
     "ldmatrix": "LDSM",
     "copies": "LDGSTS LDGDEPBAR DEPBAR",
-    "shared": "LDS STS SHFL",
+    "exchange": "LDS STS SHFL",
     "global": "LDG STG LD. ST. LDL STL ATOM RED",
     "mufu": "MUFU",
     "float": "FFMA FMUL FADD FMNMX FSEL FSETP F2F HADD2 HMUL2 HFMA2 I2F F2I DFMA DMUL DADD",

@@ -42,7 +42,14 @@ INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS", "STG")  # tensor cores, ldmatrix, cp.a
 TURING = "sm_75"  # no bf16, no cp.async; it alone has the small forms
 WITHOUT_SPILLS = 128  # head dims up to here, but for
 # what takes fewer instructions so: bytes stored and loaded, at most on any architecture.
-SPILLS: dict[str, int] = {}
+SPILLS = {
+    "attention_fwd<64, plain>": 552,  # on sm_75; later, 152
+    "attention_fwd<64, masked>": 140,
+    "attention_fwd<128, plain>": 60,
+    "attention_fwd<128, options>": 64,
+    "attention_bwd_fused<128>": 60,
+    "attention_bwd_keys<64, plain>": 48,
+}
 TOOLKIT = "13.0"  # whose ptxas the table is of
 COUNTED = ("sm_80", "sm_90")  # the architectures whose loops are counted
 GROWTH = 1.02  # of a loop's instructions
