@@ -151,7 +151,10 @@ def test_the_committed_table_is_of_all_architectures_and_without_faults() -> Non
     """Read back from the file: the library of the wheel is built for these."""
     usages: cuda_resources.Usages = {}
     with cuda_resources.TABLE.open() as file:
-        for row in csv.DictReader(file):
+        rows = csv.DictReader(file)
+        columns = rows.fieldnames or []
+        assert len({*columns}) == len(columns) > 0
+        for row in rows:
             head_dim = re.search(r"(?<= )\d+", row["kernel"])
             each = Kernel(row["kernel"], int(head_dim[0]) if head_dim else 0)
             numbers = [int(row[name]) for name in cuda_resources.INSTRUCTIONS[:-1]]
