@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FORWARD = "attention_fwd_kernel"
-KEYS = {"triton": "dkdv_kernel", "cuda": "attention_bwd_keys_kernel"}
+KEYS = {"triton": "dkdv_kernel", "cuda": "attention_bwd_fused_kernel"}
 HOPPER = "attention_fwd_hopper_kernel"
 WRONG = "beyond the accuracy rule"
 RACE = "race: shared byte"
@@ -127,7 +127,7 @@ CUDA = tuple(
         *of_products("cuda", arch, CUDA_BARRIER, r"cp\.async\.wait_group\s+0;"),
         Planted(
             "a matrix's rows that other lanes are writing",
-            "cuda", arch, KEYS["cuda"],
+            "cuda", arch, FORWARD,
             r"bar\.warp\.sync\s+\S+;", "", RACE,
         ),
         Planted(
