@@ -36,7 +36,7 @@ from .gradients import before_cap, entropy_gradient, score_gradients, weight_gra
 from .head import key_range, query_range, scheduled, sequence_of, tiles_of
 from .launch import Launch, launch
 from .rows import at_head, load_rows, offset, row_at, store_rows, without_dead_rows
-from .scores import LN2, edit_scores, norm_of, probabilities, slope_of
+from .scores import LN2, edit_scores, norm_of, probabilities, rounded_product, slope_of
 
 
 class Given(NamedTuple):
@@ -105,7 +105,7 @@ def row_terms_kernel(x, g, p, f, tile):
     out = load_rows(out_base, row, g.out_t, live_row, f.D_V, tile.BLOCK_DV, f, True)
     do_base = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
     do = load_rows(do_base, row, g.do_t, live_row & has_keys, f.D_V, tile.BLOCK_DV, f, True)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    delta = tl.sum(rounded_product(out.to(tl.float32), do.to(tl.float32)), 1)
 
     if g.grad_weights is not None:
         mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)

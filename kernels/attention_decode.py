@@ -30,7 +30,7 @@ from .arguments import Call, Tile, block, dense, gather, row_strides
 from .head import narrow
 from .launch import Launch, launch
 from .rows import store_rows, without_dead_rows
-from .scores import edit_scores, in_log2, in_units, natural
+from .scores import edit_scores, in_log2, in_units, natural, rounded_product
 
 MIN_PIECE = tl.constexpr(256)  # keys
 MAX_PIECES = tl.constexpr(128)  # that a sequence's keys are cut into
@@ -184,7 +184,7 @@ def combine_kernel(x, c, p, f, tile):
         top = tl.maximum(top, sink_units)
     base = tl.where(top == -float("inf"), 0.0, top)
     without_keys = tl.sum(l, 0) == 0.0
-    total = tl.sum(l * tl.exp2(in_log2(m - base, p, f)), 0)
+    total = tl.sum(rounded_product(l, tl.exp2(in_log2(m - base, p, f))), 0)
     if x.sinks is not None:
         l_sink = tl.exp2(in_log2(sink_units - base, p, f))
         total += l_sink
@@ -203,7 +203,7 @@ def combine_kernel(x, c, p, f, tile):
         rows = (at + part * group_rows) * f.D_V
         inside = live[:, None] & (dims < f.D_V)[None, :]
         acc_part = tl.load(c.acc + rows[:, None] + dims[None, :], mask=inside, other=0.0)
-        acc += tl.sum(acc_part * rescale[:, None], 0)
+        acc += tl.sum(rounded_product(acc_part, rescale[:, None]), 0)
     # Store
     acc = tl.where(without_keys, 0.0, acc / total)
     out = c.out + b.to(tl.int64) * c.out_b + h.to(tl.int64) * c.out_h + t.to(tl.int64) * c.out_t

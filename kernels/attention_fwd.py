@@ -29,7 +29,7 @@ from .dropout import kept_by_dropout
 from .head import distances, key_range, scheduled, sequence_of, tiles_of
 from .launch import Launch, launch
 from .rows import at_head, load_rows, offset, row_at, store_rows, without_dead_rows
-from .scores import LN2, edit_scores, in_log2, in_units, natural, slope_of
+from .scores import LN2, edit_scores, in_log2, in_units, natural, rounded_product, slope_of
 
 
 class ForwardResults(NamedTuple):
@@ -97,9 +97,8 @@ def attention_fwd_kernel(x, to, p, f, tile):
                 if to.stats is not None:
                     moved = tl.where(rescale > 0.0, rescale * (depth_sum + l * drop), 0.0)
                     depth_sum = moved + tl.sum(tl.where(probs > 0.0, probs * depth, 0.0), 1)
-                    distance_sum = rescale * distance_sum + tl.sum(
-                        probs * distances(t[:, None], j[None, :], shift), 1
-                    )
+                    far = rounded_product(probs, distances(t[:, None], j[None, :], shift))
+                    distance_sum = rescale * distance_sum + tl.sum(far, 1)
                 l = l * rescale + tl.sum(probs, 1)
                 m = m_new
                 if f.DROPOUT:

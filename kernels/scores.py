@@ -39,10 +39,12 @@ def in_units(x, f):
 
 @triton.jit
 def rounded_product(x, y):
-    """A product that the compiler cannot fuse with a subtraction that follows.
+    """A product that the compiler cannot fuse with a sum that follows.
 
     A score so fused would not be rounded as the maximum is that is taken from it, and where both
-    are huge exp2 of the difference would overflow.
+    are huge exp2 of the difference would overflow. In a sum over lanes each lane would add its own
+    product unrounded to its neighbour's rounded one, so that the lanes which hold the same row
+    would disagree in the last bit.
     """
     return tl.fma(x, y, 0.0)
 

@@ -15,6 +15,7 @@ from ptx import session
 from torch import Tensor
 
 ARCHS = ("75", "80", "90")
+HALF = (fp16,) if session.ARCH == "75" else (bf16, fp16)
 T, S, D = 150, 200, 64  # no tile has more of them
 
 
@@ -30,7 +31,7 @@ def grown(case: Case) -> Case:
 @pytest.mark.parametrize("case", OPTIONS, ids=lambda case: case.name)
 def test_option(backend: str, case: Case) -> None:
     """In one dtype on each architecture, and in another on the next."""
-    dtypes = {"triton": DTYPES, "cuda": DTYPES[1:]}[backend] if session.ARCH != "75" else [fp16]
+    dtypes = DTYPES if backend == "triton" else HALF
     turn = zlib.crc32(case.name.encode()) + ARCHS.index(session.ARCH)
     given = problem(grown(replace(case, dtype=dtypes[turn % len(dtypes)])))
     check(run(given, backend), given)
@@ -40,7 +41,7 @@ def test_option(backend: str, case: Case) -> None:
 @pytest.mark.parametrize("i", range(len(DECODE_CASES)), ids=lambda i: DECODE_CASES[i].name)
 def test_decode(backend: str, way: str, i: int) -> None:
     """In a 16-bit dtype, fp32 being the table's."""
-    call = make(replace(DECODE_CASES[i], dtype=DTYPES[1 + i % 2]))
+    call = make(replace(DECODE_CASES[i], dtype=HALF[i % len(HALF)]))
     judge(WAYS[way](call, backend), call)
 
 
@@ -59,9 +60,8 @@ def test_kernels_for_another_alignment(backend: str, name: str) -> None:
     refuses.
     """
     case = next(case for case in OPTIONS if case.name == name)
-    dtype = fp16 if session.ARCH == "75" else bf16
     for D in (64, 40, 33):
-        given = problem(replace(grown(case), D=D, D_v=D, T=70, S=70, dtype=dtype))
+        given = problem(replace(grown(case), D=D, D_v=D, T=70, S=70, dtype=HALF[0]))
         for elements in (0, 1, 4, 8, 1, 0):
             moved = {x: shifted(getattr(given.inputs, x), elements) for x in "qkv"}
             moved_too = given._replace(inputs=given.inputs._replace(**moved))
