@@ -178,9 +178,9 @@ def dq_kernel(x, g, to, p, f, tile):
 
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
     begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
-    for part in tl.static_range(3):
-        if part > 0 or f.HAS_LEFT:
-            first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
+    for part in tl.static_range(0 if f.HAS_LEFT else 1, 3):
+        first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
+        if first < last:  # without it ptxas waits for each product of Hopper's by itself
             for j0 in tl.range(first, last, tile.BLOCK_N):
                 # Load
                 j = j0 + key
@@ -254,10 +254,9 @@ def dkdv_kernel(x, g, to, p, f, tile):
             if part == 1 and not f.HAS_LEFT:
                 last = end
             count = tl.maximum(tl.cdiv(last - first, tile.BLOCK_M), 0)
-            for i in tl.range(0, p.group * count):
+            h, t0 = h_kv * p.group, first
+            for _ in tl.range(0, p.group * count):
                 # Load
-                h = h_kv * p.group + i // count
-                t0 = first + i % count * tile.BLOCK_M
                 t = t0 + row
                 live = (t >= begin) & (t < end)
                 at = row_at(x, p, b, h, q_row) + t
@@ -298,6 +297,11 @@ def dkdv_kernel(x, g, to, p, f, tile):
                 ds = before_cap(ds, tanh_x, f)
                 # dk
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=f.PRECISION)
+                # The next tile, of this head or of the next, without a division
+                t0 += tile.BLOCK_M
+                if p.group != 1:
+                    h += (t0 >= last).to(tl.int32)
+                    t0 = tl.where(t0 >= last, first, t0)
 
     # Store
     dk_base = to.dk + offset(b, to.dk_b, h_kv, to.dk_h, k_row + j0, to.dk_t)

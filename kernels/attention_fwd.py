@@ -74,9 +74,9 @@ def attention_fwd_kernel(x, to, p, f, tile):
 
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
     begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
-    for part in tl.static_range(3):
-        if part > 0 or f.HAS_LEFT:
-            first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
+    for part in tl.static_range(0 if f.HAS_LEFT else 1, 3):
+        first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
+        if first < last:  # without it ptxas waits for each product of Hopper's by itself
             for j0 in tl.range(first, last, tile.BLOCK_N):
                 # Scores
                 j = j0 + key
