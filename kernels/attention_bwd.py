@@ -36,7 +36,7 @@ from .gradients import before_cap, entropy_gradient, score_gradients, weight_gra
 from .head import key_range, query_range, scheduled, sequence_of, tiles_of
 from .launch import Launch, launch
 from .rows import at_head, load_rows, offset, row_at, store_rows, without_dead_rows
-from .scores import LN2, edit_scores, norm_of, probabilities, rounded_product, slope_of
+from .scores import LN2, attended_keys, edit_scores, norm_of, probabilities, rounded_product, slope_of
 
 
 class Given(NamedTuple):
@@ -185,10 +185,16 @@ def dq_kernel(x, g, to, p, f, tile):
                 # Load
                 j = j0 + key
                 live = (j >= begin) & (j < end)
+                if f.KEY_MASK:  # what no query attends is not even read
+                    live = live & attended_keys(mask, j, S, p)
                 k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
-                k = load_rows(k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1)
+                k = load_rows(
+                    k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1 or f.KEY_MASK
+                )
                 v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, k_row + j0, p.v_t)
-                v = load_rows(v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1)
+                v = load_rows(
+                    v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1 or f.KEY_MASK
+                )
                 # Scores
                 s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
                 s, tanh_x = edit_scores(
@@ -209,7 +215,7 @@ def dq_kernel(x, g, to, p, f, tile):
                 )
                 ds = before_cap(ds, tanh_x, f)
                 # dq
-                if mask is not None or bias is not None:
+                if (mask is not None and not f.KEY_MASK) or bias is not None:
                     k = without_dead_rows(k, tl.max((probs != 0.0).to(tl.int32), 0) == 0)
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=f.PRECISION)
 

@@ -29,7 +29,7 @@ from .dropout import kept_by_dropout
 from .head import distances, key_range, scheduled, sequence_of, tiles_of
 from .launch import Launch, launch
 from .rows import at_head, load_rows, offset, row_at, store_rows, without_dead_rows
-from .scores import LN2, edit_scores, in_log2, in_units, natural, rounded_product, slope_of
+from .scores import LN2, attended_keys, edit_scores, in_log2, in_units, natural, rounded_product, slope_of
 
 
 class ForwardResults(NamedTuple):
@@ -81,8 +81,12 @@ def attention_fwd_kernel(x, to, p, f, tile):
                 # Scores
                 j = j0 + key
                 live = (j >= begin) & (j < end)
+                if f.KEY_MASK:  # what no query attends is not even read
+                    live = live & attended_keys(mask, j, S, p)
                 k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
-                k = load_rows(k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1)
+                k = load_rows(
+                    k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1 or f.KEY_MASK
+                )
                 s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
                 s, _tanh_x = edit_scores(
                     s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, part != 1
@@ -106,8 +110,10 @@ def attention_fwd_kernel(x, to, p, f, tile):
                     probs = tl.where(kept, probs, 0.0)
                 # Output
                 v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, k_row + j0, p.v_t)
-                v = load_rows(v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1)
-                if mask is not None or bias is not None:
+                v = load_rows(
+                    v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1 or f.KEY_MASK
+                )
+                if (mask is not None and not f.KEY_MASK) or bias is not None:
                     v = without_dead_rows(v, tl.max((depth != -float("inf")).to(tl.int32), 0) == 0)
                 acc = acc * rescale[:, None]
                 acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=f.PRECISION)

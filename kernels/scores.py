@@ -91,11 +91,11 @@ def edit_scores(s, t, j, T, S, shift, mask, bias, slope, x, p, f, BY_POSITION: t
         added = tl.load(at, mask=(t < T) & (j < S), other=-float("inf")).to(tl.float32)
         s = tl.where(added == -float("inf"), added, s + added)
     if mask is not None:
-        at = mask + j.to(tl.int64) * p.mask_s
         if f.KEY_MASK:
-            attend = tl.load(at, mask=j < S, other=False)
+            attend = attended_keys(mask, j, S, p)
         else:
-            attend = tl.load(at + t.to(tl.int64) * p.mask_t, mask=(t < T) & (j < S), other=False)
+            at = mask + t.to(tl.int64) * p.mask_t + j.to(tl.int64) * p.mask_s
+            attend = tl.load(at, mask=(t < T) & (j < S), other=False)
         s = tl.where(attend, s, -float("inf"))
     if BY_POSITION:
         attend = j < S
@@ -106,6 +106,12 @@ def edit_scores(s, t, j, T, S, shift, mask, bias, slope, x, p, f, BY_POSITION: t
             attend = attend & (ahead <= narrow(shift + p.right))
         s = tl.where(attend, s, -float("inf"))
     return s, tanh_x
+
+
+@triton.jit
+def attended_keys(mask, j, S, p):
+    """Which keys j a mask that is the same for all queries lets pass."""
+    return tl.load(mask + j.to(tl.int64) * p.mask_s, mask=j < S, other=False)
 
 
 @triton.jit
