@@ -24,6 +24,7 @@ MAX_ROWS = 1 << 28  # of positions no sum then leaves 32 bits
 FARTHEST = 2**31 - 1  # positions and windows beyond are taken for this
 LARGEST = torch.finfo(torch.float32).max
 HUGE = 2.0**100
+STEEP = 2.0**28  # units of log2: two fp32 numbers beyond differ by 16 or more
 
 
 class Tensors(NamedTuple):
@@ -73,6 +74,8 @@ class Values(NamedTuple):
     alibi_h: int
     scale: float
     factor: float  # makes q k^T a score; where that is done last (LAZY) positive
+    steep: float  # q k^T from which on a score is beyond STEEP
+    power: float  # the power of two that is factor or next above
     inner: float  # with a softcap, makes q k^T what tanh is taken of
     softcap: float  # in the units of the scores
     left: int  # t' - left <= s
@@ -94,6 +97,7 @@ class Features(NamedTuple):
     SOFTCAP: bool
     NATURAL: bool  # scores in natural units instead of log2
     LAZY: bool  # scores stay q k^T until m is taken off: nothing else is done to them
+    FUSED: bool  # the forward takes m off a LAZY score in one multiply-add
     NEGATED: bool  # or -q k^T, where a LAZY scale is negative
     KEY_MASK: bool  # the mask is the same for all queries
     DROPOUT: bool
@@ -170,6 +174,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
     natural = bias is not None or max(abs(scale), softcap) > HUGE
     unit = 1.0 if natural else LOG2_E
     lazy = scale != 0 and softcap == 0 and bias is None and slopes is None and sinks is None
+    factor = (abs(scale) if lazy else scale) * unit
     inner = scale / softcap if softcap > 0 else 0.0
     right = options.window_right
     if options.causal:
@@ -195,7 +200,9 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),
         0 if slopes is None else slopes.stride(1),
         scale,
-        (abs(scale) if lazy else scale) * unit,
+        factor,
+        min(STEEP / max(factor, 1 / LARGEST), LARGEST),
+        2.0 ** math.ceil(math.log2(max(factor, 1 / HUGE))),
         max(min(inner, LARGEST), -LARGEST),
         softcap * unit,
         min(options.window_left, FARTHEST),
@@ -214,6 +221,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         softcap > 0,
         natural,
         lazy,
+        lazy and factor <= 0.5,
         lazy and scale < 0,
         mask is not None and mask_strides[2] == 0,
         p_drop > 0,

@@ -35,8 +35,27 @@ from .dropout import kept_by_dropout
 from .gradients import before_cap, entropy_gradient, score_gradients, weight_gradient
 from .head import key_range, query_range, scheduled, sequence_of, tiles_of
 from .launch import Launch, launch
-from .rows import at_head, load_rows, offset, row_at, store_rows, without_dead_rows
-from .scores import LN2, attended_keys, edit_scores, norm_of, probabilities, rounded_product, slope_of
+from .rows import (
+    at_head,
+    load_rows,
+    offset,
+    rely_on,
+    row_at,
+    start_of,
+    store_rows,
+    without_dead_rows,
+)
+from .scores import (
+    LN2,
+    attended_keys,
+    edit_scores,
+    fused_probabilities,
+    line_of_norm,
+    norm_of,
+    probabilities,
+    rounded_product,
+    slope_of,
+)
 
 
 class Given(NamedTuple):
@@ -150,6 +169,8 @@ def row_terms_kernel(x, g, p, f, tile):
 def dq_kernel(x, g, to, p, f, tile):
     """One block of queries' dq."""
     # Setup
+    rely_on(p.k_t, f)
+    rely_on(p.v_t, f)
     block, head = scheduled(p.B * p.H, tl.cdiv(p.T, tile.BLOCK_M), p.section, f.HAS_RIGHT)
     b, h = head // p.H, head % p.H
     T, S, q_row, k_row, shift = sequence_of(x, p, f, b)
@@ -174,6 +195,9 @@ def dq_kernel(x, g, to, p, f, tile):
     m, log2_l = norm_of(g.norm, g.plane, at, live_row)
     row_term = tl.load(g.row_term + at, mask=live_row, other=0.0)
     dentropy = entropy_gradient(g, at, live_row)
+    FUSED: tl.constexpr = f.FUSED and x.q.dtype.element_ty != tl.float16  # rest leaves its range
+    if FUSED:
+        factor, level, held, rest = line_of_norm(m, log2_l, p)
     dq = tl.zeros([tile.BLOCK_M, tile.BLOCK_D], tl.float32)
 
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
@@ -187,11 +211,12 @@ def dq_kernel(x, g, to, p, f, tile):
                 live = (j >= begin) & (j < end)
                 if f.KEY_MASK:  # what no query attends is not even read
                     live = live & attended_keys(mask, j, S, p)
-                k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
+                tile_row = k_row + start_of(j0, last)
+                k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, tile_row, p.k_t)
                 k = load_rows(
                     k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1 or f.KEY_MASK
                 )
-                v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, k_row + j0, p.v_t)
+                v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, tile_row, p.v_t)
                 v = load_rows(
                     v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1 or f.KEY_MASK
                 )
@@ -202,7 +227,12 @@ def dq_kernel(x, g, to, p, f, tile):
                 )
                 # Probabilities
                 holes = part != 1 or mask is not None or bias is not None
-                depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, holes)
+                if FUSED:
+                    depth, probs = fused_probabilities(
+                        s, factor[:, None], level[:, None], held[:, None], holes
+                    )
+                else:
+                    depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, holes)
                 # dP
                 dp = tl.dot(do, tl.trans(v), input_precision=f.PRECISION)
                 dw = weight_gradient(g, b, h, t[:, None], j[None, :], T, S)
@@ -220,14 +250,19 @@ def dq_kernel(x, g, to, p, f, tile):
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=f.PRECISION)
 
     # Store
+    dq = dq * p.scale
+    if FUSED:
+        dq = dq * rest[:, None]
     dq_base = to.dq + offset(b, to.dq_b, h, to.dq_h, q_row + t0, to.dq_t)
-    store_rows(dq_base, row, to.dq_t, live_row, f.D, tile.BLOCK_D, f, dq * p.scale)
+    store_rows(dq_base, row, to.dq_t, live_row, f.D, tile.BLOCK_D, f, dq)
 
 
 @triton.jit
 def dkdv_kernel(x, g, to, p, f, tile):
     """One block of keys' dk and dv, summed over the query heads that share it."""
     # Setup
+    rely_on(p.q_t, f)
+    rely_on(g.do_t, f)
     H_kv = p.H // p.group
     block, head = scheduled(p.B * H_kv, tl.cdiv(p.S, tile.BLOCK_N), p.section // p.group, False)
     b, h_kv = head // H_kv, head % H_kv
@@ -253,31 +288,53 @@ def dkdv_kernel(x, g, to, p, f, tile):
 
     j_last = tl.minimum(j0 + tile.BLOCK_N, S) - 1
     begin, end, inner_begin, inner_end = query_range(j0, j_last, T, shift, p, f)
-    for part in tl.static_range(3):
-        # rows past the end are loaded as zeros, so the last tile needs no masking by position
-        if (part != 0 or f.HAS_RIGHT) and (part != 2 or f.HAS_LEFT):
-            first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_M)
-            if part == 1 and not f.HAS_LEFT:
-                last = end
-            count = tl.maximum(tl.cdiv(last - first, tile.BLOCK_M), 0)
+    for part in tl.static_range(0 if f.HAS_RIGHT else 1, 3):
+        first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_M)
+        if first < last:
+            count = tl.cdiv(last - first, tile.BLOCK_M)
             h, t0 = h_kv * p.group, first
             for _ in tl.range(0, p.group * count):
                 # Load
                 t = t0 + row
                 live = (t >= begin) & (t < end)
-                at = row_at(x, p, b, h, q_row) + t
-                m, log2_l = norm_of(g.norm, g.plane, at, live)
-                row_term = tl.load(g.row_term + at, mask=live, other=0.0)
-                dentropy = entropy_gradient(g, at, live)
+                past = start_of(t0, last)
+                at = row_at(x, p, b, h, q_row) + past
+                if part == 1:
+                    m = tl.load(g.norm + at + row)
+                    log2_l = tl.load(g.norm + at + g.plane + row)
+                    row_term = tl.load(g.row_term + at + row)
+                else:
+                    m, log2_l = norm_of(g.norm, g.plane, at + row, live)
+                    row_term = tl.load(g.row_term + at + row, mask=live, other=0.0)
+                dentropy = entropy_gradient(g, at + row, live)
                 mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
                 bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
                 holes = part != 1 or mask is not None or bias is not None
                 if holes:  # a row of NaN, or without keys: p is known, and 0 * NaN would get out
                     live = live & (log2_l < float("inf"))
-                q_tile = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
-                q = load_rows(q_tile, row, p.q_t, live, f.D, tile.BLOCK_D, f, True)
-                do_tile = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
-                do = load_rows(do_tile, row, g.do_t, live, f.D_V, tile.BLOCK_DV, f, True)
+                tile_row = q_row + past
+                q_tile = x.q + offset(b, p.q_b, h, p.q_h, tile_row, p.q_t)
+                q = load_rows(
+                    q_tile,
+                    row,
+                    p.q_t,
+                    live,
+                    f.D,
+                    tile.BLOCK_D,
+                    f,
+                    part != 1 or mask is not None or bias is not None,
+                )
+                do_tile = g.grad_out + offset(b, g.do_b, h, g.do_h, tile_row, g.do_t)
+                do = load_rows(
+                    do_tile,
+                    row,
+                    g.do_t,
+                    live,
+                    f.D_V,
+                    tile.BLOCK_DV,
+                    f,
+                    part != 1 or mask is not None or bias is not None,
+                )
                 # Scores, transposed
                 slope = slope_of(x, p, f, b, h)
                 s = tl.dot(k, tl.trans(q), input_precision=f.PRECISION)

@@ -28,8 +28,28 @@ from .arguments import Call, Tile, block, row_strides
 from .dropout import kept_by_dropout
 from .head import distances, key_range, scheduled, sequence_of, tiles_of
 from .launch import Launch, launch
-from .rows import at_head, load_rows, offset, row_at, store_rows, without_dead_rows
-from .scores import LN2, attended_keys, edit_scores, in_log2, in_units, natural, rounded_product, slope_of
+from .rows import (
+    at_head,
+    load_rows,
+    offset,
+    rely_on,
+    row_at,
+    start_of,
+    store_rows,
+    without_dead_rows,
+)
+from .scores import (
+    LARGEST,
+    LN2,
+    attended_keys,
+    edit_scores,
+    in_log2,
+    in_units,
+    line_of,
+    natural,
+    rounded_product,
+    slope_of,
+)
 
 
 class ForwardResults(NamedTuple):
@@ -49,6 +69,8 @@ class ForwardResults(NamedTuple):
 def attention_fwd_kernel(x, to, p, f, tile):
     """One block of queries of one head."""
     # Setup
+    rely_on(p.k_t, f)
+    rely_on(p.v_t, f)
     block, head = scheduled(p.B * p.H, tl.cdiv(p.T, tile.BLOCK_M), p.section, f.HAS_RIGHT)
     b, h = head // p.H, head % p.H
     T, S, q_row, k_row, shift = sequence_of(x, p, f, b)
@@ -66,7 +88,7 @@ def attention_fwd_kernel(x, to, p, f, tile):
     # Load q
     q_base = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
     q = load_rows(q_base, row, p.q_t, t < T, f.D, tile.BLOCK_D, f, True)
-    m = tl.full([tile.BLOCK_M], -float("inf"), tl.float32)
+    m = tl.full([tile.BLOCK_M], -LARGEST if f.FUSED else -float("inf"), tl.float32)
     l = tl.zeros([tile.BLOCK_M], tl.float32)
     acc = tl.zeros([tile.BLOCK_M, tile.BLOCK_DV], tl.float32)
     depth_sum = tl.zeros([tile.BLOCK_M], tl.float32)  # of e^(s - m) (s - m), in units of log2
@@ -83,7 +105,8 @@ def attention_fwd_kernel(x, to, p, f, tile):
                 live = (j >= begin) & (j < end)
                 if f.KEY_MASK:  # what no query attends is not even read
                     live = live & attended_keys(mask, j, S, p)
-                k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
+                tile_row = k_row + start_of(j0, last)
+                k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, tile_row, p.k_t)
                 k = load_rows(
                     k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1 or f.KEY_MASK
                 )
@@ -93,10 +116,16 @@ def attention_fwd_kernel(x, to, p, f, tile):
                 )
                 # Softmax
                 m_new = tl.maximum(m, tl.max(s, 1))
-                base = tl.where(m_new == -float("inf"), 0.0, m_new)
-                depth = in_log2(s - base[:, None], p, f)
+                if f.FUSED:
+                    base = m_new
+                    factor, level = line_of(base, p)
+                    depth = tl.fma(s, factor[:, None], -level[:, None])
+                    drop = (m - base) * factor
+                else:
+                    base = tl.where(m_new == -float("inf"), 0.0, m_new)
+                    depth = in_log2(s - base[:, None], p, f)
+                    drop = in_log2(m - base, p, f)
                 probs = tl.exp2(depth)
-                drop = in_log2(m - base, p, f)
                 rescale = tl.exp2(drop)
                 if to.stats is not None:
                     moved = tl.where(rescale > 0.0, rescale * (depth_sum + l * drop), 0.0)
@@ -109,7 +138,7 @@ def attention_fwd_kernel(x, to, p, f, tile):
                     kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
                     probs = tl.where(kept, probs, 0.0)
                 # Output
-                v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, k_row + j0, p.v_t)
+                v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, tile_row, p.v_t)
                 v = load_rows(
                     v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1 or f.KEY_MASK
                 )
@@ -117,6 +146,16 @@ def attention_fwd_kernel(x, to, p, f, tile):
                     v = without_dead_rows(v, tl.max((depth != -float("inf")).to(tl.int32), 0) == 0)
                 acc = acc * rescale[:, None]
                 acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=f.PRECISION)
+
+    if f.FUSED:  # from the level to m, from which it differs by what it was rounded
+        factor, level = line_of(m, p)
+        drop = -tl.fma(m, factor, -level)
+        m = tl.where((l > 0.0) | (m > -LARGEST), m, -float("inf"))
+        rescale = tl.exp2(drop)
+        depth_sum = rescale * (depth_sum + l * drop)
+        distance_sum = rescale * distance_sum
+        l = rescale * l
+        acc = rescale[:, None] * acc
 
     # Sinks: one more key without a value
     without_keys = l == 0.0

@@ -23,11 +23,28 @@ def row_at(x, p, b, h, q_row):
 
 
 @triton.jit
+def rely_on(stride, f):
+    """Tell the compiler that offsets within a tile have 31 bits: none takes a register more."""
+    if not f.WIDE:
+        tl.assume(stride >= 0)
+        tl.assume(stride < 1 << 22)
+
+
+@triton.jit
+def start_of(first, end):
+    """A tile's first row, which is below end, so that the compiler cannot tell a loop's step.
+
+    It would keep a pointer to each row of a tile in registers and move all of them along.
+    """
+    return tl.minimum(first, end).to(tl.uint32)
+
+
+@triton.jit
 def row_pointers(base, rows, stride, dims, f):
     """[R, BLOCK] pointers to the rows ``rows`` from base on."""
     if f.WIDE:
         rows = rows.to(tl.int64)
-    return base + rows[:, None] * stride + dims[None, :]
+    return base + (rows[:, None] * stride + dims[None, :])
 
 
 @triton.jit

@@ -125,6 +125,17 @@ def in_log2(difference, p, f):
 
 
 @triton.jit
+def line_of(m, p):
+    """Factor and level of rows with maximum m: s * factor - level is s - m in units of log2.
+
+    But for what the level is rounded, the same for all of a row. Where that is too much, scores are
+    equal or differ by so much that any larger factor serves: a power of two, so the level is exact.
+    """
+    factor = tl.where(tl.abs(m) < p.steep, p.factor, p.power)
+    return factor, rounded_product(m, factor)
+
+
+@triton.jit
 def natural(s, p, f):
     """Scores in natural units."""
     if f.LAZY:
@@ -153,3 +164,27 @@ def probabilities(s, m, log2_l, p, f, HOLES: tl.constexpr):
     if HOLES:
         probs = tl.where(depth == -float("inf"), 0.0, probs)
     return depth, probs
+
+
+@triton.jit
+def line_of_norm(m, log2_l, p):
+    """Factor and level of rows whose denominator is known: p = exp2(s * factor - level) * rest.
+
+    Returns also what the level holds of log2 l: the depth is s * factor - level + held.
+    """
+    factor, top = line_of(m, p)
+    level = top + log2_l
+    held = level - top
+    lost = tl.fma(m, factor, -top) + ((top - (level - held)) + (log2_l - held))
+    rest = tl.exp2(tl.where(log2_l < float("inf"), -lost, 0.0))
+    return factor, level, held, rest
+
+
+@triton.jit
+def fused_probabilities(s, factor, level, held, HOLES: tl.constexpr):
+    """The same from a row's `line_of_norm`, but for its rest."""
+    depth = tl.fma(s, factor, -level)
+    probs = tl.exp2(depth)
+    if HOLES:
+        probs = tl.where(s == -float("inf"), 0.0, probs)
+    return depth + held, probs
