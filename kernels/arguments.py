@@ -99,7 +99,8 @@ class Features(NamedTuple):
     LAZY: bool  # scores stay q k^T until m is taken off: nothing else is done to them
     FUSED: bool  # the forward takes m off a LAZY score in one multiply-add
     NEGATED: bool  # or -q k^T, where a LAZY scale is negative
-    KEY_MASK: bool  # the mask is the same for all queries
+    KEY_MASK: bool  # the mask is the same for all queries and heads
+    TILED: bool  # any other mask, or a bias: which keys no query attends is seen in scores only
     DROPOUT: bool
     WIDE: bool  # offsets within a tile need 64 bits
     PRECISION: str  # of fp32 products: "ieee" or "tf32"
@@ -120,11 +121,6 @@ class Call(NamedTuple):
     x: Tensors
     p: Values
     f: Features
-
-    def reads_tiles(self) -> bool:
-        """Whether tiles of a mask or bias are read beside those of k and v."""
-        masked = self.x.mask is not None and not self.f.KEY_MASK
-        return masked or self.x.bias is not None
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int, int]:
@@ -147,8 +143,8 @@ def dense(x: Tensor | None) -> Tensor | None:
 
 
 def needs_wide_offsets(*tensors: Tensor | None) -> bool:
-    """Whether 512 rows of a tensor may span 2**31 elements."""
-    return any(x is not None and abs(x.stride(2)) >= 1 << 22 for x in tensors)
+    """Whether a tile of 512 rows and columns of a tensor may span 2**31 elements."""
+    return any(x is not None and max(map(abs, x.stride()[2:])) >= 1 << 22 for x in tensors)
 
 
 def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | None) -> Call:
@@ -184,6 +180,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
     most = (1 << 30) // max(group * max(T, S), 1)
     section = max(min(l2_bytes // key_bytes, most), 1) * group
     mask_strides = strides(mask)
+    key_mask = mask is not None and mask_strides[1:3] == (0, 0)
     values = Values(
         B,
         q.shape[1],
@@ -223,9 +220,10 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         lazy,
         lazy and factor <= 0.5,
         lazy and scale < 0,
-        mask is not None and mask_strides[2] == 0,
+        key_mask,
+        bias is not None or (mask is not None and not key_mask),
         p_drop > 0,
-        needs_wide_offsets(q, k, v, *others),
+        needs_wide_offsets(q, k, v, mask, bias, *others),
         precision(q),
     )
     tensors = Tensors(

@@ -151,7 +151,9 @@ def score_gradient_tile(x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shif
     # Scores
     s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
     slope = slope_of(x, p, f, b, h)
-    s, _ = edit_scores(s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, True)
+    s, _ = edit_scores(
+        s, t0, row[:, None], j0, key[None, :], T, S, shift, mask, bias, slope, x, p, f, True
+    )
     # Probabilities
     depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, True)
     # dP

@@ -37,6 +37,7 @@ from .head import key_range, query_range, scheduled, sequence_of, tiles_of
 from .launch import Launch, launch
 from .rows import (
     at_head,
+    holds_nan,
     load_rows,
     offset,
     rely_on,
@@ -142,7 +143,7 @@ def row_terms_kernel(x, g, p, f, tile):
             k = load_rows(k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, True)
             s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
             s, _tanh_x = edit_scores(
-                s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, True
+                s, t0, row[:, None], j0, key[None, :], T, S, shift, mask, bias, slope, x, p, f, True
             )
             # Probabilities
             _depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, True)
@@ -189,10 +190,11 @@ def dq_kernel(x, g, to, p, f, tile):
     # Load
     q_base = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
     q = load_rows(q_base, row, p.q_t, live_row, f.D, tile.BLOCK_D, f, True)
-    do_base = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
-    do = load_rows(do_base, row, g.do_t, live_row, f.D_V, tile.BLOCK_DV, f, True)
     at = row_at(x, p, b, h, q_row) + t
     m, log2_l = norm_of(g.norm, g.plane, at, live_row)
+    has_keys = log2_l < float("inf")  # and is not NaN
+    do_base = g.grad_out + offset(b, g.do_b, h, g.do_h, q_row + t0, g.do_t)
+    do = load_rows(do_base, row, g.do_t, has_keys, f.D_V, tile.BLOCK_DV, f, True)
     row_term = tl.load(g.row_term + at, mask=live_row, other=0.0)
     dentropy = entropy_gradient(g, at, live_row)
     FUSED: tl.constexpr = f.FUSED and x.q.dtype.element_ty != tl.float16  # rest leaves its range
@@ -202,52 +204,84 @@ def dq_kernel(x, g, to, p, f, tile):
 
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
     begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
-    for part in tl.static_range(0 if f.HAS_LEFT else 1, 3):
-        first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
-        if first < last:  # without it ptxas waits for each product of Hopper's by itself
-            for j0 in tl.range(first, last, tile.BLOCK_N):
-                # Load
-                j = j0 + key
-                live = (j >= begin) & (j < end)
-                if f.KEY_MASK:  # what no query attends is not even read
-                    live = live & attended_keys(mask, j, S, p)
-                tile_row = k_row + start_of(j0, last)
-                k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, tile_row, p.k_t)
-                k = load_rows(
-                    k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1 or f.KEY_MASK
-                )
-                v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, tile_row, p.v_t)
-                v = load_rows(
-                    v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1 or f.KEY_MASK
-                )
-                # Scores
-                s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
-                s, tanh_x = edit_scores(
-                    s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, part != 1
-                )
-                # Probabilities
-                holes = part != 1 or mask is not None or bias is not None
-                if FUSED:
-                    depth, probs = fused_probabilities(
-                        s, factor[:, None], level[:, None], held[:, None], holes
+    for careful in tl.static_range(2 if f.TILED else 1):
+        if careful:  # 0 * NaN may have let out a k that no query attends: then zeros in its place
+            again = holds_nan(dq)
+            dq = tl.where(again, 0.0, dq)
+        for part in tl.static_range(0 if f.HAS_LEFT else 1, 3):
+            first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
+            if careful:
+                last = tl.where(again, last, first)
+            if first < last:  # without it ptxas waits for each product of Hopper's by itself
+                for j0 in tl.range(first, last, tile.BLOCK_N):
+                    # Load
+                    j = j0 + key
+                    live = (j >= begin) & (j < end)
+                    start = start_of(j0, last)
+                    if f.KEY_MASK:  # what no query attends is not even read
+                        live = live & attended_keys(mask, start, key, S, p, part != 1)
+                    tile_row = k_row + start
+                    k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, tile_row, p.k_t)
+                    k = load_rows(
+                        k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1 or f.KEY_MASK
                     )
-                else:
-                    depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, holes)
-                # dP
-                dp = tl.dot(do, tl.trans(v), input_precision=f.PRECISION)
-                dw = weight_gradient(g, b, h, t[:, None], j[None, :], T, S)
-                kept = True
-                if f.DROPOUT:
-                    kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
-                # ds
-                ds = score_gradients(
-                    depth, probs, dp, dw, kept, row_term[:, None], dentropy[:, None], g, p, f, holes
-                )
-                ds = before_cap(ds, tanh_x, f)
-                # dq
-                if (mask is not None and not f.KEY_MASK) or bias is not None:
-                    k = without_dead_rows(k, tl.max((probs != 0.0).to(tl.int32), 0) == 0)
-                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=f.PRECISION)
+                    v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, tile_row, p.v_t)
+                    v = load_rows(
+                        v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1 or f.KEY_MASK
+                    )
+                    # Scores
+                    s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
+                    s, tanh_x = edit_scores(
+                        s,
+                        t0,
+                        row[:, None],
+                        start,
+                        key[None, :],
+                        T,
+                        S,
+                        shift,
+                        mask,
+                        bias,
+                        slope,
+                        x,
+                        p,
+                        f,
+                        part != 1,
+                        careful == 1,
+                    )
+                    # Probabilities
+                    if FUSED:
+                        depth, probs = fused_probabilities(
+                            s, factor[:, None], level[:, None], held[:, None]
+                        )
+                    else:
+                        depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, False)
+                    # dP
+                    dp = tl.dot(do, tl.trans(v), input_precision=f.PRECISION)
+                    dw = weight_gradient(g, b, h, t[:, None], j[None, :], T, S)
+                    kept = True
+                    if f.DROPOUT:
+                        kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                    # ds
+                    holes = part != 1 or careful == 1 or (f.KEY_MASK and g.grad_weights is not None)
+                    ds = score_gradients(
+                        depth,
+                        probs,
+                        dp,
+                        dw,
+                        kept,
+                        row_term[:, None],
+                        dentropy[:, None],
+                        g,
+                        p,
+                        f,
+                        holes,
+                    )
+                    ds = before_cap(ds, tanh_x, f)
+                    # dq
+                    if careful:
+                        k = without_dead_rows(k, tl.max((s != -float("inf")).to(tl.int32), 0) == 0)
+                    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=f.PRECISION)
 
     # Store
     dq = dq * p.scale
@@ -277,6 +311,9 @@ def dkdv_kernel(x, g, to, p, f, tile):
     # what no query may attend by position is zero: padded queries would meet NaN there
     first_key, last_key, _inner_first, _inner_last = key_range(j0 * 0, T - 1, S, shift, p, f)
     attended = (j >= first_key) & (j < last_key)
+    if f.KEY_MASK:  # and dk and dv of what no query attends are zero: no score need be masked
+        key_mask = at_head(x.mask, b, p.mask_b, h_kv * 0, p.mask_h)
+        attended = attended & attended_keys(key_mask, j0, key, S, p, True)
 
     # Load
     k_base = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
@@ -307,9 +344,12 @@ def dkdv_kernel(x, g, to, p, f, tile):
                     m, log2_l = norm_of(g.norm, g.plane, at + row, live)
                     row_term = tl.load(g.row_term + at + row, mask=live, other=0.0)
                 dentropy = entropy_gradient(g, at + row, live)
-                mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
+                if f.KEY_MASK:
+                    mask = None
+                else:
+                    mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
                 bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
-                holes = part != 1 or mask is not None or bias is not None
+                holes = part != 1 or f.TILED
                 if holes:  # a row of NaN, or without keys: p is known, and 0 * NaN would get out
                     live = live & (log2_l < float("inf"))
                 tile_row = q_row + past
@@ -322,7 +362,7 @@ def dkdv_kernel(x, g, to, p, f, tile):
                     f.D,
                     tile.BLOCK_D,
                     f,
-                    part != 1 or mask is not None or bias is not None,
+                    part != 1 or f.TILED,
                 )
                 do_tile = g.grad_out + offset(b, g.do_b, h, g.do_h, tile_row, g.do_t)
                 do = load_rows(
@@ -333,13 +373,27 @@ def dkdv_kernel(x, g, to, p, f, tile):
                     f.D_V,
                     tile.BLOCK_DV,
                     f,
-                    part != 1 or mask is not None or bias is not None,
+                    part != 1 or f.TILED,
                 )
                 # Scores, transposed
                 slope = slope_of(x, p, f, b, h)
                 s = tl.dot(k, tl.trans(q), input_precision=f.PRECISION)
                 s, tanh_x = edit_scores(
-                    s, t[None, :], j[:, None], T, S, shift, mask, bias, slope, x, p, f, part != 1
+                    s,
+                    past,
+                    row[None, :],
+                    j0,
+                    key[:, None],
+                    T,
+                    S,
+                    shift,
+                    mask,
+                    bias,
+                    slope,
+                    x,
+                    p,
+                    f,
+                    part != 1,
                 )
                 # Probabilities
                 depth, probs = probabilities(s, m[None, :], log2_l[None, :], p, f, holes)
@@ -367,6 +421,9 @@ def dkdv_kernel(x, g, to, p, f, tile):
                     t0 = tl.where(t0 >= last, first, t0)
 
     # Store
+    if f.KEY_MASK:
+        dk = tl.where(attended[:, None], dk, 0.0)
+        dv = tl.where(attended[:, None], dv, 0.0)
     dk_base = to.dk + offset(b, to.dk_b, h_kv, to.dk_h, k_row + j0, to.dk_t)
     store_rows(dk_base, key, to.dk_t, live_key, f.D, tile.BLOCK_D, f, dk * p.scale)
     dv_base = to.dv + offset(b, to.dv_b, h_kv, to.dv_h, k_row + j0, to.dv_t)
@@ -436,7 +493,7 @@ def results(inputs: Inputs) -> BackwardResults:
 def backward_launches(call: Call, given: Given, to: BackwardResults, arch: str) -> list[Launch]:
     """The kernels in the order in which they run."""
     x, p, f = call
-    size, extras = x.q.element_size(), call.reads_tiles() or given.grad_weights is not None
+    size, extras = x.q.element_size(), f.TILED or given.grad_weights is not None
     jobs = []
     for name, kernel, tensors, walked in (
         ("rows", row_terms_kernel, (x, given), "BLOCK_N"),

@@ -133,7 +133,21 @@ def decode_kernel(x, c, p, f, tile):
         k = load_pointed(k_rows, live, f.D, tile.BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
         s, _tanh_x = edit_scores(
-            s, t[:, None], j[None, :], p.T, end, shift, None, bias, slope, x, p, f, True
+            s,
+            b * 0,
+            t.to(tl.int64)[:, None],
+            j0,
+            key[None, :],
+            p.T,
+            end,
+            shift,
+            None,
+            bias,
+            slope,
+            x,
+            p,
+            f,
+            True,
         )
         # Softmax
         m_new = tl.maximum(m, tl.max(s, 1))

@@ -30,6 +30,7 @@ from .head import distances, key_range, scheduled, sequence_of, tiles_of
 from .launch import Launch, launch
 from .rows import (
     at_head,
+    holds_nan,
     load_rows,
     offset,
     rely_on,
@@ -96,56 +97,84 @@ def attention_fwd_kernel(x, to, p, f, tile):
 
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
     begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
-    for part in tl.static_range(0 if f.HAS_LEFT else 1, 3):
-        first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
-        if first < last:  # without it ptxas waits for each product of Hopper's by itself
-            for j0 in tl.range(first, last, tile.BLOCK_N):
-                # Scores
-                j = j0 + key
-                live = (j >= begin) & (j < end)
-                if f.KEY_MASK:  # what no query attends is not even read
-                    live = live & attended_keys(mask, j, S, p)
-                tile_row = k_row + start_of(j0, last)
-                k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, tile_row, p.k_t)
-                k = load_rows(
-                    k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1 or f.KEY_MASK
-                )
-                s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
-                s, _tanh_x = edit_scores(
-                    s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, part != 1
-                )
-                # Softmax
-                m_new = tl.maximum(m, tl.max(s, 1))
-                if f.FUSED:
-                    base = m_new
-                    factor, level = line_of(base, p)
-                    depth = tl.fma(s, factor[:, None], -level[:, None])
-                    drop = (m - base) * factor
-                else:
-                    base = tl.where(m_new == -float("inf"), 0.0, m_new)
-                    depth = in_log2(s - base[:, None], p, f)
-                    drop = in_log2(m - base, p, f)
-                probs = tl.exp2(depth)
-                rescale = tl.exp2(drop)
-                if to.stats is not None:
-                    moved = tl.where(rescale > 0.0, rescale * (depth_sum + l * drop), 0.0)
-                    depth_sum = moved + tl.sum(tl.where(probs > 0.0, probs * depth, 0.0), 1)
-                    far = rounded_product(probs, distances(t[:, None], j[None, :], shift))
-                    distance_sum = rescale * distance_sum + tl.sum(far, 1)
-                l = l * rescale + tl.sum(probs, 1)
-                m = m_new
-                if f.DROPOUT:
-                    kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
-                    probs = tl.where(kept, probs, 0.0)
-                # Output
-                v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, tile_row, p.v_t)
-                v = load_rows(
-                    v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1 or f.KEY_MASK
-                )
-                if (mask is not None and not f.KEY_MASK) or bias is not None:
-                    v = without_dead_rows(v, tl.max((depth != -float("inf")).to(tl.int32), 0) == 0)
-                acc = acc * rescale[:, None]
-                acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=f.PRECISION)
+    for careful in tl.static_range(2 if f.TILED else 1):
+        if careful:  # 0 * NaN may have let out a v that no query attends: then zeros in its place
+            again = holds_nan(acc)
+            m = tl.where(again, -LARGEST if f.FUSED else -float("inf"), m)
+            l = tl.where(again, 0.0, l)
+            acc = tl.where(again, 0.0, acc)
+            depth_sum = tl.where(again, 0.0, depth_sum)
+            distance_sum = tl.where(again, 0.0, distance_sum)
+        for part in tl.static_range(0 if f.HAS_LEFT else 1, 3):
+            first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
+            if careful:
+                last = tl.where(again, last, first)
+            if first < last:  # without it ptxas waits for each product of Hopper's by itself
+                for j0 in tl.range(first, last, tile.BLOCK_N):
+                    # Scores
+                    j = j0 + key
+                    live = (j >= begin) & (j < end)
+                    start = start_of(j0, last)
+                    if f.KEY_MASK:  # what no query attends is not even read
+                        live = live & attended_keys(mask, start, key, S, p, part != 1)
+                    tile_row = k_row + start
+                    k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, tile_row, p.k_t)
+                    k = load_rows(
+                        k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1 or f.KEY_MASK
+                    )
+                    s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
+                    s, _tanh_x = edit_scores(
+                        s,
+                        t0,
+                        row[:, None],
+                        start,
+                        key[None, :],
+                        T,
+                        S,
+                        shift,
+                        mask,
+                        bias,
+                        slope,
+                        x,
+                        p,
+                        f,
+                        part != 1,
+                        careful == 1,
+                    )
+                    # Softmax
+                    m_new = tl.maximum(m, tl.max(s, 1))
+                    if f.FUSED:
+                        base = m_new
+                        factor, level = line_of(base, p)
+                        depth = tl.fma(s, factor[:, None], -level[:, None])
+                        drop = (m - base) * factor
+                    else:
+                        base = tl.where(m_new == -float("inf"), 0.0, m_new)
+                        depth = in_log2(s - base[:, None], p, f)
+                        drop = in_log2(m - base, p, f)
+                    probs = tl.exp2(depth)
+                    rescale = tl.exp2(drop)
+                    if to.stats is not None:
+                        moved = tl.where(rescale > 0.0, rescale * (depth_sum + l * drop), 0.0)
+                        depth_sum = moved + tl.sum(tl.where(probs > 0.0, probs * depth, 0.0), 1)
+                        far = rounded_product(probs, distances(t[:, None], j[None, :], shift))
+                        distance_sum = rescale * distance_sum + tl.sum(far, 1)
+                    l = l * rescale + tl.sum(probs, 1)
+                    m = m_new
+                    if f.DROPOUT:
+                        kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                        probs = tl.where(kept, probs, 0.0)
+                    # Output
+                    v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, tile_row, p.v_t)
+                    v = load_rows(
+                        v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1 or f.KEY_MASK
+                    )
+                    if careful:
+                        v = without_dead_rows(
+                            v, tl.max((depth != -float("inf")).to(tl.int32), 0) == 0
+                        )
+                    acc = acc * rescale[:, None]
+                    acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=f.PRECISION)
 
     if f.FUSED:  # from the level to m, from which it differs by what it was rounded
         factor, level = line_of(m, p)
@@ -240,7 +269,7 @@ def results(inputs: Inputs, options: Options) -> ForwardResults:
 def forward_launch(call: Call, to: ForwardResults, arch: str) -> Launch:
     """The forward's kernel, grid and tiles."""
     x, p, f = call
-    config = configs.choose(arch, "fwd", x.q.element_size(), f.D, f.D_V, call.reads_tiles())
+    config = configs.choose(arch, "fwd", x.q.element_size(), f.D, f.D_V, f.TILED)
     tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
     grid = p.B * p.H * -(-p.T // config.BLOCK_M)
     return Launch(attention_fwd_kernel, grid, (x, to), p, f, tile, config, "BLOCK_N")

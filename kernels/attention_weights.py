@@ -69,7 +69,9 @@ def probability_tile(x, to, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift)
     m, log2_l = norm_of(to.norm, to.plane, row_at(x, p, b, h, q_row) + t, t < T)
     # Scores
     s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
-    s, _ = edit_scores(s, t[:, None], j[None, :], T, S, shift, mask, bias, slope, x, p, f, True)
+    s, _ = edit_scores(
+        s, t0, row[:, None], j0, key[None, :], T, S, shift, mask, bias, slope, x, p, f, True
+    )
     # Probabilities
     _depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, False)
     return probs

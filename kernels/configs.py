@@ -174,7 +174,7 @@ def choose(arch: str, name: str, size: int, D: int, D_v: int, extras: bool) -> C
         D: Head dimension of q and k.
         D_v: Head dimension of v.
         extras: Whether tiles of a mask, a bias or weights' gradients are loaded too. Their loads
-            are not pipelined: several stages of them would not fit into shared memory.
+            are pipelined in two stages up to D 64: more of them would not fit into shared memory.
     """
     if name in trial:
         config = trial[name]
@@ -183,7 +183,11 @@ def choose(arch: str, name: str, size: int, D: int, D_v: int, extras: bool) -> C
     else:
         dim = HEAD_DIMS[sum(max(D, D_v) > n for n in HEAD_DIMS)]
         config = entry(arch, name, size, dim)
-    return config._replace(num_stages=1) if extras else config
+    return (
+        config._replace(num_stages=min(config.num_stages, 2 if D <= 64 else 1))
+        if extras
+        else config
+    )
 
 
 def entry(arch: str, name: str, size: int, D: int) -> Config:

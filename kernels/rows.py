@@ -81,6 +81,12 @@ def without_dead_rows(rows, dead):
 
 
 @triton.jit
+def holds_nan(tile):
+    """Whether any number of a tile is NaN."""
+    return tl.max(tl.max((tile != tile).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
 def at_head(pointer, b, b_stride, h, h_stride):
     """A mask or bias at its (b, h, 0, 0); None stays None."""
     if pointer is not None:

@@ -1,7 +1,7 @@
 """Scores with every option, and probabilities from them.
 
 ``x, p, f, tile`` are the tuples of ``arguments``. Index blocks are given in the shape in which they
-broadcast: t is [M, 1] and j [1, N], or t [1, M] and j [N, 1] where a tile is transposed.
+broadcast: rows are [M, 1] and keys [1, N], or [1, M] and [N, 1] where a tile is transposed.
 """
 
 from __future__ import annotations
@@ -69,12 +69,34 @@ def soft_cap(s, p):
 
 
 @triton.jit
-def edit_scores(s, t, j, T, S, shift, mask, bias, slope, x, p, f, BY_POSITION: tl.constexpr):
+def edit_scores(
+    s,
+    t0,
+    row,
+    j0,
+    key,
+    T,
+    S,
+    shift,
+    mask,
+    bias,
+    slope,
+    x,
+    p,
+    f,
+    BY_POSITION: tl.constexpr,
+    CAREFUL: tl.constexpr = True,
+):
     """Scores from q k^T: factor, softcap, ALiBi, bias, and -inf where t may not attend j.
+
+    Of queries t0 + row and keys j0 + key; without BY_POSITION all of these keys exist. Unless
+    CAREFUL a score of NaN or inf is NaN where the bias is -inf.
 
     Returns the scores, still q k^T where the features are LAZY, and the softcap's tanh(x), for its
     derivative. ``mask`` and ``bias`` are at their (b, h, 0, 0).
     """
+    t0, j0 = T * 0 + t0, S * 0 + j0  # not numbers of Python's, as in the interpreter
+    t, j = (t0 + row).to(tl.int32), (j0 + key).to(tl.int32)
     tanh_x = s
     if f.LAZY:
         if f.NEGATED:
@@ -87,15 +109,20 @@ def edit_scores(s, t, j, T, S, shift, mask, bias, slope, x, p, f, BY_POSITION: t
         if x.alibi_slopes is not None:
             s -= slope * distances(t, j, shift)
     if bias is not None:
-        at = bias + t.to(tl.int64) * p.bias_t + j.to(tl.int64) * p.bias_s
-        added = tl.load(at, mask=(t < T) & (j < S), other=-float("inf")).to(tl.float32)
-        s = tl.where(added == -float("inf"), added, s + added)
+        added = load_scores(
+            bias, t0, row, p.bias_t, j0, key, p.bias_s, T, S, -float("inf"), f, BY_POSITION
+        ).to(tl.float32)
+        if CAREFUL:
+            s = tl.where(added == -float("inf"), added, s + added)
+        else:
+            s += added
     if mask is not None:
         if f.KEY_MASK:
-            attend = attended_keys(mask, j, S, p)
+            attend = attended_keys(mask, j0, key, S, p, BY_POSITION)
         else:
-            at = mask + t.to(tl.int64) * p.mask_t + j.to(tl.int64) * p.mask_s
-            attend = tl.load(at, mask=(t < T) & (j < S), other=False)
+            attend = load_scores(
+                mask, t0, row, p.mask_t, j0, key, p.mask_s, T, S, False, f, BY_POSITION
+            )
         s = tl.where(attend, s, -float("inf"))
     if BY_POSITION:
         attend = j < S
@@ -109,9 +136,32 @@ def edit_scores(s, t, j, T, S, shift, mask, bias, slope, x, p, f, BY_POSITION: t
 
 
 @triton.jit
-def attended_keys(mask, j, S, p):
-    """Which keys j a mask that is the same for all queries lets pass."""
-    return tl.load(mask + j.to(tl.int64) * p.mask_s, mask=j < S, other=False)
+def attended_keys(mask, j0, key, S, p, MASKED: tl.constexpr):
+    """Which of the keys j0 + key a mask that is the same for all queries lets pass."""
+    at = mask + j0.to(tl.int64) * p.mask_s + key.to(tl.int64) * p.mask_s
+    if MASKED:
+        return tl.load(at, mask=(j0 + key).to(tl.int32) < S, other=False)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def load_scores(
+    base, t0, row, row_stride, j0, key, key_stride, T, S, other, f, MASKED: tl.constexpr
+):
+    """A tile of a mask or bias; ``other`` past T and S if MASKED, or else more of the last row."""
+    at = base + t0.to(tl.int64) * row_stride + j0.to(tl.int64) * key_stride
+    if MASKED:
+        inside = ((t0 + row).to(tl.int32) < T) & ((j0 + key).to(tl.int32) < S)
+    else:
+        row = tl.minimum(row, T - 1 - t0.to(tl.int32))
+    if f.WIDE:
+        row, key = row.to(tl.int64), key.to(tl.int64)
+    at = at + row * row_stride + key * key_stride
+    if MASKED:
+        return tl.load(at, mask=inside, other=other)
+    else:
+        return tl.load(at)
 
 
 @triton.jit
@@ -181,10 +231,7 @@ def line_of_norm(m, log2_l, p):
 
 
 @triton.jit
-def fused_probabilities(s, factor, level, held, HOLES: tl.constexpr):
+def fused_probabilities(s, factor, level, held):
     """The same from a row's `line_of_norm`, but for its rest."""
     depth = tl.fma(s, factor, -level)
-    probs = tl.exp2(depth)
-    if HOLES:
-        probs = tl.where(s == -float("inf"), 0.0, probs)
-    return depth + held, probs
+    return depth + held, tl.exp2(depth)
