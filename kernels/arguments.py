@@ -41,6 +41,7 @@ class Tensors(NamedTuple):
     dropout_seed: Any
     cu_seqlens_q: Any
     cu_seqlens_k: Any
+    key_ends: Any = None  # (B) int32: no key from here on is attended
 
 
 class Values(NamedTuple):

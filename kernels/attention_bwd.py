@@ -33,7 +33,7 @@ from . import configs
 from .arguments import Call, Tile, block, row_strides, strides
 from .dropout import kept_by_dropout
 from .gradients import before_cap, entropy_gradient, score_gradients, weight_gradient
-from .head import key_range, query_range, scheduled, sequence_of, tiles_of
+from .head import attended_end, key_range, query_range, scheduled, sequence_of, tiles_of
 from .launch import Launch, launch
 from .rows import (
     at_head,
@@ -203,6 +203,7 @@ def dq_kernel(x, g, to, p, f, tile):
     dq = tl.zeros([tile.BLOCK_M, tile.BLOCK_D], tl.float32)
 
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
+    S = attended_end(x, b, S)
     begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
     for careful in tl.static_range(2 if f.TILED else 1):
         if careful:  # 0 * NaN may have let out a k that no query attends: then zeros in its place
@@ -235,7 +236,7 @@ def dq_kernel(x, g, to, p, f, tile):
                         s,
                         t0,
                         row[:, None],
-                        start,
+                        start if f.TILED else j0,
                         key[None, :],
                         T,
                         S,
@@ -324,6 +325,7 @@ def dkdv_kernel(x, g, to, p, f, tile):
     dv = tl.zeros([tile.BLOCK_N, tile.BLOCK_DV], tl.float32)
 
     j_last = tl.minimum(j0 + tile.BLOCK_N, S) - 1
+    T = tl.where(j0 < attended_end(x, b, S), T, 0)  # no query attends any of the keys
     begin, end, inner_begin, inner_end = query_range(j0, j_last, T, shift, p, f)
     for part in tl.static_range(0 if f.HAS_RIGHT else 1, 3):
         first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_M)

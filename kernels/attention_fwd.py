@@ -26,7 +26,7 @@ from attnfast.ops import empty_in_order
 from . import configs
 from .arguments import Call, Tile, block, row_strides
 from .dropout import kept_by_dropout
-from .head import distances, key_range, scheduled, sequence_of, tiles_of
+from .head import attended_end, distances, key_range, scheduled, sequence_of, tiles_of
 from .launch import Launch, launch
 from .rows import (
     at_head,
@@ -96,6 +96,7 @@ def attention_fwd_kernel(x, to, p, f, tile):
     distance_sum = tl.zeros([tile.BLOCK_M], tl.float32)  # of e^(s - m) |j - t'|
 
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
+    S = attended_end(x, b, S)
     begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
     for careful in tl.static_range(2 if f.TILED else 1):
         if careful:  # 0 * NaN may have let out a v that no query attends: then zeros in its place
@@ -127,7 +128,7 @@ def attention_fwd_kernel(x, to, p, f, tile):
                         s,
                         t0,
                         row[:, None],
-                        start,
+                        start if f.TILED else j0,
                         key[None, :],
                         T,
                         S,

@@ -24,6 +24,7 @@ from attnfast.requirements import checks_values
 from . import attention_bias, attention_bwd, attention_fwd, attention_weights, configs, launch
 from .arguments import MAX_ROWS, gather
 from .attention_decode import attention_decode, decode_jobs
+from .key_ends import key_ends_launches, with_key_ends
 
 if launch.INTERPRETED:
     from . import interpreter
@@ -39,7 +40,9 @@ def fwd(*args: Any) -> Outputs:
     if checks_values() and inputs.cu_seqlens_q is not None:
         checks.sequence_values("varlen_attention", inputs, options)
     arch = configs.architecture(inputs.q.device)
-    call = gather(inputs, options, configs.l2_bytes(arch))
+    call = with_key_ends(gather(inputs, options, configs.l2_bytes(arch)))
+    for job in key_ends_launches(call):
+        launch.launch(job)
     out, lse, norm, stats, *_ = attention_fwd.attention_fwd(inputs, options, call, arch)
     if stats is None:
         stats = lse.new_empty(0)
@@ -79,6 +82,9 @@ def bwd(*args: Any) -> Gradients:
     arch = configs.architecture(inputs.q.device)
     given = attention_bwd.given(upstream, inputs.cu_seqlens_q is not None)
     call = gather(inputs, options, configs.l2_bytes(arch), given.grad_out, given.out)
+    call = with_key_ends(call)
+    for job in key_ends_launches(call):
+        launch.launch(job)
     to = attention_bwd.attention_bwd(inputs, call, given, arch)
     dbias, dsinks = inputs.q.new_empty(0), inputs.q.new_empty(0)
     if upstream.need_dbias:
@@ -109,14 +115,15 @@ def workspace(inputs: Any, options: Any) -> tuple[int, int]:
     rows = inputs.q.new_empty((2, *inputs.q.shape[:3]), dtype=torch.float32)
     out = empty_in_order(inputs.q, inputs.v.shape[3])
     given = attention_bwd.given(Upstream.plain(out, out, rows), inputs.cu_seqlens_q is not None)
+    call = with_key_ends(gather(inputs, options, configs.l2_bytes(arch)))
+    ends = 0 if call.x.key_ends is None else nbytes(call.x.key_ends)
     dbias = 0
     if need_dbias:
-        call = gather(inputs, options, configs.l2_bytes(arch))
         sums = attention_bias.bias_launch(call, given, arch).tensors[2].sums
         if len(sums) > 1:
             in_fp32 = sums[:1] if sums.dtype != inputs.bias.dtype else ()  # the sum of sums
             dbias = nbytes(sums, *in_fp32)
-    return 0, nbytes(given.row_term) + dbias
+    return ends, ends + nbytes(given.row_term) + dbias
 
 
 def nbytes(*tensors: Tensor) -> int:

@@ -49,6 +49,15 @@ def sequence_of(x, p, f, b):
 
 
 @triton.jit
+def attended_end(x, b, S):
+    """Where the keys end that a mask of keys lets pass; S without one."""
+    if x.key_ends is not None:
+        return tl.minimum(S, tl.load(x.key_ends + b))
+    else:
+        return S
+
+
+@triton.jit
 def clamped_range(ends, b, rows, longest):
     """First row and length of sequence b."""
     begin = tl.minimum(tl.maximum(tl.load(ends + b), 0), rows)

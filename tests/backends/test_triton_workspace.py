@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from attnfast.kernels import attention_bias, attention_bwd, attention_decode, backend
+from attnfast.kernels import attention_bias, attention_bwd, attention_decode, attention_fwd, backend
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,8 +34,9 @@ def addresses(*tensors: Any) -> dict[int, int]:
 
 def taken(operator: Any, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes that an operator takes beside what it is given and gives."""
-    for module in (attention_bwd, attention_bias, attention_decode):
+    for module in (attention_fwd, attention_bwd, attention_bias, attention_decode):
         monkeypatch.setattr(module, "launch", lambda job: None)
+    monkeypatch.setattr(backend.launch, "launch", lambda job: None)
     with Storages() as storages:
         results = operator(*args)
     known = addresses(*args, *results)
@@ -69,6 +70,17 @@ def test_backward(
     given = (None if x is None else x.detach() for x in inputs)
     assert said == (0, taken(backend.bwd, (*upstream, *given, *options), monkeypatch))
     assert said[1] >= norm.nbytes // 2
+
+
+def test_a_mask_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward keep where its keys end."""
+    q, norm = torch.zeros(2, 3, 70, 32), torch.zeros(2, 2, 3, 70)
+    inputs = Inputs(q, q, q, mask=torch.zeros(2, 1, 1, 70, dtype=torch.bool))
+    upstream = Upstream.plain(q, q, norm)
+    assert backend.workspace(inputs, Options(1.0)) == (
+        taken(backend.fwd, (*inputs, *Options(1.0)), monkeypatch),
+        taken(backend.bwd, (*upstream, *inputs, *Options(1.0)), monkeypatch),
+    )
 
 
 @pytest.mark.parametrize("paged", [False, True])

@@ -1,0 +1,49 @@
+"""Where each batch entry's keys end: after the last one that a mask of keys lets pass.
+
+Forward, dq, dk and dv walk no further, so that padding costs them nothing but the rest of a tile.
+
+Grid:   batch; a program reads its entry's row of the mask once
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .arguments import Call, Tile
+from .configs import Config
+from .launch import Launch
+from .rows import at_head
+from .scores import attended_keys
+
+CONFIG = Config(1, 1024, 4, 1)
+
+
+@triton.jit
+def key_ends_kernel(x, p, f, tile):
+    """The end of one batch entry's keys."""
+    b = tl.program_id(0)
+    mask = at_head(x.mask, b, p.mask_b, b * 0, p.mask_h)
+    key = tl.arange(0, tile.BLOCK_N)
+    end = b * 0
+    for j0 in tl.range(0, p.S, tile.BLOCK_N):
+        attend = attended_keys(mask, b * 0 + j0, key, p.S, p, True)
+        end = tl.maximum(end, tl.max(tl.where(attend, j0 + key + 1, 0), 0))
+    tl.store(x.key_ends + b, end)
+
+
+def with_key_ends(call: Call) -> Call:
+    """The call with memory for where keys end, if it has a mask of keys."""
+    if not call.f.KEY_MASK:
+        return call
+    ends = call.x.q.new_empty(call.p.B, dtype=torch.int32)
+    return call._replace(x=call.x._replace(key_ends=ends))
+
+
+def key_ends_launches(call: Call) -> list[Launch]:
+    """The launch that finds them, or none."""
+    if call.x.key_ends is None:
+        return []
+    tile = Tile(CONFIG.BLOCK_M, CONFIG.BLOCK_N, 0, 0)
+    return [Launch(key_ends_kernel, call.p.B, (call.x,), call.p, call.f, tile, CONFIG)]
