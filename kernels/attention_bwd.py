@@ -205,13 +205,15 @@ def dq_kernel(x, g, to, p, f, tile):
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
     S = attended_end(x, b, S)
     begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
-    for careful in tl.static_range(2 if f.TILED else 1):
-        if careful:  # 0 * NaN may have let out a k that no query attends: then zeros in its place
+    for careful in tl.static_range(1 if f.TILED and f.DROPOUT else 0, 2 if f.TILED else 1):
+        if (
+            careful and not f.DROPOUT
+        ):  # 0 * NaN may have let out a k that no query attends: then zeros in its place
             again = holds_nan(dq)
             dq = tl.where(again, 0.0, dq)
         for part in tl.static_range(0 if f.HAS_LEFT else 1, 3):
             first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
-            if careful:
+            if careful and not f.DROPOUT:
                 last = tl.where(again, last, first)
             if first < last:  # without it ptxas waits for each product of Hopper's by itself
                 for j0 in tl.range(first, last, tile.BLOCK_N):

@@ -183,11 +183,11 @@ def choose(arch: str, name: str, size: int, D: int, D_v: int, extras: bool) -> C
     else:
         dim = HEAD_DIMS[sum(max(D, D_v) > n for n in HEAD_DIMS)]
         config = entry(arch, name, size, dim)
-    return (
-        config._replace(num_stages=min(config.num_stages, 2 if D <= 64 else 1))
-        if extras
-        else config
-    )
+    if not extras:
+        return config
+    if name == "fwd" and 64 < max(D, D_v) <= 128:
+        return config._replace(BLOCK_N=config.BLOCK_N // 2, num_stages=1)
+    return config._replace(num_stages=min(config.num_stages, 2 if max(D, D_v) <= 64 else 1))
 
 
 def entry(arch: str, name: str, size: int, D: int) -> Config:
