@@ -206,9 +206,8 @@ def dq_kernel(x, g, to, p, f, tile):
     S = attended_end(x, b, S)
     begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
     for careful in tl.static_range(1 if f.TILED and f.DROPOUT else 0, 2 if f.TILED else 1):
-        if (
-            careful and not f.DROPOUT
-        ):  # 0 * NaN may have let out a k that no query attends: then zeros in its place
+        if careful and not f.DROPOUT:
+            # 0 * NaN may have let out a k that no query attends: then zeros in its place
             again = holds_nan(dq)
             dq = tl.where(again, 0.0, dq)
         for part in tl.static_range(0 if f.HAS_LEFT else 1, 3):

@@ -99,9 +99,8 @@ def attention_fwd_kernel(x, to, p, f, tile):
     S = attended_end(x, b, S)
     begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
     for careful in tl.static_range(1 if f.TILED and f.DROPOUT else 0, 2 if f.TILED else 1):
-        if (
-            careful and not f.DROPOUT
-        ):  # 0 * NaN may have let out a v that no query attends: then zeros in its place
+        if careful and not f.DROPOUT:
+            # 0 * NaN may have let out a v that no query attends: then zeros in its place
             again = holds_nan(acc)
             m = tl.where(again, -LARGEST if f.FUSED else -float("inf"), m)
             l = tl.where(again, 0.0, l)

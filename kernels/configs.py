@@ -71,13 +71,17 @@ _COMMON = dict.fromkeys(("rows", "weights", "received"), _SECOND_PASSES) | {
 }
 
 TABLE["small"] = _COMMON | {
+    "rows": {
+        2: _SECOND_PASSES[2],
+        4: (_SECOND_PASSES[4][0], Config(32, 32, 4, 1), *_SECOND_PASSES[4][2:]),
+    },
     "fwd": {
         2: _entries((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 1), (32, 16, 4, 1)),
         4: _SMALL_FP32_FWD,
     },
     "dq": {
         2: _entries((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
-        4: (*_FP32_DQ[:3], Config(8, 16, 4, 1)),
+        4: _entries((32, 32, 8, 1), (32, 16, 8, 2), (32, 16, 4, 1), (8, 16, 4, 1)),
     },
     "dkdv": {
         2: _entries((32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
@@ -85,7 +89,7 @@ TABLE["small"] = _COMMON | {
     },
     "dbias": {
         2: _COMMON["dbias"][2],
-        4: (*_FP32_DBIAS[:3], Config(8, 16, 4, 1)),
+        4: (_FP32_DBIAS[0], Config(16, 32, 8, 1), _FP32_DBIAS[2], Config(8, 16, 4, 1)),
     },
     "decode": {
         2: _entries((16, 128, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
@@ -93,6 +97,7 @@ TABLE["small"] = _COMMON | {
     },
 }
 TABLE["ampere"] = TABLE["small"] | {
+    "rows": _COMMON["rows"],
     "dbias": _COMMON["dbias"],
     "fwd": {
         2: _entries((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2), (64, 16, 8, 1)),
@@ -117,7 +122,7 @@ TABLE["hopper"] = TABLE["ampere"] | {
         4: _FP32_DQ,
     },
     "dkdv": {
-        2: _entries((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)),
+        2: _entries((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
         4: _FP32_DKDV,
     },
 }
@@ -132,7 +137,7 @@ TABLE["blackwell"] = TABLE["hopper"] | {
     },
     "dbias": {
         2: _COMMON["dbias"][2],
-        4: (_FP32_DBIAS[0], Config(32, 32, 8, 1), *_FP32_DBIAS[2:]),
+        4: (_FP32_DBIAS[0], Config(64, 32, 8, 1), *_FP32_DBIAS[2:]),
     },
     "dkdv": {
         2: _entries((64, 128, 8, 3), (64, 128, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
@@ -143,22 +148,24 @@ TABLE["blackwell"] = TABLE["hopper"] | {
         4: _SECOND_PASSES[4],
     },
 }
+# Two stages where plain and causal kernels then neither spill nor leave a SIMD fewer waves.
 TABLE["cdna"] = TABLE["small"] | {
+    "rows": _COMMON["rows"],
     "dbias": _COMMON["dbias"],
     "fwd": {
-        2: _entries((128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+        2: _entries((128, 64, 4, 2), (128, 64, 4, 1), (64, 32, 4, 2), (32, 16, 4, 1)),
         4: _FP32_FWD,
     },
     "dq": {
-        2: _entries((64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
+        2: _entries((64, 64, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
         4: _FP32_DQ,
     },
     "dkdv": {
-        2: _entries((64, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
+        2: _entries((64, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 2), (16, 16, 4, 1)),
         4: _FP32_DKDV,
     },
     "decode": {
-        2: _entries((16, 64, 4, 2), (16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+        2: _entries((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
         4: _entries((16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     },
 }

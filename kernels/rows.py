@@ -83,7 +83,8 @@ def without_dead_rows(rows, dead):
 @triton.jit
 def holds_nan(tile):
     """Whether any number of a tile is NaN."""
-    return tl.max(tl.max((tile != tile).to(tl.int32), 1), 0) > 0
+    # In one row: Triton 3.6 has no layout for a reduction twice of what lies in tensor memory.
+    return tl.max(tl.reshape((tile != tile).to(tl.int32), [tile.shape[0] * tile.shape[1]]), 0) > 0
 
 
 @triton.jit

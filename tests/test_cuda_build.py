@@ -14,7 +14,7 @@ import pytest
 
 from attnfast.backends import cuda
 from csrc import build
-from tools import cuda_loops, cuda_resources
+from tools import cuda_resources, device_loops
 from tools.cuda_resources import Kernel, Usage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +158,7 @@ def test_the_committed_table_is_of_all_architectures_and_without_faults() -> Non
             head_dim = re.search(r"(?<= )\d+", row["kernel"])
             each = Kernel(row["kernel"], int(head_dim[0]) if head_dim else 0)
             numbers = [int(row[name]) for name in cuda_resources.INSTRUCTIONS[:-1]]
-            tile = tuple(int(row[name]) for name in cuda_loops.NAMES if row[name])
+            tile = tuple(int(row[name]) for name in device_loops.NAMES if row[name])
             usages.setdefault(each, {})[row["architecture"]] = Usage(
                 int(row["registers"]), int(row["spilled"]), (*numbers, 1), int(row["shared"]),
                 int(row["blocks"]), tile,
@@ -174,7 +174,7 @@ def test_the_committed_table_is_of_all_architectures_and_without_faults() -> Non
             assert usage.shared == shared
             fitting = cuda_resources.blocks_of_sm(arch, usage.registers, threads, shared)
             assert usage.blocks == fitting
-            counted = each.name.startswith(tuple(cuda_loops.PRODUCTS))
+            counted = each.name.startswith(tuple(device_loops.PRODUCTS))
             assert bool(usage.tile) == (counted and arch in cuda_resources.COUNTED), each.name
     assert cuda_resources.csv_of(usages) == cuda_resources.TABLE.read_text()
     page = cuda_resources.PAGE.read_text()
@@ -218,8 +218,10 @@ LOOP = """
 
 
 def tile_of(listing: str, products: int = 2, head_dim: int = 16) -> dict[str, int]:
-    code = cuda_loops.parsed(listing.splitlines())
-    return dict(zip(cuda_loops.NAMES, cuda_loops.per_tile(code, products, head_dim), strict=True))
+    code = device_loops.parsed(listing.splitlines())
+    return dict(
+        zip(device_loops.NAMES, device_loops.per_tile(code, products, head_dim), strict=True)
+    )
 
 
 def test_a_tile_s_instructions_are_those_of_a_turn_in_the_middle() -> None:
@@ -236,13 +238,13 @@ def test_a_tile_s_instructions_are_those_of_a_turn_in_the_middle() -> None:
     assert tile_of(LOOP.replace("        /*00e0*/", more))["float"] == 64
     at_edges = "        /*0078*/                   FMUL R8, R8, R9 ;\n        /*0080*/"
     assert tile_of(LOOP.replace("        /*0080*/", at_edges)) == found
-    assert not cuda_loops.per_tile(cuda_loops.parsed(LOOP.splitlines()[:-6]), 2, 16)
-    assert not cuda_loops.per_tile([], 2, 16)
+    assert not device_loops.per_tile(device_loops.parsed(LOOP.splitlines()[:-6]), 2, 16)
+    assert not device_loops.per_tile([], 2, 16)
 
 
 def test_a_loop_that_grows_is_a_fault() -> None:
     def usages(total: int) -> cuda_resources.Usages:
-        tile = (*[0] * (len(cuda_loops.NAMES) - 1), total)
+        tile = (*[0] * (len(device_loops.NAMES) - 1), total)
         return {Kernel("a<bf16, 64>", 64): {"sm_80": Usage(9, 0, (), 0, 1, tile), "sm_90": BARE}}
 
     BARE = Usage(9, 0)

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tools import aot, aot_docs
+from tools import aot, aot_docs, device_loops
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = aot.Resources(
-    "sm_90", "fwd", "bfloat16", 128, "plain", "128x128", 8, 2, 248, 0, 163840, "HGMMA", "0a1b2c3d"
-)
+    "sm_90", "fwd", "bfloat16", 128, "plain", "128x128", 8, 2, 248, 0, 163840, "HGMMA", "0a1b2c3d",
+    blocks=1, products=16, waits=2, loop=(16, *range(1, 9), 400),
+)  # fmt: skip
 
 
 def test_some_kernels_are_as_the_table_says(tmp_path: Path) -> None:
@@ -89,6 +90,11 @@ def test_every_entry_of_every_table_is_compiled() -> None:
         ({"matrix": ""}, "no matrix instructions"),
         ({"shared": 232449}, "232449 bytes of shared memory, the limit is 232448"),
         ({"registers": 200}, None),
+        ({"loop": (16, *range(1, 9), 408)}, None),
+        ({"loop": (16, *range(1, 9), 409)}, "409 issue slots, the table says 400"),
+        ({"loop": ()}, "no loop with matrix products, the table has one"),
+        ({"waits": 15}, None),
+        ({"waits": 16}, "a wait for every wgmma"),
     ],
     ids=str,
 )
@@ -116,6 +122,40 @@ def test_which_kernels_must_not_spill(
     assert aot.faults(GOOD._replace(**changes), {}) == []
     found = aot.faults(GOOD._replace(**changes, spills=8), {})
     assert bool(found) == spilling_is_a_fault
+
+
+# A walk over heads (0x00 to 0xb0) round two loops over tiles, of which the second masks; in the
+# first a wait that jumps behind the kernel's end and back.
+LOOPS = """
+        /*0000*/                   IADD3 R8, R8, 0x1, RZ ;
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R4], R5 ;
+        /*0020*/              @!P1 BRA 0xd0 ;
+        /*0030*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/              @!P2 BRA 0x10 ;
+        /*0070*/                   FSEL R8, R8, -INF , P2 ;
+        /*0078*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0080*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0088*/                   MUFU.EX2 R8, R8 ;
+        /*0090*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*00a0*/              @!P3 BRA 0x70 ;
+        /*00b0*/              @!P4 BRA 0x0 ;
+        /*00c0*/                   EXIT ;
+        /*00d0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R4], R5 ;
+        /*00e0*/              @!P1 BRA 0xd0 ;
+        /*00f0*/                   BRA 0x30 ;
+"""
+
+
+def test_the_loop_that_is_counted_is_the_shortest_over_tiles() -> None:
+    turn = device_loops.turn(device_loops.parsed(LOOPS.splitlines()))
+    assert [hex(each.address) for each in turn] == ["0x10", "0x20", "0x30", "0x40", "0x50", "0x60"]
+    assert sum(map(device_loops.is_wait, turn)) == 1
+    found = dict(zip(device_loops.NAMES, device_loops.counts(turn, 0.5), strict=True))
+    assert found["mma"] == 1
+    assert found["total"] == 3
+    assert device_loops.counts(device_loops.turn([]), 0.5) == ()
 
 
 def test_a_kernel_that_does_not_compile_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +216,8 @@ def resources(entry: aot.Entry, **changes: object) -> aot.Resources:
     aot.driver.set_active(aot.NoDevice(arch))
     tile = aot.tile_of(aot.job(entry).config)
     row = aot.Resources(
-        *(arch, name, dtype, int(D), variant, *tile), 64, 0, 512, "HMMA", aot.fingerprint(name)
+        *(arch, name, dtype, int(D), variant, *tile, 64, 0, 512, "HMMA", aot.fingerprint(name)),
+        *(1, 0, 0, ()),
     )
     return row._replace(**changes)
 
@@ -254,9 +295,7 @@ def test_committed_tables_have_entries_that_exist_and_no_faults() -> None:
     keys = {aot.entry_key(entry) for entry in aot.entries()}
     for path in aot.TABLES.glob("*.csv"):
         rows = list(csv.DictReader(path.read_text().splitlines()))
-        types = aot.get_type_hints(aot.Resources)
-        for row in rows:
-            made = aot.Resources(*(types[name](row[name]) for name in aot.Resources._fields))
+        for made in map(aot.resources_of, rows):
             assert aot.key(made) in keys, path
             assert aot.faults(made, {}) == [], path
 
@@ -273,9 +312,10 @@ def test_the_page_is_written_from_the_tables(
     for version, registers in (("3.9", 248), ("3.10", 250)):
         with (folder / f"{version}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(aot.Resources._fields)
-            writer.writerow(GOOD._replace(registers=registers))
-            writer.writerow(GOOD._replace(arch="sm_80", spills=24, matrix="HMMA", shared=512))
+            writer.writerow((*aot.Resources._fields[:-1], *aot.LOOP))
+            other = GOOD._replace(arch="sm_80", spills=24, matrix="HMMA", shared=512)
+            for row in (GOOD._replace(registers=registers), other):
+                writer.writerow(aot.cells(row))
     page = tmp_path / "docs" / "triton.md"
     page.write_text("before\n")
     assert aot_docs.main([], tmp_path) == 2

@@ -10,8 +10,8 @@ A table is written as kernels are compiled, so a run that is killed goes on with
 tools/aot_docs.py then writes docs/triton.md's tables.
 Kernels are made by the launchers themselves, on a driver that names the target and has no device.
 Held for each: shared memory within the hardware's limit; matrix instructions in 16-bit kernels;
-no spills in the default entries for D <= 128; and no more registers, spills or shared memory than
-the committed table says.
+no spills in the default entries for D <= 128; no wait for each wgmma; and no more registers, spills
+or shared memory than the committed table says, nor 2% more instructions in the loop.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from attnfast.kernels import (
     attention_fwd_gluon,
     attention_weights,
     configs,
+    key_ends,
 )
 from attnfast.kernels.launch import Launch
 from triton._C.libtriton import ir
@@ -50,12 +51,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from attnfast.call import Inputs, Options, Upstream
-from tools import device_code
+from tools import cuda_resources, device_code, device_loops
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "docs" / "triton-resources"
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+COUNTED = ("sm_80", "sm_90", "sm_100")  # architectures for which single options are compiled too
 SHARED_LIMIT = {
     "sm_80": 166912,
     "sm_89": 101376,
@@ -63,13 +65,16 @@ SHARED_LIMIT = {
     "sm_100": 232448,
     "sm_120": 101376,
     "gfx942": 65536,
+    "gfx950": 163840,
 }
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|OMMA|v_mfma_\w+|v_wmma_\w+)\b")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-VARIANTS = ("plain", "causal", "everything", "ones")
-UNTILED = ("combine", "dsinks")  # kernels without products
+SINGLE = ("padded", "masked", "biased")  # options whose tiles the loop loads
+VARIANTS = ("plain", "causal", *SINGLE, "everything", "ones")
+UNTILED = ("combine", "dsinks", "ends")  # kernels without products
 EVERYTHING_FOR = (2, 128)  # bytes of an element and head dim also compiled with every option
 WRITE_EVERY = 10  # kernels
+GROWTH = 1.02  # of a loop's issue slots
 MODULES = {
     name: importlib.import_module(f"attnfast.kernels.{file}")
     for name, (file, *_) in device_code.KERNELS.items()
@@ -102,8 +107,13 @@ class Resources(NamedTuple):
     shared: int  # bytes
     matrix: str  # the matrix instruction
     source: str  # `fingerprint` of what it was compiled from
+    blocks: int  # that an SM can have at a time; 0: not known
+    products: int  # matrix instructions in a turn of the loop
+    waits: int  # for wgmma, in a turn
+    loop: tuple[int, ...]  # issue slots for 1,024 scores as device_loops.NAMES; () without one
 
 
+LOOP = tuple(f"loop_{name}" for name in device_loops.NAMES)  # columns of Resources.loop
 Table = dict[tuple[str, ...], Resources]  # by `key`
 
 
@@ -135,23 +145,23 @@ def entries() -> Iterator[Entry]:
         for name in configs.PASSES:
             for size in DTYPES:
                 for D in configs.HEAD_DIMS:
-                    for variant in variants(name, size, D):
+                    for variant in variants(arch, name, size, D):
                         yield Entry(arch, name, size, D, variant)
     for name in (*configs.PASSES, *UNTILED):  # where sizes are 1, Triton takes them for constants
         yield Entry("sm_90", name, 2, 1, "ones")
     for arch in ARCHITECTURES:
         for name in UNTILED:
-            yield Entry(arch, name, 2, 128, "everything")
+            yield Entry(arch, name, 2, 128, "everything" if name != "ends" else "padded")
     for D in attention_fwd_gluon.TILES:
         for variant in VARIANTS[:2]:
             yield Entry("sm_90", "gluon", 2, D, variant)
 
 
-def variants(name: str, size: int, D: int) -> tuple[str, ...]:
-    """Also the causal kernels of the passes that training lives on, and all options for some."""
+def variants(arch: str, name: str, size: int, D: int) -> tuple[str, ...]:
+    """Also the causal kernels of the passes that training lives on, and options for some."""
     found = ["plain"]
     if name in ("fwd", "dq", "dkdv") and size == 2 and D <= 128:
-        found.append("causal")
+        found += ["causal", *(SINGLE if arch in COUNTED else ())]
     if (size, D) == EVERYTHING_FOR:
         found.append("everything")
     return tuple(found)
@@ -180,9 +190,18 @@ def job(entry: Entry) -> Launch:
         options = options._replace(
             window_left=64, window_right=64, softcap=30.0, dropout_p=0.1, stats=2, weights=2
         )
+    if entry.variant == "padded":
+        inputs = inputs._replace(mask=empty(B, 1, 1, T, dtype=torch.bool).expand(B, 1, T, T))
+    if entry.variant == "masked":
+        inputs = inputs._replace(mask=empty(B, 1, T, T, dtype=torch.bool))
+    if entry.variant == "biased":
+        inputs = inputs._replace(bias=empty(1, H, T, T))
     if entry.name == "dbias" and not everything:
         inputs = inputs._replace(bias=empty(1, H, T, T))
     call = arguments.gather(inputs, options, configs.l2_bytes(entry.arch))
+    call = key_ends.with_key_ends(call)
+    if entry.name == "ends":
+        return key_ends.key_ends_launches(call)[0]
     if entry.name == "gluon":
         return attention_fwd_gluon.hopper_launch(call, attention_fwd.results(inputs, options))
     if entry.name == "fwd":
@@ -231,18 +250,27 @@ def compiled(entry: Entry) -> Resources:
         raise RuntimeError(f"{entry}: {reason(error)}") from None
     registers, spills, shared, code = read_binary(kernel)
     found = MATRIX.search(code)
+    config = launch.config
+    turn = device_loops.turn(device_loops.parsed(code.splitlines()))
+    # A group of Gluon's warps has 64 rows of its own.
+    warps, M = (4, 64) if entry.name == "gluon" else (config.num_warps, config.BLOCK_M)
+    slots = warps * 1024 / (M * config.BLOCK_N)
     return Resources(
         entry.arch,
         entry.name,
         str(DTYPES[entry.size]).removeprefix("torch."),
         entry.D,
         entry.variant,
-        *tile_of(launch.config),
+        *tile_of(config),
         registers,
         spills,
         shared,
         found[1].split("_f32")[0] if found else "",
         fingerprint(entry.name),
+        cuda_resources.blocks_of_sm(entry.arch, registers, 32 * config.num_warps, shared),
+        sum(map(device_loops.is_product, turn)),
+        sum(map(device_loops.is_wait, turn)),
+        device_loops.counts(turn, slots),
     )
 
 
@@ -312,7 +340,13 @@ def faults(resources: Resources, known: Table) -> list[str]:
     if r.dtype != "float32" and not r.matrix and r.name not in UNTILED:
         what.append("no matrix instructions")
     before = known.get(key(r))
+    if r.waits >= max(r.products, 1):
+        what.append("a wait for every wgmma")
     if before is not None:
+        if before.loop and not r.loop:
+            what.append("no loop with matrix products, the table has one")
+        elif before.loop and r.loop[-1] > GROWTH * before.loop[-1]:
+            what.append(f"{r.loop[-1]} issue slots, the table says {before.loop[-1]}")
         for field in ("registers", "spills", "shared"):
             now, then = getattr(r, field), getattr(before, field)
             if now > then:
@@ -348,11 +382,21 @@ def read_table() -> Table:
     known = {}
     with table_path().open() as file:
         for row in csv.DictReader(file):
-            types = get_type_hints(Resources)
-            values = (types[name](row[name]) for name in Resources._fields)
-            resources = Resources(*values)
+            resources = resources_of(row)
             known[key(resources)] = resources
     return known
+
+
+def resources_of(row: dict[str, str]) -> Resources:
+    """A row of the table, read."""
+    types = get_type_hints(Resources)
+    values = (types[name](row[name]) for name in Resources._fields[:-1])
+    return Resources(*values, tuple(int(row[name]) for name in LOOP if row[name]))
+
+
+def cells(r: Resources) -> tuple[object, ...]:
+    """A row of the table, to be written."""
+    return (*r[:-1], *(r.loop or [""] * len(LOOP)))
 
 
 def write_table(rows: Iterable[Resources]) -> None:
@@ -365,8 +409,8 @@ def write_table(rows: Iterable[Resources]) -> None:
     unfinished = path.with_suffix(".new")
     with unfinished.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Resources._fields)
-        writer.writerows(kept)
+        writer.writerow((*Resources._fields[:-1], *LOOP))
+        writer.writerows(map(cells, kept))
     unfinished.replace(path)
 
 
@@ -469,7 +513,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(result)
         found = faults(result, {} if given.write else known)
         wrong += found
-        print(*result, "; ".join(found) and "FAULT", flush=True)
+        print(*cells(result), "; ".join(found) and "FAULT", flush=True)
         if given.write and len(rows) % WRITE_EVERY == 0:
             write_table(rows)
     if given.write:

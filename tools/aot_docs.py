@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path("docs") / "triton.md"
 TABLES = Path("docs") / "triton-resources"
-BEGIN, END = "<!-- from tools/aot_docs.py -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
 DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 Row = dict[str, str]
 
@@ -105,12 +106,17 @@ def text(root: Path = ROOT) -> str:
     return "\n" + "\n".join(parts) + "\n"
 
 
-def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(
+    arguments: list[str] | None = None,
+    root: Path = ROOT,
+    page: Path = PAGE,
+    text: Callable[[Path], str] = text,
+) -> int:
+    """The command line, of any page whose tables a function makes; returns the exit code."""
+    parser = argparse.ArgumentParser(description=f"Write the tables of {page}.")
     parser.add_argument("--check", action="store_true", help="write nothing")
     given = parser.parse_args(arguments)
-    page = root / PAGE
+    page = root / page
     before = page.read_text(encoding="utf-8")
     head, _, rest = before.partition(BEGIN)
     _, mark, tail = rest.partition(END)

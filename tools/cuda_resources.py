@@ -5,7 +5,7 @@
 
 Reads the logs and objects that `make cuda` leaves in build/native/cuda. Registers and spills are
 ptxas's words; instructions are counted in the code that cuobjdump shows, which comes with the CUDA
-toolkit and with Triton, also those of a tile of scores (cuda_loops.py); shared memory is what
+toolkit and with Triton, also those of a tile of scores (device_loops.py); shared memory is what
 kernels are launched with (cuda_shared.cpp). Fails if a kernel of head dims up to 128 spills more
 than SPILLS says, exceeds an architecture's shared memory, lacks the tensor cores' instructions, or
 has no code where it should; and, compiled by the toolkit that the table is of, if a tile takes over
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from csrc import build  # noqa: E402
-from tools import cuda_loops  # noqa: E402
+from tools import device_loops  # noqa: E402
 
 OBJECTS = ROOT / "build" / "native" / "cuda"
 PAGE = ROOT / "docs" / "cuda.md"
@@ -58,8 +58,8 @@ SHARED_KB = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, 
 LEAST_SHARED_KB = 99  # of all later ones, sm_120 among them
 # An SM's shared memory in KB, of which a block takes 1 for itself, and its warps; registers are
 # shared out to warps by 256.
-SM_SHARED_KB = {"sm_75": 64, "sm_80": 164, "sm_90": 228, "sm_100": 228, "sm_120": 100}
-SM_WARPS = {"sm_75": 32, "sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}
+SM_SHARED_KB = {"sm_75": 64, "sm_80": 164, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
+SM_WARPS = {"sm_75": 32, "sm_80": 64, "sm_89": 48, "sm_90": 64, "sm_100": 64, "sm_120": 48}
 SM_REGISTERS = 64 << 10
 
 ENTRY = re.compile(
@@ -99,7 +99,7 @@ class Usage(NamedTuple):
     instructions: tuple[int, ...] = ()
     shared: int = 0  # bytes
     blocks: int = 0  # that an SM can have at a time; 0: not known
-    tile: tuple[int, ...] = ()  # instructions for 64 x 64 scores, as cuda_loops.NAMES
+    tile: tuple[int, ...] = ()  # instructions for 64 x 64 scores, as device_loops.NAMES
 
     @property
     def empty(self) -> bool:
@@ -216,10 +216,10 @@ def tile(each: Kernel, arch: str, listing: list[str]) -> tuple[int, ...]:
     """Instructions for 64 x 64 scores, where they are counted."""
     name, forms = each.name.partition("<")[0], each.name.rstrip(">").split(", ")
     part = f"{name}, {forms[-1]}"
-    products = cuda_loops.PRODUCTS.get(part, cuda_loops.PRODUCTS.get(name))
+    products = device_loops.PRODUCTS.get(part, device_loops.PRODUCTS.get(name))
     if arch not in COUNTED or products is None:
         return ()
-    return cuda_loops.per_tile(cuda_loops.parsed(listing), products, each.head_dim)
+    return device_loops.per_tile(device_loops.parsed(listing), products, each.head_dim)
 
 
 def committed() -> dict[tuple[str, str], int]:
@@ -287,7 +287,7 @@ def architectures(usages: Usages) -> list[str]:
 def csv_of(usages: Usages) -> str:
     """One line for every kernel and every architecture that has code for it."""
     columns = ("kernel,architecture,shared,registers,spilled,blocks", *INSTRUCTIONS[:-1])
-    lines = [",".join((*columns, *cuda_loops.NAMES))]
+    lines = [",".join((*columns, *device_loops.NAMES))]
     for each, by_arch in by_kernel(usages):
         for arch in architectures(usages):
             usage = by_arch.get(arch)
@@ -295,7 +295,7 @@ def csv_of(usages: Usages) -> str:
                 continue
             numbers: list[int | str] = [usage.shared, usage.registers, usage.spills, usage.blocks]
             numbers += usage.instructions[:-1]
-            numbers += usage.tile or [""] * len(cuda_loops.NAMES)
+            numbers += usage.tile or [""] * len(device_loops.NAMES)
             lines.append(f'"{each.name}",{arch},' + ",".join(map(str, numbers)))
     return "\n".join([*lines, ""])
 

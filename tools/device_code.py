@@ -12,6 +12,7 @@ from pathlib import Path
 
 KERNELS = {  # by name in the tables: the file in kernels/, the backend, the kind of kernel
     "fwd": ("attention_fwd", "triton", "forward"),
+    "ends": ("key_ends", "triton", "forward"),
     "rows": ("attention_bwd", "triton", "backward"),
     "dq": ("attention_bwd", "triton", "backward"),
     "dkdv": ("attention_bwd", "triton", "backward"),

@@ -1,17 +1,20 @@
-"""What a kernel's inner loop costs: warp instructions for 64 x 64 scores, from its SASS.
+"""What a kernel's inner loop costs: instructions of a warp, from its SASS.
 
-The loop is the innermost one with matrix products and asynchronous copies. Of its turns one is
-counted: the way through its branches that meets the most products, then the most copies and values
-handed to other blocks, then the fewest instructions. That is a tile whose positions need no test
-and whose neighbours exist. 64 x 64 scores are 2 D instructions `m16n8k16` for each of the products
-that a kernel makes of a tile (PRODUCTS): how many of them a turn has says how many scores it is
-for, whatever tiles and warps the kernel has.
+The loop is the innermost one with matrix products; of several, that with the most, the shortest of
+those. Of its turns one is counted: the way through its branches that meets the most products, then
+the most copies and values handed to other blocks, then the fewest instructions. That is a tile
+whose positions need no test and whose neighbours exist.
+
+A CUDA kernel's turn is counted for 64 x 64 scores, which are 2 D instructions `m16n8k16` for each
+of the products that it makes of a tile (PRODUCTS): how many of them a turn has says how many scores
+it is for. A Triton kernel's turn is for a tile of its program.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 # Products that a kernel makes of a tile of scores, by its name and the form that tells how many.
@@ -25,7 +28,7 @@ PRODUCTS = {
 }
 # Classes of instructions by the beginnings of their names; all others are of integers.
 CLASSES = {
-    "mma": "HMMA",
+    "mma": "HMMA HGMMA UTCHMMA",
     "ldmatrix": "LDSM",
     "copies": "LDGSTS LDGDEPBAR DEPBAR",
     "exchange": "LDS STS SHFL",
@@ -73,18 +76,26 @@ def parsed(listing: list[str]) -> list[Instruction]:
 
 def per_tile(code: list[Instruction], products: int, head_dim: int) -> tuple[int, ...]:
     """Warp instructions for 64 x 64 scores, in the order of NAMES; () without such a loop."""
-    turn = cheapest_turn(inner_loop(code))
-    made = sum(map(is_product, turn))
-    if not made:
-        return ()
-    counts = Counter(each.group for each in turn)
-    counts["total"] = len(turn)
-    return tuple(round(counts[name] * products * 2 * head_dim / made) for name in NAMES)
+    found = turn(code)
+    made = sum(map(is_product, found))
+    return counts(found, products * 2 * head_dim / made) if made else ()
+
+
+def counts(turn: list[Instruction], times: float) -> tuple[int, ...]:
+    """The instructions of a turn, so many times, in the order of NAMES; () of none."""
+    found = Counter(each.group for each in turn)
+    found["total"] = len(turn)
+    return tuple(round(found[name] * times) for name in NAMES) if turn else ()
 
 
 def is_product(each: Instruction) -> bool:
-    """Whether it is an m16n8k16."""
-    return each.name.startswith("HMMA.16816.")
+    """Whether it multiplies matrices."""
+    return each.group == "mma"
+
+
+def is_wait(each: Instruction) -> bool:
+    """Whether it waits for wgmma."""
+    return each.name.startswith("WARPGROUP.DEPBAR")
 
 
 def carries(each: Instruction) -> bool:
@@ -92,17 +103,27 @@ def carries(each: Instruction) -> bool:
     return each.name.startswith("LDGSTS") or ".STRONG" in each.name
 
 
-def inner_loop(code: list[Instruction]) -> list[Instruction]:
-    """The loop with the most products, the shortest of several; none without copies."""
+def turn(code: list[Instruction]) -> list[Instruction]:
+    """The turn of the inner loop that is counted; [] without one."""
     index = {each.address: i for i, each in enumerate(code)}
-    loops = []
+    found: list[tuple[int, int, list[Instruction]]] = []
+    for begin, end in sorted(loops(code, index), key=lambda loop: loop[1] - loop[0]):
+        if any(begin <= first and last <= end for first, last, _ in found):
+            continue  # goes round another
+        way = cheapest_turn(code[begin : end + 1])
+        if any(map(is_product, way)):
+            found.append((begin, end, way))
+    ways = [way for *_, way in found]
+    return max(ways, key=lambda way: (sum(map(is_product, way)), -len(way)), default=[])
+
+
+def loops(code: list[Instruction], index: dict[int, int]) -> Iterator[tuple[int, int]]:
+    """Where loops begin and end: a branch back, and what it leads to."""
     for end, each in enumerate(code):
-        jumps = each.name.startswith("BRA") and each.target is not None
-        begin = index.get(each.target or 0, end + 1) if jumps else end + 1
-        body = code[begin : end + 1]
-        if any(x.name.startswith("LDGSTS") for x in body):
-            loops.append((sum(map(is_product, body)), -len(body), body))
-    return max(loops, key=lambda loop: loop[:2])[2] if loops else []
+        if each.name.startswith("BRA") and each.target is not None:
+            begin = index.get(each.target, end + 1)
+            if begin <= end:
+                yield begin, end
 
 
 def cheapest_turn(loop: list[Instruction]) -> list[Instruction]:
