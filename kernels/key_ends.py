@@ -21,7 +21,7 @@ CONFIG = Config(1, 1024, 4, 1)
 
 
 @triton.jit
-def key_ends_kernel(x, p, f, tile):
+def key_ends_kernel(x, ends, p, f, tile):
     """The end of one batch entry's keys."""
     b = tl.program_id(0)
     mask = at_head(x.mask, b, p.mask_b, b * 0, p.mask_h)
@@ -30,7 +30,7 @@ def key_ends_kernel(x, p, f, tile):
     for j0 in tl.range(0, p.S, tile.BLOCK_N):
         attend = attended_keys(mask, b * 0 + j0, key, p.S, p, True)
         end = tl.maximum(end, tl.max(tl.where(attend, j0 + key + 1, 0), 0))
-    tl.store(x.key_ends + b, end)
+    tl.store(ends + b, end)
 
 
 def with_key_ends(call: Call) -> Call:
@@ -46,4 +46,5 @@ def key_ends_launches(call: Call) -> list[Launch]:
     if call.x.key_ends is None:
         return []
     tile = Tile(CONFIG.BLOCK_M, CONFIG.BLOCK_N, 0, 0)
-    return [Launch(key_ends_kernel, call.p.B, (call.x,), call.p, call.f, tile, CONFIG)]
+    tensors = (call.x._replace(key_ends=None), call.x.key_ends)
+    return [Launch(key_ends_kernel, call.p.B, tensors, call.p, call.f, tile, CONFIG)]
