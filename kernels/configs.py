@@ -193,7 +193,7 @@ def choose(arch: str, name: str, size: int, D: int, D_v: int, extras: bool) -> C
     if not extras:
         return config
     if name == "fwd" and 64 < max(D, D_v) <= 128:
-        return config._replace(BLOCK_N=config.BLOCK_N // 2, num_stages=1)
+        return config._replace(BLOCK_N=max(config.BLOCK_N // 2, 16), num_stages=1)
     return config._replace(num_stages=min(config.num_stages, 2 if max(D, D_v) <= 64 else 1))
 
 

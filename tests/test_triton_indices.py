@@ -79,7 +79,8 @@ def test_the_stand_in_is_the_kernels_own() -> None:
 @pytest.mark.parametrize("name", [*aot.configs.PASSES, *aot.UNTILED])
 def test_products_by_strides_have_64_bits(name: str) -> None:
     found = set()
-    for line in aot.intermediate(aot.Entry("sm_90", name, 2, 128, "everything")).splitlines():
+    variant = "padded" if name == "ends" else "everything"
+    for line in aot.intermediate(aot.Entry("sm_90", name, 2, 128, variant)).splitlines():
         factors = re.search(rf"arith\.muli .*?({STRIDE})\b.*: (?:i32|tensor<\w*xi32>)", line)
         if factors is not None:
             found.add(factors[1].removeprefix("%"))
