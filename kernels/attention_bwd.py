@@ -329,7 +329,7 @@ def dkdv_kernel(x, g, to, p, f, tile):
     T = tl.where(j0 < attended_end(x, b, S), T, 0)  # no query attends any of the keys
     begin, end, inner_begin, inner_end = query_range(j0, j_last, T, shift, p, f)
     if f.TILED:  # where the keys end within the block, masks and biases are read by position too
-        inner_end = tl.where(j0 + tile.BLOCK_N <= S, inner_end, inner_begin)
+        inner_end = tl.where(j0 + tile.BLOCK_N <= S, inner_end, 0)
     for part in tl.static_range(0 if f.HAS_RIGHT else 1, 3):
         first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_M)
         if first < last:
