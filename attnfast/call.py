@@ -33,6 +33,7 @@ class Inputs(NamedTuple):
     dropout_seed: Tensor | None = None  # (2,) int64: seed, offset
     cu_seqlens_q: Tensor | None = None  # (sequences + 1,) int32
     cu_seqlens_k: Tensor | None = None  # (sequences + 1,) int32
+    indices: Tensor | None = None  # (B, 1|H_kv, T, K) int32: the keys of each query; -1: none
 
 
 # The numbers that change a score alone, with which Options and DecodeOptions begin. A caller gives

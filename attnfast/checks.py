@@ -47,6 +47,7 @@ def attention_call(
     deterministic: bool | None,
     sequences: Sequences | None = None,
     names: tuple[str, ...] = NAMES,
+    indices: Tensor | None = None,
 ) -> tuple[Inputs, Options]:
     """The canonical form of a call of ``attention``, or of ``varlen_attention`` with ``sequences``.
 
@@ -59,7 +60,7 @@ def attention_call(
     """
     require.qkv_tensors(function, names, q, k, v)
     if torch.compiler.is_compiling():
-        assume_sizes(q, k, v, align, alibi_slopes, sequences)
+        assume_sizes(q, k, v, align, alibi_slopes, sequences, indices=indices)
     q, k, v = autocast(function, names, q, k, v)
     cu_seqlens_q = cu_seqlens_k = None
     max_seqlen_q = max_seqlen_k = 0
@@ -103,6 +104,10 @@ def attention_call(
         sinks = require.sink_logits(function, sinks, q, H)
     if dropout_seed is not None:
         dropout_seed = require.seed(function, dropout_seed, q)
+    if indices is not None:
+        indices = require.chosen_keys(function, indices, q, k.shape[1])
+        others = {names[3]: mask, names[4]: bias, "alibi_slopes": alibi_slopes}
+        require.alone_with_indices(function, others, dropout_p, return_stats, return_weights)
 
     align_tensor, align_offset, bottom_right = None, 0, False
     if not isinstance(align, str) or align != "top_left":
@@ -143,6 +148,7 @@ def attention_call(
                 dropout_seed,
                 cu_seqlens_q,
                 cu_seqlens_k,
+                indices,
             )
         ),
         Options(
@@ -232,6 +238,7 @@ def assume_sizes(
     alibi_slopes: object,
     sequences: Sequences | None = None,
     page_table: object = None,
+    indices: object = None,
 ) -> None:
     """Have a traced program check when it runs which sizes are equal, where it leaves some open.
 
@@ -252,6 +259,8 @@ def assume_sizes(
         assume_shape(page_table, B, None)
     else:
         assume_shape(k, B, None, None, D)
+    assume_shape(indices, B, q.shape[-2], None)
+    assume_shape(indices, B, k.shape[1], q.shape[-2], None)
     assume_shape(per_entry, B)
     assume_shape(alibi_slopes, B, None)
 
@@ -315,6 +324,19 @@ def sequence_values(function: str, inputs: Inputs, options: Options) -> None:
         if length > longest:
             requirement = f"at least the longest sequence ({length})"
             fail(function, f"max_seqlen_{side}", requirement, longest)
+
+
+def index_values(function: str, inputs: Inputs) -> None:
+    """Check the values of indices, where no operator does."""
+    indices, S = inputs.indices, inputs.k.shape[2]
+    assert indices is not None
+    if torch.compiler.is_compiling():  # the reference takes what is outside for no key
+        return
+    outside = ((indices < -1) | (indices >= S)).nonzero()
+    if len(outside):
+        b, h, t, j = outside[0].tolist()
+        where = f"{int(indices[b, h, t, j])} for query {t} of batch entry {b}"
+        raise ValueError(f"{function}: indices must lie in [-1, {S}), got {where}")
 
 
 def cache_values(function: str, inputs: DecodeInputs) -> None:

@@ -100,7 +100,7 @@ def _checked_call(function: str, arguments: dict[str, Any]) -> Any:
     sequences = None
     if function == "varlen_attention":
         sequences = Sequences(*(arguments[name] for name in Sequences._fields))
-    arguments |= {"sequences": sequences, "names": checks.NAMES}
+    arguments = {"indices": None, **arguments, "sequences": sequences, "names": checks.NAMES}
     return _checked(checks.attention_call, function, arguments)
 
 
@@ -186,6 +186,7 @@ def _options(p: Problem) -> str:
         f"bias ({dtype_name(p.bias)})" if p.bias else "bias": p.bias,
         "alibi_slopes": p.alibi,
         "sinks": p.sinks,
+        "indices": p.indices,
     }
     return ", ".join(
         [f"{name}={value}" for name, value in shown.items()]

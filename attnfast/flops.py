@@ -61,6 +61,8 @@ def pairs(inputs: Inputs, options: Options) -> int:
     """Pairs of a query and a key, of all heads and sequences."""
     B, H, T, _ = inputs.q.shape
     q_ends, k_ends = inputs.cu_seqlens_q, inputs.cu_seqlens_k
+    if inputs.indices is not None:
+        return B * H * T * inputs.indices.shape[3]
     if q_ends is None or k_ends is None:
         return B * H * T * inputs.k.shape[2]
     if not (is_known(q_ends) and is_known(k_ends)):

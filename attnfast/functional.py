@@ -31,6 +31,7 @@ def attention(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    indices: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     return_lse: bool = False,
@@ -81,6 +82,12 @@ def attention(
             (arXiv:2108.12409).
         sinks: ``(H,)``, any supported dtype, differentiable: one more logit per head in the
             denominator, without a value (arXiv:2309.17453).
+        indices: int32 ``(B, T, K)``, or ``(B, H_kv, T, K)`` with one list per key head: query t
+            attends the keys ``indices[..., t, :]`` and no others, in time and memory linear in K
+            (DeepSeek sparse attention, arXiv:2512.02556). -1 is no key, a key that stands there
+            twice counts once; their order does not matter. int64 is converted. ``causal``,
+            ``window`` and ``sinks`` apply as well; mask, bias, alibi_slopes, dropout, weights and
+            "received" statistics are refused.
         dropout_p: probability in [0, 1] with which a probability is dropped; the rest is divided by
             ``1 - dropout_p``.
         dropout_seed: int64 ``(seed, offset)`` on q's device, of which the offset counts modulo
@@ -111,7 +118,9 @@ def attention(
 
     Papers: FlashAttention-2 (arXiv:2307.08691); online softmax (arXiv:1805.02867).
     """
-    if has_torch_function_variadic(q, k, v, mask, bias, align, alibi_slopes, sinks, dropout_seed):
+    if has_torch_function_variadic(
+        q, k, v, mask, bias, align, alibi_slopes, sinks, indices, dropout_seed
+    ):
         result = overridden(attention, locals())
         if result is not NotImplemented:
             return result
@@ -137,6 +146,7 @@ def attention(
         return_stats,
         return_weights,
         deterministic,
+        indices=indices,
     )
     outputs = run("attention", inputs, options, backend)
     if not (return_lse or return_stats or return_weights):
@@ -391,6 +401,8 @@ def run(
         checks.memory(function, inputs, names)
     if inputs.cu_seqlens_q is not None and dispatch.wants_checks(row):
         checks.sequence_values(function, inputs, options)
+    if inputs.indices is not None and dispatch.wants_checks(row):
+        checks.index_values(function, inputs)
     if row.ops is None:
         return reference_attention(inputs, options)
     try:
@@ -409,7 +421,7 @@ def _in_onnx_export() -> bool:
 
 def attention_problem(inputs: Inputs, options: Options) -> backends.Problem:
     """A call of ``attention`` or ``varlen_attention`` as backends see it."""
-    q, k, v, mask, bias, alibi_slopes, sinks, align, _, cu_seqlens_q, _ = inputs
+    q, k, v, mask, bias, alibi_slopes, sinks, align, _, cu_seqlens_q, _, indices = inputs
     B, H, T, D = q.shape
     _, H_kv, S, D_v = v.shape
     return backends.Problem(
@@ -438,6 +450,7 @@ def attention_problem(inputs: Inputs, options: Options) -> backends.Problem:
             or (bias is not None and bias.requires_grad)
             or (sinks is not None and sinks.requires_grad)
         ),
+        indices is not None,
     )
 
 

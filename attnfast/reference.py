@@ -130,7 +130,8 @@ def positions(inputs: Inputs, options: Options, row_start: int = 0) -> Tensor:
 def allowed(inputs: Inputs, options: Options, distance: Tensor) -> Tensor:
     """Which keys each query may attend, bool (B|1, H|1, T, S).
 
-    Causal j <= t', window t' - left <= j <= t' + right, mask, bias above -inf: all must hold.
+    Causal j <= t', window t' - left <= j <= t' + right, mask, bias above -inf, listed in indices:
+    all must hold.
     ``distance`` is j - t', (B|1, 1, T, S).
     """
     seen = torch.ones_like(distance, dtype=torch.bool)
@@ -144,7 +145,18 @@ def allowed(inputs: Inputs, options: Options, distance: Tensor) -> Tensor:
         seen = seen & inputs.mask
     if inputs.bias is not None:
         seen = seen & (inputs.bias != NEG_INF)
+    if inputs.indices is not None:
+        seen = seen & chosen(inputs.indices, inputs.q.shape[1], distance.shape[-1])
     return seen
+
+
+def chosen(indices: Tensor, H: int, S: int) -> Tensor:
+    """Which keys the lists hold, bool (B, 1|H, T, S): each once; what is not in [0, S) is none."""
+    keys = torch.where((indices < 0) | (indices >= S), S, indices).long()
+    seen = torch.zeros(*keys.shape[:3], S + 1, dtype=torch.bool, device=keys.device)
+    seen = seen.scatter(-1, keys, True)[..., :S]
+    heads = keys.shape[1]
+    return seen if heads == 1 else seen.repeat_interleave(H // heads, dim=1)
 
 
 def scores(q: Tensor, k: Tensor, inputs: Inputs, options: Options, distance: Tensor) -> Tensor:

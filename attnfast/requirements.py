@@ -36,6 +36,7 @@ OTHER_NAMES = {  # torch's and flash-attn's, by what is to be given instead
     "return_attn_probs": "given as return_weights= or return_lse=",
     "return_softmax_lse": "given as return_lse=",
     "block_table": "given as page_table=",
+    "indices": "left out: only attention() takes them, for sequences of one length",
 }
 INT32 = torch.iinfo(torch.int32)
 
@@ -320,6 +321,42 @@ def indices(
         sizes = f"({sizes},)" if len(shape) == 1 else f"({sizes})"
         fail(function, name, f"{what} = {sizes}", tuple(x.shape))
     return x if x.dtype is torch.int32 else narrowed(function, name, x)
+
+
+def chosen_keys(function: str, x: Tensor, q: Tensor, H_kv: int) -> Tensor:
+    """Indices as (B, 1 | H_kv, T, K) int32."""
+    what = "(B, T, K) or (B, H_kv, T, K)"
+    x = on_device(function, "indices", x, q, f"an int32 Tensor {what}")
+    if x.dtype is not torch.int32 and x.dtype is not torch.int64:
+        fail(function, "indices", "int32", x.dtype, TypeError)
+    B, _, T, _ = q.shape
+    if x.dim() not in (3, 4) or x.shape[:-1] not in ((B, T), (B, H_kv, T)):
+        sizes = f"({B}, {T}, *) or ({B}, {H_kv}, {T}, *)"
+        fail(function, "indices", f"{what} = {sizes}", tuple(x.shape))
+    x = x if x.dtype is torch.int32 else narrowed(function, "indices", x)
+    return x if x.dim() == 4 else view(function, "indices", x, slice(None), None)
+
+
+def alone_with_indices(
+    function: str,
+    others: dict[str, Tensor | None],
+    dropout_p: float,
+    return_stats: bool | str,
+    return_weights: bool | str,
+) -> None:
+    """Check that nothing is asked for that would take T x S numbers, or a walk over all keys."""
+    for name, x in others.items():
+        if x is not None:
+            requirement = "None with indices, which alone say what a query attends"
+            fail(function, name, requirement, "a Tensor")
+    if dropout_p != 0.0:
+        fail(function, "dropout_p", "0 with indices", shown(dropout_p))
+    if return_stats == "received":
+        requirement = "True or False with indices, whose kernels sum nothing by key in forward"
+        fail(function, "return_stats", requirement, shown(return_stats))
+    if return_weights is not False:
+        requirement = "False with indices: weights are T x S numbers"
+        fail(function, "return_weights", requirement, shown(return_weights))
 
 
 def checks_values() -> bool:

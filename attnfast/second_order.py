@@ -110,6 +110,8 @@ class Block(NamedTuple):
                 every if x.shape[2] == 1 else self.rows,
                 every if x.shape[3] == 1 else local_keys,
             )
+        if name == "indices":
+            return every, every, self.rows
         if name in ("align", "alibi_slopes"):
             return (every if x.shape[0] == 1 else entry,)
         return (every,)

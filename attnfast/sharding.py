@@ -166,6 +166,7 @@ def _inputs(cut: int, x: Inputs) -> Any:
         alibi_slopes=_where(cut, x.alibi_slopes),
         sinks=heads,
         align=entries,
+        indices=_where(cut, x.indices),
     )
 
 

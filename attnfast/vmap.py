@@ -68,6 +68,7 @@ class Fold(NamedTuple):
             alibi_slopes=self.broadcast(x.alibi_slopes, dims.alibi_slopes),
             sinks=x.sinks,
             align=self.optional(x.align, dims.align),
+            indices=self.optional(x.indices, dims.indices),
         )
 
     def upstream(self, x: Upstream, dims: Any) -> Upstream:

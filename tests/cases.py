@@ -33,7 +33,8 @@ class Case:
     """A call of `attention`, or with lengths of `varlen_attention`, on random tensors.
 
     ``mask`` and ``bias`` name the dimensions of (b, h, t, s) that are not broadcast: "bs" is a
-    padding mask (B, 1, 1, S). ``grads`` are the outputs in the loss.
+    padding mask (B, 1, 1, S). ``indices`` is how many keys each query lists, some of them twice and
+    some -1, for all key heads or ``apart``. ``grads`` are the outputs in the loss.
     """
 
     name: str = ""
@@ -64,6 +65,8 @@ class Case:
     stats: int = 0
     grads: tuple[str, ...] = ("out",)
     spread: float = 1.0  # standard deviation of q and k
+    indices: int = field(default=0, repr=False)
+    apart: bool = field(default=False, repr=False)
 
     def __str__(self) -> str:
         """The test id: shape, dtype, and every field that is not at its default."""
@@ -116,6 +119,11 @@ def problem(case: Case) -> Trial:
     if case.constant and bias is not None:
         q, k = q.round(), k.round()
         bias[bias > -torch.inf] = case.constant
+    indices = None
+    if case.indices:
+        lists = (B, case.H_kv if case.apart else 1, T, case.indices)
+        indices = torch.randint(-1, S, lists, generator=rng).int()
+        indices[-1:, :, -1:] = -1  # a query without keys
     alibi = torch.rand(B if "b" in case.alibi else 1, H, generator=rng) if case.alibi else None
     inputs = Inputs(
         q,
@@ -127,6 +135,7 @@ def problem(case: Case) -> Trial:
         normal(H) if case.sinks else None,
         torch.randint(-9, 40, (B,), generator=rng).int() if case.align == "tensor" else None,
         torch.tensor([2**40 + 12345, 77]) if case.dropout_p > 0 else None,
+        indices=indices,
         **varlen,
     )
     options = Options(
@@ -212,6 +221,10 @@ def arguments_of(inputs: Inputs, options: Options) -> dict[str, Any]:
         align = "bottom_right"
     slopes = inputs.alibi_slopes
     left, right = options.window_left, options.window_right
+    indices = inputs.indices
+    if indices is not None and indices.shape[1] < inputs.k.shape[1]:
+        indices = indices[:, 0]
+    chosen = {} if indices is None else {"indices": indices}
     return {
         "mask": inputs.mask,
         "bias": inputs.bias,
@@ -222,6 +235,7 @@ def arguments_of(inputs: Inputs, options: Options) -> dict[str, Any]:
         "softcap": options.softcap or None,
         "alibi_slopes": slopes[0] if slopes is not None and len(slopes) == 1 else slopes,
         "sinks": inputs.sinks,
+        **chosen,
         "dropout_p": options.dropout_p,
         "dropout_seed": inputs.dropout_seed,
         "return_lse": True,
@@ -364,6 +378,15 @@ OPTIONS: tuple[Case, ...] = (
         name: getattr(EVERYTHING, name)
         for name in ("H", "H_kv", "causal", "window", "align", "softcap", "alibi", "sinks", "bias",
                      "masking_bias", "dropout_p", "weights", "stats", "grads")}),
+    Case("indices", indices=33),
+    Case("indices_apart", indices=40, apart=True, H=6, grads=("out", "lse")),
+    Case("indices_causal", indices=50, T=129, causal=True, H=4, H_kv=1, D=64, D_v=40),
+    Case("indices_everything", indices=90, apart=True, H=6, H_kv=2, D=40, D_v=24, scale=0.2,
+         causal=True, window=(90, 3), align="bottom_right", softcap=3.0, sinks=True, stats=1,
+         grads=("out", "lse", "entropy")),
+    Case("indices_sinks", indices=3, sinks=True, align="tensor", window=(20, 40), H=20, H_kv=1),
+    Case("indices_large", indices=70, spread=30.0, stats=1, D=64, H=4, grads=("out", "lse")),
+    Case("indices_decode", indices=200, T=1, S=300, B=3, H=40, H_kv=1, D=72, D_v=64),
     EVERYTHING,
     replace(EVERYTHING, name="everything_mean", weights="mean", align="tensor", dropout_p=0.0),
     replace(EVERYTHING, name="everything_long", T=300, S=192, D=64, D_v=64, B=1, H=2, H_kv=1),

@@ -125,6 +125,9 @@ def _batch(
         allowed &= inputs.mask
     if inputs.bias is not None:
         allowed &= inputs.bias != -torch.inf
+    if inputs.indices is not None:
+        lists = inputs.indices.repeat_interleave(H // inputs.indices.shape[1], 1).unsqueeze(4)
+        allowed &= (lists == torch.arange(S)).any(3)
 
     # Keys that nobody attends count as zero, whatever they hold.
     seen = allowed.any(2).view(B, H_kv, group, S).any(2).unsqueeze(-1)  # (B, H_kv, S, 1)

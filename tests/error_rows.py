@@ -536,4 +536,96 @@ OPTIONS: list[Row] = [
     ),
 ]
 
-ATTENTION = [*TENSORS, *OTHER_LAYOUTS, *OTHER_NAMES, *OPTIONAL_TENSORS, *OPTIONS]
+LISTS = z(2, 10, 5, dtype=INT32)
+ALONE = {"mask": z(10, 12, dtype=torch.bool), "bias": z(10, 12), "alibi_slopes": z(4)}
+CHOSEN_KEYS: list[Row] = [
+    (
+        dense,
+        {"indices": [[0]]},
+        TypeError,
+        "indices must be an int32 Tensor (B, T, K) or (B, H_kv, T, K), got list",
+    ),
+    (dense, {"indices": LISTS.float()}, TypeError, "indices must be int32, got torch.float32"),
+    *(
+        (
+            dense,
+            {"indices": z(*shape, dtype=INT32)},
+            ValueError,
+            "indices must be (B, T, K) or (B, H_kv, T, K) = (2, 10, *) or (2, 2, 10, *), got "
+            f"{shape}",
+        )
+        for shape in ((10, 5), (2, 12, 5), (1, 10, 5), (2, 4, 10, 5), (2, 1, 10, 5))
+    ),
+    (
+        dense,
+        {"indices": LISTS.to("meta")},
+        ValueError,
+        "indices must be on q's device cpu, got meta",
+    ),
+    (
+        dense,
+        {"indices": LISTS.long() + 2**31},
+        ValueError,
+        "indices must be from -2147483648 to 2147483647, got 2147483648",
+    ),
+    *(
+        (
+            dense,
+            {"indices": LISTS.index_fill(1, torch.tensor(7), wrong)} | backend,
+            ValueError,
+            f"indices must lie in [-1, 12), got {wrong} for query 7 of batch entry 0",
+        )
+        for wrong in (12, -2)
+        for backend in ({}, {"backend": "reference"})
+    ),
+    *(
+        (
+            dense,
+            {"indices": LISTS, name: x},
+            ValueError,
+            f"{name} must be None with indices, which alone say what a query attends, got a Tensor",
+        )
+        for name, x in ALONE.items()
+    ),
+    (
+        dense,
+        {"indices": LISTS, "dropout_p": 0.1},
+        ValueError,
+        "dropout_p must be 0 with indices, got 0.1",
+    ),
+    (
+        dense,
+        {"indices": LISTS, "return_stats": "received"},
+        ValueError,
+        "return_stats must be True or False with indices, whose kernels sum nothing by key in"
+        " forward, got 'received'",
+    ),
+    *(
+        (
+            dense,
+            {"indices": LISTS, "return_weights": asked},
+            ValueError,
+            f"return_weights must be False with indices: weights are T x S numbers, got {asked!r}",
+        )
+        for asked in (True, "mean")
+    ),
+    *(
+        (
+            call,
+            {"indices": LISTS},
+            TypeError,
+            "indices must be left out: only attention() takes them, for sequences of one length,"
+            " got indices=",
+        )
+        for call in (varlen, decode)
+    ),
+]
+
+ATTENTION = [
+    *TENSORS,
+    *OTHER_LAYOUTS,
+    *OTHER_NAMES,
+    *OPTIONAL_TENSORS,
+    *OPTIONS,
+    *CHOSEN_KEYS,
+]

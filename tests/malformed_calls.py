@@ -223,6 +223,9 @@ MASKS = {
     "mask": ("None", "b(6, 7)", "b(2, 1, 1, 7)", "b(4, 6, 7)"),
     "bias": ("None", "f(4, 6, 7)", "f(2, 1, 6, 1)", "f(6, 7).double()"),
 }
+CHOSEN = {
+    "indices": ("None", "ints(0, 3, -1, 6).expand(2, 6, 4)", "longs(5, 5).expand(2, 2, 6, 2)"),
+}
 PACKED = {
     "q": ("f(9, 4, 8)",),
     "k": ("f(11, 2, 8)",),
@@ -293,11 +296,12 @@ APPENDED = {"k": ("f(2, 4, 3, 4)",), "v": ("f(2, 4, 3, 4)",)}
 # What is called, by what an error may name it; arguments that are needed, and options.
 TARGETS: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("attention", "attention", DENSE, MASKS | SCORES),
+    ("attention", "attention", DENSE, CHOSEN | SCORES),
     ("varlen_attention", "varlen_attention", PACKED, PACKED_MASKS | SCORES),
     ("decode_attention", "decode_attention", DECODED, STEP),
     ("decode_attention", "decode_attention", PAGED, STEP),
     ("scaled_dot_product_attention", "scaled_dot_product_attention", TORCH, TORCH_OPTIONS),
-    ("explain", "explain|attention", DENSE, MASKS | SCORES),
+    ("explain", "explain|attention", DENSE, MASKS | CHOSEN | SCORES),
     ("explain", "explain|varlen_attention", PACKED, PACKED_MASKS | SCORES),
     ("explain", "explain|decode_attention", DECODED, STEP),
     ("warm_up", "warm_up|attention", DENSE, MASKS | SCORES),

@@ -35,6 +35,7 @@ class Problem(NamedTuple):
     align: bool = False  # one offset per batch entry
     page_size: int = 0  # decode: 0 is a contiguous cache
     requires_grad: bool = False
+    indices: bool = False
 
 
 class Backend(NamedTuple):

@@ -23,6 +23,8 @@ def unsupported(problem: Problem) -> str | None:
     reason = other_dtype(problem, HALF) or too_wide(problem, MAX_HEAD_DIM)
     if reason is not None:
         return reason
+    if problem.indices:
+        return "takes no indices: Triton's and the CPU's kernels gather keys"
     if problem.device.type == "cpu":
         return _too_much_for(problem, emulated_capability()) or ops.EMULATOR_MISSING
     index = problem.device.index or 0

@@ -23,6 +23,7 @@ def unsupported(problem: Problem) -> str | None:
     """Why the experimental forward for Hopper refuses a problem, or None."""
     options, D = problem.options, problem.D
     tensors = problem.mask or problem.bias or problem.alibi or problem.sinks or problem.align
+    tensors = tensors or problem.indices
     plain = options._replace(scale=1.0, causal=False, deterministic=False, align_bottom_right=False)
     reasons = (
         (
