@@ -6,6 +6,7 @@ See `attention` for the contract, `explain` for which backend runs a call and wh
 
 from . import flops, sharding
 from ._version import __version__
+from .block_mask import BlockMask
 from .explain import explain
 from .functional import attention, decode_attention, varlen_attention
 from .late_imports import when_imported
@@ -21,6 +22,7 @@ when_imported("torch.distributed.tensor", sharding.register)
 
 __all__ = [
     "AttentionStats",
+    "BlockMask",
     "KVCache",
     "MultiheadAttention",
     "__version__",

@@ -34,6 +34,13 @@ class Inputs(NamedTuple):
     cu_seqlens_q: Tensor | None = None  # (sequences + 1,) int32
     cu_seqlens_k: Tensor | None = None  # (sequences + 1,) int32
     indices: Tensor | None = None  # (B, 1|H_kv, T, K) int32: the keys of each query; -1: none
+    # A BlockMask, of whose R rows and C columns of blocks see block_mask.py
+    block_starts: Tensor | None = None  # (B|1, H|1, 2 R + 1 + 2 C + 1) int32
+    block_index: Tensor | None = None  # (4, entries) int32
+    block_bits: Tensor | None = None  # (partial blocks, size, size / 32) int32
+
+
+BLOCK_FIELDS = ("block_starts", "block_index", "block_bits")
 
 
 # The numbers that change a score alone, with which Options and DecodeOptions begin. A caller gives

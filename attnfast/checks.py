@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from . import requirements as require
+from .block_mask import BlockMask
 from .call import DecodeInputs, DecodeOptions, Inputs, Options, Sequences
+from .flex_mask import from_flex, is_flex_mask
 from .reference import autocast_available
 from .requirements import fail
-from .sizes import assume_shape
+from .sizes import assume_shape, certain
 from .subclasses import PLAIN, is_causal_bias
 
 NAMES = ("q", "k", "v", "mask", "bias")
@@ -24,7 +26,8 @@ CACHE_NAMES = ("q", "k_cache", "v_cache")
 COMPLAINT = re.compile(r"\b(?:decode_)?attention: (\w+) (must .*)")  # native code's of a value
 STATS: dict[Any, int] = {False: 0, True: 1, "received": 2}
 WEIGHTS: dict[Any, int] = {False: 0, "mean": 1, True: 2}
-ORDINARY = (*PLAIN, type(None))  # types of most masks and biases
+NO_BLOCKS: tuple[Tensor | None, ...] = (None, None, None)
+ORDINARY = (*PLAIN, BlockMask, type(None))  # types of most masks and biases
 
 
 def attention_call(
@@ -32,7 +35,7 @@ def attention_call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    mask: Any,
     bias: Tensor | None,
     causal: bool,
     window: tuple[int | None, int | None] | None,
@@ -83,6 +86,7 @@ def attention_call(
         dense_rows(v, function, names[2]),
     )
 
+    bool_mask, blocks = None, NO_BLOCKS
     if mask is not None or bias is not None:
         if sequences is None and not (type(mask) in ORDINARY and type(bias) in ORDINARY):
             aligned = not isinstance(align, str) or align != "top_left"
@@ -94,8 +98,10 @@ def attention_call(
             mask, bias = (None if is_causal_bias(x) else x for x in (mask, bias))
         full = (B if sequences is None else 1, H, T, S)
         what = "(B, H, T, S)" if sequences is None else "(1, H, max_seqlen_q, max_seqlen_k)"
-        if mask is not None:
-            mask = require.mask_like(function, names[3], mask, q, full, what)
+        if type(mask) is BlockMask or is_flex_mask(mask):
+            blocks = block_mask(function, names[3], mask, q, (B, H, T, S))
+        elif mask is not None:
+            bool_mask = require.mask_like(function, names[3], mask, q, full, what)
         if bias is not None:
             bias = require.bias_like(function, names[4], bias, q, full, what)
     if alibi_slopes is not None:
@@ -140,7 +146,7 @@ def attention_call(
                 q,
                 k,
                 v,
-                mask,
+                bool_mask,
                 bias,
                 alibi_slopes,
                 sinks,
@@ -149,6 +155,7 @@ def attention_call(
                 cu_seqlens_q,
                 cu_seqlens_k,
                 indices,
+                *blocks,
             )
         ),
         Options(
@@ -228,6 +235,20 @@ def decode_call(
         sinks=sinks,
     )
     return inputs, options
+
+
+def block_mask(
+    function: str, name: str, mask: Any, q: Tensor, full: tuple[int, int, int, int]
+) -> tuple[Tensor, ...]:
+    """The tensors of a `BlockMask`, or of torch's, that fits the scores; varlen: of sequences."""
+    mask = mask if type(mask) is BlockMask else from_flex(mask)
+    if not require.fits(mask.shape[:2], full[:2]) or any(
+        certain(size != whole) for size, whole in zip(mask.shape[2:], full[2:], strict=True)
+    ):
+        fail(function, name, f"a BlockMask that broadcasts to (B, H, T, S) = {full}", mask.shape)
+    if mask.device != q.device:
+        fail(function, name, f"on q's device, {q.device}", mask.device)
+    return mask.starts, mask.index, mask.bits
 
 
 def assume_sizes(

@@ -183,6 +183,7 @@ def _options(p: Problem) -> str:
             shown[name] = getattr(options, name)
     flags = {
         "mask": p.mask,
+        "mask in blocks": p.blocks,
         f"bias ({dtype_name(p.bias)})" if p.bias else "bias": p.bias,
         "alibi_slopes": p.alibi,
         "sinks": p.sinks,

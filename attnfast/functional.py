@@ -10,6 +10,7 @@ from torch.overrides import has_torch_function_variadic
 
 from . import autograd, backends, checks, dispatch, sharding
 from .backends import reference
+from .block_mask import BlockMask
 from .call import DecodeInputs, DecodeOptions, Inputs, Options, Outputs, Sequences
 from .reference import reference_attention, reference_decode
 from .requirements import nothing_else, truth
@@ -22,7 +23,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | BlockMask | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
@@ -67,7 +68,9 @@ def attention(
         k: ``(B, H_kv, S, D)``, q's dtype; H_kv divides H (grouped queries: arXiv:2305.13245), and
             query head h reads key head ``h // (H / H_kv)``.
         v: ``(B, H_kv, S, D_v)``, q's dtype.
-        mask: bool, True = attend, broadcastable to ``(B, H, T, S)``; never expanded.
+        mask: bool, True = attend, broadcastable to ``(B, H, T, S)``; never expanded. Or a
+            `BlockMask` of ``(B|1, H|1, T, S)``, of which empty blocks cost nothing; torch's own
+            (``torch.nn.attention.flex_attention``) is converted once.
         bias: any supported dtype, broadcastable to ``(B, H, T, S)``, added to the scaled scores.
             Differentiable; -inf masks. A ``torch.nn.attention.bias.CausalBias``, here or as
             ``mask``, is taken as ``causal`` with its alignment.
@@ -163,7 +166,7 @@ def varlen_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | BlockMask | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
@@ -199,7 +202,8 @@ def varlen_attention(
             of one element, which is read (and on a GPU waited for).
         max_seqlen_k: at least the longest sequence's number of keys.
         mask: bool, broadcastable to ``(1, H, max_seqlen_q, max_seqlen_k)``: the same for every
-            sequence, by positions within it.
+            sequence, by positions within it. A `BlockMask` may have one for each sequence:
+            ``(sequences|1, H|1, max_seqlen_q, max_seqlen_k)``.
         bias: the same, added; differentiable.
         causal: see `attention`, as for all that follow.
         window: see `attention`.
@@ -421,7 +425,7 @@ def _in_onnx_export() -> bool:
 
 def attention_problem(inputs: Inputs, options: Options) -> backends.Problem:
     """A call of ``attention`` or ``varlen_attention`` as backends see it."""
-    q, k, v, mask, bias, alibi_slopes, sinks, align, _, cu_seqlens_q, _, indices = inputs
+    q, k, v, mask, bias, alibi_slopes, sinks, align, _, cu_seqlens_q, _, indices, *blocks = inputs
     B, H, T, D = q.shape
     _, H_kv, S, D_v = v.shape
     return backends.Problem(
@@ -451,6 +455,7 @@ def attention_problem(inputs: Inputs, options: Options) -> backends.Problem:
             or (sinks is not None and sinks.requires_grad)
         ),
         indices is not None,
+        blocks[0] is not None,
     )
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .block_index import with_dense_mask
 from .call import DecodeInputs, DecodeOptions, DecodeOutputs, Inputs, Options, Outputs
 from .sizes import memory_order
 
@@ -55,6 +56,11 @@ def reference_attention(
         Of the statistics only the entropy is differentiable. Query rows past the last sequence of a
         varlen call are rows without keys and without a sink.
     """
+    if inputs.block_starts is not None:
+        of_calls = (inputs.q.shape[2], inputs.k.shape[2])
+        of_sequences = (options.max_seqlen_q, options.max_seqlen_k)
+        sizes = of_calls if inputs.cu_seqlens_q is None else of_sequences
+        inputs = with_dense_mask(inputs, *sizes)
     if inputs.cu_seqlens_q is not None:
         return _varlen(inputs, options, compute_dtype)
     q, k, v = inputs.q, inputs.k, inputs.v

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Inputs, Options
+from .block_index import dense
+from .call import BLOCK_FIELDS, Inputs, Options
 from .reference import reference_attention, without_autocast
 
 PRIMALS = ("q", "k", "v", "bias", "sinks")
@@ -112,7 +113,7 @@ class Block(NamedTuple):
             )
         if name == "indices":
             return every, every, self.rows
-        if name in ("align", "alibi_slopes"):
+        if name in ("align", "alibi_slopes", "block_starts"):
             return (every if x.shape[0] == 1 else entry,)
         return (every,)
 
@@ -134,6 +135,12 @@ class Block(NamedTuple):
             for name, tensor in self.inputs._asdict().items()
             if tensor is not None and name not in x and not name.startswith("cu_seqlens")
         }
+        in_blocks = [others.pop(name) for name in BLOCK_FIELDS if name in others]
+        if in_blocks:
+            keys = self.k_rows.stop - self.k_rows.start
+            longest = self.options.max_seqlen_k or keys
+            starts, index, bits = in_blocks
+            others["mask"] = dense(starts, index, bits, self.rows, longest)[..., :keys]
         outputs = reference_attention(
             Inputs(**x, **others),
             self.options,

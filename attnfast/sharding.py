@@ -167,6 +167,7 @@ def _inputs(cut: int, x: Inputs) -> Any:
         sinks=heads,
         align=entries,
         indices=_where(cut, x.indices),
+        block_starts=_where(cut, x.block_starts),
     )
 
 

@@ -35,12 +35,12 @@ def overridden(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
 
 def is_causal_bias(x: object) -> bool:
     """Whether x is a ``torch.nn.attention.bias.CausalBias``, of which nothing lies in memory."""
-    return _is_a(x, "torch.nn.attention.bias", "CausalBias")
+    return is_a(x, "torch.nn.attention.bias", "CausalBias")
 
 
 def is_dtensor(x: object) -> bool:
     """Whether x is a ``torch.distributed.tensor.DTensor``, cut over processes."""
-    return _is_a(x, "torch.distributed.tensor", "DTensor")
+    return is_a(x, "torch.distributed.tensor", "DTensor")
 
 
 def is_lower_right(bias: Any) -> bool:
@@ -54,12 +54,12 @@ def refusal(x: Tensor) -> str | None:
         return "a Tensor of values"
     if isinstance(x, LAZY):
         return "initialised"
-    if _is_a(x, "torch.masked.maskedtensor.core", "MaskedTensor"):
+    if is_a(x, "torch.masked.maskedtensor.core", "MaskedTensor"):
         return "a Tensor without a mask of its own (get_data() and get_mask() are two arguments)"
     return None
 
 
-def _is_a(x: object, module: str, name: str) -> bool:
+def is_a(x: object, module: str, name: str) -> bool:
     """Whether x is of a class that takes seconds to import: where nobody did, nobody has one."""
     found = sys.modules.get(module)
     return found is not None and bool(isinstance(x, getattr(found, name)))

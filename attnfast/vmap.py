@@ -69,6 +69,9 @@ class Fold(NamedTuple):
             sinks=x.sinks,
             align=self.optional(x.align, dims.align),
             indices=self.optional(x.indices, dims.indices),
+            block_starts=self.broadcast(x.block_starts, dims.block_starts),
+            block_index=x.block_index,
+            block_bits=x.block_bits,
         )
 
     def upstream(self, x: Upstream, dims: Any) -> Upstream:
@@ -197,6 +200,8 @@ def joins(inputs: Inputs, dims: Any, options: Options) -> bool:
         and options.dropout_p == 0
         and dims.sinks is None
         and dims.dropout_seed is None
+        and dims.block_index is None
+        and dims.block_bits is None
     )
 
 

@@ -66,6 +66,18 @@ struct ScoreOptions {
   const float* sinks = nullptr;  // [H] fp32, natural log units
 };
 
+// A bool mask in blocks of queries and keys: empty, full, or with bits.
+struct BlockMask {
+  // Where a line's entries begin and, in the next element, end: rows first, columns from
+  // column_starts on. Null where the call has no such mask.
+  const int32_t* starts = nullptr;
+  int64_t b = 0, h = 0, column_starts = 0;          // strides of starts; 0 where all share it
+  const int32_t *keys = nullptr, *slots = nullptr;  // of rows' entries; a slot of -1: full
+  const int32_t *queries = nullptr, *column_slots = nullptr;  // of columns' entries
+  const int32_t* bits = nullptr;  // [slots][size][size / 32]; full blocks have no slot, -1
+  int64_t size = 0;               // queries and keys of a block
+};
+
 // What forward, backward and the second passes have in common.
 struct AttentionParams : ScoreOptions {
   int64_t B, H, H_kv, T, S, D, D_v;  // varlen: B sequences, T and S the longest of them
@@ -75,6 +87,7 @@ struct AttentionParams : ScoreOptions {
   View v;     // (B, H_kv, S, D_v)
   View mask;  // (B|1, H|1, T|1, S|1) bool, true = attend
   View bias;  // (B|1, H|1, T|1, S|1) float, added to the scaled scores
+  BlockMask blocks;
 
   // t' = t + align: an offset for all, or one per batch entry; bottom_right adds S_b - T_b.
   const int32_t* align_per_batch = nullptr;  // [B]

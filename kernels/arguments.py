@@ -157,7 +157,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         l2_bytes: How much of keys and values the second-level cache is trusted to hold.
         others: More tensors whose rows are walked: gradients and outputs.
     """
-    q, k, v, mask, bias, slopes, sinks, align, seed, cu_q, cu_k, _ = inputs
+    q, k, v, mask, bias, slopes, sinks, align, seed, cu_q, cu_k, *_ = inputs
     slopes = None if slopes is None else slopes.contiguous()  # one per batch entry and head
     varlen = cu_q is not None
     rows_q, rows_k = q.shape[2], k.shape[2]

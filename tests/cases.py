@@ -6,7 +6,7 @@ Every backend goes through `CASES`, forward and all gradients. A case that found
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -17,8 +17,9 @@ from dense import Cotangents, Trial
 from torch import Tensor
 
 import attnfast
-from attnfast import dispatch
-from attnfast.call import Inputs, Options, Outputs
+from attnfast import BlockMask, dispatch
+from attnfast.block_index import with_dense_mask
+from attnfast.call import BLOCK_FIELDS, Inputs, Options, Outputs
 from attnfast.functional import attention_problem
 
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
@@ -55,6 +56,7 @@ class Case:
     alibi: str = ""  # "h" or "bh"
     sinks: bool = False
     mask: str | None = None
+    blocks: str = ""  # a BlockMask's pattern, and its block size: "documents 64"
     bias: str | None = None
     bias_dtype: torch.dtype | None = None  # None: dtype
     masking_bias: bool = False  # some entries of the bias are -inf
@@ -124,6 +126,7 @@ def problem(case: Case) -> Trial:
         lists = (B, case.H_kv if case.apart else 1, T, case.indices)
         indices = torch.randint(-1, S, lists, generator=rng).int()
         indices[-1:, :, -1:] = -1  # a query without keys
+    blocks = block_mask(case.blocks, B, H, T, S, rng) if case.blocks else None
     alibi = torch.rand(B if "b" in case.alibi else 1, H, generator=rng) if case.alibi else None
     inputs = Inputs(
         q,
@@ -137,6 +140,7 @@ def problem(case: Case) -> Trial:
         torch.tensor([2**40 + 12345, 77]) if case.dropout_p > 0 else None,
         indices=indices,
         **varlen,
+        **({} if blocks is None else tensors_of(blocks)),
     )
     options = Options(
         scale=case.D**-0.5 if case.scale is None else case.scale,
@@ -225,8 +229,16 @@ def arguments_of(inputs: Inputs, options: Options) -> dict[str, Any]:
     if indices is not None and indices.shape[1] < inputs.k.shape[1]:
         indices = indices[:, 0]
     chosen = {} if indices is None else {"indices": indices}
+    mask: Tensor | BlockMask | None = inputs.mask
+    if inputs.block_starts is not None and inputs.block_bits is not None:
+        sizes = (inputs.q.shape[2], inputs.k.shape[2])
+        if inputs.cu_seqlens_q is not None:
+            sizes = (options.max_seqlen_q, options.max_seqlen_k)
+        in_bool = with_dense_mask(inputs, *sizes).mask
+        assert in_bool is not None
+        mask = BlockMask.from_mask(in_bool, inputs.block_bits.shape[1])
     return {
-        "mask": inputs.mask,
+        "mask": mask,
         "bias": inputs.bias,
         "causal": options.causal,
         "window": (None if left < 0 else left, None if right < 0 else right),
@@ -242,6 +254,58 @@ def arguments_of(inputs: Inputs, options: Options) -> dict[str, Any]:
         "return_stats": (False, True, "received")[options.stats],
         "return_weights": (False, "mean", True)[options.weights],
     }
+
+
+def block_mask(text: str, B: int, H: int, T: int, S: int, rng: torch.Generator) -> BlockMask:
+    """A BlockMask of a pattern, with the size of its blocks."""
+    pattern, size = text.split()
+    n = int(size)
+
+    def drawn(most: int, *shape: int) -> Tensor:
+        return torch.randint(most, shape, generator=rng)
+
+    makers: dict[str, Callable[[], BlockMask]] = {
+        "blocks": lambda: BlockMask.from_mask(_in_blocks(B, H, T, S, n, rng), n),
+        "heads": lambda: BlockMask.from_mask(_in_blocks(1, H, T, S, n, rng), n),
+        "full": lambda: BlockMask.from_mask(torch.ones(T, S, dtype=torch.bool), n),
+        "empty": lambda: BlockMask.nothing((1, 1, T, S), n),
+        "mod": lambda: BlockMask.from_mask_mod(
+            lambda b, h, q, k: (q + b >= k) & ((q - k) % (h + 2) == 0), B, H, T, S, block_size=n
+        ),
+        "documents": lambda: BlockMask.from_documents(
+            (drawn(4, B, T) - 1).sort(1).values, (drawn(4, B, S) - 1).sort(1).values, n
+        ),
+        "cu_seqlens": lambda: BlockMask.from_cu_seqlens(
+            torch.tensor([0, T // 3, T // 3, T]), torch.tensor([0, S // 2, S - 5, S]), n
+        ),
+        "prefix": lambda: BlockMask.prefix(drawn(S, B), T, S, n),
+        "strided": lambda: BlockMask.strided(T, S, 7, 2, block_size=n),
+        "tree": lambda: BlockMask.from_tree(
+            torch.stack([drawn(i, B) if i else -torch.ones(B).long() for i in range(T)], 1), n
+        ),
+        "graph": lambda: BlockMask.from_graph(
+            torch.stack((drawn(T, 2 * T), drawn(S, 2 * T))), T, S, n
+        ),
+        "algebra": lambda: (
+            BlockMask.prefix(drawn(S, B), T, S, n) & ~BlockMask.strided(T, S, 5, block_size=n)
+            | BlockMask.from_mask(_in_blocks(1, H, T, S, n, rng), n)
+        ),
+    }
+    return makers[pattern]()
+
+
+def _in_blocks(B: int, H: int, T: int, S: int, n: int, rng: torch.Generator) -> Tensor:
+    """A mask in whose blocks nothing, something or everything is attended."""
+    level = torch.rand(B, H, -(-T // n), -(-S // n), generator=rng)
+    level = level.repeat_interleave(n, 2).repeat_interleave(n, 3)[:, :, :T, :S]
+    some = torch.rand(B, H, T, S, generator=rng) < 0.5
+    mask: Tensor = (level < 0.3) | ((level < 0.7) & some)
+    return mask
+
+
+def tensors_of(mask: BlockMask) -> dict[str, Tensor]:
+    """The fields of `Inputs` that it fills."""
+    return dict(zip(BLOCK_FIELDS, (mask.starts, mask.index, mask.bits), strict=True))
 
 
 def _lengths() -> Iterator[Case]:
@@ -329,6 +393,26 @@ OPTIONS: tuple[Case, ...] = (
     Case("mask_heads", mask="hs"),
     Case("mask_one", mask=""),
     Case("mask_causal", mask="bs", causal=True),
+    Case("blocks", blocks="blocks 64", T=200, S=333, D=64),
+    Case("blocks_128", blocks="blocks 128", T=300, S=200, causal=True, align="bottom_right"),
+    Case("blocks_heads", blocks="heads 64", T=130, S=150, H=6, H_kv=2, sinks=True, bias="hts",
+         grads=("out", "lse")),
+    Case("blocks_full", blocks="full 64", T=130, S=129, stats=2),
+    Case("blocks_empty", blocks="empty 64", stats=2, weights="mean", grads=("out", "lse")),
+    Case("blocks_mod", blocks="mod 64", T=129, S=200, window=(90, 20), softcap=2.0, alibi="h"),
+    Case("blocks_documents", blocks="documents 64", T=200, S=200, weights="per head", stats=2,
+         grads=("out", "lse", "entropy", "weights")),
+    Case("blocks_cu_seqlens", blocks="cu_seqlens 128", T=300, S=270, causal=True, dropout_p=0.2),
+    Case("blocks_prefix", blocks="prefix 128", T=129, S=300, weights="mean", H=4, H_kv=2,
+         grads=("out", "weights")),
+    Case("blocks_strided", blocks="strided 64", T=200, S=200, causal=True),
+    Case("blocks_tree", blocks="tree 64", T=65, S=65),
+    Case("blocks_graph", blocks="graph 128", T=150, S=260, stats=1, sinks=True),
+    Case("blocks_algebra", blocks="algebra 64", T=140, S=190, D=40),
+    Case("blocks_large", blocks="blocks 64", spread=30.0, T=130, S=200, stats=2, weights="per head",
+         grads=("out", "lse", "weights")),
+    Case("blocks_varlen", blocks="blocks 64", lengths=((5, 70), (130, 5), (66, 200)), stats=2,
+         causal=True, align="bottom_right", weights="mean", grads=("out", "lse", "weights")),
     Case("bias_masking", bias="bhts", masking_bias=True),
     Case("bias_masking_heads", bias="h", masking_bias=True),
     Case("bias_mask", bias="hts", mask="bs", causal=True),

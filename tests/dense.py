@@ -55,6 +55,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnfast.block_index import with_dense_mask
 from attnfast.call import Inputs, Options
 from attnfast.reference import dropout_mask
 
@@ -95,6 +96,12 @@ def dense(problem: Trial) -> dict[str, Sum]:
         ``out lse max_logit entropy reach focus received weights dq dk dv dbias dsinks``, without
         those that the call lacks, in the layout of `Outputs` and `Gradients`.
     """
+    inputs, options, _ = problem
+    if inputs.block_starts is not None:
+        sizes = (inputs.q.shape[2], inputs.k.shape[2])
+        if inputs.cu_seqlens_q is not None:
+            sizes = (options.max_seqlen_q, options.max_seqlen_k)
+        problem = problem._replace(inputs=with_dense_mask(inputs, *sizes))
     return _batch(*problem) if problem.inputs.cu_seqlens_q is None else _varlen(*problem)
 
 
@@ -297,7 +304,7 @@ def _varlen(inputs: Inputs, options: Options, cotangents: Cotangents) -> dict[st
             inputs.q[:, :, rows],
             inputs.k[:, :, keys],
             inputs.v[:, :, keys],
-            corner(inputs.mask),
+            entry(corner(inputs.mask)),
             corner(inputs.bias),
             entry(inputs.alibi_slopes),
             inputs.sinks,

@@ -36,6 +36,7 @@ class Problem(NamedTuple):
     page_size: int = 0  # decode: 0 is a contiguous cache
     requires_grad: bool = False
     indices: bool = False
+    blocks: bool = False  # a block mask
 
 
 class Backend(NamedTuple):

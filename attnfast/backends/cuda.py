@@ -21,6 +21,8 @@ _unusable: dict[int, str | None] = {}  # by the GPU's index; answers that last
 def unsupported(problem: Problem) -> str | None:
     """The first reason that holds; whether the kernels are there at all comes last."""
     reason = other_dtype(problem, HALF) or too_wide(problem, MAX_HEAD_DIM)
+    if reason is None and problem.blocks:
+        reason = "takes no BlockMask yet"
     if reason is not None:
         return reason
     if problem.indices:

@@ -22,8 +22,8 @@ for _kind in OPERATORS:
 def unsupported(problem: Problem) -> str | None:
     """Why the experimental forward for Hopper refuses a problem, or None."""
     options, D = problem.options, problem.D
-    tensors = problem.mask or problem.bias or problem.alibi or problem.sinks or problem.align
-    tensors = tensors or problem.indices
+    masked = problem.mask or problem.blocks or problem.bias
+    tensors = masked or problem.indices or problem.alibi or problem.sinks or problem.align
     plain = options._replace(scale=1.0, causal=False, deterministic=False, align_bottom_right=False)
     reasons = (
         (

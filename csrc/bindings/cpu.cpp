@@ -92,6 +92,34 @@ void check_offset(int64_t align) {
                   -kMaxOffset, " to ", kMaxOffset, ", got ", align);
 }
 
+// A block mask's entries, so that none refers to what is not there.
+void check_blocks(const attnfast::BlockMask& mask, const Tensor& starts, const Tensor& index,
+                  const Tensor& bits) {
+  const int64_t entries = index.size(1), heads = starts.size(0) * starts.size(1);
+  const int64_t lines[2] = {mask.column_starts, starts.size(2) - mask.column_starts};
+  for (int64_t head = 0; head < heads; ++head) {
+    const int32_t* from = mask.starts + head * starts.size(2);
+    for (int side = 0; side < 2; from += lines[side++]) {
+      for (int64_t i = 0; i < lines[side]; ++i) {
+        STD_TORCH_CHECK(from[i] >= (i ? from[i - 1] : 0) && from[i] <= entries,
+                        "attention: block_starts must ascend to at most ", entries, ", got ",
+                        from[i]);
+      }
+    }
+  }
+  const int32_t* numbers[2] = {mask.keys, mask.queries};
+  const int32_t* slots[2] = {mask.slots, mask.column_slots};
+  for (int side = 0; side < 2; ++side) {
+    for (int64_t i = 0; i < entries; ++i) {
+      STD_TORCH_CHECK(numbers[side][i] >= 0 && numbers[side][i] < lines[1 - side] / 2 &&
+                          slots[side][i] < bits.size(0),
+                      "attention: block_index must hold blocks below ", lines[1 - side] / 2,
+                      " and their bits below ", bits.size(0), ", got ", numbers[side][i], " and ",
+                      slots[side][i]);
+    }
+  }
+}
+
 // A problem, and the values inside tensors: those that index memory are checked, T and S become
 // the longest sequences.
 void fill(AttentionParams* p, Kept<HostCall>* kept, ATTNFAST_INPUTS) {
@@ -100,6 +128,7 @@ void fill(AttentionParams* p, Kept<HostCall>* kept, ATTNFAST_INPUTS) {
     p->T = check_cu_seqlens(p->cu_seqlens_q, p->B, q.size(2), max_seqlen_q, "q");
     p->S = check_cu_seqlens(p->cu_seqlens_k, p->B, k.size(2), max_seqlen_k, "k");
   }
+  if (p->blocks.starts) check_blocks(p->blocks, *block_starts, *block_index, *block_bits);
   check_offset(align_offset);
   for (int64_t b = 0; p->align_per_batch && b < p->B; ++b) check_offset(p->align_per_batch[b]);
   if (dropout_seed) {
@@ -119,9 +148,9 @@ bool has_slack(const AttentionParams& p, int64_t rows_q, int64_t rows_k) {
 // which is split over keys, where the forward fills vectors with queries.
 bool is_a_step(const ForwardParams& p) {
   const int64_t position = p.align_offset + (p.align_bottom_right ? p.S - 1 : 0);
-  return p.T == 1 && !p.cu_seqlens_q && !p.align_per_batch && !p.mask.data && p.dropout_p == 0.0 &&
-         !p.max_logit && p.weights_mode == Weights::kNone && p.window_left < 0 &&
-         p.window_right < 0 && (!p.causal || position >= p.S - 1) &&
+  return p.T == 1 && !p.cu_seqlens_q && !p.align_per_batch && !p.mask.data && !p.blocks.starts &&
+         p.dropout_p == 0.0 && !p.max_logit && p.weights_mode == Weights::kNone &&
+         p.window_left < 0 && p.window_right < 0 && (!p.causal || position >= p.S - 1) &&
          (!p.alibi_slopes || position == p.S - 1);
 }
 

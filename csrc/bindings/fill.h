@@ -98,6 +98,41 @@ void fill_score_options(Params* p, Kept<Call>* kept, const OptionalTensor& alibi
   p->window_left = bounded(window_left), p->window_right = bounded(window_right);
 }
 
+// A block mask of scores of these sizes.
+template <class Call>
+BlockMask fill_blocks(Kept<Call>* kept, const std::array<int64_t, 4>& scores,
+                      const OptionalTensor& starts, const OptionalTensor& index,
+                      const OptionalTensor& bits) {
+  BlockMask mask;
+  if (!starts) return mask;
+  STD_TORCH_CHECK(index && bits && bits->dim() == 3 && starts->dim() == 3 && index->dim() == 2,
+                  "attention: block_starts must be given with block_index and block_bits");
+  mask.size = bits->size(1);
+  STD_TORCH_CHECK((mask.size == 64 || mask.size == 128) && bits->size(2) == mask.size / 32,
+                  "attention: block_bits must be (blocks, size, size / 32) of size 64 or 128, got ",
+                  shape_of(*bits));
+  const auto lines = [&](int64_t rows) { return 2 * ((rows + mask.size - 1) / mask.size) + 1; };
+  const int64_t columns = lines(scores[3]);
+  mask.column_starts = lines(scores[2]);
+  const auto shared = [&](int d) { return starts->size(d) == 1; };
+  STD_TORCH_CHECK((shared(0) || starts->size(0) == scores[0]) &&
+                      (shared(1) || starts->size(1) == scores[1]) &&
+                      starts->size(2) == mask.column_starts + columns,
+                  "attention: block_starts must be (", scores[0], " or 1, ", scores[1], " or 1, ",
+                  mask.column_starts + columns, "), got ", shape_of(*starts));
+  STD_TORCH_CHECK(index->size(0) == 4, "attention: block_index must be (4, entries), got ",
+                  shape_of(*index));
+  const int64_t entries = index->size(1);
+  mask.starts = kept->ints(starts, "block_starts");
+  mask.h = shared(1) ? 0 : starts->size(2);
+  mask.b = shared(0) ? 0 : starts->size(1) * starts->size(2);
+  mask.keys = kept->ints(index, "block_index");
+  mask.slots = mask.keys + entries, mask.queries = mask.slots + entries;
+  mask.column_slots = mask.queries + entries;
+  mask.bits = kept->ints(bits, "block_bits");
+  return mask;
+}
+
 // Everything of a problem but the seed of dropout, which lies where the backend reads it. Varlen: T
 // and S are the maxima given, or all rows if that is less.
 template <class Call>
@@ -124,6 +159,8 @@ void fill_params(AttentionParams* p, Kept<Call>* kept, ATTNFAST_INPUTS) {
   const std::array<int64_t, 4> scores{packed ? 1 : p->B, p->H, packed ? max_seqlen_q : p->T,
                                       packed ? max_seqlen_k : p->S};
   p->mask = read_scores(mask, "mask", scores), p->bias = read_scores(bias, "bias", scores);
+  const std::array<int64_t, 4> of_sequences{p->B, p->H, scores[2], scores[3]};
+  p->blocks = fill_blocks(kept, of_sequences, block_starts, block_index, block_bits);
   p->align_per_batch = kept->ints(align, "align");
   p->align_offset = bounded(align_offset), p->align_bottom_right = align_bottom_right;
   p->causal = causal, p->dropout_p = dropout_p;

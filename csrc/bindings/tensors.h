@@ -205,15 +205,16 @@ inline Tensor nothing(const Tensor& like) { return empty(like, like.scalar_type(
   const Tensor &q, const Tensor &k, const Tensor &v, OptionalTensor mask, OptionalTensor bias,    \
       OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor align,                    \
       OptionalTensor dropout_seed, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,      \
-      OptionalTensor indices, ATTNFAST_SCORE_OPTIONS(ATTNFAST_PARAMETER) bool causal,             \
+      OptionalTensor indices, OptionalTensor block_starts, OptionalTensor block_index,            \
+      OptionalTensor block_bits, ATTNFAST_SCORE_OPTIONS(ATTNFAST_PARAMETER) bool causal,          \
       int64_t window_left, int64_t window_right, int64_t align_offset, bool align_bottom_right,   \
       double dropout_p, int64_t weights, int64_t stats, bool deterministic, int64_t max_seqlen_q, \
       int64_t max_seqlen_k
-#define ATTNFAST_INPUT_NAMES                                                                    \
-  q, k, v, mask, bias, alibi_slopes, sinks, align, dropout_seed, cu_seqlens_q, cu_seqlens_k,    \
-      indices, ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) causal, window_left, window_right,         \
-      align_offset, align_bottom_right, dropout_p, weights, stats, deterministic, max_seqlen_q, \
-      max_seqlen_k
+#define ATTNFAST_INPUT_NAMES                                                                 \
+  q, k, v, mask, bias, alibi_slopes, sinks, align, dropout_seed, cu_seqlens_q, cu_seqlens_k, \
+      indices, block_starts, block_index, block_bits,                                        \
+      ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) causal, window_left, window_right, align_offset, \
+      align_bottom_right, dropout_p, weights, stats, deterministic, max_seqlen_q, max_seqlen_k
 #define ATTNFAST_UPSTREAM                                                                         \
   const Tensor &grad_out, OptionalTensor grad_lse, OptionalTensor grad_entropy,                   \
       OptionalTensor grad_weights, const Tensor &out, const Tensor &norm, OptionalTensor entropy, \

@@ -64,26 +64,34 @@ struct BiasGradient : BackwardTiles<Element> {
     load_block(head, t0, n, s, false);
     const Index rows_per_column = per_s ? kKeysPerItem : 1;
     for (Index c = 0; c < s.num_columns; ++c) {
-      const Column column = column_of(head, t0, n, c);
-      const Index end = min_of(column.end, key_end);
-      for (Index key = max_of(column.begin, key_begin); key < end; key += kKeys) {
-        const Index count = min_of(kKeys, end - key);
-        if (s.worker->stops(column.rows * count)) return;
-        Index k_row, v_row;
-        const float* k =
-            load_keys(head.k + key * p.k.t, p, count, Use::kAlongRows, s.k_tile, &k_row);
-        const float* v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, count, p.D_v,
-                                                   Use::kAlongRows, s.v_tile, &v_row);
-        BackwardColumn& state = s.columns[c];
-        DeadKeys dead;
-        gradient_tile(head, column, state, key, count, k, k_row, v, v_row, s, state.p, state.ds,
-                      false, &dead);
-        for (Index j = 0; j < count; ++j) {
-          float* sum = s.sums + (c * rows_per_column + (per_s ? key - key_begin + j : 0)) * kColumn;
-          for (Index lane = 0; lane < kColumn; lane += kLanes) {
-            store(sum + lane, load(sum + lane) + load(state.ds + j * kColumn + lane));
-          }
+      Segments segments(head, t0, key_begin, key_end);
+      for (Segment segment; segments.next(&segment);) {
+        const Column column = column_of(head, t0, n, c, segment);
+        const Index end = min_of(column.end, key_end);
+        for (Index key = max_of(column.begin, key_begin); key < end; key += kKeys) {
+          const Index count = min_of(kKeys, end - key);
+          if (s.worker->stops(column.rows * count)) return;
+          float* sum = s.sums + (c * rows_per_column + (per_s ? key - key_begin : 0)) * kColumn;
+          sum_bias_tile(head, column, key, count, per_s ? kColumn : 0, s.columns[c], sum, s);
         }
+      }
+    }
+  }
+
+  // sum[j * row][lane] += ds of a column's keys key .. key + n - 1.
+  void sum_bias_tile(const Head<Element>& head, const Column& column, Index key, Index n, Index row,
+                     BackwardColumn& state, float* sum, BackwardScratch& s) const {
+    Index k_row, v_row;
+    const float* k = load_keys(head.k + key * p.k.t, p, n, Use::kAlongRows, s.k_tile, &k_row);
+    const float* v = RowsAsFloat<Element>::get(head.v + key * p.v.t, p.v.t, n, p.D_v,
+                                               Use::kAlongRows, s.v_tile, &v_row);
+    DeadKeys dead;
+    gradient_tile(head, column, state, key, n, k, k_row, v, v_row, s, state.p, state.ds, false,
+                  &dead);
+    for (Index j = 0; j < n; ++j) {
+      for (Index lane = 0; lane < kColumn; lane += kLanes) {
+        float* to = sum + j * row + lane;
+        store(to, load(to) + load(state.ds + j * kColumn + lane));
       }
     }
   }
@@ -156,7 +164,7 @@ void bias_gradient(const BackwardParams& p, float* row_terms) {
   if (!p.dbias.data && !p.dsinks) return;
   with_element(p.q.dtype, [&](auto* element) {
     const BiasGradient<std::remove_pointer_t<decltype(element)>> gradient{
-        {p, row_terms, kTallBlock}};
+        {p, row_terms, most_queries_per_block(p)}};
     if (p.dbias.data) gradient.bias();
     if (p.dsinks) gradient.sinks();
   });

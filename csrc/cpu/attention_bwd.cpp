@@ -41,26 +41,29 @@ struct Backward : GradientTiles<Element, kPlanes> {
   void query_block(const Head<Element>& head, Index t0, Index n, Index key_begin, Index key_end,
                    const Keys& keys, const KeyGradients& to, BackwardScratch& s) const {
     Tiles::load_block(head, t0, n, s, to.dkv);
-    Index begin = head.S, end = 0;
-    for (Index c = 0; c < s.num_columns; ++c) {
-      const Column column = column_of(head, t0, n, c);
-      if (column.begin == column.end) continue;
-      begin = min_of(begin, column.begin), end = max_of(end, column.end);
-    }
-    begin -= begin % Tiles::kFirstKey;
-    begin = max_of(begin, key_begin), end = min_of(end, key_end);
-    for (Index key = begin; key < end;) {
-      Index stop = min_of((key / kKeys + 1) * kKeys, end);
-      if (s.worker->stops(n * (stop - key))) return;
+    Segments segments(head, t0, key_begin, key_end);
+    for (Segment segment; segments.next(&segment);) {
+      Index begin = segment.end, end = segment.begin;
       for (Index c = 0; c < s.num_columns; ++c) {
-        // Where a column sees only some of the keys, thin slices waste less.
-        const Column column = column_of(head, t0, n, c);
-        const bool sees_none = column.end <= key || column.begin >= stop;
-        const bool sees_all = column.begin <= key && column.end >= stop;
-        if (!sees_none && !sees_all) stop = min_of(stop, (key / kColumn + 1) * kColumn);
+        const Column column = column_of(head, t0, n, c, segment);
+        if (column.begin == column.end) continue;
+        begin = min_of(begin, column.begin), end = max_of(end, column.end);
       }
-      Tiles::key_tile(head, t0, n, key, stop - key, end, keys, to, s);
-      key = stop;
+      begin -= begin % Tiles::kFirstKey;
+      begin = max_of(begin, key_begin), end = min_of(end, key_end);
+      for (Index key = begin; key < end;) {
+        Index stop = min_of((key / kKeys + 1) * kKeys, end);
+        if (s.worker->stops(n * (stop - key))) return;
+        for (Index c = 0; c < s.num_columns; ++c) {
+          // Where a column sees only some of the keys, thin slices waste less.
+          const Column column = column_of(head, t0, n, c, segment);
+          const bool sees_none = column.end <= key || column.begin >= stop;
+          const bool sees_all = column.begin <= key && column.end >= stop;
+          if (!sees_none && !sees_all) stop = min_of(stop, (key / kColumn + 1) * kColumn);
+        }
+        Tiles::key_tile(head, t0, n, segment, key, stop - key, end, keys, to, s);
+        key = stop;
+      }
     }
     if (!to.dq) return;
     alignas(64) float factor[kColumn];
@@ -238,13 +241,13 @@ void attention_bwd(const BackwardParams& given) {
     if constexpr (kPlanes == 0) {
       in_fp32.gradients(nullptr);
     } else if constexpr (kPlanes == 1) {
-      Backward<Element, kPlanes>{{{p, row_terms, kTallBlock}}}.gradients(nullptr);
+      Backward<Element, kPlanes>{{{p, row_terms, most_queries_per_block(p)}}}.gradients(nullptr);
     } else if (p.T * (p.H / p.H_kv) < kFewestQueries) {
       in_fp32.gradients(nullptr);
     } else {
       const Arena flags(2 * heads, p.footprint);
       auto *in_range = reinterpret_cast<bool*>(flags.data()), *out_of_range = in_range + heads;
-      const Backward<Element, kPlanes> in_planes{{{p, row_terms, kTallBlock}}};
+      const Backward<Element, kPlanes> in_planes{{{p, row_terms, most_queries_per_block(p)}}};
       in_planes.find_in_range(in_range);
       bool all = true;
       for (Index i = 0; i < (p.footprint ? 0 : heads); ++i)

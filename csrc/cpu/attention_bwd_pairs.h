@@ -132,12 +132,13 @@ struct GradientTiles : BackwardTiles<Element> {
     return layout.keys(head, packed);
   }
 
-  void key_tile(const Head<Element>& head, Index t0, Index rows_in_block, Index key, Index n, Index,
-                const Keys& keys, const KeyGradients& to, BackwardScratch& s) const {
+  void key_tile(const Head<Element>& head, Index t0, Index rows_in_block, const Segment& segment,
+                Index key, Index n, Index, const Keys& keys, const KeyGradients& to,
+                BackwardScratch& s) const {
     constexpr Index kUnit = kHasTiles ? kTileSize : 2;
     Index first = s.num_columns, last = 0;  // columns that see a key of the tile
     for (Index c = 0; c < s.num_columns; ++c) {
-      const Column column = column_of(head, t0, rows_in_block, c);
+      const Column column = column_of(head, t0, rows_in_block, c, segment);
       Index begin = max_of(key, column.begin), end = min_of(key + n, column.end);
       if (begin >= end) continue;
       begin -= (begin - key) % kUnit;  // keys too many are masked by their position

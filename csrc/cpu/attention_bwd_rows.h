@@ -76,11 +76,11 @@ struct BackwardRows : BackwardTiles<Element> {
       bool wanted = kOnPairs<Element> && p.T == 1;
       for (Index lane = 0; lane < kColumn; ++lane)
         wanted |= __builtin_fabsf(found.m[lane] * head.units.to_log2) > kRoundedAlike;
-      const Column column = column_of(head, t0, n, c);
+      const Index t = t0 + c * kColumn, rows = min_of(n - c * kColumn, kColumn);
       const auto write = [&] {
-        float* to = norm + row_offset(head, column.t0);
-        memcpy(to, found.m, column.rows * sizeof(float));
-        memcpy(to + plane, found.log2_l, column.rows * sizeof(float));
+        float* to = norm + row_offset(head, t);
+        memcpy(to, found.m, rows * sizeof(float));
+        memcpy(to + plane, found.log2_l, rows * sizeof(float));
       };
       if (!wanted) {
         if (p.norm_plane == 0) write();
@@ -88,12 +88,12 @@ struct BackwardRows : BackwardTiles<Element> {
       }
       alignas(64) float top[kColumn], sums[kColumn];
       for (Index lane = 0; lane < kColumn; ++lane) top[lane] = head.sink, sums[lane] = 0.0f;
-      each_tile(head, column, state, top, s, [](Index, Index) {});
+      each_tile(head, t0, n, c, top, s, [](const Column&, Index, Index) {});
       for (Index lane = 0; lane < kColumn; ++lane) {
         found.m[lane] = top[lane] == -kInfinity ? 0.0f : top[lane];
         found.log2_l[lane] = 0.0f;
       }
-      each_tile(head, column, state, nullptr, s, [&](Index, Index n) {
+      each_tile(head, t0, n, c, nullptr, s, [&](const Column&, Index, Index n) {
         found.exponentiate(n, head.units.to_log2, state.p);
         for (Index i = 0; i < n * kColumn; i += kLanes)
           store(sums + i % kColumn, load(sums + i % kColumn) + load(state.p + i));
@@ -113,10 +113,9 @@ struct BackwardRows : BackwardTiles<Element> {
     load_block(head, t0, n, s, false);
     const float keep_scale = keep_scale_of(p);
     for (Index c = 0; c < s.num_columns; ++c) {
-      const Column column = column_of(head, t0, n, c);
       BackwardColumn& state = s.columns[c];
       alignas(64) float sums[kColumn] = {};
-      each_tile(head, column, state, nullptr, s, [&](Index key, Index n) {
+      each_tile(head, t0, n, c, nullptr, s, [&](const Column& column, Index key, Index n) {
         float* prob = state.p;
         this->spread_nan(state, n, prob);
         state.norm.exponentiate(n, head.units.to_log2, prob);
@@ -131,23 +130,29 @@ struct BackwardRows : BackwardTiles<Element> {
           }
         }
       });
-      for (Index lane = 0; lane < column.rows; ++lane) out[c * kColumn + lane] -= sums[lane];
+      for (Index lane = 0; lane < min_of(n - c * kColumn, kColumn); ++lane)
+        out[c * kColumn + lane] -= sums[lane];
     }
   }
 
  private:
-  // Calls body(key, n) for a column's tiles, once their scores are in state.p.
+  // Calls body(column, key, n) for the tiles of a block's column c, once their scores are in its p.
   template <class Body>
-  void each_tile(const Head<Element>& head, const Column& column, const BackwardColumn& state,
+  void each_tile(const Head<Element>& head, Index t0, Index rows_in_block, Index c,
                  float* column_max, BackwardScratch& s, const Body& body) const {
-    for (Index key = column.begin; key < column.end; key += kKeys) {
-      const Index n = min_of(kKeys, column.end - key);
-      if (s.worker->stops(column.rows * n)) return;
-      Index k_row;
-      const float* k = load_keys(head.k + key * p.k.t, p, n, Use::kAlongRows, s.k_tile, &k_row);
-      DeadKeys dead;
-      scores_of(head, column, key, n, k, k_row, state.q_t, state.p, nullptr, column_max, &dead);
-      body(key, n);
+    const BackwardColumn& state = s.columns[c];
+    Segments segments(head, t0, 0, head.S);
+    for (Segment segment; segments.next(&segment);) {
+      const Column column = column_of(head, t0, rows_in_block, c, segment);
+      for (Index key = column.begin; key < column.end; key += kKeys) {
+        const Index n = min_of(kKeys, column.end - key);
+        if (s.worker->stops(column.rows * n)) return;
+        Index k_row;
+        const float* k = load_keys(head.k + key * p.k.t, p, n, Use::kAlongRows, s.k_tile, &k_row);
+        DeadKeys dead;
+        scores_of(head, column, key, n, k, k_row, state.q_t, state.p, nullptr, column_max, &dead);
+        body(column, key, n);
+      }
     }
   }
 };

@@ -7,6 +7,7 @@
 #pragma once
 #include "attention_bwd_scratch.h"
 #include "dropout.h"
+#include "segments.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 
@@ -28,8 +29,9 @@ struct BackwardTiles {
            head.h * p.grad_out.h + (head.q_begin + t) * p.grad_out.t;
   }
 
-  Column column_of(const Head<Element>& head, Index t0, Index rows_in_block, Index c) const {
-    return Column(head, t0 + c * kColumn, min_of(rows_in_block - c * kColumn, kColumn));
+  Column column_of(const Head<Element>& head, Index t0, Index rows_in_block, Index c,
+                   const Segment& segment) const {
+    return Column(head, t0 + c * kColumn, min_of(rows_in_block - c * kColumn, kColumn), segment);
   }
 
   // One number per query of a column.
@@ -236,8 +238,9 @@ struct GradientTiles<Element, 0> : BackwardTiles<Element> {
   }
 
   // The last tile of the block ends with key key_end - 1.
-  void key_tile(const Head<Element>& head, Index t0, Index rows_in_block, Index key, Index n,
-                Index key_end, const Keys&, const KeyGradients& to, BackwardScratch& s) const {
+  void key_tile(const Head<Element>& head, Index t0, Index rows_in_block, const Segment& segment,
+                Index key, Index n, Index key_end, const Keys&, const KeyGradients& to,
+                BackwardScratch& s) const {
     Index k_row = s.D_pad, v_row = s.D_v_pad;
     const float *k, *v;
     if (kPacks && s.k_head) {
@@ -262,7 +265,7 @@ struct GradientTiles<Element, 0> : BackwardTiles<Element> {
     Index first = s.num_columns, last = 0;  // columns that see a key of the tile
     for (Index c = 0; c < s.num_columns; ++c) {
       s.next_tile.advance(s.next_tile_lines);
-      const Column column = column_of(head, t0, rows_in_block, c);
+      const Column column = column_of(head, t0, rows_in_block, c, segment);
       const Index begin = max_of(key, column.begin), end = min_of(key + n, column.end);
       if (begin >= end) continue;
       first = min_of(first, c), last = c + 1;

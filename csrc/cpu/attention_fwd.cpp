@@ -14,6 +14,7 @@
 
 #include "attention_fwd_pairs.h"
 #include "kernels.h"
+#include "segments.h"
 #include "team.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
@@ -144,9 +145,10 @@ bool query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
                  const PackedHeads<Element, kPlanes>& packed, ForwardScratch& scratch) {
   using Tiles = ForwardTiles<Element, kPlanes>;
   const Index num_columns = (rows + kColumn - 1) / kColumn;
-  Index begin = head.S, end = 0;
+  const auto column_of = [&](Index c, const Segment& segment) {
+    return Column(head, t0 + c * kColumn, min_of(rows - c * kColumn, kColumn), segment);
+  };
   for (Index c = 0; c < num_columns; ++c) {
-    const Column column(head, t0 + c * kColumn, min_of(rows - c * kColumn, kColumn));
     ForwardColumn& state = scratch.columns[c];
     state.start = Start::kZero;
     for (Index lane = 0; lane < kColumn; lane += kLanes) {
@@ -155,44 +157,48 @@ bool query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
       store(state.depth_sum + lane, zeros());
       store(state.distance_sum + lane, zeros());
     }
-    if (!Tiles::load_queries(head, column, state)) return false;
-    if (column.begin < column.end) {
+    if (!Tiles::load_queries(head, column_of(c, {}), state)) return false;
+  }
+  const Index most = Tiles::keys_per_tile(p);
+  const bool in_rows = packed.by_team() || !packed.layout.packs();  // one tile follows the other
+  const bool asks_ahead = !kPlanes && in_rows && outgrows_cache(p, head.S);
+  Segments segments(head, t0, 0, head.S);
+  for (Segment segment; segments.next(&segment);) {
+    Index begin = segment.end, end = segment.begin;
+    for (Index c = 0; c < num_columns; ++c) {
+      const Column column = column_of(c, segment);
+      if (column.begin == column.end) continue;
       begin = min_of(begin, column.begin);
       end = max_of(end, column.end);
     }
-  }
-  // A sequence has the same tiles whatever the block.
-  const Index most = Tiles::keys_per_tile(p);
-  const Index origin = head.live_begin - head.live_begin % Tiles::kPanelKeys;
-  const Index span = max_of(head.live_end - origin, 1), tiles = (span + most - 1) / most;
-  const Index step = min_of(round_up((span + tiles - 1) / tiles, Tiles::kStepKeys), most);
-  begin -= (begin - origin) % step;
-  const bool in_rows = packed.by_team() || !packed.layout.packs();  // one tile follows the other
-  const bool asks_ahead = !kPlanes && in_rows && outgrows_cache(p, head.S);
-  for (Index key = begin; key < end; key += step) {
-    const Index n = min_of(step, end - key);
-    if (scratch.worker->stops(rows * n)) return true;
-    const KeyTile tile = load_keys(head, key, n, packed, scratch);
-    scratch.next_tile.clear();
-    if (asks_ahead) {
-      const Index next = min_of(step, end - key - n);
-      scratch.next_tile.add(tile.k + n * tile.k_row, tile.k_row, next, p.D);
-      scratch.next_tile.add(tile.v + n * tile.v_row, tile.v_row, next, p.D_v);
-      scratch.next_tile_lines = (scratch.next_tile.lines() + num_columns - 1) / num_columns;
-    }
-    for (Index c = 0; c < num_columns; ++c) {
-      const Column column(head, t0 + c * kColumn, min_of(rows - c * kColumn, kColumn));
-      Index first = max_of(key, column.begin), last = min_of(key + n, column.end);
-      if (first >= last) continue;
-      first -= (first - key) % Tiles::kUnit;
-      const TilePart part{first, first - key, last - first};
-      tile_step<kStats, kScaled, Tiles>(p, head, column, scratch.columns[c], part, tile, scratch);
+    // A sequence has the same tiles whatever the block.
+    const Index origin = segment.begin - segment.begin % Tiles::kPanelKeys;
+    const Index span = segment.end - origin, tiles = (span + most - 1) / most;
+    const Index step = min_of(round_up((span + tiles - 1) / tiles, Tiles::kStepKeys), most);
+    begin -= (begin - origin) % step;
+    for (Index key = begin; key < end; key += step) {
+      const Index n = min_of(step, end - key);
+      if (scratch.worker->stops(rows * n)) return true;
+      const KeyTile tile = load_keys(head, key, n, packed, scratch);
+      scratch.next_tile.clear();
+      if (asks_ahead) {
+        const Index next = min_of(step, end - key - n);
+        scratch.next_tile.add(tile.k + n * tile.k_row, tile.k_row, next, p.D);
+        scratch.next_tile.add(tile.v + n * tile.v_row, tile.v_row, next, p.D_v);
+        scratch.next_tile_lines = (scratch.next_tile.lines() + num_columns - 1) / num_columns;
+      }
+      for (Index c = 0; c < num_columns; ++c) {
+        const Column column = column_of(c, segment);
+        Index first = max_of(key, column.begin), last = min_of(key + n, column.end);
+        if (first >= last) continue;
+        first -= (first - key) % Tiles::kUnit;
+        const TilePart part{first, first - key, last - first};
+        tile_step<kStats, kScaled, Tiles>(p, head, column, scratch.columns[c], part, tile, scratch);
+      }
     }
   }
-  for (Index c = 0; c < num_columns; ++c) {
-    const Column column(head, t0 + c * kColumn, min_of(rows - c * kColumn, kColumn));
-    finish_column(p, head, column, scratch.columns[c]);
-  }
+  for (Index c = 0; c < num_columns; ++c)
+    finish_column(p, head, column_of(c, {}), scratch.columns[c]);
   return true;
 }
 
@@ -217,7 +223,7 @@ auto query_block_for(const ForwardParams& p) {
 
 template <class Element, int kPlanes>
 void forward(const ForwardParams& p) {
-  const Index block = kPlanes ? kTallBlock : queries_per_block(p);
+  const Index block = kPlanes ? most_queries_per_block(p) : queries_per_block(p);
   const Blocks blocks(p.cu_seqlens_q, p.B, p.H, p.T, block);
   if (blocks.count() == 0) return;
   const auto run = query_block_for<Element, kPlanes>(p);

@@ -15,6 +15,7 @@
 #include "dropout.h"
 #include "kernels.h"
 #include "probabilities.h"
+#include "segments.h"
 #include "team.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
@@ -50,25 +51,30 @@ void probability_tile(const Head<Element>& head, const Column& column, const Nor
   norm.exponentiate(n, head.units.to_log2, scratch.s);
 }
 
-// Calls f(key, n) for the tiles of [begin, end).
-template <class Function>
-void for_each_tile(Index begin, Index end, Function f) {
-  for (Index key = begin; key < end; key += kMaxKeys) f(key, min_of(kMaxKeys, end - key));
+// Calls f(column, key, n) for the tiles of [key_begin, key_end) that the queries from t on attend.
+// A row that is NaN anywhere is NaN at all of its keys, as softmax would have it.
+template <class Element, class Function>
+void each_tile(const Head<Element>& head, Index t, Index rows, const Norm& norm, Index key_begin,
+               Index key_end, Function f) {
+  Segments segments(head, t, key_begin, key_end, norm.has_nan);
+  for (Segment segment; segments.next(&segment);) {
+    const Column column(head, t, rows, segment);
+    const Index begin = max_of(key_begin, norm.has_nan ? segment.begin : column.begin);
+    const Index end = min_of(key_end, norm.has_nan ? segment.end : column.end);
+    for (Index key = begin; key < end; key += kMaxKeys) f(column, key, min_of(kMaxKeys, end - key));
+  }
 }
 
 // sum[key - key_begin][lane] += weights of one head's column over [key_begin, key_end).
 template <class Element>
-void add_weights(const ForwardParams& p, const Head<Element>& head, const Column& column,
+void add_weights(const ForwardParams& p, const Head<Element>& head, Index t, Index rows,
                  Index key_begin, Index key_end, const float* k, Index k_row,
                  const Scratch& scratch, float* sum) {
   Norm norm;
-  norm.load_rows(p, head, column.t0, column.rows);
-  load_queries(head, column.t0, column.rows, scratch.q_t);
+  norm.load_rows(p, head, t, rows);
+  load_queries(head, t, rows, scratch.q_t);
   const float keep_scale = keep_scale_of(p);
-  // A row that is NaN anywhere is NaN at all of its keys, as softmax would have it.
-  const Index begin = norm.has_nan ? key_begin : max_of(key_begin, column.begin);
-  const Index end = norm.has_nan ? key_end : min_of(key_end, column.end);
-  for_each_tile(begin, end, [&](Index key, Index n) {
+  each_tile(head, t, rows, norm, key_begin, key_end, [&](const Column& column, Index key, Index n) {
     probability_tile(head, column, norm, key, n, k + (key - key_begin) * k_row, k_row, scratch);
     if (p.dropout_p > 0.0) dropout_tile(head, column, key, n, keep_scale, scratch.z);
     float* out = sum + (key - key_begin) * kColumn;
@@ -102,9 +108,8 @@ void weights_item(const ForwardParams& p, Index b, Index head_begin, Index head_
     }
     for (Index c = 0; c * kColumn < live; ++c) {
       if (scratch.worker->stops(kColumn * keys)) return;
-      const Column column(head, t0 + c * kColumn, min_of(live - c * kColumn, kColumn));
-      add_weights(p, head, column, key0, key_end, k, k_row, scratch,
-                  scratch.sum + c * kRange * kColumn);
+      add_weights(p, head, t0 + c * kColumn, min_of(live - c * kColumn, kColumn), key0, key_end, k,
+                  k_row, scratch, scratch.sum + c * kRange * kColumn);
     }
   }
   alignas(64) float factor[kColumn];
@@ -144,25 +149,25 @@ void received_item(const ForwardParams& p, const Head<Element>& head, Index key0
   Index k_row;
   const float* k = load_keys(head.k + key0 * p.k.t, p, keys, Use::kAlongRows, scratch.k, &k_row);
   for (Index t = 0; t < head.T; t += kColumn) {
-    const Column column(head, t, min_of(head.T - t, kColumn));
+    const Index rows = min_of(head.T - t, kColumn);
     Norm norm;
-    norm.load_rows(p, head, t, column.rows);
-    const Index begin = norm.has_nan ? key0 : max_of(key0, column.begin);
-    const Index end = norm.has_nan ? key0 + keys : min_of(key0 + keys, column.end);
-    if (begin >= end) continue;
+    norm.load_rows(p, head, t, rows);
     if (scratch.worker->stops(kColumn * keys)) return;
-    load_queries(head, t, column.rows, scratch.q_t);
-    for_each_tile(begin, end, [&](Index key, Index n) {
-      probability_tile(head, column, norm, key, n, k + (key - key0) * k_row, k_row, scratch);
-      for (Index j = 0; j < n; ++j) {
-        float* sum = scratch.sum + (key - key0 + j) * kLanes;
-        Vec total = load(sum);
-        ATTNFAST_UNROLL for (Index lane = 0; lane < kColumn; lane += kLanes) {
-          total += load(scratch.s + j * kColumn + lane);
-        }
-        store(sum, total);
-      }
-    });
+    bool loaded = false;
+    each_tile(
+        head, t, rows, norm, key0, key0 + keys, [&](const Column& column, Index key, Index n) {
+          if (!loaded) load_queries(head, t, rows, scratch.q_t);
+          loaded = true;
+          probability_tile(head, column, norm, key, n, k + (key - key0) * k_row, k_row, scratch);
+          for (Index j = 0; j < n; ++j) {
+            float* sum = scratch.sum + (key - key0 + j) * kLanes;
+            Vec total = load(sum);
+            ATTNFAST_UNROLL for (Index lane = 0; lane < kColumn; lane += kLanes) {
+              total += load(scratch.s + j * kColumn + lane);
+            }
+            store(sum, total);
+          }
+        });
   }
   float* out = p.received + (p.cu_seqlens_k ? 0 : head.b * p.received_stride_b) +
                head.h * p.received_stride_h + head.k_begin + key0;

@@ -132,16 +132,30 @@ struct Head {
   }
 };
 
+// Keys begin .. end - 1 of a row of a block mask's blocks, or all keys.
+struct Segment {
+  Index begin, end;
+  const int32_t* bits = nullptr;  // of one block: [size][words]; null: all keys are attended
+  Index words = 0;                // of a row
+};
+
 struct Column {
-  Index t0, rows;                // the queries t0 .. t0 + rows - 1; lanes past them are idle
-  Index begin, end;              // keys that at least one lane may attend to, by position
-  Index inner_begin, inner_end;  // keys that every lane may attend to
+  Index t0, rows;                 // the queries t0 .. t0 + rows - 1; lanes past them are idle
+  Index begin, end;               // keys that at least one lane may attend to, by position
+  Index inner_begin, inner_end;   // keys that every lane may attend to
+  const int32_t* bits = nullptr;  // of a block mask: [rows][words], bit 0 is key block_key; or null
+  Index words = 0, block_key = 0;
 
   template <class Element>
-  Column(const Head<Element>& head, Index t, Index n) : t0(t), rows(n) {
-    begin = head.key_begin(t0), end = head.key_end(t0 + rows - 1);
+  Column(const Head<Element>& head, Index t, Index n, const Segment& segment) : t0(t), rows(n) {
+    begin = max_of(head.key_begin(t0), segment.begin);
+    end = min_of(head.key_end(t0 + rows - 1), segment.end);
     inner_begin = head.key_begin(t0 + rows - 1), inner_end = head.key_end(t0);
     if (begin >= end) begin = end = inner_begin = inner_end = 0;
+    if (segment.bits) {
+      words = segment.words, block_key = segment.begin;
+      bits = segment.bits + t0 % (words * 32) * words;
+    }
   }
 };
 

@@ -119,10 +119,15 @@ inline Start gather_keys(const float* rows, Index stride, Index n, Index D, cons
 }
 
 // Queries of a block: tall ones read k and v less often, low ones are more to share out. No bit of
-// a result depends on it.
+// a result depends on it. A block lies within a row of a block mask's.
 constexpr Index kTallBlock = 128, kLowBlock = 64;
 
+inline Index most_queries_per_block(const AttentionParams& p) {
+  return p.blocks.starts ? min_of(p.blocks.size, kTallBlock) : kTallBlock;
+}
+
 inline Index queries_per_block(const AttentionParams& p) {
+  if (most_queries_per_block(p) == kLowBlock) return kLowBlock;
   Index tall = p.B * ((p.T + kTallBlock - 1) / kTallBlock);
   if (p.cu_seqlens_q) tall = min_of(tall, p.B + p.cu_seqlens_q[p.B] / kTallBlock);
   return tall * p.H < 4 * usable_threads(p.num_threads) ? kLowBlock : kTallBlock;

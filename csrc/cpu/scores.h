@@ -132,6 +132,23 @@ struct PairScores {
   }
 };
 
+// -inf where a block mask has no bit.
+inline void mask_by_bits(const Column& column, Index key, Index n, float* s) {
+  for (Index lane = 0; lane < kColumn; lane += kLanes) {
+    for (Index j = 0; j < n;) {
+      const Index at = key + j - column.block_key, bit = at % 32, count = min_of(32 - bit, n - j);
+      UVec words;
+      for (Index i = 0; i < kLanes; ++i)
+        words[i] = static_cast<uint32_t>(column.bits[(lane + i) * column.words + at / 32]);
+      words >>= static_cast<uint32_t>(bit);
+      for (Index x = 0; x < count; ++x, ++j, words >>= 1u) {
+        float* score = s + j * kColumn + lane;
+        store(score, (words & 1u) != 0u ? load(score) : broadcast(-kInfinity));
+      }
+    }
+  }
+}
+
 // S[key][lane] for keys key .. key + n - 1 of a column, all options applied.
 //   scores   FloatScores or PairScores; with tiles, rows up to the next multiple of 16 are written
 //   dcapped  null, or [n][kColumn]: d capped / d uncapped = 1 - tanh^2, for the backward
@@ -143,7 +160,7 @@ ATTNFAST_NOINLINE void score_tile(const Head<Element>& head, const Column& colum
   const AttentionParams& p = head.problem;
   const bool boundary = key < column.inner_begin || key + n > column.inner_end;
   dead->any = false;
-  if (!boundary && !head.edits_scores()) {
+  if (!boundary && !column.bits && !head.edits_scores()) {
     if (column_max) {
       scores.template run<true>(n, s, column_max);
     } else {
@@ -172,6 +189,7 @@ ATTNFAST_NOINLINE void score_tile(const Head<Element>& head, const Column& colum
     fold_view(p.mask, head.mask, column.t0, column.rows, key, n, s,
               [](Vec score, Vec mask) { return mask == -kInfinity ? mask : score; });
   }
+  if (column.bits) mask_by_bits(column, key, n, s);
   if (boundary) {
     const Vec masked = broadcast(-kInfinity);
     for (Index lane = 0; lane < kColumn; lane += kLanes) {
@@ -192,7 +210,7 @@ ATTNFAST_NOINLINE void score_tile(const Head<Element>& head, const Column& colum
   for (Index lane = column.rows; lane < kColumn; ++lane) {
     for (Index j = 0; j < n; ++j) s[j * kColumn + lane] = -kInfinity;
   }
-  if (head.mask || head.bias) {
+  if (head.mask || head.bias || column.bits) {
     for (Index j = 0; j < n; ++j) {
       IVec live{};
       for (Index lane = 0; lane < kColumn; lane += kLanes)
