@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import attnfast
+from attnfast.integrations import _transformers_calls as calls
 from attnfast.integrations import transformers as integration
 
 
@@ -123,7 +124,7 @@ def test_a_single_query_is_decoded(
         decoded.append(1)
         return attnfast.decode_attention(*args, **options)
 
-    monkeypatch.setattr(integration, "decode_attention", watched)
+    monkeypatch.setattr(calls, "decode_attention", watched)
     q, k, v = heads(T=1, S=9, H_kv=2)
     q.requires_grad_(learning)
     mask, added = torch.rand(2, 1, 1, 9) < 0.6, torch.randn(2, 1, 1, 9)

@@ -1,9 +1,10 @@
 """Which masks a model of transformers gets with attnfast, and why.
 
-Code that is made for fused attention gets bool masks, or none where being causal says it all:
-transformers' ``sdpa_mask``. All other code gets eager's float masks, which every model can take,
-and a warning that says why. What its classes and its module say of themselves decides, never a
-model's name.
+Code that is made for fused attention gets bool masks, or none where being causal says it all, as
+from transformers' ``sdpa_mask``; where their structure is understood, they come as a
+`StructuredMask`, and their bools are not made for attention. All other code gets eager's float
+masks, which every model can take, and a warning that says why. What its classes and its module say
+of themselves decides, never a model's name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import _mask_functions
 
 NAME = "attnfast.integrations.transformers"
 UNKNOWN = "none of its models is loaded"
@@ -43,15 +46,18 @@ _needs: dict[type, Needs] = {}
 def attention_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
     """What transformers' mask functions call under our name."""
     masks = sys.modules["transformers.masking_utils"]
-    function = masks.eager_mask
-    if why_eager(config) is None:
-        function = masks.sdpa_mask
-        if _needs_of(type(config)).all_masks:
-            kwargs["allow_is_bidirectional_skip"] = False
-        if getattr(config, "use_bidirectional_attention", None) is True:  # of the layers alone
-            kwargs["allow_is_causal_skip"] = False
-    mask: Tensor | None = function(*args, config=config, **kwargs)
-    return mask
+    mask: Tensor | None
+    if why_eager(config) is not None:
+        mask = masks.eager_mask(*args, config=config, **kwargs)
+        return mask
+    if _needs_of(type(config)).all_masks:
+        kwargs["allow_is_bidirectional_skip"] = False
+    if getattr(config, "use_bidirectional_attention", None) is True:  # of the layers alone
+        kwargs["allow_is_causal_skip"] = False
+    if args or "mask_function" not in kwargs:
+        mask = masks.sdpa_mask(*args, config=config, **kwargs)
+        return mask
+    return _mask_functions.attention_mask(masks.sdpa_mask, config=config, **kwargs)
 
 
 def why_eager(config: Any) -> str | None:

@@ -10,7 +10,9 @@ As in::
 
 Two functions are registered under the name: `attention_forward`, and for the masks one that gives
 bool masks, or none where being causal says it all, as with "sdpa"; and eager's float masks, with a
-warning, to models that are not made for those: their attention may be code of their own.
+warning, to models that are not made for those: their attention may be code of their own. Causal
+masks, sliding windows, padding, packed sequences and the caches' offsets are passed on as what they
+are: their T x S bools are never made, unless a model's own code reads them.
 
 Results are those of eager attention, but for queries that attend nothing, such as padding: they
 give zeros, where eager attends everything evenly.
@@ -25,7 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import attention, decode_attention, varlen_attention
+from ..functional import attention
+from . import _mask_functions
+from . import _structured_mask as structured
+from . import _transformers_calls as calls
 from . import _transformers_masks as masks
 from ._transformers_masks import NAME
 
@@ -56,6 +61,7 @@ def register() -> str:
         raise ValueError(f"{NAME}: the name {IMPLEMENTATION!r} must be free, it is {owner}")
     library.AttentionInterface.register(IMPLEMENTATION, attention_forward)
     library.AttentionMaskInterface.register(IMPLEMENTATION, masks.attention_mask)
+    _mask_functions.learn()
     return IMPLEMENTATION
 
 
@@ -72,6 +78,7 @@ def unregister() -> None:
         del library.AttentionInterface._global_mapping[IMPLEMENTATION]
         library.AttentionMaskInterface._global_mapping.pop(IMPLEMENTATION, None)
         masks.forget()
+        _mask_functions.forget()
 
 
 def attention_forward(
@@ -155,22 +162,37 @@ def attention_forward(
         for name, one in given.items():
             if one is not None:
                 raise ValueError(f"{NAME}: {name} must not come with cu_seq_lens_q, got both")
-        return _packed(query, key, value, kwargs, options), None
+        if query.shape[0] != 1:
+            requirement = "a batch of one for cu_seq_lens_q"
+            raise ValueError(f"{NAME}: query must be {requirement}, got {tuple(query.shape)}")
+        return calls.packed(query, key, value, kwargs, options), None
 
-    mask, bias = attention_mask, position_bias
+    (B, _, S, _), mask, bias = key.shape, attention_mask, position_bias
+    lengths = calls.whole(key) if T == 1 else None
+    if isinstance(mask, structured.StructuredMask):
+        packed = mask.ends is not None
+        beyond = indices is not None or (packed and (with_weights or bias is not None))
+        if beyond or not structured.fits(mask, B, T, S):
+            mask = mask.dense()
+        else:
+            options |= structured.options(mask)
+            if packed:
+                ends = {"cu_seq_lens_q": mask.ends, "max_length_q": mask.longest}
+                return calls.packed(query, key, value, ends, options), None
+            lengths = structured.lengths(mask) if T == 1 else None
+            mask = None if mask.keys is None else mask.keys[:, None, None]
     if mask is not None and mask.is_floating_point():
         bias = mask if bias is None else bias + mask
         mask = None
     if indices is not None:
-        shape = (*indices.shape[:2], key.shape[2])  # [B, T, S]
-        chosen = torch.zeros(shape, dtype=torch.bool, device=key.device)
+        chosen = torch.zeros((*indices.shape[:2], S), dtype=torch.bool, device=key.device)
         chosen = chosen.scatter(-1, indices.long(), True)[:, None]
         mask = chosen if mask is None else mask & chosen
-    if query.shape[0] == 1 < key.shape[0]:  # learned queries
-        query = query.expand(key.shape[0], -1, -1, -1)
-    drops_or_learns = dropout or _needs_gradients(query, key, value, bias, s_aux)
-    if T == 1 and not (with_weights or drops_or_learns or options["deterministic"]):
-        return _decoded(query, key, value, mask, bias, options), None
+    if query.shape[0] == 1 < B:  # learned queries
+        query = query.expand(B, -1, -1, -1)
+    drops_or_learns = dropout or calls.needs_gradients(query, key, value, bias, s_aux)
+    if not (lengths is None or with_weights or drops_or_learns or options["deterministic"]):
+        return calls.decoded(query, key, value, lengths, mask, bias, options), None
     result = attention(
         query, key, value, mask=mask, bias=bias, return_weights=with_weights, **options
     )
@@ -188,53 +210,6 @@ def _wants_weights(config: Any, kwargs: dict[str, Any]) -> bool:
         collected = capturing._active_collector.get() or {}
         asked = any(name.endswith("attentions") for name in collected)
     return bool(asked)
-
-
-def _needs_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def _decoded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """(B, H, 1, D) of a step of generation -> (B, 1, H, D_v), by the kernel made for few rows."""
-    if mask is not None:
-        base = torch.zeros((), dtype=query.dtype, device=query.device) if bias is None else bias
-        bias = torch.where(mask, base, -torch.inf)
-    B, S = query.shape[0], key.shape[2]
-    lengths = torch.full((B,), S, dtype=torch.int32, device=query.device)
-    kept = {name: options[name] for name in ("window", "scale", "softcap", "sinks")}
-    out: Tensor = decode_attention(query, key, value, lengths, bias=bias, **kept)
-    return out.transpose(1, 2).contiguous()
-
-
-def _packed(
-    query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any], options: dict[str, Any]
-) -> Tensor:
-    """(1, H, total, D) of sequences one after another -> (1, total, H, D_v)."""
-    if query.shape[0] != 1:
-        requirement = "a batch of one for cu_seq_lens_q"
-        raise ValueError(f"{NAME}: query must be {requirement}, got {tuple(query.shape)}")
-    ends_q, longest_q = kwargs["cu_seq_lens_q"], kwargs.get("max_length_q")
-    ends_k, longest_k = kwargs.get("cu_seq_lens_k"), kwargs.get("max_length_k")
-    if ends_k is None:
-        ends_k, longest_k = ends_q, longest_q
-    out: Tensor = varlen_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        ends_q,
-        ends_k,
-        int(ends_q.diff().max() if longest_q is None else longest_q),
-        int(ends_k.diff().max() if longest_k is None else longest_k),
-        **options | {"align": "bottom_right"},
-    )
-    return out[None]
 
 
 def _model_of(module: nn.Module) -> str:

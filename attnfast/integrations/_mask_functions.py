@@ -1,0 +1,239 @@
+"""What transformers' mask functions mean, read from their code and what they hold.
+
+A mask function says of one query and one key whether it is attended. transformers composes them out
+of few kinds, closures whose code is always the same. A function of these kinds alone becomes a
+`StructuredMask`; whatever else there is, in any part of it, is not understood at all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._structured_mask import StructuredMask
+
+# Kinds, and how transformers makes one, for its code.
+MAKERS: dict[str, Callable[[Any], Any]] = {
+    "causal": lambda library: library.causal_mask_function,
+    "all": lambda library: library.bidirectional_mask_function,
+    "and": lambda library: library.and_masks(),
+    "window": lambda library: library.sliding_window_overlay(1),
+    "window both ways": lambda library: library.sliding_window_bidirectional_overlay(1),
+    "packed": lambda library: library.packed_sequence_mask_function(None),
+    "positions": lambda library: library.remap_positions_for_packed_sequence(None, None),
+}
+
+
+class Unknown(Exception):
+    """A mask function that is not understood."""
+
+
+class Part(NamedTuple):
+    """One of the conditions that all hold.
+
+    Attributes:
+        kind: One of `MAKERS`, and neither "and" nor "positions".
+        value: The window, or "packed" ids.
+        positions: What the condition counts by, ``(B, T)``, for queries and keys; None: by index.
+    """
+
+    kind: str
+    value: Any = None
+    positions: Tensor | None = None
+
+
+class _Called(Exception):
+    """A mask is needed."""
+
+
+_kinds: dict[CodeType, str] = {}
+
+
+def learn() -> None:
+    """Find out how this transformers composes masks, and whether they mean what is thought here."""
+    library = sys.modules["transformers.masking_utils"]
+    for kind, make in MAKERS.items():
+        try:
+            _kinds[make(library).__code__] = kind
+        except (AttributeError, TypeError):  # another transformers
+            continue
+    try:
+        understood = all(_is_right(library, sample) for sample in _samples(library))
+    except (AttributeError, TypeError, Unknown):
+        understood = False
+    if not understood:
+        _kinds.clear()
+
+
+def forget() -> None:
+    """Undo `learn`: nothing is understood."""
+    _kinds.clear()
+
+
+def _samples(library: Any) -> Iterator[Any]:
+    """One mask function of each kind, alone and composed."""
+    yield library.causal_mask_function
+    yield library.bidirectional_mask_function
+    yield library.sliding_window_causal_mask_function(3)
+    yield library.sliding_window_bidirectional_mask_function(2)
+    ids = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]], device="cpu")
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]], device="cpu")
+    window = library.sliding_window_causal_mask_function(2)
+    remapped = library.remap_positions_for_packed_sequence(window, positions)
+    yield library.and_masks(remapped, library.packed_sequence_mask_function(ids))
+
+
+def _is_right(library: Any, function: Any) -> bool:
+    expected = library.sdpa_mask(2, 6, 6, mask_function=function, allow_is_causal_skip=False)
+    found = structured(2, 6, 6, mask_function=function, device="cpu")
+    return found is not None and torch.equal(found.dense(), expected)
+
+
+def attention_mask(
+    make: Callable[..., Tensor | None],
+    *,
+    mask_function: Any,
+    use_vmap: bool = False,
+    **asked: Any,
+) -> Tensor | None:
+    """What ``make``, transformers' ``sdpa_mask``, gives: None, or the same bools by structure.
+
+    Traced programs get the bools.
+    """
+    if not _is_traced():
+        try:
+            return make(mask_function=_called, **asked)  # None, where no mask is needed
+        except _Called:
+            found = structured(mask_function=mask_function, **asked)
+        if found is not None:
+            return found
+    return make(mask_function=mask_function, use_vmap=use_vmap, **asked)
+
+
+def structured(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    *,
+    mask_function: Any,
+    attention_mask: Tensor | None = None,
+    device: Any = "cpu",
+    **_: Any,
+) -> StructuredMask | None:
+    """The arguments of ``sdpa_mask`` as a mask; None if they are not understood.
+
+    ``attention_mask`` is bool (B, any), False for padding; what it does not reach is padding too.
+    """
+    B, T, S, device = batch_size, q_length, kv_length, torch.device(device)
+    if not isinstance(kv_offset, int):
+        return None
+    if attention_mask is not None and attention_mask.shape[:-1] != (B,):
+        return None
+    try:
+        parts = list(_parts(mask_function, None))
+    except Unknown:
+        return None
+    kinds = {part.kind for part in parts}
+    both_ways = [part.value for part in parts if part.kind == "window both ways"]
+    back = [part.value - 1 for part in parts if part.kind == "window"] + both_ways
+    ends, longest = None, 0
+    if "packed" in kinds:
+        whole = isinstance(q_offset, int) and q_offset == kv_offset == 0 and T == S
+        ids = [part.value for part in parts if part.kind == "packed"]
+        positions = [part.positions for part in parts if part.positions is not None]
+        if not whole or len(ids) > 1 or ids[0].shape != (B, T) or attention_mask is not None:
+            return None
+        if not (ids[0].diff() >= 0).all():
+            return None  # one that goes on after another
+        if not all(_are_documents(ids[0], counted) for counted in positions):
+            return None
+        ends = _ends(ids[0])
+        longest = int(ends.diff().max())
+    elif any(part.positions is not None for part in parts):
+        return None
+    if isinstance(q_offset, Tensor):
+        q_offset = q_offset.to(device)
+    return StructuredMask(
+        (B, 1, T, S),
+        device,
+        causal="causal" in kinds,
+        left=min(back, default=None),
+        right=min(both_ways, default=None),
+        offset=q_offset - kv_offset,  # a copy: a static cache's own tensor moves on
+        keys=_keys(attention_mask, kv_offset, S),
+        ends=ends,
+        longest=longest,
+    )
+
+
+def _parts(function: Any, positions: Tensor | None) -> Iterator[Part]:
+    """The conditions that a mask function is made of."""
+    code: Any = getattr(function, "__code__", None)
+    kind = _kinds.get(code)
+    if kind is None:
+        raise Unknown
+    cells = function.__closure__ or ()
+    held = dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+    try:
+        if kind == "and":
+            for one in held["mask_functions"]:
+                yield from _parts(one, positions)
+        elif kind == "positions" and positions is None:
+            yield from _parts(held["mask_function"], held["position_ids"])
+        elif kind == "packed" and positions is None:
+            yield Part(kind, held["packed_sequence_mask"])
+        elif kind.startswith("window"):
+            window = held["sliding_window"]
+            if type(window) is not int or window < 1:
+                raise Unknown
+            yield Part(kind, window, positions)
+        elif kind in ("causal", "all"):
+            yield Part(kind, None, positions)
+        else:
+            raise Unknown
+    except KeyError:
+        raise Unknown from None
+
+
+def _are_documents(ids: Tensor, positions: Tensor) -> bool:
+    """Whether positions go on by one within every id, so that they differ as indices do."""
+    if positions.shape != ids.shape:
+        return False
+    return bool(((ids.diff() != 0) | (positions.diff() == 1)).all())
+
+
+def _ends(ids: Tensor) -> Tensor:
+    """Ids (B, T) -> int32, 0 and where runs of one id end, one row after another."""
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids.diff() != 0
+    first = starts.flatten().nonzero().flatten()
+    return torch.cat([first, first.new_full((1,), ids.numel())]).int()
+
+
+def _keys(padding: Tensor | None, kv_offset: int, S: int) -> Tensor | None:
+    """(B, any) -> bool (B, S), False past its end; None if there is no padding."""
+    if padding is None:
+        return None
+    keys = padding[:, kv_offset : kv_offset + S].bool()
+    if keys.shape[1] < S:
+        return torch.nn.functional.pad(keys, (0, S - keys.shape[1]))
+    return None if keys.all() else keys
+
+
+def _is_traced() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _called(*_: Any) -> Any:
+    raise _Called
