@@ -30,7 +30,7 @@ extensions = [
     "sphinxcontrib.mermaid",
 ]
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(torch|nn)\..*")]  # torch's own documentation is not read
+nitpick_ignore_regex = [("py:.*", r"(torch|nn|collections)\..*")]  # their documentation is not read
 default_role = "py:obj"
 
 autodoc_member_order = "bysource"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention
 
-from attnfast import BlockMask, attention, explain
+from attnfast import BlockMask, MultiheadAttention, attention, explain
 from attnfast.block_index import unpacked
 from attnfast.flex_mask import from_flex
 
@@ -324,3 +324,40 @@ def test_raw_operator_refuses_entries_that_are_not_there() -> None:
         )
         with pytest.raises(RuntimeError, match=re.escape(message)):
             ops.CPU.fwd(*inputs, *Options(1.0))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("padding", [None, torch.bool, torch.float32])
+def test_layer(training: bool, padding: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    layer = MultiheadAttention(32, 4, batch_first=True).train(training)
+    x = torch.randn(2, 130, 32)
+    mask = BlockMask.from_documents(torch.arange(130) // 50, block_size=64)
+    given: dict[str, Any] = {"need_weights": not training, "is_causal": True}
+    if padding is not None:
+        ignored = torch.zeros(2, 130)
+        ignored[1, 100:] = -torch.inf
+        given["key_padding_mask"] = ignored if padding.is_floating_point else ignored < 0
+    found, expected = [], []
+    with torch.set_grad_enabled(training):
+        causal = torch.ones(130, 130, dtype=torch.bool).tril()
+        dense = ~(mask.to_dense()[0, 0] & causal)
+        for results, attn_mask in ((found, mask), (expected, dense)):
+            if attn_mask is dense:
+                given["is_causal"] = False
+            out, weights = layer(x, x, x, attn_mask=attn_mask, **given)
+            results.append(out)
+            if weights is not None:
+                results.append(weights)
+            if training:
+                results += torch.autograd.grad(out.square().sum(), tuple(layer.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_refuses_appended_keys() -> None:
+    layer = MultiheadAttention(32, 4, batch_first=True, add_zero_attn=True)
+    x = torch.randn(2, 70, 32)
+    message = "attn_mask must be a Tensor where add_bias_kv or add_zero_attn appends keys"
+    with pytest.raises(ValueError, match=message):
+        layer(x, x, x, attn_mask=BlockMask.strided(70, 70, 3))

@@ -13,7 +13,7 @@ from torch.nn.attention import flex_attention as theirs
 
 from attnfast import BlockMask
 from attnfast.integrations import flex
-from attnfast.integrations.score_mods import edits_of
+from attnfast.integrations._score_mods import edits_of
 
 B, H, T, S, D = 2, 4, 100, 130, 16
 INF = float("inf")

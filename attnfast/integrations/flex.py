@@ -1,7 +1,7 @@
 """``torch.nn.attention.flex_attention`` on our kernels, which train on the CPU too.
 
 Torch compiles any ``score_mod``; ours is a closed set, fused and differentiable already: what a
-function does to the score is found by calling it once on a score that records it (`score_mods`).
+function does to the score is found by calling it once on a score that records it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..block_mask import BlockMask
 from ..flex_mask import from_flex
 from ..functional import attention
 from ..requirements import fail
-from .score_mods import Edits, edits_of
+from ._score_mods import Edits, edits_of
 
 NAME = "attnfast.integrations.flex"
 FUNCTION = "flex_attention"
@@ -51,7 +51,7 @@ def flex_attention(
             with -inf. ``slope[h] * abs(q - k)`` taken off (ALiBi), or ``slope[h] * (q - k)`` where
             the mask is causal, costs no memory; any other bias has as many elements as its shape in
             b, h, q and k that it depends on.
-        block_mask: A `BlockMask`, or torch's.
+        block_mask: A `attnfast.BlockMask`, or torch's.
         scale: Default ``D ** -0.5``.
         enable_gqa: Whether key may have fewer heads than query.
         return_lse: Also return the lse, float32 ``(B, H, T)``, differentiable.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import requirements as require
+from ..block_mask import BlockMask
 from ..dispatch import check_name
 from ..functional import attention, decode_attention
 from ..stats import AttentionStats
@@ -24,12 +25,14 @@ from . import fast_path as inference
 from .cache import KVCache
 from .inputs import (
     NAME,
+    apart,
     check_cache,
     check_flags,
     check_inputs,
     check_tensors,
     plain_mask,
     split_masks,
+    with_padding,
 )
 from .jagged import jagged_forward
 from .linear import use_projection_linear
@@ -189,7 +192,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         value: Tensor | None,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
-        attn_mask: Tensor | None = None,
+        attn_mask: Tensor | BlockMask | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
         *,
@@ -214,7 +217,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             need_weights: also return the weights, after dropout.
             attn_mask: ``(T, S)``, ``(B * H, T, S)``, ``(B, T, S)`` or ``(B, H, T, S)``, any of the
                 dimensions T, S and those of the 4-D form also 1. Bool: True pairs are masked
-                **out**. Float: added to the scores, differentiable.
+                **out**. Float: added to the scores, differentiable. Or a `BlockMask` of
+                ``(B|1, H|1, T, S)``, torch's too, of the pairs that do attend; ``is_causal`` and
+                ``key_padding_mask`` then hold as well.
             average_attn_weights: average the weights over heads.
             is_causal: query t attends keys up to t. With ``attn_mask`` it is, as in torch, the
                 caller's promise that ``attn_mask`` is the causal mask: ``attn_mask`` is then not
@@ -242,18 +247,19 @@ class MultiheadAttention(nn.MultiheadAttention):
             need_weights, average_attn_weights, is_causal = flags
         asked = extras.asked_of(self)
         if query.is_nested:
-            options = (key_padding_mask, need_weights, attn_mask, is_causal, kv_cache, asked)
+            options: Any = (key_padding_mask, need_weights, attn_mask, is_causal, kv_cache, asked)
             return jagged_forward(self, query, key, value, *options), None
         if kv_cache is not None or key is None or value is None:
             check_cache(kv_cache, key, value)
         weight = self.in_proj_weight  # None where key or value have features of their own
         check_inputs(self, weight, query, key, value)
-        if attn_mask is not None:
-            attn_mask, is_causal = plain_mask(attn_mask, is_causal, need_weights, query.device)
+        dense, blocks = (None, None) if attn_mask is None else apart(attn_mask)
+        if dense is not None:
+            dense, is_causal = plain_mask(dense, is_causal, need_weights, query.device)
         return_weights = need_weights and ("mean" if average_attn_weights else True)
-        alone = query is key and key is value and kv_cache is None
+        alone = query is key and key is value and kv_cache is None and blocks is None
         if alone and inference.takes(self, asked, weight, query):
-            masks = (key_padding_mask, attn_mask)
+            masks = (key_padding_mask, dense)
             short = inference.self_attention(self, weight, query, *masks, is_causal, return_weights)
             if short is not None:
                 return short
@@ -271,18 +277,20 @@ class MultiheadAttention(nn.MultiheadAttention):
                 kv_cache.append(k, v, appended)
             k, v = kv_cache.keys, kv_cache.values
         mask = bias = None
-        if attn_mask is not None or key_padding_mask is not None:
+        if dense is not None or key_padding_mask is not None:
             sizes = (*q.shape[:3], k.shape[2] - appended)
-            mask, bias = split_masks(attn_mask, key_padding_mask, sizes, q.device, appended)
+            mask, bias = split_masks(dense, key_padding_mask, sizes, q.device, appended)
 
-        if kv_cache is not None and decodes(asked, q.shape[2], is_causal, need_weights):
+        if blocks is not None:
+            bias = with_padding(mask, bias, appended)
+        elif kv_cache is not None and decodes(asked, q.shape[2], is_causal, need_weights):
             out = self._decode(asked, q, kv_cache, mask, bias)
             return self.out_proj(merge_heads(self, out, query)), None
         results = attention(
             q,
             k,
             v,
-            mask=mask,
+            mask=mask if blocks is None else blocks,
             bias=bias,
             causal=is_causal,
             align="bottom_right" if kv_cache is not None else appended or "top_left",

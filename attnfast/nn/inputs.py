@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import requirements as require
+from ..block_mask import BlockMask
+from ..flex_mask import is_flex_mask
 from ..subclasses import PLAIN, is_causal_bias, refusal
 from .cache import KVCache
 
@@ -162,6 +164,23 @@ def plain_mask(
     if type(attn_mask) not in PLAIN and is_causal_bias(attn_mask):
         return ~attn_mask._materialize(device), False
     return (None, True) if is_causal and not need_weights else (attn_mask, False)
+
+
+def apart(attn_mask: Any) -> tuple[Any, Any]:
+    """attn_mask as torch has it, and as a `BlockMask` or torch's: one of both."""
+    in_blocks = type(attn_mask) is BlockMask or is_flex_mask(attn_mask)
+    return (None, attn_mask) if in_blocks else (attn_mask, None)
+
+
+def with_padding(mask: Tensor | None, bias: Tensor | None, appended: int) -> Tensor | None:
+    """A bias that also masks what a bool mask does, beside a BlockMask."""
+    if appended:
+        requirement = "a Tensor where add_bias_kv or add_zero_attn appends keys"
+        require.fail(NAME, "attn_mask", requirement, "a BlockMask")
+    if mask is None:
+        return bias
+    masking = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+    return masking if bias is None else bias + masking
 
 
 def split_masks(

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..functional import varlen_attention
 from . import extras
 from .cache import KVCache
-from .inputs import NAME, check_kind, input_features, projection_weight
+from .inputs import NAME, apart, check_kind, input_features, projection_weight
 from .projections import project
 
 
@@ -99,7 +99,7 @@ def _check_options(
         _refuse("key_padding_mask", "nested tensors have no padding")
     if need_weights:
         _refuse("need_weights=True", "pass need_weights=False, or pad")
-    if attn_mask is not None and not is_causal:
+    if attn_mask is not None and (not is_causal or apart(attn_mask)[1] is not None):
         _refuse("attn_mask", "pass is_causal=True for a causal mask, or pad")
     if kv_cache is not None:
         _refuse("kv_cache", "pad on the left and give key_padding_mask")
