@@ -112,8 +112,6 @@ def attention_call(
         dropout_seed = require.seed(function, dropout_seed, q)
     if indices is not None:
         indices = require.chosen_keys(function, indices, q, k.shape[1])
-        others = {names[3]: mask, names[4]: bias, "alibi_slopes": alibi_slopes}
-        require.alone_with_indices(function, others, dropout_p, return_stats, return_weights)
 
     align_tensor, align_offset, bottom_right = None, 0, False
     if not isinstance(align, str) or align != "top_left":
@@ -134,6 +132,9 @@ def attention_call(
         weights = require.choice(function, "return_weights", return_weights, WEIGHTS)
     if return_stats is not False:
         stats = require.choice(function, "return_stats", return_stats, STATS)
+    if indices is not None:
+        others = {names[3]: mask, names[4]: bias, "alibi_slopes": alibi_slopes}
+        require.alone_with_indices(function, others, dropout_p, return_stats, return_weights)
 
     if sequences is not None:
         q, k, v = (

@@ -98,6 +98,11 @@ struct AttentionParams : ScoreOptions {
   const int32_t* cu_seqlens_q = nullptr;  // [B + 1]
   const int32_t* cu_seqlens_k = nullptr;  // [B + 1]
 
+  // Lists of the only keys that queries attend, -1 for none; within -1 .. S - 1.
+  const int32_t* indices = nullptr;  // [B, index_heads, T, K]
+  int64_t index_heads = 0, K = 0;    // index_heads: 1 or H_kv; 0: there are no lists
+  bool has_lists() const { return index_heads > 0; }
+
   bool causal = false;
 
   double dropout_p = 0.0;

@@ -14,8 +14,6 @@ MISSING = ops.MISSING
 
 def unsupported(problem: Problem) -> str | None:
     """Why a problem is refused, or None."""
-    if problem.indices:
-        return "takes no indices yet"
     if problem.dtype in FUSED_DTYPES:
         return MISSING
     return other_dtype(problem, FUSED_DTYPES)

@@ -65,7 +65,7 @@ void share_out(Params* p, double pairs) {
 }
 
 double pairs_of(const AttentionParams& p) {
-  if (!p.cu_seqlens_q) return static_cast<double>(p.B) * p.T * p.S;
+  if (!p.cu_seqlens_q) return static_cast<double>(p.B) * p.T * (p.has_lists() ? p.K : p.S);
   double pairs = 0.0;
   for (int64_t b = 0; b < p.B; ++b) {
     pairs += static_cast<double>(p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b]) *
@@ -84,6 +84,21 @@ void run(void (*kernel)(const Params&), const Params& p, const char* whose) {
     throw NoMemory((std::string(whose) + " scratch: " + mebibytes(error.bytes) +
                     " for (B, H, T, S, D) = " + in_parentheses(sizes, 5))
                        .c_str());
+  }
+}
+
+// Every key of a list is one of the S, or -1.
+void check_indices(const AttentionParams& p) {
+  const int64_t rows = p.B * p.index_heads * p.T;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int32_t* list = p.indices + row * p.K;
+    uint32_t most = 0;  // -1 becomes 0, and what is below it large
+    for (int64_t j = 0; j < p.K; ++j) most = std::max(most, static_cast<uint32_t>(list[j]) + 1);
+    if (most <= p.S) continue;
+    const auto is_outside = [&](int32_t key) { return key < -1 || key >= p.S; };
+    STD_TORCH_CHECK(false, "attention: indices must lie in [-1, ", p.S, "), got ",
+                    *std::find_if(list, list + p.K, is_outside), " for query ", row % p.T,
+                    " of batch entry ", row / p.T / p.index_heads);
   }
 }
 
@@ -129,6 +144,7 @@ void fill(AttentionParams* p, Kept<HostCall>* kept, ATTNFAST_INPUTS) {
     p->S = check_cu_seqlens(p->cu_seqlens_k, p->B, k.size(2), max_seqlen_k, "k");
   }
   if (p->blocks.starts) check_blocks(p->blocks, *block_starts, *block_index, *block_bits);
+  check_indices(*p);
   check_offset(align_offset);
   for (int64_t b = 0; p->align_per_batch && b < p->B; ++b) check_offset(p->align_per_batch[b]);
   if (dropout_seed) {
@@ -149,7 +165,7 @@ bool has_slack(const AttentionParams& p, int64_t rows_q, int64_t rows_k) {
 bool is_a_step(const ForwardParams& p) {
   const int64_t position = p.align_offset + (p.align_bottom_right ? p.S - 1 : 0);
   return p.T == 1 && !p.cu_seqlens_q && !p.align_per_batch && !p.mask.data && !p.blocks.starts &&
-         p.dropout_p == 0.0 && !p.max_logit && p.weights_mode == Weights::kNone &&
+         !p.has_lists() && p.dropout_p == 0.0 && !p.max_logit && p.weights_mode == Weights::kNone &&
          p.window_left < 0 && p.window_right < 0 && (!p.causal || position >= p.S - 1) &&
          (!p.alibi_slopes || position == p.S - 1);
 }

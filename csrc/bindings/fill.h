@@ -161,6 +161,16 @@ void fill_params(AttentionParams* p, Kept<Call>* kept, ATTNFAST_INPUTS) {
   p->mask = read_scores(mask, "mask", scores), p->bias = read_scores(bias, "bias", scores);
   const std::array<int64_t, 4> of_sequences{p->B, p->H, scores[2], scores[3]};
   p->blocks = fill_blocks(kept, of_sequences, block_starts, block_index, block_bits);
+  if (indices) {
+    STD_TORCH_CHECK(!packed, "attention: indices must be left out with cu_seqlens_q");
+    STD_TORCH_CHECK(indices->dim() == 4 && indices->size(0) == p->B &&
+                        (indices->size(1) == 1 || indices->size(1) == p->H_kv) &&
+                        indices->size(2) == p->T,
+                    "attention: indices must be (B, 1 | H_kv, T, K) = (", p->B, ", 1 | ", p->H_kv,
+                    ", ", p->T, ", *), got ", shape_of(*indices));
+    p->index_heads = indices->size(1), p->K = indices->size(3);
+    p->indices = kept->ints(indices, "indices");
+  }
   p->align_per_batch = kept->ints(align, "align");
   p->align_offset = bounded(align_offset), p->align_bottom_right = align_bottom_right;
   p->causal = causal, p->dropout_p = dropout_p;

@@ -105,12 +105,7 @@ struct Backward : GradientTiles<Element, kPlanes> {
 
   static void copy_rows(const float* from, Index from_row, Index n, Index D, float factor,
                         Element* to, Index to_row) {
-    for (Index i = 0; i < n; ++i) {
-      Index d = 0;
-      for (; d + kLanes <= D; d += kLanes)
-        store(to + i * to_row + d, load(from + i * from_row + d) * factor);
-      if (d < D) store_some(to + i * to_row + d, load(from + i * from_row + d) * factor, D - d);
-    }
+    for (Index i = 0; i < n; ++i) copy_row(from + i * from_row, D, factor, to + i * to_row);
   }
 
   void each_query_block(Index b, Index h_kv, Index key_begin, Index key_end, const Keys& keys,
@@ -124,10 +119,10 @@ struct Backward : GradientTiles<Element, kPlanes> {
     }
   }
 
-  // Whether key heads are too few, or one of them too long, to be shared out whole.
+  // Whether key heads are too few, or one of them is too long, to be shared out whole.
   bool few_heads() const {
     const Index heads = p.B * p.H_kv, threads = usable_threads(p.num_threads);
-    if ((heads + threads - 1) / threads * 5 * threads > heads * 7 + 2) return true;
+    if (are_few(heads, threads)) return true;
     if (!p.cu_seqlens_q || threads == 1) return false;
     double longest = 0.0, all = 0.0;
     for (Index b = 0; b < p.B; ++b) {
@@ -216,6 +211,7 @@ struct Backward : GradientTiles<Element, kPlanes> {
 }  // namespace
 
 void attention_bwd(const BackwardParams& given) {
+  if (given.has_lists()) return indexed_bwd(given);
   BackwardParams p = given;
   const Index size = p.cu_seqlens_q ? p.H * p.lse_stride_h : p.B * p.lse_stride_b;
   const Arena memory(size * sizeof(float), p.footprint);

@@ -9,6 +9,12 @@ namespace attnfast::cpu::ATTNFAST_ISA {
 constexpr Index kKeys = 64;          // keys of one tile; ranges of keys begin at multiples of it
 constexpr Index kKeysPerItem = 256;  // keys of one item where keys are shared out
 
+// Whether key heads are too few to be shared out whole: then dq is computed apart from dk and dv, 7
+// products instead of 5.
+inline bool are_few(Index heads, Index threads) {
+  return (heads + threads - 1) / threads * 5 * threads > heads * 7 + 2;
+}
+
 // What is read once per column of queries.
 struct BackwardColumn {
   Norm norm;

@@ -14,6 +14,7 @@
 
 #include "attention_fwd_pairs.h"
 #include "kernels.h"
+#include "row_results.h"
 #include "segments.h"
 #include "team.h"
 
@@ -86,40 +87,20 @@ void tile_step(const ForwardParams& p, const Head<Element>& head, const Column& 
 template <class Element>
 void finish_column(const ForwardParams& p, const Head<Element>& head, const Column& column,
                    ForwardColumn& state) {
-  const float to_log2 = head.units.to_log2, to_natural = head.units.to_natural;
   const float keep_scale = keep_scale_of(p);
+  const Vec sinks = broadcast(p.sinks ? p.sinks[head.h] : 0.0f);
   alignas(64) float o_scale[kColumn], lse[kColumn], m_of[kColumn], log2_l_of[kColumn],
       max_logit[kColumn], entropy[kColumn], reach[kColumn], focus[kColumn];
   for (Index lane = 0; lane < kColumn; lane += kLanes) {
-    const Vec m = load(state.m + lane);
-    Vec top = m, top_natural = m * to_natural, l = load(state.l + lane);
-    Vec depth_sum = load(state.depth_sum + lane), rescale = broadcast(1.0f);
-    // Sinks
-    if (p.sinks) {
-      const Vec sink = broadcast(head.sink);
-      top = max(sink, m);
-      top_natural = sink >= m ? broadcast(p.sinks[head.h]) : top_natural;
-      const Vec base = top == -kInfinity ? zeros() : top;
-      const Vec drop = l == 0.0f ? zeros() : m - base;
-      rescale = l == 0.0f ? broadcast(1.0f) : exp2(drop * to_log2);
-      const Vec l_sink = exp2((sink - base) * to_log2);
-      depth_sum = (rescale == 0.0f ? zeros() : (depth_sum + l * drop) * rescale) +
-                  (l_sink > 0.0f ? l_sink * (sink - base) : zeros());
-      l = l * rescale + l_sink;
-    }
-
-    // Statistics
-    const Vec log2_l = log2(l), log_l = log2_l * kLn2;
-    const IVec empty = l == 0.0f;
-    const Vec inverse = empty ? zeros() : 1.0f / l;
-    store(o_scale + lane, inverse * rescale * keep_scale);
-    store(lse + lane, empty ? broadcast(-kInfinity) : top_natural + log_l);
-    store(m_of + lane, empty ? zeros() : top);
-    store(log2_l_of + lane, empty ? broadcast(kInfinity) : log2_l);
-    store(max_logit + lane, m * to_natural);
-    store(entropy + lane, empty ? zeros() : log_l - depth_sum * inverse * to_natural);
-    store(reach + lane, load(state.distance_sum + lane) * rescale * inverse);
-    store(focus + lane, m == -kInfinity ? zeros() : rescale * inverse);
+    const RowSums sums{load(state.m + lane), load(state.l + lane), load(state.depth_sum + lane),
+                       load(state.distance_sum + lane)};
+    const RowResults row =
+        finish_rows(sums, broadcast(head.sink), p.sinks ? &sinks : nullptr, head.units);
+    store(o_scale + lane, row.o_scale * keep_scale);
+    store(lse + lane, row.lse);
+    store(m_of + lane, row.m), store(log2_l_of + lane, row.log2_l);
+    store(max_logit + lane, row.max_logit), store(entropy + lane, row.entropy);
+    store(reach + lane, row.reach), store(focus + lane, row.focus);
   }
 
   // Store
@@ -264,6 +245,7 @@ void forward(const ForwardParams& p) {
 }  // namespace
 
 void attention_fwd(const ForwardParams& p) {
+  if (p.has_lists()) return indexed_fwd(p);
   with_element(p.q.dtype, [&]([[maybe_unused]] auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     constexpr int kPlanes = kPlanesOf<Element>;

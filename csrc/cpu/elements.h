@@ -170,6 +170,14 @@ inline void pack_rows(const Element* from, Index stride, Index rows, Index D, In
   }
 }
 
+// to[d] = factor * from[d], of which D rounded up to whole vectors are read.
+template <class Element>
+inline void copy_row(const float* from, Index D, float factor, Element* to) {
+  Index d = 0;
+  for (; d + kLanes <= D; d += kLanes) store(to + d, load(from + d) * factor);
+  if (d < D) store_some(to + d, load(from + d) * factor, D - d);
+}
+
 // Calls f(Element*) with the element type that `dtype` names.
 template <class Function>
 inline void with_element(DType dtype, Function f) {

@@ -20,6 +20,8 @@ struct Kernels {
   void attention_decode(const DecodeParams&); \
   void weights_fwd(const ForwardParams&);     \
   void received_fwd(const ForwardParams&);    \
+  void indexed_fwd(const ForwardParams&);     \
+  void indexed_bwd(const BackwardParams&);    \
   }
 #if defined(ATTNFAST_ISA)
 ATTNFAST_DECLARE_ISA(ATTNFAST_ISA)

@@ -20,6 +20,18 @@ LARGER = (
     Case("larger_gqa", B=1, H=6, H_kv=2, T=513, S=513, D=40, causal=True, bias="ts"),
     Case("larger_varlen", H=4, H_kv=2, lengths=((1, 300), (200, 200), (70, 3)), bias="hts"),
     Case("larger_heads", B=2, H=5, H_kv=5, T=130, S=2100, D=128),  # packed a few at a time
+    Case(
+        "larger_indices",
+        B=1,
+        H=8,
+        H_kv=1,
+        T=300,
+        S=2100,
+        D=64,
+        indices=400,
+        causal=True,
+        align="bottom_right",
+    ),
     Case("larger_row", B=1, H=8, H_kv=2, T=1, S=2100, D=64),
     replace(EVERYTHING, name="larger_everything", T=300, S=257, weights="mean"),
 )

@@ -27,7 +27,6 @@ def test_case(backend: str, case: Case) -> None:
 
 
 REFUSED = {
-    "cpu": {"takes no indices yet"},
     "triton": {"takes no indices yet"},
     "cuda": {
         "takes bfloat16 and float16, got float32",
