@@ -128,9 +128,10 @@ class DecodeInputs(NamedTuple):
     bias: Tensor | None = None  # (B|1, H|1, T|1, S|1) float
     alibi_slopes: Tensor | None = None  # (1|B, H) fp32
     sinks: Tensor | None = None  # (H,) float
+    mask: Tensor | None = None  # (B|1, H|1, T|1, T|1) bool, of the last T keys
 
     def as_inputs(self, k: Tensor, v: Tensor, align: Tensor | None = None) -> Inputs:
-        """Those of a call without a cache: its keys and values as ``(B, H_kv, S, D)``."""
+        """Those of a call without a cache and mask, of keys and values ``(B, H_kv, S, D)``."""
         return Inputs(
             self.q,
             k,
@@ -150,9 +151,10 @@ class DecodeOptions(NamedTuple):
     window_left: Open = -1
     window_right: Open = -1
 
-    def as_options(self) -> Options:
-        """Those of a call without a cache: decoding is causal."""
-        return Options(causal=True, **self._asdict())
+    def as_options(self, masked: bool = False) -> Options:
+        """Those of a call without a cache: decoding is causal, unless a mask decides."""
+        options = Options(causal=True, **self._asdict())
+        return options._replace(causal=False, window_right=-1) if masked else options
 
 
 class DecodeOutputs(NamedTuple):

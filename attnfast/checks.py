@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import requirements as require
+from .block_index import dense
 from .block_mask import BlockMask
 from .call import DecodeInputs, DecodeOptions, Inputs, Options, Sequences
 from .flex_mask import from_flex, is_flex_mask
@@ -188,6 +189,7 @@ def decode_call(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     bias: Tensor | None,
+    mask: Any,
 ) -> tuple[DecodeInputs, DecodeOptions]:
     """The canonical form of a call of ``decode_attention``.
 
@@ -210,6 +212,11 @@ def decode_call(
     cache_seqlens = require.indices(function, "cache_seqlens", cache_seqlens, q, (B,), "(B,)")
     if bias is not None:
         bias = require.bias_like(function, "bias", bias, q, (B, H, T, S), "(B, H, T, S)")
+    if type(mask) is BlockMask or is_flex_mask(mask):
+        starts, index, bits = block_mask(function, "mask", mask, q, (B, H, T, T))
+        mask = dense(starts, index, bits, slice(0, T), T)
+    elif mask is not None:
+        mask = require.mask_like(function, "mask", mask, q, (B, H, T, T), "(B, H, T, T)")
     if alibi_slopes is not None:
         alibi_slopes = require.slopes(function, alibi_slopes, q, B, H)
     if sinks is not None:
@@ -234,6 +241,7 @@ def decode_call(
         bias=bias,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        mask=mask,
     )
     return inputs, options
 

@@ -298,6 +298,7 @@ def decode_attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    mask: Tensor | BlockMask | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     **other: Any,
@@ -322,6 +323,9 @@ def decode_attention(
         alibi_slopes: see `attention`.
         sinks: see `attention`.
         bias: broadcastable to ``(B, H, T, S)``, see `attention`.
+        mask: bool, broadcastable to ``(B, H, T, T)``, or a `BlockMask` of that shape: which of the
+            last T keys each query attends, in place of s <= t' (drafted trees, arXiv:2305.09781:
+            `BlockMask.from_tree`). All keys before them are attended as without it.
         return_lse: also return lse, float32 ``(B, H, T)``.
         backend: see `attention`.
         other: none, see `attention`.
@@ -338,7 +342,7 @@ def decode_attention(
     Paper: PagedAttention (arXiv:2309.06180).
     """
     if has_torch_function_variadic(
-        q, k_cache, v_cache, cache_seqlens, page_table, alibi_slopes, sinks, bias
+        q, k_cache, v_cache, cache_seqlens, page_table, alibi_slopes, sinks, bias, mask
     ):
         result = overridden(decode_attention, locals())
         if result is not NotImplemented:
@@ -360,6 +364,7 @@ def decode_attention(
         alibi_slopes,
         sinks,
         bias,
+        mask,
     )
     row = dispatch.select(decode_problem(inputs, options), backend, function=function)
     if _in_onnx_export():
@@ -461,7 +466,7 @@ def attention_problem(inputs: Inputs, options: Options) -> backends.Problem:
 
 def decode_problem(inputs: DecodeInputs, options: DecodeOptions) -> backends.Problem:
     """A call of ``decode_attention`` as backends see it."""
-    q, _, v_cache, _, page_table, bias, alibi_slopes, sinks = inputs
+    q, _, v_cache, _, page_table, bias, alibi_slopes, sinks, mask = inputs
     B, H, T, D = q.shape
     _, H_kv, S, D_v = v_cache.shape
     page_size = 0
@@ -480,6 +485,7 @@ def decode_problem(inputs: DecodeInputs, options: DecodeOptions) -> backends.Pro
         D,
         D_v,
         options.as_options(),
+        mask=mask is not None,
         bias=None if bias is None else bias.dtype,
         alibi=alibi_slopes is not None,
         sinks=sinks is not None,

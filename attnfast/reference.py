@@ -118,8 +118,17 @@ def reference_decode(inputs: DecodeInputs, options: DecodeOptions) -> DecodeOutp
     if inputs.page_table is not None:
         pages = inputs.page_table.long().clamp(0, k.shape[0] - 1)
         k, v = (x[pages].flatten(1, 2).transpose(1, 2) for x in (k, v))  # [B, H_kv, n * page, D]
-    whole = inputs.as_inputs(k, v, align=inputs.cache_seqlens - inputs.q.shape[2])
-    outputs = reference_attention(whole, options.as_options())
+    T = inputs.q.shape[2]
+    first = inputs.cache_seqlens - T  # of the last T keys
+    whole = inputs.as_inputs(k, v, align=first)
+    if inputs.mask is not None:
+        S = k.shape[2]
+        place = torch.arange(S, device=k.device) - first.long().view(-1, 1, 1, 1)  # [B, 1, 1, S]
+        of_last = inputs.mask.expand(-1, -1, T, T).expand(len(place), -1, -1, -1)
+        at = place.clamp(0, max(T - 1, 0)).expand(-1, *of_last.shape[1:3], S)
+        found = of_last.gather(3, at) if T else at > 0
+        whole = whole._replace(mask=((place < 0) | found) & (place < T))
+    outputs = reference_attention(whole, options.as_options(inputs.mask is not None))
     return DecodeOutputs(outputs.out, outputs.lse)
 
 

@@ -120,6 +120,7 @@ def decode_cuts(*args: Any) -> Iterable[Cut]:
             bias=_where(cut, inputs.bias),
             alibi_slopes=_where(cut, inputs.alibi_slopes),
             sinks=heads,
+            mask=_where(cut, inputs.mask),
         )
         yield (cut, cut), (*given, *DECODE_WHOLE)
 

@@ -100,6 +100,7 @@ class Fold(NamedTuple):
             bias=self.broadcast(x.bias, dims.bias),
             alibi_slopes=self.broadcast(x.alibi_slopes, dims.alibi_slopes),
             sinks=x.sinks,
+            mask=self.broadcast(x.mask, dims.mask),
         )
 
     def result(self, x: Any, batch: int | None) -> Any:

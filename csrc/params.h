@@ -159,6 +159,8 @@ struct DecodeParams : ScoreOptions {
   View q;                            // (B, H, T, D)
   View k, v;  // (B, H_kv, S, D|D_v); paged: b is the page's stride, t the row's
   View bias;  // (B|1, H|1, T|1, S|1)
+  View
+      mask;  // (B|1, H|1, T|1, T|1) bool: which of the last T keys are attended, not those up to t'
   const int32_t* cache_seqlens = nullptr;  // [B]
   const int32_t* page_table = nullptr;     // [B, pages_per_sequence]; null: contiguous
   int64_t page_size = 0, pages_per_sequence = 0, num_pages = 0;

@@ -4,7 +4,8 @@
 
     o = softmax(scale * q k^T, causal, windowed, biased, capped) v    lse = logsumexp of the scores
 
-Query t stands at cache_seqlens[b] - T + t and attends the keys up to there.
+Query t stands at cache_seqlens[b] - T + t and attends the keys up to there, or
+those of the last T that a mask lets pass, and all before them.
 
 Grid:    batch * key head * blocks of the T * H / H_kv query rows that share its keys * pieces of
          the keys; then one program per query row, to combine the pieces in their order
@@ -26,7 +27,7 @@ from attnfast.call import DecodeInputs, DecodeOptions, DecodeOutputs
 from attnfast.ops import empty_in_order
 
 from . import configs
-from .arguments import Call, Tile, block, dense, gather, row_strides
+from .arguments import Call, Tile, block, dense, gather, row_strides, strides
 from .head import narrow
 from .launch import Launch, launch
 from .rows import store_rows, without_dead_rows
@@ -54,6 +55,11 @@ class Cache(NamedTuple):
     out_b: int
     out_h: int
     out_t: int
+    mask: Any = None  # (B|1, H|1, T|1, T|1) bool, of the last T keys
+    mask_b: int = 0
+    mask_h: int = 0
+    mask_t: int = 0
+    mask_s: int = 0
 
 
 @triton.jit
@@ -117,6 +123,11 @@ def decode_kernel(x, c, p, f, tile):
     if x.bias is not None:
         bias = (x.bias + b.to(tl.int64) * p.bias_b + h.to(tl.int64) * p.bias_h)[:, None]
 
+    mask = None
+    if c.mask is not None:
+        mask = c.mask + b.to(tl.int64) * c.mask_b + h.to(tl.int64) * c.mask_h
+        mask = (mask + t.to(tl.int64) * c.mask_t)[:, None]
+
     # Load q
     q_rows = x.q + b.to(tl.int64) * p.q_b + h.to(tl.int64) * p.q_h + t.to(tl.int64) * p.q_t
     q = load_pointed(q_rows, live_row, f.D, tile.BLOCK_D)
@@ -149,6 +160,10 @@ def decode_kernel(x, c, p, f, tile):
             f,
             True,
         )
+        if c.mask is not None:  # in place of the causal order
+            last = (j - (length - p.T))[None, :]
+            passes = tl.load(mask + last * c.mask_s, mask=(last >= 0) & live[None, :], other=True)
+            s = tl.where(passes, s, -float("inf"))
         # Softmax
         m_new = tl.maximum(m, tl.max(s, 1))
         base = tl.where(m_new == -float("inf"), 0.0, m_new)
@@ -159,7 +174,7 @@ def decode_kernel(x, c, p, f, tile):
         # Output
         v_rows = key_rows(x.v, b, p.v_b, h_kv, p.v_h, j, p.v_t, live, c)
         v = load_pointed(v_rows, live, f.D_V, tile.BLOCK_DV)
-        if bias is not None:
+        if bias is not None or c.mask is not None:
             v = without_dead_rows(v, tl.max((s != -float("inf")).to(tl.int32), 0) == 0)
         acc = acc * rescale[:, None]
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=f.PRECISION)
@@ -241,22 +256,29 @@ def decode_jobs(inputs: DecodeInputs, options: DecodeOptions, arch: str) -> tupl
     k, v, table = inputs.k_cache, inputs.v_cache, inputs.page_table
     if table is not None:  # pages (P, page, H_kv, D) as (P, H_kv, page, D)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-    call = gather(inputs.as_inputs(k, v), options.as_options(), configs.l2_bytes(arch))
+    of_call = options.as_options(inputs.mask is not None)
+    call = gather(inputs.as_inputs(k, v), of_call, configs.l2_bytes(arch))
     S = k.shape[2] if table is None else k.shape[2] * table.shape[1]
     S = S if k.shape[0] else 0  # without pages, none is the nearest to a wrong one
     call = call._replace(p=call.p._replace(S=S))
     if table is not None and table.stride(1) != 1:
         table = table.contiguous()
-    return decode_launches(call, dense(inputs.cache_seqlens), table, arch)
+    return decode_launches(call, dense(inputs.cache_seqlens), table, arch, inputs.mask)
 
 
 def decode_launches(
-    call: Call, lengths: Tensor | None, page_table: Tensor | None, arch: str
+    call: Call,
+    lengths: Tensor | None,
+    page_table: Tensor | None,
+    arch: str,
+    mask: Tensor | None = None,
 ) -> tuple[Launch, Launch]:
     """The two kernels, and memory for the pieces and the results."""
     x, p, f = call
     q, group_rows = x.q, p.group * p.T
-    config = configs.choose(arch, "decode", q.element_size(), f.D, f.D_V, x.bias is not None)
+    config = configs.choose(
+        arch, "decode", q.element_size(), f.D, f.D_V, x.bias is not None or mask is not None
+    )
     config = config._replace(BLOCK_M=min(config.BLOCK_M, block(max(group_rows, 1))))
     pieces = max(min(-(-p.S // MIN_PIECE.value), MAX_PIECES.value), 1)
     H_kv = p.H // max(p.group, 1)
@@ -276,6 +298,8 @@ def decode_launches(
         x.k.shape[0],
         pieces,
         *row_strides(out, False),
+        mask,
+        *strides(mask),
     )
     tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
     grid = p.B * H_kv * pieces * -(-group_rows // config.BLOCK_M)

@@ -12,6 +12,7 @@ from dense import Cotangents, Trial
 from torch import Tensor
 
 import attnfast
+from attnfast import BlockMask
 from attnfast.call import Inputs, Options
 
 PAGE = 16
@@ -36,6 +37,7 @@ class DecodeCase:
     alibi: str = ""
     sinks: bool = False
     bias: str | None = None
+    mask: str = ""  # the dimensions of (b, h, t, s) that are not broadcast, or "tree"
 
     def __str__(self) -> str:
         lengths = "+".join(map(str, self.lengths))
@@ -72,6 +74,11 @@ CASES = (
     DecodeCase("bias", bias="bhts", T=3),
     DecodeCase("bias_keys", bias="bs"),
     DecodeCase("bias_heads", bias="h"),
+    DecodeCase("mask", mask="bhts", T=5, lengths=(129, 300, 3, 0)),
+    DecodeCase("mask_rows", mask="bt", T=3, window=(50, None), alibi="h"),
+    DecodeCase("mask_tree", mask="tree", T=20, H=6),
+    DecodeCase("mask_long", mask="hts", T=70, lengths=(600, 2000), S=2000, H=2, sinks=True,
+         bias="bs"),
     DecodeCase("everything", H=6, T=3, D=40, D_v=24, scale=0.2, window=(150, None), softcap=4.0,
          alibi="bh", sinks=True, bias="hts"),
 )  # fmt: skip
@@ -116,6 +123,14 @@ def make(case: DecodeCase, beyond: float = torch.nan) -> Call:
         bias = normal(*(n if d in case.bias else 1 for d, n in sizes))
         bias[..., ::7] = -torch.inf if bias.shape[-1] > 1 else 0.5
         options["bias"] = bias
+    if case.mask == "tree":
+        parents = [torch.randint(-1, max(i, 1), (B,), generator=rng) for i in range(T)]
+        parents[0][:] = -1
+        options["mask"] = BlockMask.from_tree(torch.stack(parents, 1))
+    elif case.mask:
+        sizes = zip("bhts", (B, H, T, T), strict=True)
+        shape = tuple(n if d in case.mask else 1 for d, n in sizes)
+        options["mask"] = torch.rand(shape, generator=rng) < 0.6
     return Call(q, k, v, lengths, options)
 
 
@@ -140,14 +155,30 @@ def equivalent(call: Call) -> Trial:
         align=call.lengths - call.q.shape[2],
     )
     scale = call.q.shape[3] ** -0.5 if options["scale"] is None else options["scale"]
+    mask = options.get("mask")
+    if mask is not None:
+        mask = mask.to_dense() if isinstance(mask, BlockMask) else mask
+        inputs = inputs._replace(mask=over_the_cache(mask, call))
     given = Options(
         scale,
-        causal=True,
+        causal=mask is None,
         window_left=-1 if left is None else left,
         window_right=-1 if right is None else right,
         softcap=options["softcap"] or 0.0,
     )
     return Trial(inputs, given, Cotangents())
+
+
+def over_the_cache(mask: Tensor, call: Call) -> Tensor:
+    """The bool mask (B, H, T, S) of a mask of the last T keys."""
+    (B, H, T, _), S = call.q.shape, call.k.shape[2]
+    mask = mask.expand(B, H, T, T)
+    whole = torch.zeros(B, H, T, S, dtype=torch.bool)
+    for b, length in enumerate(call.lengths.tolist()):
+        whole[b, :, :, : max(length - T, 0)] = True
+        there = min(length, T)  # of the last T keys
+        whole[b, :, :, length - there : length] = mask[b, :, :, T - there :]
+    return whole
 
 
 def decode(call: Call, backend: str) -> tuple[Tensor, Tensor]:

@@ -536,6 +536,29 @@ OPTIONS: list[Row] = [
     ),
 ]
 
+BLOCKS = attnfast.BlockMask.nothing((1, 1, 1, 2), 64)
+DECODED_MASKS = [
+    (
+        decode,
+        {"mask": z(1, 1)},
+        TypeError,
+        "mask must be bool, True = attend (what is to be added to the scores is a bias), "
+        "got torch.float32",
+    ),
+    (
+        decode,
+        {"mask": z(1, 16, dtype=torch.bool)},
+        ValueError,
+        "mask must be broadcastable to (B, H, T, T) = (2, 4, 1, 1), got (1, 16)",
+    ),
+    (
+        decode,
+        {"mask": BLOCKS},
+        ValueError,
+        "mask must be a BlockMask that broadcasts to (B, H, T, S) = (2, 4, 1, 1), got (1, 1, 1, 2)",
+    ),
+]
+
 LISTS = z(2, 10, 5, dtype=INT32)
 ALONE = {"mask": z(10, 12, dtype=torch.bool), "bias": z(10, 12), "alibi_slopes": z(4)}
 CHOSEN_KEYS: list[Row] = [
@@ -628,4 +651,5 @@ ATTENTION = [
     *OPTIONAL_TENSORS,
     *OPTIONS,
     *CHOSEN_KEYS,
+    *DECODED_MASKS,
 ]

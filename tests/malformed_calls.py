@@ -154,6 +154,7 @@ NAMESPACE = {
     "warm_up": attnfast.warm_up,
     "scaled_dot_product_attention": attnfast.scaled_dot_product_attention,
     "KVCache": attnfast.KVCache,
+    "BlockMask": attnfast.BlockMask,
     "torch": torch,
     "np": np,
     "nn": nn,
@@ -165,6 +166,7 @@ NAMESPACE = {
 THINGS = (
     *("None", "True", "False", "0", "1", "-1", "7", "2**31 - 1", "-2**31", "2**31", "2**64"),
     *("10**400", "0.5", "-0.5", "3e38", "1e-45", "nan", "inf", "-inf", "1j", "''", "'mean'"),
+    *("BlockMask.nothing((1, 1, 6, 7), 64)", "BlockMask.prefix(longs(3, 4), 9, 9)"),
     *("'x' * 1000", "b'x'", "()", "(1,)", "(1, 2)", "(-1, 0)", "(None, 2**40)", "(1, 2, 3)"),
     *("(nan, 1)", "('a', 'b')", "[]", "[1, 2]", "[[1.0] * 99] * 99", "{}", "{'a': 1}", "object()"),
     *("print", "int", "range(3)", "torch.float32", "torch.device('cpu')", "torch.Size([1, 2])"),
@@ -220,7 +222,7 @@ SCORES = {
 }
 DENSE = {"q": ("f(2, 4, 6, 8)",), "k": ("f(2, 2, 7, 8)",), "v": ("f(2, 2, 7, 5)",)}
 MASKS = {
-    "mask": ("None", "b(6, 7)", "b(2, 1, 1, 7)", "b(4, 6, 7)"),
+    "mask": ("None", "b(6, 7)", "b(2, 1, 1, 7)", "b(4, 6, 7)", "BlockMask.strided(6, 7, 3)"),
     "bias": ("None", "f(4, 6, 7)", "f(2, 1, 6, 1)", "f(6, 7).double()"),
 }
 CHOSEN = {
@@ -250,6 +252,7 @@ PAGED = {
     "page_table": ("torch.tensor([[0, -7], [2, 4]])", "ints(1, 2, 3, 4).view(2, 2)"),
 }
 STEP = {name: SCORES[name] for name in ("scale", "window", "softcap", "alibi_slopes", "sinks")}
+STEP |= {"mask": ("None", "b(2, 2)", "b(2, 1, 2, 2)", "BlockMask.from_tree(longs(-1, 0))")}
 STEP |= {"bias": ("None", "f(4, 1, 1)"), "return_lse": ("True", "False")}
 STEP |= {"backend": SCORES["backend"]}
 TORCH = {
@@ -286,7 +289,7 @@ FORWARD = {"query": ("f(2, 6, 16)",), "key": ("f(2, 7, 16)",), "value": ("f(2, 7
 FORWARD_OPTIONS = {
     "key_padding_mask": ("None", "b(2, 7)"),
     "need_weights": ("True", "False"),
-    "attn_mask": ("None", "b(6, 7)", "f(8, 6, 7)"),
+    "attn_mask": ("None", "b(6, 7)", "f(8, 6, 7)", "BlockMask.strided(6, 7, 3)"),
     "average_attn_weights": ("True", "False"),
     "is_causal": ("True", "False"),
     "kv_cache": ("None", "filled_cache()", "KVCache()"),

@@ -26,13 +26,13 @@ from .cache import KVCache
 from .inputs import (
     NAME,
     apart,
+    beside_blocks,
     check_cache,
     check_flags,
     check_inputs,
     check_tensors,
     plain_mask,
     split_masks,
-    with_padding,
 )
 from .jagged import jagged_forward
 from .linear import use_projection_linear
@@ -282,7 +282,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             mask, bias = split_masks(dense, key_padding_mask, sizes, q.device, appended)
 
         if blocks is not None:
-            bias = with_padding(mask, bias, appended)
+            bias = beside_blocks(blocks, q, k.shape[2], mask, bias, appended)
         elif kv_cache is not None and decodes(asked, q.shape[2], is_causal, need_weights):
             out = self._decode(asked, q, kv_cache, mask, bias)
             return self.out_proj(merge_heads(self, out, query)), None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import requirements as require
 from ..block_mask import BlockMask
+from ..checks import block_mask
 from ..flex_mask import is_flex_mask
 from ..subclasses import PLAIN, is_causal_bias, refusal
 from .cache import KVCache
@@ -172,11 +173,18 @@ def apart(attn_mask: Any) -> tuple[Any, Any]:
     return (None, attn_mask) if in_blocks else (attn_mask, None)
 
 
-def with_padding(mask: Tensor | None, bias: Tensor | None, appended: int) -> Tensor | None:
-    """A bias that also masks what a bool mask does, beside a BlockMask."""
+def beside_blocks(
+    blocks: Any, q: Tensor, S: int, mask: Tensor | None, bias: Tensor | None, appended: int
+) -> Tensor | None:
+    """A bias that also masks what a bool mask does, beside a BlockMask of S keys, which is checked.
+
+    ``q`` is the projected query, ``(B, H, T, D)``.
+    """
     if appended:
         requirement = "a Tensor where add_bias_kv or add_zero_attn appends keys"
         require.fail(NAME, "attn_mask", requirement, "a BlockMask")
+    B, H, T, _ = q.shape
+    block_mask(NAME, "attn_mask", blocks, q, (B, H, T, S))
     if mask is None:
         return bias
     masking = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)

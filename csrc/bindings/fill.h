@@ -196,7 +196,9 @@ void fill_decode(DecodeParams* p, Kept<Call>* kept, ATTNFAST_DECODE_INPUTS) {
     p->S = p->pages_per_sequence * p->page_size;
     std::swap(p->k.h, p->k.t), std::swap(p->v.h, p->v.t);
   }
+  kept->call->reads(mask, "mask");
   p->bias = read_scores(bias, "bias", {p->B, p->H, p->T, p->S});
+  p->mask = read_scores(mask, "mask", {p->B, p->H, p->T, p->T});
   fill_score_options(p, kept, alibi_slopes, sinks,
                      ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left, window_right);
 }

@@ -1,7 +1,8 @@
 // Attention of a few new queries over a cache, split over the keys (Flash-Decoding, Dao et al.,
 // 2023).
 //
-// Query t stands at cache_seqlens[b] - T + t and attends the keys up to there:
+// Query t stands at cache_seqlens[b] - T + t and attends the keys up to there, or those of the last T
+// that a mask lets pass and all before them:
 //
 //   o = softmax(scale * q k^T, causal, windowed, biased, capped) v
 //   lse = logsumexp of the scores
@@ -116,7 +117,7 @@ struct Decode {
         edit_scores(p, units, b, rows[i], block->key, block->n, s);
         exponentiate(units.to_log2, block->n, v_shape, s, Partial(o + i * o_stride, v_shape));
       }
-      if (p.bias.data && has_poison(*block, v_shape)) {
+      if ((p.bias.data || p.mask.data) && has_poison(*block, v_shape)) {
         add_attended_values(*block, v_shape, num_rows, scratch.s, o, o_stride);
       } else {
         add_values(*block, *next, p.D, v_shape, num_rows, scratch.s, o, o_stride);

@@ -44,7 +44,9 @@ struct RowShape {
 struct Row {
   Index h = 0, t = 0, position = 0;
   Index begin = 0, end = 0;  // keys
-  float slope = 0.0f;        // ALiBi's, in units; 0: none
+  Index masked_from = 0;     // the last T, which a mask decides about
+  const bool* mask = nullptr;
+  float slope = 0.0f;  // ALiBi's, in units; 0: none
 
   Row() = default;
   Row(const DecodeParams& p, const Sequence& sequence, Index b, Index h_kv, Index row,
@@ -53,6 +55,10 @@ struct Row {
     position = sequence.length - p.T + t;
     begin = p.window_left < 0 ? 0 : max_of(position - p.window_left, 0);
     end = position + 1;
+    if (p.mask.data) {
+      mask = static_cast<const bool*>(p.mask.data) + b * p.mask.b + h * p.mask.h + t * p.mask.t;
+      end = sequence.length, masked_from = sequence.length - p.T;
+    }
     slope = p.alibi_slopes ? p.alibi_slopes[b * p.alibi_stride_b + h] * natural : 0.0f;
   }
 };
@@ -235,6 +241,8 @@ inline void edit_scores(const DecodeParams& p, const Scaling& units, Index b, co
     }
   }
   if (p.bias.data) add_bias(p.bias, b, row, key, n, s);
+  for (Index j = max_of(row.masked_from, key); row.mask && j < key + n; ++j)
+    if (!row.mask[(j - row.masked_from) * p.mask.d]) s[j - key] = -kInfinity;
   const int32_t begin = static_cast<int32_t>(max_of(row.begin - key, 0));
   const int32_t end = static_cast<int32_t>(min_of(row.end - key, n));
   if (begin == 0 && end == width) return;

@@ -105,7 +105,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
   const Scaling& units = a.units;
   int t[2];  // of the lane's two rows
   float slope[2] = {};
-  int64_t bias_at[2];
+  int64_t bias_at[2], mask_at[2];
   ATTNFAST_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = min_of(row_block + r * 8 + lane / 4, group * T - 1);
     const int h = h_kv * group + row / T;
@@ -114,8 +114,10 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
       slope[r] = units.natural * load_global(p.alibi_slopes + b * p.alibi_stride_b + h);
     }
     bias_at[r] = b * p.bias.b + h * p.bias.h + t[r] * p.bias.t;
+    mask_at[r] = b * p.mask.b + h * p.mask.h + t[r] * p.mask.t;
   }
 
+  const auto* mask = static_cast<const uint8_t*>(p.mask.data);
   float acc[1][kD / 8][4] = {}, m[2] = {-kInfinity, -kInfinity}, l[2] = {};
 
   // Load q, and the first k
@@ -142,7 +144,11 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
         float x = s[0][n][e] * units.factor;
         if (units.softcap > 0.0f) x = units.softcap * tanhf(x * units.uncap);
         x -= slope[r] * fabsf(static_cast<float>(ahead));
-        if (key >= key_end || ahead > 0 || (p.window_left >= 0 && ahead < -p.window_left)) {
+        const bool out_of_reach =
+            p.mask.data ? key >= shift && key < length &&
+                              !load_global(mask + mask_at[r] + (key - shift) * p.mask.d)
+                        : ahead > 0;
+        if (key >= key_end || out_of_reach || (p.window_left >= 0 && ahead < -p.window_left)) {
           x = -kInfinity;
         } else if (p.bias.data) {
           const float addend = load_addend(p.bias, bias_at[r] + key * p.bias.d);
@@ -151,7 +157,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
         s[0][n][e] = x;
       }
     }
-    const uint32_t live = p.bias.data ? live_columns(s) : ~0u;
+    const uint32_t live = p.bias.data || p.mask.data ? live_columns(s) : ~0u;
 
     wait_copies<0>();
     sync_block();  // v is here, and no warp reads k any more
