@@ -281,3 +281,16 @@ def test_the_library_with_cuda_loads_without_it() -> None:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.startswith("['triton', 'cuda', 'reference', 'gluon']"), done.stderr
+
+
+def test_an_object_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its counts are kept until it changes."""
+    listed = {("_Z1k", "sm_80"): [" HMMA.16816.F32 ", " STG.E "], ("_Z1f", "sm_80"): []}
+    read: list[Path] = []
+    monkeypatch.setattr(cuda_resources, "listings", lambda path: read.append(path) or listed)
+    binary, kernels = tmp_path / "some.64.o", {"_Z1k": Kernel("row_terms<bf16>", 0)}
+    for content, reads in ((b"old", 1), (b"old", 1), (b"new", 2), (b"new", 2)):
+        binary.write_bytes(content)
+        counts = cuda_resources.counted(binary, kernels)
+        assert counts == {("_Z1k", "sm_80"): ((1, 0, 0, 1), ())}
+        assert read == [binary] * reads

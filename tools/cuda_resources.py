@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,6 +111,8 @@ class Usage(NamedTuple):
 
 
 Usages = dict[Kernel, dict[str, Usage]]
+# By mangled name and architecture: INSTRUCTIONS, and those of a tile.
+Counts = dict[tuple[str, str], tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -144,24 +149,27 @@ def measured() -> Usages:
         raise ValueError(f"cuda resources: no {OBJECTS}/*.o.log: run `make cuda` first")
     usages: Usages = {}
     launches = launched()
-    for log in logs:
-        found = ENTRY.findall(log.read_text())
-        if not found:
-            continue
-        code = listings(log.with_suffix(""))
-        names = demangled([entry for entry, *_ in found])
+    entries = {log: ENTRY.findall(log.read_text()) for log in logs}
+    names = demangled([entry for found in entries.values() for entry, *_ in found])
+    kernels = {entry: kernel(name) for entry, name in names.items()}
+    binaries = [log.with_suffix("") for log, found in entries.items() if found]
+    code: Counts = {}
+    with ThreadPoolExecutor() as pool:
+        for counts in pool.map(lambda binary: counted(binary, kernels), binaries):
+            code |= counts
+    for found in entries.values():
         for entry, arch, stores, loads, registers in found:
-            each = kernel(names[entry])
+            each = kernels[entry]
             if each.head_dim and each.without_dtype() not in launches:
                 raise ValueError(f"cuda resources: cuda_shared.cpp does not know {each.name}")
             threads, shared = launches.get(each.without_dtype(), (0, 0))
             usages.setdefault(each, {})[arch] = Usage(
                 int(registers),
                 int(stores) + int(loads),
-                instructions(code[entry, arch]),
+                code[entry, arch][0],
                 shared,
                 blocks_of_sm(arch, int(registers), threads, shared),
-                tile(each, arch, code[entry, arch]),
+                code[entry, arch][1],
             )
     return usages
 
@@ -187,6 +195,25 @@ def blocks_of_sm(arch: str, registers: int, threads: int, shared: int) -> int:
     by_registers = SM_REGISTERS // (of_warp * threads // 32)
     by_shared = (SM_SHARED_KB[arch] << 10) // (shared + 1024)
     return min(by_registers, by_shared, SM_WARPS[arch] * 32 // threads)
+
+
+def counted(binary: Path, kernels: dict[str, Kernel]) -> Counts:
+    """The counts of an object's functions; cuobjdump takes seconds, so they are kept beside it."""
+    sources = (binary, Path(__file__), Path(device_loops.__file__))
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    kept = binary.with_suffix(".counts.json")
+    if kept.exists():
+        found = json.loads(kept.read_text())
+        if found["key"] == key:
+            return {(e, arch): (tuple(n), tuple(loop)) for e, arch, n, loop in found["counts"]}
+    counts = {
+        (entry, arch): (instructions(listing), tile(kernels[entry], arch, listing))
+        for (entry, arch), listing in listings(binary).items()
+        if entry in kernels
+    }
+    rows = [(*function, *count) for function, count in counts.items()]
+    kept.write_text(json.dumps({"key": key, "counts": rows}))
+    return counts
 
 
 def listings(binary: Path) -> dict[tuple[str, str], list[str]]:
