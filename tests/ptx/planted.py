@@ -12,6 +12,7 @@ KEYS = {"triton": "dkdv_kernel", "cuda": "attention_bwd_fused_kernel"}
 HOPPER = "attention_fwd_hopper_kernel"
 WRONG = "beyond the accuracy rule"
 RACE = "race: shared byte"
+BLOCKS_RACE = "race between blocks: global memory"
 UNDER_WAY = "while an asynchronous copy to it is not waited for"
 UNORDERED = f"{RACE}|{UNDER_WAY}|is read and was never written"
 DESCRIPTOR = 4611686293305294848  # of a matrix for wgmma, but for the address: 128-byte swizzle
@@ -135,6 +136,26 @@ CUDA = tuple(
             "cuda", arch, KEYS["cuda"],
             r"bar\.sync\s+0;", "", UNORDERED,
         ),
+        Planted(
+            "a block's turn is passed on with nothing",
+            "cuda", arch, KEYS["cuda"],
+            r"st\.release\.gpu", "st.relaxed.gpu", BLOCKS_RACE,
+        ),
+        Planted(
+            "a block's turn is taken with nothing",
+            "cuda", arch, KEYS["cuda"],
+            r"ld\.acquire\.gpu", "ld.relaxed.gpu", BLOCKS_RACE,
+        ),
+        Planted(
+            "no wait for a block's turn",
+            "cuda", arch, KEYS["cuda"],
+            r"(ld\.acquire[^@]*)@%p\d+ bra[^;]*;", r"\1", f"{BLOCKS_RACE}|{WRONG}",
+        ),
+        Planted(
+            "a turn passed on while other lanes still add",
+            "cuda", arch, KEYS["cuda"],
+            r"bar\.warp\.sync\s+\S+;([^:]*st\.release)", r"\1", BLOCKS_RACE,
+        ),
     )
 )  # fmt: skip
 REGISTER = r"%r\d+"
@@ -153,7 +174,7 @@ GLUON = (
     (
         "free after one consumer",
         rf"(mbarrier\.init\S+ \[{REGISTER}\]), 2;", r"\1, 1;",
-        f"{RACE}|more arrivals|is written while",
+        f"{RACE}|more arrivals|is written while|deadlock",
     ),
     (
         "no arrival when a tile is free",

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from .faults_of_blocks import BLOCKS, FENCES, TURNS
 from .faults_of_copies import ASYNCHRONOUS, BULK_LOAD, MAPS
 from .faults_of_memory import MEMORY, Kernel
 from .machine import LIBRARY, Fault
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     not LIBRARY.exists(), reason="the emulator, of which the machine is a part, is not built"
 )
 SEEDS = range(6)
-KERNELS = (*MEMORY, *ASYNCHRONOUS)
+KERNELS = (*MEMORY, *BLOCKS, *ASYNCHRONOUS)
 
 
 def variant(body: str, faulty: bool) -> str:
@@ -53,6 +54,15 @@ def test_faults(kernel: Kernel) -> None:
         execute(kernel, faulty=False, seed=seed)
     found = [fault_of(kernel, seed) for seed in SEEDS]  # of one mistake several things may be said
     assert any(re.search(kernel.message, x, re.DOTALL) for x in found), found
+
+
+@pytest.mark.parametrize("body", [TURNS, FENCES], ids=["order", "fences"])
+def test_blocks_take_turns(body: str) -> None:
+    """Whatever the schedule, each of them once."""
+    for seed in range(20):
+        data = torch.zeros(64, dtype=torch.int32)
+        run(body, data, blocks=9, seed=seed)
+        assert data[32:].tolist() == [9] * 32
 
 
 def test_a_race_names_both_lines() -> None:

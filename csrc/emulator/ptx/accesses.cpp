@@ -11,10 +11,19 @@ uint64_t address_of(Warp& w, const Instruction& i, int lane) {
   return w.cell(i.operands[0], i.wide_address, lane) + static_cast<uint64_t>(i.offset);
 }
 
+// Whether other blocks see it, in order.
+bool orders_blocks(const Instruction& i, uint64_t address) {
+  const bool global = i.space == Space::kGeneric ? address < kWindow : i.space == Space::kGlobal;
+  return i.strong && global;
+}
+
 void load(Warp& w, const Instruction& i, Mask m) {
   const int total = i.count * i.bytes;
+  if (i.strong && i.space == Space::kGlobal && w.waits_in_vain(m)) return;
   each_lane(m, [&](int l) {
-    const char* p = w.access(i.space, address_of(w, i, l), total, l, false, i.strong, nullptr);
+    const uint64_t address = address_of(w, i, l);
+    const char* p = w.access(i.space, address, total, l, false, i.strong, nullptr);
+    if (orders_blocks(i, address)) w.take(address, i.acquires);
     for (int k = 0; k < i.count; ++k, p += i.bytes) {
       uint64_t x = 0;
       std::memcpy(&x, p, i.bytes);
@@ -39,7 +48,9 @@ void store(Warp& w, const Instruction& i, Mask m) {
       const uint64_t x = w.cell(i.operands[1 + k], i.wide_registers, l);
       std::memcpy(data + k * i.bytes, &x, i.bytes);
     }
-    char* p = w.access(i.space, address_of(w, i, l), total, l, true, i.strong, data);
+    const uint64_t address = address_of(w, i, l);
+    char* p = w.access(i.space, address, total, l, true, i.strong, data);
+    if (orders_blocks(i, address)) w.pass(address, 1u << l, i.releases, false);
     std::memcpy(p, data, total);
   });
 }
@@ -54,12 +65,14 @@ Space take_space(Decoder& d) {
 
 // Orders and hints; whether the access is atomic by its order.
 bool take_order(Decoder& d) {
-  const bool strong =
-      d.take_one({"volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"}) >= 0;
+  const int order = d.take_one({"acquire", "release", "acq_rel", "volatile", "relaxed", "mmio"});
   d.pass({"weak", "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt"});
   d.take_prefix("L1::");
+  const bool within = d.take("cta");  // its scope is the block
   d.pass_scope();
-  return strong;
+  d.i.acquires = (order == 0 || order == 2) && !within;
+  d.i.releases = (order == 1 || order == 2) && !within;
+  return order >= 0;
 }
 
 // .L2::cache_hint, which has a policy as the last operand; the number of operands without it.
@@ -142,7 +155,8 @@ void atomic(Warp& w, const Instruction& i, Mask m) {
       const uint64_t a = address + k * bytes;
       if (address % (vector * bytes)) throw Fault("misaligned atomic operation");
       char* p = shared ? w.access(Space::kShared, a, bytes, l, true, true, nullptr)
-                       : w.block.launch.global.update(a, bytes, w.block.number, w.pc);
+                       : w.block.launch.global.update(a, bytes, w.by(l));
+      if (!shared) w.take(a, i.acquires), w.pass(a, 1u << l, i.releases, true);
       T old;
       std::memcpy(&old, p, bytes);
       const auto x = static_cast<T>(w.lanes<Cell<T>>(i.operands[2 + k])[l]);
@@ -185,21 +199,24 @@ void decode_atomic(Decoder& d) {
 
 void nothing(Warp&, const Instruction&, Mask) {}
 void fence_async(Warp& w, const Instruction&, Mask) { w.position.fence_async(); }
+void fence(Warp& w, const Instruction&, Mask m) { w.fence(m); }
 void zero(Warp& w, const Instruction& i, Mask m) {
   each_lane(m, [&](int l) { w.lanes<uint64_t>(i.operands[0])[l] = 0; });
 }
 
-void decode_hint(Decoder& d) {  // prefetch, membar, griddepcontrol, nanosleep
-  d.pass({"global", "local", "L1", "L2", "gl", "cta", "sys", "level", "tensormap", "wait",
-          "launch_dependents", "u32", "uniform"});
+void decode_hint(Decoder& d) {  // prefetch, griddepcontrol, nanosleep
+  d.pass({"global", "local", "L1", "L2", "level", "tensormap", "wait", "launch_dependents", "u32",
+          "uniform"});
   d.take_prefix("L2::");
   d.i.run = nothing;
 }
 
-void decode_fence(Decoder& d) {
-  d.pass({"sc", "acq_rel", "acquire", "release"});
-  d.pass_scope();
+void decode_fence(Decoder& d) {  // fence, membar
+  const bool orders = d.take_one({"sc", "acq_rel", "acquire", "release"}) >= 0;
+  const bool within = d.take("cta");
+  d.pass({"gl"}), d.pass_scope();
   d.i.run = nothing;
+  if (!within && (orders || d.op() == "membar")) d.i.run = fence;
   if (d.take("mbarrier_init")) {
     d.pass({"release"});
     d.need_count(0);
@@ -225,9 +242,9 @@ void decode_policy(Decoder& d) {  // createpolicy.fractional: only a hint
 void add_memory(Decoders& known) {
   known["ld"] = known["ldu"] = known["st"] = decode_access;
   known["atom"] = known["red"] = decode_atomic;
-  known["prefetch"] = known["prefetchu"] = known["membar"] = decode_hint;
+  known["prefetch"] = known["prefetchu"] = decode_hint;
   known["griddepcontrol"] = known["nanosleep"] = decode_hint;
-  known["fence"] = decode_fence;
+  known["fence"] = known["membar"] = decode_fence;
   known["createpolicy"] = decode_policy;
 }
 

@@ -75,7 +75,7 @@ void fill_bytes(BulkCopy& copy, uint64_t global, uint32_t shared, uint32_t bytes
 
 std::unique_ptr<BulkCopy> made(Warp& w, const Instruction& i, const BulkKind& k, int l) {
   auto copy = std::make_unique<BulkCopy>();
-  copy->instruction = w.pc, copy->lane = l;
+  copy->warp = &w, copy->instruction = w.pc, copy->lane = l;
   const uint32_t shared = shared_operand(w, i, k, l);
   const uint64_t global = w.cell(i.operands[1], true, l) + static_cast<uint64_t>(k.global_offset);
   if (!k.dimensions) {
@@ -105,7 +105,7 @@ void load(Warp& w, const Instruction& i, Mask m) {
                                           static_cast<uint64_t>(k.mbarrier_offset));
     w.block.mbarriers.check(copy->mbarrier, w.by(l));
     for (const BulkCopy::Run& r : copy->runs) {
-      if (r.inside) w.block.launch.global.read(r.global, r.bytes, w.block.number);
+      if (r.inside) w.block.launch.global.read(r.global, r.bytes, w.by(l));
       w.block.shared.begin_write(r.shared, r.bytes, w.by(l));
     }
     w.block.start(std::move(copy));
@@ -128,14 +128,14 @@ void finish(Warp& w, BulkCopy& copy) {
   const auto* kind =
       static_cast<const BulkKind*>(w.block.launch.program.code[copy.instruction].detail.get());
   GlobalMemory& global = w.block.launch.global;
+  const Access by{w.position, copy.lane, copy.instruction};
   for (const BulkCopy::Run& r : copy.runs) {
     if (!r.inside) continue;
     const char* from = w.block.shared.at(r.shared);
     if (kind->reduces < 0) {
-      std::memcpy(global.write(r.global, r.bytes, w.block.number, copy.instruction, from), from,
-                  r.bytes);
+      std::memcpy(global.write(r.global, r.bytes, by, from), from, r.bytes);
     } else {
-      char* to = global.update(r.global, r.bytes, w.block.number, copy.instruction);
+      char* to = global.update(r.global, r.bytes, by);
       if (kind->type.kind == Type::kFloat) {
         reduce<float>(to, from, r.bytes, kind->reduces);
       } else if (kind->type.kind == Type::kSigned) {

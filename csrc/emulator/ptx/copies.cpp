@@ -35,7 +35,7 @@ void copy(Warp& w, const Instruction& i, Mask m) {
     }
     w.block.shared.begin_write(c.to, c.size, w.by(l));
     if (c.valid) {
-      const char* data = w.block.launch.global.read(c.from, c.valid, w.block.number);
+      const char* data = w.block.launch.global.read(c.from, c.valid, w.by(l));
       if (c.early) std::memcpy(c.data, data, c.valid);
     }
     w.copies.push_back(c);
@@ -50,7 +50,9 @@ void land(Warp& w, const ThreadCopy& c) {
   char data[16] = {};
   if (c.valid && c.early) std::memcpy(data, c.data, c.valid);
   if (c.valid && !c.early) {
-    std::memcpy(data, w.block.launch.global.read(c.from, c.valid, w.block.number), c.valid);
+    std::memcpy(data,
+                w.block.launch.global.read(c.from, c.valid, {w.position, c.lane, c.instruction}),
+                c.valid);
   }
   std::memcpy(w.block.shared.at(c.to), data, c.size);
   w.block.shared.end_write(c.to, c.size, w.index, c.lane, w.position.clock, c.instruction);

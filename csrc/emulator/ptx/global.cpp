@@ -67,10 +67,7 @@ GlobalMemory::Page& GlobalMemory::page_to_write(Range& range, uint64_t address) 
     range.pages.resize(range.end / kPageBytes - range.begin / kPageBytes + 1);
   }
   std::unique_ptr<Page>& p = range.pages[address / kPageBytes - range.begin / kPageBytes];
-  if (!p) {
-    p = std::make_unique<Page>();
-    std::fill(p->writer, p->writer + kGranules, kNobody);
-  }
+  if (!p) p = std::make_unique<Page>();
   return *p;
 }
 
@@ -79,75 +76,66 @@ void GlobalMemory::each(Range& range, uint64_t address, int bytes, bool writes, 
   for (uint64_t a = address; a < address + bytes;) {
     const uint64_t page_end = std::min((a / kPageBytes + 1) * kPageBytes, address + bytes);
     Page* p = writes ? &page_to_write(range, a) : page(range, a);
-    for (; p && a < page_end; a += 2 - a % 2) f(*p, a % kPageBytes / 2, a);
+    for (; p && a < page_end; a += 2 - a % 2) f(p->writes[a % kPageBytes / 2], a);
     a = page_end;
   }
 }
 
-bool GlobalMemory::ordered(int writer, int block) const {
-  if (writer == kNobody || writer == block) return true;
-  if (writer == kAtomics) {
-    return std::any_of(updated_by_.begin(), updated_by_.end(),
-                       [&](const auto& update) { return update.second == block; });
-  }
-  return ordered_.count({writer, block}) != 0;
+bool GlobalMemory::ordered(const Write& write, const Access& by) {
+  if (write.block == kNobody || write.block == by.who.block) return true;
+  return by.who.behind(write.block, write.warp, write.lane, write.clock);
 }
 
-char* GlobalMemory::read(uint64_t address, int bytes, int block, bool strong) {
+void GlobalMemory::note(Write& write, const Access& by, bool strong) {
+  write.block = by.who.block, write.warp = static_cast<int8_t>(by.who.warp);
+  write.lane = static_cast<int8_t>(by.lane), write.clock = by.who.clock;
+  write.instruction = by.instruction, write.strong = strong;
+}
+
+char* GlobalMemory::read(uint64_t address, int bytes, const Access& by, bool strong) {
   Range& range = inside(address, bytes, false);
-  if (checks_ && !strong && !range.pages.empty()) {
-    each(range, address, bytes, false, [&](Page& p, int g, uint64_t a) {
-      if (ordered(p.writer[g], block)) return;
-      throw Fault("race between blocks: global memory at " + hex(a) + " is read, " +
-                      (p.writer[g] == kAtomics ? "atomic operations" : "another block") +
-                      " wrote it in the same launch",
-                  p.instruction[g]);
+  if (checks_ && !range.pages.empty()) {
+    each(range, address, bytes, false, [&](const Write& write, uint64_t a) {
+      if ((strong && write.strong) || ordered(write, by)) return;
+      throw Fault("race between blocks: global memory at " + hex(a) +
+                      " is read, another block wrote it in the same launch",
+                  write.instruction);
     });
   }
   return reinterpret_cast<char*>(address);
 }
 
-char* GlobalMemory::write(uint64_t address, int bytes, int block, int instruction,
-                          const char* data) {
+char* GlobalMemory::write(uint64_t address, int bytes, const Access& by, const char* data,
+                          bool strong) {
   Range& range = inside(address, bytes, true);
   char* there = reinterpret_cast<char*>(address);
+  changes += strong;
   if (!checks_) return there;
-  each(range, address, bytes, true, [&](Page& p, int g, uint64_t a) {
+  each(range, address, bytes, true, [&](Write& write, uint64_t a) {
     const bool whole = bytes > 1 && a % 2 == 0 && a + 2 <= address + bytes;
-    const bool same =
-        data && !std::memcmp(there + (a - address), data + (a - address), whole ? 2 : 1);
+    const bool same = !std::memcmp(there + (a - address), data + (a - address), whole ? 2 : 1);
     // Of two neighbouring bytes each may be another block's.
-    if (!ordered(p.writer[g], block) && !same && whole) {
+    if (!(strong && write.strong) && !ordered(write, by) && !same && whole) {
       throw Fault("race between blocks: global memory at " + hex(a) +
                       " is written, another block wrote another value there",
-                  p.instruction[g]);
+                  write.instruction);
     }
-    p.writer[g] = block, p.instruction[g] = instruction;
+    note(write, by, strong);
   });
   return there;
 }
 
-char* GlobalMemory::update(uint64_t address, int bytes, int block, int instruction) {
+char* GlobalMemory::update(uint64_t address, int bytes, const Access& by) {
   Range& range = inside(address, bytes, true);
+  ++changes;
   if (!checks_) return reinterpret_cast<char*>(address);
-  // Whoever updated this place before is before this block, with all that was before it.
-  for (auto u = updated_by_.lower_bound({address, 0}); u != updated_by_.end(); ++u) {
-    if (u->first != address) break;
-    if (u->second == block) continue;
-    std::set<std::pair<int, int>> more = {{u->second, block}};
-    for (const auto& [first, later] : ordered_) {
-      if (later == u->second) more.insert({first, block});
-    }
-    ordered_.insert(more.begin(), more.end());
-  }
-  updated_by_.insert({address, block});
-  each(range, address, bytes, true, [&](Page& p, int g, uint64_t a) {
-    if (p.writer[g] != kAtomics && !ordered(p.writer[g], block)) {
+  each(range, address, bytes, true, [&](Write& write, uint64_t a) {
+    if (!write.strong && !ordered(write, by)) {
       throw Fault("race between blocks: an atomic operation on global memory at " + hex(a) +
                       ", another block wrote it in the same launch",
-                  p.instruction[g]);
+                  write.instruction);
     }
-    p.writer[g] = kAtomics, p.instruction[g] = instruction;
+    note(write, by, true);
   });
   return reinterpret_cast<char*>(address);
 }

@@ -1,4 +1,7 @@
-// Scheduling: blocks in any order, warps in any order, asynchronous loads at any time.
+// Scheduling: warps in any order, asynchronous loads at any time, a few blocks at a time.
+//
+// Blocks begin in any order, as CUDA promises none. So who waits for another block has to know that
+// it has begun, as by a ticket, or may wait for ever.
 #include "machine.h"
 
 #include <algorithm>
@@ -12,6 +15,8 @@ namespace attnfast::ptx {
 namespace {
 
 constexpr int64_t kTooLong = int64_t{1} << 32;  // instructions of one block
+constexpr uint32_t kMostResident = 4;           // blocks
+constexpr int kMostVain = 1000;                 // reads again by warps that wait for other blocks
 
 }  // namespace
 
@@ -35,8 +40,45 @@ void Launch::run(const uint32_t (&size)[3], int block_threads, int dynamic, cons
     order[n] = static_cast<uint32_t>(n);
     std::swap(order[n], order[random.below(static_cast<uint32_t>(n + 1))]);
   }
-  Block block(*this, (threads + kLanes - 1) / kLanes);
-  for (uint32_t n : order) block.run(n);
+  run_blocks(order);
+}
+
+void Launch::run_blocks(const std::vector<uint32_t>& order) {
+  std::vector<std::unique_ptr<Block>> running;
+  size_t begun = 0;
+  const size_t most = 1 + random.below(kMostResident);
+  for (; begun < std::min(most, order.size()); ++begun) {
+    running.push_back(std::make_unique<Block>(*this, (threads + kLanes - 1) / kLanes));
+    running.back()->begin(order[begun]);
+  }
+  size_t n = 0, standing = 0;  // how many stood, one after the other
+  int vain = 0;
+  for (uint64_t seen = 0; !running.empty();) {
+    const Block::Turn turn = running[n]->turn();
+    standing = turn == Block::Turn::kStands ? standing + 1 : 0;
+    if (turn == Block::Turn::kEnded) {
+      if (begun < order.size()) {
+        running[n]->begin(order[begun++]);
+      } else {
+        running.erase(running.begin() + static_cast<long>(n));
+        if (running.empty()) return;
+      }
+    }
+    if (seen != global.changes) seen = global.changes, vain = 0;
+    if (standing == running.size()) {
+      if (++vain > kMostVain) {
+        std::string text = "deadlock of blocks";
+        for (const auto& b : running) text += b->waiting();
+        throw Fault(text);
+      }
+      seen = ++global.changes, standing = 0;
+    }
+    if (standing) {
+      n = (n + 1) % running.size();
+    } else if (turn == Block::Turn::kEnded || !random.below(8)) {
+      n = random.below(static_cast<uint32_t>(running.size()));
+    }
+  }
 }
 
 Block::Block(Launch& of, int count) : launch(of) {
@@ -93,37 +135,43 @@ void Block::fill_special(Warp& warp) {
   }
 }
 
-void Block::run(uint32_t which) {
+void Block::begin(uint32_t which) {
   number = static_cast<int>(which);
   index[0] = which % launch.grid[0], index[1] = which / launch.grid[0] % launch.grid[1];
   index[2] = which / launch.grid[0] / launch.grid[1];
+  executed_ = 0;
   reset();
-  const int64_t end = launch.executed + kTooLong;
-  std::vector<Warp*> ready;
-  for (;;) {
-    ready.clear();
-    for (const auto& w : warps) {
-      try {
-        if (w->ready()) ready.push_back(w.get());
-      } catch (const Fault& fault) {
-        fail(*w, fault);
-      }
-    }
-    if (ready.empty()) {
-      if (land_one()) continue;
-      if (!alive()) return;
-      throw Fault("deadlock in block " + std::to_string(number) + waiting());
-    }
-    if (pace_ == Pace::kAnyTime && !loads_.empty() && launch.random.below(4) == 0) land_one();
-    Warp& w = choose(ready);
+}
+
+Block::Turn Block::turn() {
+  ready_.clear();
+  for (const auto& w : warps) {
     try {
-      w.run(1 << launch.random.below(12));
-      if (w.ended()) release_barriers();
-      if (launch.executed > end) throw Fault("the block does not come to an end");
+      if (w->ready()) ready_.push_back(w.get());
     } catch (const Fault& fault) {
-      fail(w, fault);
+      fail(*w, fault);
     }
   }
+  if (ready_.empty()) {
+    if (land_one()) return Turn::kRan;
+    if (!alive()) return Turn::kEnded;
+    const bool stands = std::any_of(warps.begin(), warps.end(),
+                                    [](const auto& w) { return w->waits_for_blocks(); });
+    if (stands) return Turn::kStands;
+    throw Fault("deadlock in" + waiting());
+  }
+  if (pace_ == Pace::kAnyTime && !loads_.empty() && launch.random.below(4) == 0) land_one();
+  Warp& w = choose(ready_);
+  try {
+    executed_ -= launch.executed;
+    w.run(1 << launch.random.below(12));
+    executed_ += launch.executed;
+    if (w.ended()) release_barriers();
+    if (executed_ > kTooLong) throw Fault("the block does not come to an end");
+  } catch (const Fault& fault) {
+    fail(w, fault);
+  }
+  return Turn::kRan;
 }
 
 Warp& Block::choose(const std::vector<Warp*>& ready) {
@@ -189,10 +237,11 @@ bool Block::land_one() {
 void Block::land(BulkCopy& load) try {
   const uint32_t clock = mbarriers.tick(load.mbarrier);
   const int agent = mbarriers.agent(load.mbarrier);
+  const Access by{load.warp->position, load.lane, load.instruction};
   for (const BulkCopy::Run& r : load.runs) {
     char* to = shared.at(r.shared);
     if (r.inside) {
-      std::memcpy(to, launch.global.read(r.global, r.bytes, number), r.bytes);
+      std::memcpy(to, launch.global.read(r.global, r.bytes, by), r.bytes);
     } else {
       std::memset(to, 0, r.bytes);
     }
@@ -206,7 +255,7 @@ void Block::land(BulkCopy& load) try {
 
 std::string Block::waiting() const {
   const Program& program = launch.program;
-  std::string text;
+  std::string text = " block " + std::to_string(number);
   for (const auto& w : warps) {
     if (w->ended()) continue;
     text += "\n  warp " + std::to_string(w->index);
@@ -218,6 +267,7 @@ std::string Block::waiting() const {
     }
     for (const Group& g : w->groups) {
       if (g.waits == Wait::kMbarrier) text += " waits for the " + mbarriers.describe(g.mbarrier);
+      if (g.waits == Wait::kChange) text += " waits for other blocks";
     }
     const int at = std::max(w->groups[0].pc - (w->barrier >= 0 ? 1 : 0), 0);
     text += ", PTX line " + std::to_string(program.code[at].line);

@@ -36,9 +36,12 @@ struct Launch {
   uint32_t grid[3] = {1, 1, 1};
   int threads = 0, shared_bytes = 0, dynamic_shared = 0;
   int64_t executed = 0;  // instructions of warps
+
+ private:
+  void run_blocks(const std::vector<uint32_t>& order);
 };
 
-enum class Wait : uint8_t { kNot, kLanes, kMbarrier };
+enum class Wait : uint8_t { kNot, kLanes, kMbarrier, kChange };
 
 // Lanes of a warp that stand at the same instruction.
 struct Group {
@@ -46,7 +49,7 @@ struct Group {
   Mask lanes;
   Wait waits = Wait::kNot;
   uint32_t mbarrier = 0;  // that it waits for, until the phase under way is another
-  uint64_t phase = 0;
+  uint64_t phase = 0;     // of that, or of all strong writes
 };
 
 // One thread's cp.async that has not been waited for.
@@ -61,6 +64,9 @@ struct ThreadCopy {
   char data[16];
 };
 
+class Block;
+class Warp;
+
 // An asynchronous copy of a box between global and shared memory.
 struct BulkCopy {
   struct Run {  // of consecutive bytes
@@ -70,18 +76,16 @@ struct BulkCopy {
     bool inside;  // else zeros are loaded, and nothing is stored
   };
   std::vector<Run> runs;
-  int instruction = 0;
+  const Warp* warp = nullptr;
+  int lane = 0, instruction = 0;
   uint32_t mbarrier = 0, bytes = 0;  // of a load
-  int lane = 0;                      // of a store
-  int64_t group = 0;
-  int reduces = 0;  // a store that adds: see bulk.cpp
+  int64_t group = 0;                 // of a store
+  int reduces = 0;                   // a store that adds: see bulk.cpp
   bool done = false;
 };
 
 // A wgmma that has not been waited for: see warpgroup.cpp.
 struct Products;
-
-class Block;
 
 class Warp {
  public:
@@ -93,6 +97,7 @@ class Warp {
   bool ended() const { return groups.empty(); }
   // Whether it can go on. Raises Fault if its lanes wait for one another.
   bool ready();
+  bool waits_for_blocks() const;
   Mask live() const;
 
   template <class T>
@@ -115,6 +120,13 @@ class Warp {
   // Ends this turn after the instruction.
   void yield() { stops_ = true; }
 
+  // Strong accesses of global memory, and fences: see handover.cpp. Whether these lanes read again
+  // before any block has written; they then wait until one has.
+  bool waits_in_vain(Mask lanes);
+  void take(uint64_t address, bool acquires);
+  void pass(uint64_t address, Mask lane, bool releases, bool adds);
+  void fence(Mask lanes);
+
   Block& block;
   const int index;
   int pc = 0;  // of the instruction under way
@@ -136,14 +148,28 @@ class Warp {
   Mask guarded(const Instruction& i, Mask lanes);
   void end();
 
+  struct Poll {
+    int pc = -1;
+    Mask lanes = 0;
+    uint64_t changes = 0;
+  };
+
   std::vector<char> file_, local_;
+  Poll poll_;
   bool stops_ = false, again_ = false;
 };
 
 class Block {
  public:
+  enum class Turn { kRan, kStands, kEnded };
+
   Block(Launch& of, int warps);
-  void run(uint32_t number);
+  void begin(uint32_t number);
+  // Has a warp run, or a load land; kStands: all warps wait for other blocks.
+  Turn turn();
+
+  // What its warps wait for.
+  std::string waiting() const;
 
   // bar.sync and bar.arrive: `expected` threads, 0 for all. The warp stops if it waits.
   void arrive(Warp& warp, int id, int expected, bool waits);
@@ -175,7 +201,6 @@ class Block {
   int alive() const;
   bool land_one();
   void land(BulkCopy& load);
-  std::string waiting() const;
   std::string place(int instruction) const;
   [[noreturn]] void fail(const Warp& warp, const Fault& fault) const;
 
@@ -184,6 +209,8 @@ class Block {
   Pace pace_ = Pace::kAnyTime;
   int held_ = -1;      // a warp that only runs when no other can
   int favoured_ = -1;  // one that runs whenever it can
+  int64_t executed_ = 0;
+  std::vector<Warp*> ready_;
 };
 
 }  // namespace attnfast::ptx

@@ -52,7 +52,8 @@ struct Instruction {
   bool writes_fragment = false;  // a register that a wgmma takes
   // Of memory instructions.
   Space space = Space::kGlobal;
-  bool strong = false;  // volatile, relaxed, acquire, release: no race
+  bool strong = false;                      // volatile, relaxed, acquire, release: no race
+  bool acquires = false, releases = false;  // between blocks
   bool extends_sign = false, wide_registers = false, wide_address = false;
   int count = 1, bytes = 4;
   int64_t offset = 0;

@@ -16,7 +16,8 @@ void Warp::reset(int lanes) {
   local_.assign(static_cast<size_t>(kLanes) * program.local_bytes, char(0xFF));
   groups = {{0, lanes == kLanes ? kAll : (1u << lanes) - 1}};
   position = Position();
-  position.warp = index;
+  position.block = block.number, position.warp = index;
+  poll_ = Poll();
   barrier = -1, pc = 0;
   copies.clear(), stores.clear();
   std::fill(committed, committed + kLanes, 0);
@@ -31,6 +32,11 @@ Mask Warp::live() const {
   return all;
 }
 
+bool Warp::waits_for_blocks() const {
+  return std::any_of(groups.begin(), groups.end(),
+                     [](const Group& g) { return g.waits == Wait::kChange; });
+}
+
 void Warp::wait_for(uint32_t mbarrier, uint64_t phase) {
   for (Group& g : groups) {
     if (g.pc != pc) continue;
@@ -43,9 +49,9 @@ void Warp::wait_for(uint32_t mbarrier, uint64_t phase) {
 int Warp::runnable() {
   for (size_t n = 0; n < groups.size(); ++n) {
     Group& g = groups[n];
-    if (g.waits == Wait::kMbarrier && block.mbarriers.over(g.mbarrier, g.phase)) {
-      g.waits = Wait::kNot;
-    }
+    const bool over = g.waits == Wait::kMbarrier ? block.mbarriers.over(g.mbarrier, g.phase)
+                                                 : block.launch.global.changes != g.phase;
+    if (g.waits != Wait::kLanes && over) g.waits = Wait::kNot;
     if (g.waits == Wait::kNot) return static_cast<int>(n);
   }
   return -1;
@@ -55,7 +61,7 @@ bool Warp::ready() {
   if (groups.empty() || barrier >= 0) return false;
   if (runnable() >= 0) return true;
   const bool parked = std::any_of(groups.begin(), groups.end(),
-                                  [](const Group& g) { return g.waits == Wait::kMbarrier; });
+                                  [](const Group& g) { return g.waits != Wait::kLanes; });
   if (parked) return false;
   pc = groups[0].pc;
   throw Fault("lanes wait for one another at different instructions", groups.back().pc);
@@ -237,8 +243,8 @@ char* Warp::access(Space space, uint64_t address, int bytes, int lane, bool writ
       break;
   }
   GlobalMemory& global = block.launch.global;
-  if (writes) return global.write(address, bytes, block.number, pc, strong ? nullptr : data);
-  return global.read(address, bytes, block.number, strong);
+  if (writes) return global.write(address, bytes, by(lane), data, strong);
+  return global.read(address, bytes, by(lane), strong);
 }
 
 }  // namespace attnfast::ptx
