@@ -101,6 +101,24 @@ VARLEN: dict[str, tuple[tuple[str, int, int, tuple[int, ...]], ...]] = {
 }
 VARLEN["full"] = (*VARLEN["quick"], ("pages", 16, 128, (4096, 1024, 1024, 512, 256)))
 
+# pattern, its size, H, H_kv, T, S, D; "blocks" of 128, so many percent of them
+SPARSE: dict[str, tuple[tuple[str, int, int, int, int, int, int], ...]] = {
+    "smoke": (("window", 20, 2, 2, 150, 150, 16), ("chosen", 9, 4, 2, 30, 40, 16)),
+    "quick": (
+        ("window", 1024, 4, 4, 8192, 8192, 64),
+        ("documents", 512, 4, 4, 8192, 8192, 64),
+        ("tree", 64, 32, 8, 64, 8192, 128),
+        ("blocks", 10, 4, 4, 8192, 8192, 64),
+        ("chosen", 2048, 16, 1, 512, 32768, 64),
+    ),
+}
+SPARSE["full"] = (
+    *SPARSE["quick"],
+    ("blocks", 25, 4, 4, 8192, 8192, 64),
+    ("blocks", 50, 4, 4, 8192, 8192, 64),
+    ("window", 1024, 4, 4, 32768, 32768, 64),
+)
+
 # name, B, T, E, H
 _LAYERS = (
     ("BERT-base", 8, 128, 768, 12),
@@ -235,6 +253,47 @@ class VarlenCase(NamedTuple):
         return rows * (3 if self.work == "forward+backward" else 1)
 
 
+class SparseCase(NamedTuple):
+    """One row of the sparse suite: keys left out by a pattern, batch of one."""
+
+    pattern: str
+    size: int  # of a window, a mean document or a tree; percent of blocks; keys of each query
+    H: int
+    H_kv: int
+    T: int
+    S: int
+    D: int
+    dtype: str
+    work: str
+
+    suite = "sparse"
+
+    def __str__(self) -> str:
+        """The test's id: ``window-1024-4x8192x64-float32-forward``."""
+        heads = f"{self.H}" if self.H_kv == self.H else f"{self.H}:{self.H_kv}"
+        length = f"{self.T}" if self.T == self.S else f"{self.T}:{self.S}"
+        sizes = f"{heads}x{length}x{self.D}"
+        return f"{self.pattern}-{self.size}-{sizes}-{self.dtype}-{self.work}"
+
+    @property
+    def flop(self) -> float:
+        """4 H D for about every pair that is attended, 3.5 times with the backward pass."""
+        pairs = {
+            "window": self.T * min(self.size, self.S),
+            "documents": self.T * min(self.size, self.S),
+            "tree": self.T * self.S,
+            "blocks": self.T * self.S * self.size / 100,
+            "chosen": self.T * self.size,
+        }[self.pattern]
+        return 4.0 * self.H * self.D * pairs * (3.5 if self.work == "forward+backward" else 1)
+
+    @property
+    def bytes(self) -> float:
+        """q, k, v and out, once; with the backward pass three times that."""
+        rows = 2.0 * (self.H * self.T + self.H_kv * self.S) * self.D * DTYPES[self.dtype].itemsize
+        return rows * (3 if self.work == "forward+backward" else 1)
+
+
 class LayerCase(NamedTuple):
     """One row of the module suite: self-attention of ``x`` (B, T, E) by a whole layer."""
 
@@ -310,7 +369,7 @@ class EncoderCase(NamedTuple):
         return ENCODER_LAYERS * one * (3 if self.mode == "step" else 1)
 
 
-Case = AttentionCase | DecodeCase | VarlenCase | LayerCase | EncoderCase
+Case = AttentionCase | DecodeCase | VarlenCase | SparseCase | LayerCase | EncoderCase
 
 
 def describe(case: Case) -> dict[str, Any]:
@@ -389,6 +448,16 @@ def varlen_cases(size: str) -> list[VarlenCase]:
     return [VarlenCase(*shape, dtype, causal, work) for dtype, shape, causal, work in grid]
 
 
+def sparse_cases(size: str) -> list[SparseCase]:
+    """Patterns; a tree is for decoding."""
+    grid = itertools.product(MEASURED_DTYPES, _of(SPARSE, size), ("forward", "forward+backward"))
+    return [
+        SparseCase(*shape, dtype, work)
+        for dtype, shape, work in grid
+        if shape[0] != "tree" or work == "forward"
+    ]
+
+
 def layer_cases(size: str) -> list[LayerCase]:
     """The module suite; weights in fp32 only."""
     grid = itertools.product(
@@ -423,6 +492,7 @@ SUITES: dict[str, Callable[[str], list[Any]]] = {
     "options": option_cases,
     "decode": decode_cases,
     "varlen": varlen_cases,
+    "sparse": sparse_cases,
     "module": layer_cases,
     "encoder": encoder_cases,
 }
@@ -434,6 +504,7 @@ MINUTES_SHARE = {
     "options": 60,
     "decode": 35,
     "varlen": 35,
+    "sparse": 60,
     "module": 65,
     "encoder": 50,
 }

@@ -124,6 +124,10 @@ def case_name(row: Row) -> str:
         heads = case["H"] if case["H"] == case["H_kv"] else f"{case['H']}:{case['H_kv']}"
         end = ", paged" if case["paged"] else ""
         return f"{case['B']}, {heads}, {case['S']}, {case['D']}{end}"
+    if row["suite"] == "sparse":
+        heads = case["H"] if case["H"] == case["H_kv"] else f"{case['H']}:{case['H_kv']}"
+        length = case["T"] if case["T"] == case["S"] else f"{case['T']}:{case['S']}"
+        return f"{case['pattern']} {case['size']}: {heads}, {length}, {case['D']}"
     end = ", causal" if case["causal"] else ""
     if row["suite"] == "varlen":
         return f"{case['name']}: {len(case['lengths'])}, {case['H']}, {case['D']}{end}"

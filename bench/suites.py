@@ -21,15 +21,17 @@ from .grid import (
     DecodeCase,
     EncoderCase,
     LayerCase,
+    SparseCase,
     VarlenCase,
 )
 from .race import Entries, Limits, Race
-from .rivals import attention, decode, layers, varlen
+from .rivals import attention, decode, layers, sparse, varlen
 
 ENTRIES: dict[type, Callable[..., Entries]] = {
     AttentionCase: attention.entries,
     DecodeCase: decode.entries,
     VarlenCase: varlen.entries,
+    SparseCase: sparse.entries,
     LayerCase: layers.layer_entries,
     EncoderCase: layers.encoder_entries,
 }

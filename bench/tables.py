@@ -19,12 +19,14 @@ TITLES = {
     "options": "attention with options",
     "decode": "decoding",
     "varlen": "packed sequences",
+    "sparse": "sparse attention",
     "module": "MultiheadAttention",
     "encoder": "Transformer encoder",
 }
 SIZES_OF = {  # what the numbers of a row's name are; else B, H, L, D
     "decode": "B, H:H_kv, S, D",
     "varlen": "B, H, D",
+    "sparse": "pattern: H, L, D",
     "module": "layer B, T, E, H",
     "encoder": "layer B, T, E, H",
 }
@@ -36,7 +38,8 @@ def frame(run: Run) -> pd.DataFrame:
     lines = []
     for row in sorted(run.rows, key=lambda row: list(SUITES).index(row["suite"])):
         case, suite, named = row["case"], row["suite"], row["contestants"]
-        kind = case.get("mode") or (case["work"] if suite in ("options", "varlen") else None)
+        worked = suite in ("options", "varlen", "sparse")
+        kind = case.get("mode") or (case["work"] if worked else None)
         parts = [TITLES[suite], DTYPE_NAMES[case["dtype"]], kind]
         parts += [row["backend"] or "rivals"] if several else []
         lines.append(
