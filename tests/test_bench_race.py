@@ -269,5 +269,5 @@ def test_a_tiny_row_that_was_disturbed_does_not_end_its_suite():
     assert 0 < deadline.row_s(large) < deadline.ends["decode"]
     raced.case, raced.first = large, {"attnfast": 30.0}
     deadline.learn(raced)
-    with pytest.raises(suites.LeftOut, match="a round would take about 30 s; 35 s are left"):
+    with pytest.raises(suites.LeftOut, match="a round would take about 30 s; 32 s are left"):
         deadline.row_s(large)
