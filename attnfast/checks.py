@@ -20,7 +20,7 @@ from .flex_mask import from_flex, is_flex_mask
 from .reference import autocast_available
 from .requirements import fail
 from .sizes import assume_shape, certain
-from .subclasses import PLAIN, is_causal_bias
+from .subclasses import PLAIN, is_causal_bias, is_dtensor
 
 NAMES = ("q", "k", "v", "mask", "bias")
 CACHE_NAMES = ("q", "k_cache", "v_cache")
@@ -257,7 +257,18 @@ def block_mask(
         fail(function, name, f"a BlockMask that broadcasts to (B, H, T, S) = {full}", mask.shape)
     if mask.device != q.device:
         fail(function, name, f"on q's device, {q.device}", mask.device)
-    return mask.starts, mask.index, mask.bits
+    return replicated((mask.starts, mask.index, mask.bits), q)
+
+
+def replicated(tensors: tuple[Tensor, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """Tensors that every process has whole, as DTensors where ``like`` is one."""
+    if type(like) in PLAIN or not is_dtensor(like):
+        return tensors
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = getattr(like, "device_mesh")  # noqa: B009 - a DTensor's, not a Tensor's
+    everywhere = [Replicate()] * mesh.ndim
+    return tuple(DTensor.from_local(x, mesh, everywhere, run_check=False) for x in tensors)
 
 
 def assume_sizes(

@@ -55,6 +55,9 @@ RUNS = {
         "measure(*leaves(), mask=(torch.rand(N) < 0.9).expand(N, N), "
         "bias=torch.randn(N).expand(1, 1, N, N))"
     ),
+    "blocks": (
+        "measure(*leaves(), mask=attnfast.BlockMask.from_documents(torch.arange(N) // 512))"
+    ),
     "statistics": "measure(*leaves(), causal=True, return_stats='received')",
 }
 

@@ -77,6 +77,9 @@ def by_heads(mesh: DeviceMesh) -> None:
     shared = tensors() | {"bias": torch.randn(6, 8), "mask": torch.rand(2, 1, 6, 8) < 0.7}
     placements = {"q": HEADS, "k": HEADS, "v": HEADS}
     compare(mesh, shared, placements, {"out": HEADS, "dbias": Partial(), "dk": HEADS})
+    for heads in (1, 4):
+        blocks = attnfast.BlockMask.from_mask(torch.rand(2, heads, 6, 8) < 0.7)
+        compare(mesh, tensors(), placements, {"out": HEADS, "dk": HEADS}, mask=blocks)
 
 
 def by_batch(mesh: DeviceMesh) -> None:
@@ -90,6 +93,10 @@ def by_batch(mesh: DeviceMesh) -> None:
     expected = dict.fromkeys(("out", "lse", "dq", "dk", "dv", "weights", "dbias"), BATCH)
     expected |= {"dsinks": Partial()}
     compare(mesh, given, placements, expected, causal=True, return_weights="mean")
+    for entries in (1, 2):
+        blocks = attnfast.BlockMask.from_mask(torch.rand(entries, 4, 6, 8) < 0.7)
+        placements = {"q": BATCH, "k": BATCH, "v": BATCH}
+        compare(mesh, tensors(), placements, {"out": BATCH, "dk": BATCH}, mask=blocks)
 
 
 def gathered(mesh: DeviceMesh) -> None:

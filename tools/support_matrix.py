@@ -52,6 +52,8 @@ FEATURES: dict[str, list[dict[str, Any]]] = {
     "grouped and multi-query heads": [{"H_kv": 2}, {"H_kv": 1}],
     "T = 1, S = 1, T > S": [{"T": 1}, {"S": 1}, {"T": 300}],
     "`mask`": [{"mask": True}],
+    "`mask`, a `BlockMask`": [{"blocks": True}],
+    "`indices`": [{"indices": True}],
     "`bias`, with gradient": [{"bias": torch.float32, "requires_grad": True}],
     "`causal`, `window`": [options(causal=True), options(window_left=9, window_right=3)],
     "`align`: corners, an offset, one per entry": [
@@ -68,6 +70,7 @@ FEATURES: dict[str, list[dict[str, Any]]] = {
     "`deterministic`": [options(deterministic=True)],
     "`varlen_attention`": [{"kind": "varlen", **options(max_seqlen_q=64, max_seqlen_k=64)}],
     "`decode_attention`": [{"kind": "decode", "T": 1}],
+    "`decode_attention`, a tree's `mask`": [{"kind": "decode", "T": 8, "mask": True}],
     "`decode_attention`, paged": [{"kind": "decode", "T": 1, "page_size": 16}],
 }
 

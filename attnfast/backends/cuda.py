@@ -22,7 +22,7 @@ def unsupported(problem: Problem) -> str | None:
     """The first reason that holds; whether the kernels are there at all comes last."""
     reason = other_dtype(problem, HALF) or too_wide(problem, MAX_HEAD_DIM)
     if reason is None and problem.blocks:
-        reason = "takes no BlockMask yet"
+        reason = "takes no BlockMask: Triton's and the CPU's kernels do"
     if reason is not None:
         return reason
     if problem.indices:
