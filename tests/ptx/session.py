@@ -40,6 +40,8 @@ def begin(backends: list[str]) -> None:
 
 def missing(backend: str) -> str | None:
     """Why a backend cannot run here, or None."""
+    if backend == "triton" and ARCH == "75":
+        return "Triton's kernels need sm_80"
     return NO_PTX if backend == "cuda" and not (FOLDER / "row_terms.ptx").exists() else None
 
 
