@@ -64,7 +64,7 @@ def test_an_architecture_is_eagers_or_says_so(model: str) -> None:
     assert verdict.warned == (model in EAGER_MASKS | OWN), verdict
     assert (verdict.calls > 0) == (model in EQUAL | EAGER_MASKS), verdict
     if model not in REFUSED:
-        assert {"none", "weights", "left", "right"} <= set(verdict.ran.split(", ")), verdict
+        assert {"none", "weights", "left", "right"} <= set(verdict.ran.split("; ")), verdict
 
 
 def test_layers_that_are_always_causal_get_every_mask() -> None:

@@ -14,10 +14,11 @@ import transformers
 from torch import Tensor
 
 from attnfast.integrations import transformers as integration
+from attnfast.integrations._structured_mask import StructuredMask
 
-from . import models
+from . import generating, models
+from .differences import TOLERANCE, Different, close
 
-TOLERANCE = 1e-3  # of the largest value; the weights are random and layers few
 SECONDS = 100  # for one architecture
 
 
@@ -30,6 +31,8 @@ class Verdict(NamedTuple):
             "not built".
         warned: Whether attnfast said that this model gets eager's masks.
         calls: How many attentions of one forward pass attnfast computed.
+        masks: What masks they had, with padding on the left: "structure", "bools", "floats", in
+            words, joined by "and"; empty if none had any.
         ran: What was compared, in words.
         detail: The first difference or reason.
     """
@@ -38,40 +41,49 @@ class Verdict(NamedTuple):
     outcome: str
     warned: bool = False
     calls: int = 0
+    masks: str = ""
     ran: str = ""
     detail: str = ""
 
 
-class Different(Exception):
-    """Where attnfast's results are not eager's."""
+def judge(name: str, cls: Any, generates: Any = None) -> Verdict:
+    """Compare one architecture in every way that it can run.
 
-
-def judge(name: str, cls: type[transformers.PreTrainedModel]) -> Verdict:
-    """Compare one architecture in every way that it can run."""
+    Args:
+        name: The configuration's ``model_type``.
+        cls: A model class of it.
+        generates: The one that generates, if any.
+    """
     try:
         with _deadline():
-            return _judge(name, cls)
+            return _judge(name, cls, generates)
     except models.CannotBuild as error:
         return Verdict(name, "not built", detail=str(error))
     except TimeoutError:
         return Verdict(name, "not built", detail=f"took more than {SECONDS} s")
 
 
-def _judge(name: str, cls: type[transformers.PreTrainedModel]) -> Verdict:
+def _judge(name: str, cls: Any, generates: Any) -> Verdict:
     eager, config, given = models.build(cls)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ran: list[str] = []
-        calls, outcome, detail = [0], "equal", ""
+        seen: list[str] = []
+        padded: list[str] = []
+        outcome, detail = "equal", ""
         try:
             loaded = models.make(cls, config, integration.register())
             loaded.load_state_dict(eager.state_dict())
-            with _counted() as calls:
+            with _watched() as seen:
                 models.run(loaded, given)
+            with _watched() as padded, contextlib.suppress(Exception):
+                models.run(loaded, next(models.inputs(loaded, "left")))
             for model in (loaded, _switched(eager)):
                 for padding in models.PADDING:
                     _compare(eager, model, padding, ran)
             _compare_gradients(eager, loaded, ran)
+            if generates is not None:
+                generating.compare(generates, config, integration.IMPLEMENTATION, ran)
         except TimeoutError:
             raise
         except Different as error:
@@ -81,7 +93,9 @@ def _judge(name: str, cls: type[transformers.PreTrainedModel]) -> Verdict:
         if outcome == "equal" and "not all weights" in ran:
             outcome = "fewer"
     warned = any(integration.NAME in str(warning.message) for warning in caught)
-    return Verdict(name, outcome, warned, calls[0], ", ".join(dict.fromkeys(ran)), detail)
+    masks = " and ".join(sorted(set(padded) - {"none"}))
+    tried = "; ".join(dict.fromkeys(ran))
+    return Verdict(name, outcome, warned, len(seen), masks, tried, detail)
 
 
 def _switched(eager: Any) -> Any:
@@ -140,21 +154,8 @@ def _check(
             x, y = x[own.bool()], y[own.bool()]
         if attended and ((x.sum(-1) - 1).abs() < 1e-4).all():
             y = y / y.sum(-1, keepdim=True)  # a sink's share may be left out of eager's weights
-        _close(x, y, f"{what}: {key}")
+        close(x, y, f"{what}: {key}")
     return not lacking
-
-
-def _close(x: Tensor, y: Tensor, what: str) -> None:
-    x, y = x.double(), y.double()
-    finite = x.isfinite()  # where not, a query of eager's had no key
-    if not y[finite].isfinite().all():
-        raise Different(f"{what}: NaN or Inf where eager has none")
-    x, y = x[finite], y[finite]
-    if x.numel() == 0:
-        return
-    error = (x - y).abs().max().item() / max(x.abs().max().item(), 1e-6)
-    if error > TOLERANCE:
-        raise Different(f"{what} off by {error:.1e} of the largest value")
 
 
 def _tensors(output: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -212,20 +213,29 @@ def _compare_gradients(eager: Any, model: Any, ran: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _counted() -> Iterator[list[int]]:
-    """Count the calls of our attention meanwhile."""
+def _watched() -> Iterator[list[str]]:
+    """What masks the calls of our attention get meanwhile."""
     mapping = transformers.AttentionInterface._global_mapping
-    ours, calls = mapping[integration.IMPLEMENTATION], [0]
+    ours = mapping[integration.IMPLEMENTATION]
+    seen: list[str] = []
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        seen.append(_kind(kwargs["attention_mask"] if "attention_mask" in kwargs else args[4]))
         return ours(*args, **kwargs)
 
-    mapping[integration.IMPLEMENTATION] = counting
+    mapping[integration.IMPLEMENTATION] = watching
     try:
-        yield calls
+        yield seen
     finally:
         mapping[integration.IMPLEMENTATION] = ours
+
+
+def _kind(mask: Any) -> str:
+    if mask is None:
+        return "none"
+    if isinstance(mask, StructuredMask):
+        return "structure" if mask.bools is None else "bools"
+    return "bools" if mask.dtype is torch.bool else "floats"
 
 
 @contextlib.contextmanager

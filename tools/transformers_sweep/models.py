@@ -28,6 +28,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size|(num_embeddings|codebook_size)$", VOCABULARY),
     (r"(period|interval|pattern)$", 2),
     (r"layer_offset$", 1),
+    (r"^(sliding_window|attention_chunk_size|local_attention)$", 4),
     (r"(^|_)(num_|n_)?(key_value|kv)_heads?$|num_query_groups", 2),
     (r"head_dim$|d_head$|d_kv$", 8),
     (r"(^|_)(n_|num_)?(\w+_)?heads?$", 4),
