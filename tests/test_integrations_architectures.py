@@ -23,7 +23,9 @@ from tools.transformers_sweep import compare
 EQUAL = {  # by attnfast, without a warning
     "BartModel",
     "CLIPModel",
+    "DeepseekV32Model",  # passes the chosen keys, not a mask, where it is not called sdpa
     "Gemma2Model",  # no sdpa for its softcap, but flash attention
+    "Gemma4TextModel",  # asks for sdpa where it drops queries
     "GptOssModel",  # nor for its sinks
     "JambaModel",
     "PaliGemmaModel",  # a causal mask for layers that are not causal of their own
@@ -31,7 +33,6 @@ EQUAL = {  # by attnfast, without a warning
 }
 EAGER_MASKS = {  # by attnfast, with eager's masks and a warning
     "BigBirdPegasusModel",  # its decoder's layers do not say that they are causal
-    "DeepseekV32Model",  # passes the chosen keys, not a mask, where it is not called sdpa
     "DeepseekV4Model",
     "NllbMoeModel",
     "PegasusXModel",
@@ -100,6 +101,11 @@ def model_of(
     return type("OwnModel", (transformers.PreTrainedModel,), body)
 
 
+CHOOSES = "\n    sparse_indices = None\n...\n    indices=sparse_indices,\n"
+DROPS = """elif (
+    self.config._attn_implementation == "sdpa"  # a comment
+    and (logits_to_keep > 1 or getattr(cache, "is_compileable", False))
+"""
 ASKS = 'if self.config._attn_implementation in ("eager", "sdpa"):'
 FLASH = {"_supports_flash_attn": True}
 BACKEND = {"_supports_attention_backend": True}
@@ -109,6 +115,9 @@ REASONS: dict[str, tuple[str | None, dict[str, bool], str | None]] = {
     "flash attention of one maker": ("", FLASH, "OwnModel supports neither"),
     "no fused attention": ("", BACKEND, "OwnModel supports neither"),
     "asks the name": (ASKS, {"_supports_sdpa": True}, "where attention is called 'sdpa'"),
+    "passes the keys": (ASKS + CHOOSES, {"_supports_sdpa": True}, None),
+    "drops queries": (DROPS, {"_supports_sdpa": True}, None),
+    "drops queries and more": (DROPS + ASKS, {"_supports_sdpa": True}, "is called 'sdpa'"),
     "no source": (None, {"_supports_sdpa": True}, "attnfast_modeling_own cannot be read"),
 }
 

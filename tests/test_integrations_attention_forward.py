@@ -98,11 +98,18 @@ def test_a_position_bias_adds_to_every_mask(masked: str) -> None:
 
 @pytest.mark.parametrize("T", [1, 6])
 @pytest.mark.parametrize("masked", ["bool", "float", "none"])
-def test_indices_are_the_only_keys(masked: str, T: int) -> None:
+def test_indices_are_the_only_keys(masked: str, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = heads(T)
     indices = torch.stack([torch.randperm(6)[:3] for _ in range(2 * T)]).view(2, T, 3)
     chosen = torch.zeros(2, 1, T, 6, dtype=torch.bool)
     chosen[:, 0].scatter_(-1, indices, True)
+    gathered: list[bool] = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        gathered.append("indices" in options)
+        return attnfast.attention(*args, **options)
+
+    monkeypatch.setattr(integration, "attention", watched)
     mask = torch.rand(2, 1, T, 6) < 0.6
     added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
     given = {"bool": mask, "float": added, "none": None}[masked]
@@ -110,6 +117,7 @@ def test_indices_are_the_only_keys(masked: str, T: int) -> None:
     hidden = chosen if masked == "none" else chosen & mask
     expected = attnfast.attention(q, k, v, mask=hidden, causal=masked == "none" and T > 1)
     torch.testing.assert_close(out.transpose(1, 2), expected)
+    assert gathered == ([] if masked == "float" and T == 1 else [masked != "float"])
 
 
 @pytest.mark.parametrize("learning", [False, True])

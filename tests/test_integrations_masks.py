@@ -116,6 +116,49 @@ def test_what_is_not_understood_is_bools(function: Any, more: dict[str, Any]) ->
     assert torch.equal(mask, library.sdpa_mask(**asked, allow_is_causal_skip=False))
 
 
+CHUNKS = library.chunked_causal_mask_function(3, torch.tensor([0, 2]))
+IN_BLOCKS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "somebody's own": (library.and_masks(causal, other_window), {}),
+    "a union": (library.or_masks(sliding(2), library.blockwise_overlay(IDS)), {}),
+    "chunks, padded": (CHUNKS, {"attention_mask": LEFT}),
+    "later chunks": (CHUNKS, {"q_length": 3, "q_offset": 4}),
+    "a static cache": (CHUNKS, {"q_length": 3, "q_offset": torch.tensor(4)}),
+    "a sliding cache": (
+        CHUNKS,
+        {"q_length": 3, "kv_length": 5, "q_offset": 4, "kv_offset": 2, "attention_mask": LEFT},
+    ),
+    "one that asks": (lambda b, h, q, k: torch.where(q < 3, k <= q, k == IDS[b, q]), {}),
+}
+
+
+@pytest.mark.parametrize("use_vmap", [False, True])
+@pytest.mark.parametrize(("function", "more"), IN_BLOCKS.values(), ids=IN_BLOCKS)
+def test_any_function_is_a_mask_in_blocks(
+    function: Any, more: dict[str, Any], use_vmap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functions, "BY_BLOCKS", 1)
+    asked = {"batch_size": 2, "q_length": 7, "kv_length": 7, "mask_function": function} | more
+    asked |= {"allow_is_causal_skip": False, "use_vmap": use_vmap}
+    mask = functions.attention_mask(library.sdpa_mask, **asked)
+    expected = library.sdpa_mask(**asked)
+    assert mask.blocks is not None
+    assert torch.equal(mask.dense(), expected)
+    asked["q_length"] = 1
+    assert type(functions.attention_mask(library.sdpa_mask, **asked)) is Tensor
+
+
+def test_a_function_of_single_numbers_alone_is_bools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "BY_BLOCKS", 1)
+
+    def whole(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return k <= q.max()
+
+    asked = {"batch_size": 2, "q_length": 7, "kv_length": 7, "mask_function": whole}
+    mask = functions.attention_mask(library.sdpa_mask, **asked, allow_is_causal_skip=False)
+    assert type(mask) is Tensor
+    assert torch.equal(mask, library.sdpa_mask(**asked, allow_is_causal_skip=False))
+
+
 def test_another_meaning_is_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     """A transformers whose windows are one wider."""
 
@@ -230,9 +273,11 @@ ATTENDED: dict[str, tuple[int, dict[str, Any]]] = {
     "documents": (7, {"causal": True, "ends": ENDS, "longest": 6}),
     "documents and a window": (7, {"causal": True, "left": 1, "ends": ENDS, "longest": 6}),
     "documents both ways": (7, {"ends": ENDS, "longest": 6}),
+    "blocks": (5, {"blocks": attnfast.BlockMask.from_mask(torch.rand(2, 1, 5, 7) < 0.7)}),
 }
 
 
+READ = {"ends": ("weights", "bias", "indices"), "blocks": ("indices",)}  # as bools
 ASKED = ("nothing", "weights", "bias", "indices", "gradients")
 COMPILED = ("padding", "a static cache", "a step of a static cache", "documents and a window")
 
@@ -253,7 +298,7 @@ def test_attention_is_that_of_the_bools(
     if asked == "bias":
         more["position_bias"] = torch.randn(1, 4, T, 7)
     if asked == "indices":
-        more["indices"] = torch.randint(7, (2, T, 4))
+        more["indices"] = torch.stack([torch.randperm(7)[:4] for _ in range(2 * T)]).view(2, T, 4)
     for x in (q, k, v):
         x.requires_grad_(asked == "gradients")
     forward: Any = integration.attention_forward
@@ -273,10 +318,7 @@ def test_attention_is_that_of_the_bools(
             found += torch.autograd.grad(out.square().sum(), (q, k, v))
         results.append(found)
         made = isinstance(mask, StructuredMask) and mask.bools is not None
-        assert (
-            made == (asked == "indices" or (asked in ("weights", "bias") and "ends" in said))
-            or dense
-        )
+        assert dense or made == any(name in said and asked in way for name, way in READ.items())
     torch.testing.assert_close(*results)
 
 

@@ -1,8 +1,9 @@
 """What transformers' mask functions mean, read from their code and what they hold.
 
 A mask function says of one query and one key whether it is attended. transformers composes them out
-of few kinds, closures whose code is always the same. A function of these kinds alone becomes a
-`StructuredMask`; whatever else there is, in any part of it, is not understood at all.
+of few kinds, closures whose code is always the same. A function of these kinds alone is understood;
+one that has anything else in any part of it is asked about every score, block by block where these
+are many. Either way it becomes a `StructuredMask`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..block_mask import BlockMask
 from ._structured_mask import StructuredMask
 
 # Kinds, and how transformers makes one, for its code.
@@ -27,6 +29,9 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
     "packed": lambda library: library.packed_sequence_mask_function(None),
     "positions": lambda library: library.remap_positions_for_packed_sequence(None, None),
 }
+
+
+BY_BLOCKS = 1 << 20  # scores of one batch entry; of fewer, bools are soon made
 
 
 class Unknown(Exception):
@@ -110,6 +115,8 @@ def attention_mask(
             return make(mask_function=_called, **asked)  # None, where no mask is needed
         except _Called:
             found = structured(mask_function=mask_function, **asked)
+        if found is None:
+            found = in_blocks(mask_function=mask_function, use_vmap=use_vmap, **asked)
         if found is not None:
             return found
     return make(mask_function=mask_function, use_vmap=use_vmap, **asked)
@@ -171,6 +178,52 @@ def structured(
         ends=ends,
         longest=longest,
     )
+
+
+def in_blocks(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    *,
+    mask_function: Any,
+    use_vmap: bool,
+    attention_mask: Tensor | None = None,
+    device: Any = "cpu",
+    **_: Any,
+) -> StructuredMask | None:
+    """The arguments of ``sdpa_mask`` as a mask in blocks; None if bools are better."""
+    shape, device = (batch_size, 1, q_length, kv_length), torch.device(device)
+    if q_length == 1 or q_length * kv_length < BY_BLOCKS or device.type != "cpu":
+        return None  # other devices' kernels take no blocks
+    if isinstance(kv_offset, Tensor):
+        return None
+    keys = _keys(attention_mask, kv_offset, kv_length)
+    function = _each(mask_function) if use_vmap else mask_function
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        found: Tensor = function(b, h, q + q_offset, k + kv_offset)
+        return found if keys is None else found & keys[b, k]
+
+    try:
+        blocks = BlockMask.from_mask_mod(allowed, *shape, device=device)
+    except (TypeError, ValueError):
+        return None
+    return StructuredMask(shape, device, blocks=blocks)
+
+
+def _each(function: Any) -> Callable[..., Tensor]:
+    """A function of single numbers as one of tensors that broadcast."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    def each(*positions: Tensor) -> Tensor:
+        whole = torch.broadcast_tensors(*positions)
+        with TransformGetItemToIndex():
+            found: Tensor = torch.vmap(function)(*(x.flatten() for x in whole))
+        return found.view(whole[0].shape)
+
+    return each
 
 
 def _parts(function: Any, positions: Tensor | None) -> Iterator[Part]:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FIELDS = ("causal", "left", "right", "offset", "keys", "ends", "longest", "bools", "none")
+from ..block_mask import BlockMask
+
+FIELDS = ("causal", "left", "right", "offset", "keys", "ends", "longest", "blocks", "bools", "none")
 
 
 class StructuredMask(Tensor):
@@ -25,6 +27,7 @@ class StructuredMask(Tensor):
         ends: int32 ``(documents + 1,)``, where documents of all rows end, one row after another:
             each attends itself alone. None if every row is one.
         longest: Tokens of the longest document, 0 without them.
+        blocks: All of it, in place of what precedes; None where that says it.
         bools: `dense`, once somebody has read it. May be changed in place, and then says more
             than the other attributes.
     """
@@ -36,6 +39,7 @@ class StructuredMask(Tensor):
     keys: Tensor | None
     ends: Tensor | None
     longest: int
+    blocks: BlockMask | None
     bools: Tensor | None
     none: Tensor
 
@@ -54,18 +58,22 @@ class StructuredMask(Tensor):
         keys: Tensor | None = None,
         ends: Tensor | None = None,
         longest: int = 0,
+        blocks: BlockMask | None = None,
         bools: Tensor | None = None,
         none: Tensor | None = None,
     ) -> StructuredMask:
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         mask: StructuredMask = made
         mask.causal, mask.left, mask.right, mask.offset = causal, left, right, offset
-        mask.keys, mask.ends, mask.longest, mask.bools = keys, ends, longest, bools
+        mask.keys, mask.ends, mask.longest = keys, ends, longest
+        mask.blocks, mask.bools = blocks, bools
         mask.none = torch.empty(0, device=device) if none is None else none
         return mask
 
     def dense(self) -> Tensor:
         """The bools, contiguous; from then on they alone count."""
+        if self.bools is None and self.blocks is not None:
+            self.bools = self.blocks.to_dense()
         if self.bools is None:
             B, _, T, S = self.shape
             t = torch.arange(T, device=self.device)[:, None] + self.offset  # [T, 1]
@@ -102,6 +110,8 @@ class StructuredMask(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         """What torch.compile traces, and what it compiles anew for."""
         fields = self._fields()
+        if self.blocks is not None:
+            fields |= {"blocks": None, "bools": self.dense()}
         tensors = [name for name, x in fields.items() if isinstance(x, Tensor)]
         return tensors, {name: x for name, x in fields.items() if name not in tensors}
 
@@ -155,7 +165,9 @@ def lengths(mask: StructuredMask) -> Tensor | None:
     With ``left``, the newest of these.
     """
     B, _, _, S = mask.shape
-    if mask.right is not None or not (mask.causal or mask.left is None):
+    if mask.blocks is not None or mask.right is not None:
+        return None
+    if not mask.causal and mask.left is not None:
         return None
     length = mask.offset + 1 if mask.causal else S
     if isinstance(length, Tensor):

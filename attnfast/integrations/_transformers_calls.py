@@ -20,6 +20,23 @@ def whole(key: Tensor) -> Tensor:
     return torch.full((key.shape[0],), key.shape[2], dtype=torch.int32, device=key.device)
 
 
+def gathers(
+    query: Tensor, mask: Tensor | None, bias: Tensor | None, dropout: float, with_weights: bool
+) -> bool:
+    """Whether chosen keys are read alone, and not as a mask of all."""
+    known = bias is None and (mask is None or mask.shape[1] == 1)
+    return known and query.device.type == "cpu" and not (dropout or with_weights)
+
+
+def attended(indices: Tensor, mask: Tensor | None) -> Tensor:
+    """Chosen keys (B, T, K), and -1 for those that a mask (B|1, 1, T|1, S) does not allow."""
+    if mask is None:
+        return indices
+    B, T, _ = indices.shape
+    allowed = mask[:, 0].expand(B, T, -1).gather(-1, indices.long())
+    return indices.masked_fill(~allowed, -1)
+
+
 def decoded(
     query: Tensor,
     key: Tensor,

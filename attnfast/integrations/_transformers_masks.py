@@ -25,6 +25,10 @@ NAME = "attnfast.integrations.transformers"
 UNKNOWN = "none of its models is loaded"
 # Code that takes a way of its own where the implementation is called "sdpa".
 ASKS_THE_NAME = re.compile(r"""_attn_implementation\s*(==|!=|in|not in)\s*[^\n:]*["']sdpa["']""")
+# But not if the other way is to pass the keys that were chosen, which bool masks may go with,
+PASSES_KEYS = "indices=sparse_indices"
+# or if it only drops queries, where every mask is there to drop them too.
+DROPS_QUERIES = re.compile(ASKS_THE_NAME.pattern + r"[^\n]*\n\s*and \(logits_to_keep > 1 or ")
 ALWAYS_CAUSAL = "self.is_causal = True"  # layers that are causal whenever they get no mask
 
 
@@ -34,10 +38,12 @@ class Needs(NamedTuple):
     Attributes:
         eager: Why they need eager's masks; None if they do not.
         all_masks: Whether no mask at all would be taken for a causal one.
+        causal_masks: Whether no mask at all would not be taken for a causal one.
     """
 
     eager: str | None
     all_masks: bool = False
+    causal_masks: bool = False
 
 
 _needs: dict[type, Needs] = {}
@@ -50,9 +56,11 @@ def attention_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | No
     if why_eager(config) is not None:
         mask = masks.eager_mask(*args, config=config, **kwargs)
         return mask
-    if _needs_of(type(config)).all_masks:
+    needs = _needs_of(type(config))
+    if needs.all_masks:
         kwargs["allow_is_bidirectional_skip"] = False
-    if getattr(config, "use_bidirectional_attention", None) is True:  # of the layers alone
+    of_layers_alone = getattr(config, "use_bidirectional_attention", None) is True
+    if needs.causal_masks or of_layers_alone:
         kwargs["allow_is_causal_skip"] = False
     if args or "mask_function" not in kwargs:
         mask = masks.sdpa_mask(*args, config=config, **kwargs)
@@ -99,16 +107,18 @@ def _found(kind: type) -> Needs:
         if not (model._supports_sdpa or fused):
             name = model.__name__
             return Needs(f"{name} supports neither sdpa nor other fused attention")
-    all_masks = False
+    all_masks = causal_masks = False
     for module in sorted({model.__module__ for model in models}):
         try:
             source = inspect.getsource(sys.modules[module])
         except (KeyError, OSError, TypeError):
             return Needs(f"the source of {module} cannot be read")
-        if ASKS_THE_NAME.search(source):
+        rest = DROPS_QUERIES.sub("", source)
+        if ASKS_THE_NAME.search(rest) and PASSES_KEYS not in source:
             return Needs(f"{module} does otherwise where attention is called 'sdpa'")
         all_masks = all_masks or ALWAYS_CAUSAL in source
-    return Needs(None, all_masks)
+        causal_masks = causal_masks or rest != source
+    return Needs(None, all_masks, causal_masks)
 
 
 def _models(kind: type) -> list[Any]:

@@ -167,11 +167,13 @@ def attention_forward(
             raise ValueError(f"{NAME}: query must be {requirement}, got {tuple(query.shape)}")
         return calls.packed(query, key, value, kwargs, options), None
 
-    (B, _, S, _), mask, bias = key.shape, attention_mask, position_bias
+    (B, _, S, _), bias = key.shape, position_bias
+    mask: Any = attention_mask
     lengths = calls.whole(key) if T == 1 else None
     if isinstance(mask, structured.StructuredMask):
         packed = mask.ends is not None
-        beyond = indices is not None or (packed and (with_weights or bias is not None))
+        beyond = packed and (with_weights or bias is not None)
+        beyond = beyond or (indices is not None and (packed or mask.blocks is not None))
         if beyond or not structured.fits(mask, B, T, S):
             mask = mask.dense()
         else:
@@ -180,16 +182,20 @@ def attention_forward(
                 ends = {"cu_seq_lens_q": mask.ends, "max_length_q": mask.longest}
                 return calls.packed(query, key, value, ends, options), None
             lengths = structured.lengths(mask) if T == 1 else None
-            mask = None if mask.keys is None else mask.keys[:, None, None]
-    if mask is not None and mask.is_floating_point():
+            keys = None if mask.keys is None else mask.keys[:, None, None]
+            mask = keys if mask.blocks is None else mask.blocks
+    if isinstance(mask, Tensor) and mask.is_floating_point():
         bias = mask if bias is None else bias + mask
         mask = None
-    if indices is not None:
-        chosen = torch.zeros((*indices.shape[:2], S), dtype=torch.bool, device=key.device)
-        chosen = chosen.scatter(-1, indices.long(), True)[:, None]
-        mask = chosen if mask is None else mask & chosen
     if query.shape[0] == 1 < B:  # learned queries
         query = query.expand(B, -1, -1, -1)
+    if indices is not None:
+        if calls.gathers(query, mask, bias, dropout, with_weights):
+            options["indices"], mask, lengths = calls.attended(indices, mask), None, None
+        else:
+            chosen = torch.zeros((*indices.shape[:2], S), dtype=torch.bool, device=key.device)
+            chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+            mask = chosen if mask is None else mask & chosen
     drops_or_learns = dropout or calls.needs_gradients(query, key, value, bias, s_aux)
     if not (lengths is None or with_weights or drops_or_learns or options["deterministic"]):
         return calls.decoded(query, key, value, lengths, mask, bias, options), None
