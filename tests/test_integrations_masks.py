@@ -38,6 +38,10 @@ sliding = library.sliding_window_causal_mask_function
 both_ways = library.sliding_window_bidirectional_mask_function
 
 
+def chunks(size: int) -> Any:
+    return library.chunked_causal_mask_function(size, torch.zeros(2, dtype=torch.int64))
+
+
 def documents(function: Any, positions: Tensor = POSITIONS, ids: Tensor = IDS) -> Any:
     remapped = library.remap_positions_for_packed_sequence(function, positions)
     return library.and_masks(remapped, library.packed_sequence_mask_function(ids))
@@ -67,6 +71,8 @@ UNDERSTOOD: dict[str, tuple[Any, int, int, dict[str, Any], dict[str, Any]]] = {
         {"offset": 2, "left": 3},
     ),
     "documents": (documents(causal), 7, 7, {}, {"causal": True, "longest": 6}),
+    "chunks": (chunks(3), 7, 7, {}, {"causal": True, "longest": 3}),
+    "chunks, none padded": (chunks(5), 7, 7, {"attention_mask": LEFT | True}, {"longest": 5}),
     "documents with a window": (documents(sliding(2)), 7, 7, {}, {"left": 1, "longest": 6}),
 }
 
@@ -97,7 +103,10 @@ NOT_UNDERSTOOD: dict[str, tuple[Any, dict[str, Any]]] = {
     "a union": (library.or_masks(causal, causal), {}),
     "a partial function": (functools.partial(causal), {}),
     "blocks": (library.blockwise_overlay(IDS), {}),
-    "chunks": (library.chunked_causal_mask_function(3, torch.zeros(2, dtype=int)), {}),
+    "chunks of a cache": (chunks(3), {"q_length": 3, "q_offset": 4}),
+    "padded chunks": (chunks(3), {"attention_mask": LEFT}),
+    "chunks that begin later": (library.chunked_causal_mask_function(3, IDS[:, 3]), {}),
+    "chunks of documents": (documents(chunks(3)), {}),
     "a document that goes on": (documents(causal, ids=IDS % 2), {}),
     "positions that jump": (documents(causal, positions=POSITIONS**2), {}),
     "positions without documents": (

@@ -27,6 +27,7 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
     "window": lambda library: library.sliding_window_overlay(1),
     "window both ways": lambda library: library.sliding_window_bidirectional_overlay(1),
     "packed": lambda library: library.packed_sequence_mask_function(None),
+    "chunks": lambda library: library.chunked_overlay(1, None),
     "positions": lambda library: library.remap_positions_for_packed_sequence(None, None),
 }
 
@@ -43,7 +44,7 @@ class Part(NamedTuple):
 
     Attributes:
         kind: One of `MAKERS`, and neither "and" nor "positions".
-        value: The window, or "packed" ids.
+        value: The window, the ids of what is packed, or the size of chunks and where they begin.
         positions: What the condition counts by, ``(B, T)``, for queries and keys; None: by index.
     """
 
@@ -88,6 +89,7 @@ def _samples(library: Any) -> Iterator[Any]:
     yield library.sliding_window_bidirectional_mask_function(2)
     ids = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]], device="cpu")
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]], device="cpu")
+    yield library.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.int64, device="cpu"))
     window = library.sliding_window_causal_mask_function(2)
     remapped = library.remap_positions_for_packed_sequence(window, positions)
     yield library.and_masks(remapped, library.packed_sequence_mask_function(ids))
@@ -150,20 +152,19 @@ def structured(
     kinds = {part.kind for part in parts}
     both_ways = [part.value for part in parts if part.kind == "window both ways"]
     back = [part.value - 1 for part in parts if part.kind == "window"] + both_ways
-    ends, longest = None, 0
-    if "packed" in kinds:
+    keys, ends, longest = _keys(attention_mask, kv_offset, S), None, 0
+    apart = [part for part in parts if part.kind in ("packed", "chunks")]
+    positions = [part.positions for part in parts if part.positions is not None]
+    if apart:
         whole = isinstance(q_offset, int) and q_offset == kv_offset == 0 and T == S
-        ids = [part.value for part in parts if part.kind == "packed"]
-        positions = [part.positions for part in parts if part.positions is not None]
-        if not whole or len(ids) > 1 or ids[0].shape != (B, T) or attention_mask is not None:
+        ids = _documents(apart[0], B, T)
+        if not whole or len(apart) > 1 or keys is not None or ids is None:
             return None
-        if not (ids[0].diff() >= 0).all():
-            return None  # one that goes on after another
-        if not all(_are_documents(ids[0], counted) for counted in positions):
+        if not all(_are_documents(ids, counted) for counted in positions):
             return None
-        ends = _ends(ids[0])
+        ends = _ends(ids)
         longest = int(ends.diff().max())
-    elif any(part.positions is not None for part in parts):
+    elif positions:
         return None
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.to(device)
@@ -174,7 +175,7 @@ def structured(
         left=min(back, default=None),
         right=min(both_ways, default=None),
         offset=q_offset - kv_offset,  # a copy: a static cache's own tensor moves on
-        keys=_keys(attention_mask, kv_offset, S),
+        keys=keys,
         ends=ends,
         longest=longest,
     )
@@ -242,6 +243,8 @@ def _parts(function: Any, positions: Tensor | None) -> Iterator[Part]:
             yield from _parts(held["mask_function"], held["position_ids"])
         elif kind == "packed" and positions is None:
             yield Part(kind, held["packed_sequence_mask"])
+        elif kind == "chunks" and positions is None:
+            yield Part(kind, (held["chunk_size"], held["left_padding"]))
         elif kind.startswith("window"):
             window = held["sliding_window"]
             if type(window) is not int or window < 1:
@@ -253,6 +256,17 @@ def _parts(function: Any, positions: Tensor | None) -> Iterator[Part]:
             raise Unknown
     except KeyError:
         raise Unknown from None
+
+
+def _documents(part: Part, B: int, T: int) -> Tensor | None:
+    """Ids (B, T) that never decrease along a row; None if there are none such."""
+    if part.kind == "packed":
+        ids: Tensor = part.value
+        return ids if ids.shape == (B, T) and (ids.diff() >= 0).all() else None
+    size, begins = part.value
+    if type(size) is not int or begins.shape != (B,) or (begins != 0).any():
+        return None
+    return (torch.arange(T, device=begins.device) // size).expand(B, T)
 
 
 def _are_documents(ids: Tensor, positions: Tensor) -> bool:
