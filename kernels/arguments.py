@@ -41,6 +41,9 @@ class Tensors(NamedTuple):
     dropout_seed: Any
     cu_seqlens_q: Any
     cu_seqlens_k: Any
+    block_starts: Any
+    block_index: Any
+    block_bits: Any
     key_ends: Any = None  # (B) int32: no key from here on is attended
 
 
@@ -85,6 +88,10 @@ class Values(NamedTuple):
     threshold: int  # dropout keeps what draws at least this, of 65536
     keep_scale: float  # 1 / (1 - dropout_p)
     section: int  # query heads whose keys share the second-level cache
+    blocks_b: int  # strides of a block mask's starts
+    blocks_h: int
+    block_columns: int  # where in a head's starts the columns' begin
+    block_entries: int
 
 
 class Features(NamedTuple):
@@ -101,7 +108,10 @@ class Features(NamedTuple):
     FUSED: bool  # the forward takes m off a LAZY score in one multiply-add
     NEGATED: bool  # or -q k^T, where a LAZY scale is negative
     KEY_MASK: bool  # the mask is the same for all queries and heads
-    TILED: bool  # any other mask, or a bias: which keys no query attends is seen in scores only
+    TILED: bool  # any other mask, or a bias: a tile of it is loaded
+    BLOCKS: int  # the side of a block mask's blocks, or 0
+    CUT: bool  # its full blocks may be cut, by position or by a sequence's end
+    HOLED: bool  # keys that no query attends are seen in scores or bits only
     DROPOUT: bool
     WIDE: bool  # offsets within a tile need 64 bits
     PRECISION: str  # of fp32 products: "ieee" or "tf32"
@@ -182,6 +192,8 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
     section = max(min(l2_bytes // key_bytes, most), 1) * group
     mask_strides = strides(mask)
     key_mask = mask is not None and mask_strides[1:3] == (0, 0)
+    tiled = bias is not None or (mask is not None and not key_mask)
+    size = 0 if inputs.block_bits is None else inputs.block_bits.shape[1]
     values = Values(
         B,
         q.shape[1],
@@ -209,6 +221,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         round(p_drop * 65536),
         0.0 if p_drop >= 1 else 1 / (1 - p_drop),
         section,
+        *block_numbers(inputs, options),
     )
     features = Features(
         q.shape[3],
@@ -222,15 +235,28 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         lazy and factor <= 0.5,
         lazy and scale < 0,
         key_mask,
-        bias is not None or (mask is not None and not key_mask),
+        tiled,
+        size,
+        size > 0 and (options.window_left >= 0 or right >= 0 or varlen),
+        tiled or size > 0,
         p_drop > 0,
         needs_wide_offsets(q, k, v, mask, bias, *others),
         precision(q),
     )
-    tensors = Tensors(
-        q, k, v, mask, bias, slopes, *(dense(y) for y in (sinks, align, seed, cu_q, cu_k))
-    )
+    dense_ones = (dense(y) for y in (sinks, align, seed, cu_q, cu_k))
+    blocks = inputs.block_starts, inputs.block_index, inputs.block_bits
+    tensors = Tensors._make((q, k, v, mask, bias, slopes, *dense_ones, *blocks, None))
     return Call(tensors, values, features)
+
+
+def block_numbers(inputs: Inputs, options: Options) -> tuple[int, int, int, int]:
+    """Two strides of a block mask's starts, where the columns' begin, and its entries."""
+    starts, index, bits = inputs.block_starts, inputs.block_index, inputs.block_bits
+    if starts is None or index is None or bits is None:
+        return 0, 0, 0, 0
+    T = inputs.q.shape[2] if inputs.cu_seqlens_q is None else options.max_seqlen_q
+    b, h = (0 if starts.shape[d] == 1 else starts.stride(d) for d in (0, 1))
+    return b, h, 2 * -(-T // bits.shape[1]) + 1, index.shape[1]
 
 
 def precision(q: Tensor) -> str:

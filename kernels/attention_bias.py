@@ -20,6 +20,7 @@ from torch import Tensor
 from . import configs
 from .arguments import Call, block, strides
 from .attention_bwd import Given
+from .blocks import EMPTY, slot_at
 from .dropout import kept_by_dropout
 from .gradients import entropy_gradient, score_gradients, weight_gradient
 from .head import key_range, sequence_of
@@ -99,9 +100,13 @@ def dbias_kernel(x, g, to, p, f, tile):
         T, S, q_row, k_row, shift = sequence_of(x, p, f, b)
         t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
         begin, end, _, _ = key_range(t0, t_last, S, shift, p, f)
-        if (t0 < T) & (j0 < end) & (j0 + tile.BLOCK_N > begin):
+        visited, slot = (t0 < T) & (j0 < end) & (j0 + tile.BLOCK_N > begin), None
+        if f.BLOCKS:
+            slot = slot_at(x, p, f, b, h, t0, j0)
+            visited &= slot != EMPTY
+        if visited:
             total += score_gradient_tile(
-                x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift, begin, end
+                x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift, begin, end, slot
             )
 
     # Store
@@ -123,7 +128,9 @@ def dbias_kernel(x, g, to, p, f, tile):
 
 
 @triton.jit
-def score_gradient_tile(x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift, begin, end):
+def score_gradient_tile(
+    x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift, begin, end, slot
+):
     """[M, N] of ds."""
     # Setup
     h_kv = h // p.group
@@ -152,7 +159,23 @@ def score_gradient_tile(x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shif
     s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
     slope = slope_of(x, p, f, b, h)
     s, _ = edit_scores(
-        s, t0, row[:, None], j0, key[None, :], T, S, shift, mask, bias, slope, x, p, f, True
+        s,
+        t0,
+        row[:, None],
+        j0,
+        key[None, :],
+        T,
+        S,
+        shift,
+        mask,
+        bias,
+        slope,
+        x,
+        p,
+        f,
+        True,
+        True,
+        slot,
     )
     # Probabilities
     depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, True)
@@ -205,7 +228,7 @@ def bias_gradient(call: Call, given: Given, arch: str) -> Tensor:
 def bias_launch(call: Call, given: Given, arch: str) -> Launch:
     """The kernel of dbias, and memory for its sums."""
     x, p, f = call
-    config = configs.choose(arch, "dbias", x.q.element_size(), f.D, f.D_V, True)
+    config = configs.choose(arch, "dbias", x.q.element_size(), f.D, f.D_V, True, f.BLOCKS)
     kept = tuple(n > 1 for n in x.bias.shape)
     blocks = (p.B, p.H, -(-p.T // config.BLOCK_M), -(-p.S // config.BLOCK_N))
     owned = [n if keep else 1 for n, keep in zip(blocks, kept, strict=True)]

@@ -31,6 +31,7 @@ from attnfast.ops import empty_in_order
 
 from . import configs
 from .arguments import Call, Tile, block, row_strides, strides
+from .blocks import block_tile, entries_of, tiles_in
 from .dropout import kept_by_dropout
 from .gradients import before_cap, entropy_gradient, score_gradients, weight_gradient
 from .head import attended_end, key_range, query_range, scheduled, sequence_of, tiles_of
@@ -135,15 +136,40 @@ def row_terms_kernel(x, g, p, f, tile):
         q = load_rows(q_base, row, p.q_t, live_row, f.D, tile.BLOCK_D, f, True)
         t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
         begin, end, _inner_begin, _inner_end = key_range(t0, t_last, S, shift, p, f)
-        for j0 in tl.range(begin // tile.BLOCK_N * tile.BLOCK_N, end, tile.BLOCK_N):
+        first, last = begin // tile.BLOCK_N * tile.BLOCK_N, end
+        if f.BLOCKS:
+            line = t0 // f.BLOCKS
+            entries = entries_of(x, p, f, b, h, line, begin, end, begin, end, False, False)
+            first, last = t0 * 0, tiles_in(2, entries, f, tile.BLOCK_N)
+        for i in tl.range(first, last, 1 if f.BLOCKS else tile.BLOCK_N):
             # Scores
+            if f.BLOCKS:
+                j0, slot = block_tile(2, i, entries, x, p, f, tile.BLOCK_N, False)
+            else:
+                j0, slot = i, None
             j = j0 + key
             k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
             live = (j >= begin) & (j < end)
             k = load_rows(k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, True)
             s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
             s, _tanh_x = edit_scores(
-                s, t0, row[:, None], j0, key[None, :], T, S, shift, mask, bias, slope, x, p, f, True
+                s,
+                t0,
+                row[:, None],
+                j0,
+                key[None, :],
+                T,
+                S,
+                shift,
+                mask,
+                bias,
+                slope,
+                x,
+                p,
+                f,
+                True,
+                True,
+                slot,
             )
             # Probabilities
             _depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, True)
@@ -205,21 +231,39 @@ def dq_kernel(x, g, to, p, f, tile):
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
     S = attended_end(x, b, S)
     begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
-    for careful in tl.static_range(1 if f.TILED and f.DROPOUT else 0, 2 if f.TILED else 1):
+    if f.BLOCKS:
+        line = t0 // f.BLOCKS
+        entries = entries_of(x, p, f, b, h, line, begin, end, inner_begin, inner_end, False)
+    for careful in tl.static_range(1 if f.HOLED and f.DROPOUT else 0, 2 if f.HOLED else 1):
         if careful and not f.DROPOUT:
             # 0 * NaN may have let out a k that no query attends: then zeros in its place
             again = holds_nan(dq)
             dq = tl.where(again, 0.0, dq)
-        for part in tl.static_range(0 if f.HAS_LEFT else 1, 3):
-            first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
+        for part in tl.static_range(0 if f.HAS_LEFT and not f.BLOCKS else 1, 3):
+            if f.BLOCKS:
+                first, last = t0 * 0, tiles_in(part, entries, f, tile.BLOCK_N)
+            else:
+                first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
             if careful and not f.DROPOUT:
                 last = tl.where(again, last, first)
             if first < last:  # without it ptxas waits for each product of Hopper's by itself
-                for j0 in tl.range(first, last, tile.BLOCK_N):
+                if f.BLOCKS:
+                    ahead, slot_ahead = block_tile(
+                        part, first, entries, x, p, f, tile.BLOCK_N, False
+                    )
+                for i in tl.range(first, last, 1 if f.BLOCKS else tile.BLOCK_N):
                     # Load
+                    if f.BLOCKS:
+                        j0, slot = ahead, slot_ahead
+                        ahead, slot_ahead = block_tile(
+                            part, tl.minimum(i + 1, last - 1), entries, x, p, f, tile.BLOCK_N, False
+                        )
+                        start = j0.to(tl.uint32)
+                    else:
+                        j0, slot = i, None
+                        start = start_of(j0, last)
                     j = j0 + key
                     live = (j >= begin) & (j < end)
-                    start = start_of(j0, last)
                     if f.KEY_MASK:  # what no query attends is not even read
                         live = live & attended_keys(mask, start, key, S, p, part != 1)
                     tile_row = k_row + start
@@ -250,6 +294,7 @@ def dq_kernel(x, g, to, p, f, tile):
                         f,
                         part != 1,
                         careful == 1,
+                        slot,
                     )
                     # Probabilities
                     if FUSED:
@@ -265,7 +310,11 @@ def dq_kernel(x, g, to, p, f, tile):
                     if f.DROPOUT:
                         kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
                     # ds
-                    holes = part != 1 or careful == 1 or (f.KEY_MASK and g.grad_weights is not None)
+                    holes = (
+                        part != 1
+                        or (careful == 1 and f.TILED)
+                        or (f.KEY_MASK and g.grad_weights is not None)
+                    )
                     ds = score_gradients(
                         depth,
                         probs,
@@ -281,7 +330,7 @@ def dq_kernel(x, g, to, p, f, tile):
                     )
                     ds = before_cap(ds, tanh_x, f)
                     # dq
-                    if careful:
+                    if careful and (part != 1 or f.TILED):
                         k = without_dead_rows(k, tl.max((s != -float("inf")).to(tl.int32), 0) == 0)
                     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=f.PRECISION)
 
@@ -330,100 +379,138 @@ def dkdv_kernel(x, g, to, p, f, tile):
     begin, end, inner_begin, inner_end = query_range(j0, j_last, T, shift, p, f)
     if f.TILED:  # where the keys end within the block, masks and biases are read by position too
         inner_end = tl.where(j0 + tile.BLOCK_N <= S, inner_end, 0)
-    for part in tl.static_range(0 if f.HAS_RIGHT else 1, 3):
-        first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_M)
-        if first < last:
-            count = tl.cdiv(last - first, tile.BLOCK_M)
-            h, t0 = h_kv * p.group, first
-            for _ in tl.range(0, p.group * count):
-                # Load
-                t = t0 + row
-                live = (t >= begin) & (t < end)
-                past = start_of(t0, last)
-                at = row_at(x, p, b, h, q_row) + past
-                if part == 1:
-                    m = tl.load(g.norm + at + row)
-                    log2_l = tl.load(g.norm + at + g.plane + row)
-                    row_term = tl.load(g.row_term + at + row)
+    for member in tl.range(0, p.group if f.BLOCKS else 1):  # each head has lists of its own
+        if f.BLOCKS:
+            h, line = h_kv * p.group + member, j0 // f.BLOCKS
+            entries = entries_of(x, p, f, b, h, line, begin, end, inner_begin, inner_end, True)
+        for part in tl.static_range(0 if f.HAS_RIGHT and not f.BLOCKS else 1, 3):
+            if f.BLOCKS:
+                first, last = j0 * 0, tiles_in(part, entries, f, tile.BLOCK_M)
+            else:
+                first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_M)
+            if first < last:
+                h, t0 = h_kv * p.group + member, first
+                if f.BLOCKS:
+                    count = last
+                    ahead, slot_ahead = block_tile(
+                        part, first, entries, x, p, f, tile.BLOCK_M, True
+                    )
                 else:
-                    m, log2_l = norm_of(g.norm, g.plane, at + row, live)
-                    row_term = tl.load(g.row_term + at + row, mask=live, other=0.0)
-                dentropy = entropy_gradient(g, at + row, live)
-                if f.KEY_MASK:
-                    mask = None
-                else:
-                    mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
-                bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
-                holes = part != 1 or f.TILED
-                if holes:  # a row of NaN, or without keys: p is known, and 0 * NaN would get out
-                    live = live & (log2_l < float("inf"))
-                tile_row = q_row + past
-                q_tile = x.q + offset(b, p.q_b, h, p.q_h, tile_row, p.q_t)
-                q = load_rows(
-                    q_tile,
-                    row,
-                    p.q_t,
-                    live,
-                    f.D,
-                    tile.BLOCK_D,
-                    f,
-                    part != 1 or f.TILED,
-                )
-                do_tile = g.grad_out + offset(b, g.do_b, h, g.do_h, tile_row, g.do_t)
-                do = load_rows(
-                    do_tile,
-                    row,
-                    g.do_t,
-                    live,
-                    f.D_V,
-                    tile.BLOCK_DV,
-                    f,
-                    part != 1 or f.TILED,
-                )
-                # Scores, transposed
-                slope = slope_of(x, p, f, b, h)
-                s = tl.dot(k, tl.trans(q), input_precision=f.PRECISION)
-                s, tanh_x = edit_scores(
-                    s,
-                    past,
-                    row[None, :],
-                    j0,
-                    key[:, None],
-                    T,
-                    S,
-                    shift,
-                    mask,
-                    bias,
-                    slope,
-                    x,
-                    p,
-                    f,
-                    part != 1,
-                )
-                # Probabilities
-                depth, probs = probabilities(s, m[None, :], log2_l[None, :], p, f, holes)
-                kept = True
-                w = probs
-                if f.DROPOUT:
-                    kept = tl.trans(kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N))
-                    w = tl.where(kept, probs * p.keep_scale, 0.0)  # p Z
-                # dv, before dP, so that w need not outlive it
-                dv = tl.dot(w.to(do.dtype), do, dv, input_precision=f.PRECISION)
-                # dP
-                dp = tl.dot(v, tl.trans(do), input_precision=f.PRECISION)
-                dw = weight_gradient(g, b, h, t[None, :], j[:, None], T, S)
-                # ds
-                ds = score_gradients(
-                    depth, probs, dp, dw, kept, row_term[None, :], dentropy[None, :], g, p, f, holes
-                )
-                ds = before_cap(ds, tanh_x, f)
-                # dk
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=f.PRECISION)
-                # The next tile, of this head or of the next, without a division
-                t0 += tile.BLOCK_M
-                if p.group != 1:
-                    h += (t0 >= last).to(tl.int32)
-                    t0 = tl.where(t0 >= last, first, t0)
+                    count = p.group * tl.cdiv(last - first, tile.BLOCK_M)
+                for i in tl.range(0, count):
+                    # Load
+                    if f.BLOCKS:
+                        t0, slot = ahead, slot_ahead
+                        ahead, slot_ahead = block_tile(
+                            part, tl.minimum(i + 1, last - 1), entries, x, p, f, tile.BLOCK_M, True
+                        )
+                        past = t0.to(tl.uint32)
+                    else:
+                        slot = None
+                        past = start_of(t0, last)
+                    t = t0 + row
+                    live = (t >= begin) & (t < end)
+                    at = row_at(x, p, b, h, q_row) + past
+                    if part == 1:
+                        m = tl.load(g.norm + at + row)
+                        log2_l = tl.load(g.norm + at + g.plane + row)
+                        row_term = tl.load(g.row_term + at + row)
+                    else:
+                        m, log2_l = norm_of(g.norm, g.plane, at + row, live)
+                        row_term = tl.load(g.row_term + at + row, mask=live, other=0.0)
+                    dentropy = entropy_gradient(g, at + row, live)
+                    if f.KEY_MASK:
+                        mask = None
+                    else:
+                        mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
+                    bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
+                    holes = part != 1 or f.TILED
+                    if (
+                        holes
+                    ):  # a row of NaN, or without keys: p is known, and 0 * NaN would get out
+                        live = live & (log2_l < float("inf"))
+                    tile_row = q_row + past
+                    q_tile = x.q + offset(b, p.q_b, h, p.q_h, tile_row, p.q_t)
+                    q = load_rows(
+                        q_tile,
+                        row,
+                        p.q_t,
+                        live,
+                        f.D,
+                        tile.BLOCK_D,
+                        f,
+                        part != 1 or f.TILED,
+                    )
+                    do_tile = g.grad_out + offset(b, g.do_b, h, g.do_h, tile_row, g.do_t)
+                    do = load_rows(
+                        do_tile,
+                        row,
+                        g.do_t,
+                        live,
+                        f.D_V,
+                        tile.BLOCK_DV,
+                        f,
+                        part != 1 or f.TILED,
+                    )
+                    # Scores, transposed
+                    slope = slope_of(x, p, f, b, h)
+                    s = tl.dot(k, tl.trans(q), input_precision=f.PRECISION)
+                    s, tanh_x = edit_scores(
+                        s,
+                        past,
+                        row[None, :],
+                        j0,
+                        key[:, None],
+                        T,
+                        S,
+                        shift,
+                        mask,
+                        bias,
+                        slope,
+                        x,
+                        p,
+                        f,
+                        part != 1,
+                        True,
+                        slot,
+                    )
+                    # Probabilities
+                    depth, probs = probabilities(s, m[None, :], log2_l[None, :], p, f, holes)
+                    kept = True
+                    w = probs
+                    if f.DROPOUT:
+                        kept = tl.trans(
+                            kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                        )
+                        w = tl.where(kept, probs * p.keep_scale, 0.0)  # p Z
+                    # dv, before dP, so that w need not outlive it
+                    dv = tl.dot(w.to(do.dtype), do, dv, input_precision=f.PRECISION)
+                    # dP
+                    dp = tl.dot(v, tl.trans(do), input_precision=f.PRECISION)
+                    dw = weight_gradient(g, b, h, t[None, :], j[:, None], T, S)
+                    # ds
+                    ds = score_gradients(
+                        depth,
+                        probs,
+                        dp,
+                        dw,
+                        kept,
+                        row_term[None, :],
+                        dentropy[None, :],
+                        g,
+                        p,
+                        f,
+                        holes,
+                    )
+                    ds = before_cap(ds, tanh_x, f)
+                    # dk
+                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=f.PRECISION)
+                    # The next tile, of this head or of the next, without a division
+                    if not f.BLOCKS:
+                        t0 += tile.BLOCK_M
+                        if p.group != 1:
+                            h += (t0 >= last).to(tl.int32)
+                            t0 = tl.where(t0 >= last, first, t0)
 
     # Store
     if f.KEY_MASK:
@@ -505,7 +592,7 @@ def backward_launches(call: Call, given: Given, to: BackwardResults, arch: str) 
         ("dq", dq_kernel, (x, given, to), "BLOCK_N"),
         ("dkdv", dkdv_kernel, (x, given, to), "BLOCK_M"),
     ):
-        config = configs.choose(arch, name, size, f.D, f.D_V, extras)
+        config = configs.choose(arch, name, size, f.D, f.D_V, extras, f.BLOCKS)
         tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
         grid = p.B * p.H * -(-p.T // config.BLOCK_M)
         if name == "dkdv":

@@ -25,6 +25,7 @@ from attnfast.ops import empty_in_order
 
 from . import configs
 from .arguments import Call, Tile, block, row_strides
+from .blocks import block_tile, entries_of, tiles_in
 from .dropout import kept_by_dropout
 from .head import attended_end, distances, key_range, scheduled, sequence_of, tiles_of
 from .launch import Launch, launch
@@ -98,7 +99,10 @@ def attention_fwd_kernel(x, to, p, f, tile):
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
     S = attended_end(x, b, S)
     begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
-    for careful in tl.static_range(1 if f.TILED and f.DROPOUT else 0, 2 if f.TILED else 1):
+    if f.BLOCKS:
+        line = t0 // f.BLOCKS
+        entries = entries_of(x, p, f, b, h, line, begin, end, inner_begin, inner_end, False)
+    for careful in tl.static_range(1 if f.HOLED and f.DROPOUT else 0, 2 if f.HOLED else 1):
         if careful and not f.DROPOUT:
             # 0 * NaN may have let out a v that no query attends: then zeros in its place
             again = holds_nan(acc)
@@ -107,16 +111,31 @@ def attention_fwd_kernel(x, to, p, f, tile):
             acc = tl.where(again, 0.0, acc)
             depth_sum = tl.where(again, 0.0, depth_sum)
             distance_sum = tl.where(again, 0.0, distance_sum)
-        for part in tl.static_range(0 if f.HAS_LEFT else 1, 3):
-            first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
+        for part in tl.static_range(0 if f.HAS_LEFT and not f.BLOCKS else 1, 3):
+            if f.BLOCKS:
+                first, last = t0 * 0, tiles_in(part, entries, f, tile.BLOCK_N)
+            else:
+                first, last = tiles_of(part, begin, end, inner_begin, inner_end, tile.BLOCK_N)
             if careful and not f.DROPOUT:
                 last = tl.where(again, last, first)
             if first < last:  # without it ptxas waits for each product of Hopper's by itself
-                for j0 in tl.range(first, last, tile.BLOCK_N):
+                if f.BLOCKS:
+                    ahead, slot_ahead = block_tile(
+                        part, first, entries, x, p, f, tile.BLOCK_N, False
+                    )
+                for i in tl.range(first, last, 1 if f.BLOCKS else tile.BLOCK_N):
                     # Scores
+                    if f.BLOCKS:
+                        j0, slot = ahead, slot_ahead
+                        ahead, slot_ahead = block_tile(
+                            part, tl.minimum(i + 1, last - 1), entries, x, p, f, tile.BLOCK_N, False
+                        )
+                        start = j0.to(tl.uint32)
+                    else:
+                        j0, slot = i, None
+                        start = start_of(j0, last)
                     j = j0 + key
                     live = (j >= begin) & (j < end)
-                    start = start_of(j0, last)
                     if f.KEY_MASK:  # what no query attends is not even read
                         live = live & attended_keys(mask, start, key, S, p, part != 1)
                     tile_row = k_row + start
@@ -142,6 +161,7 @@ def attention_fwd_kernel(x, to, p, f, tile):
                         f,
                         part != 1,
                         careful == 1,
+                        slot,
                     )
                     # Softmax
                     m_new = tl.maximum(m, tl.max(s, 1))
@@ -171,7 +191,7 @@ def attention_fwd_kernel(x, to, p, f, tile):
                     v = load_rows(
                         v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1 or f.KEY_MASK
                     )
-                    if careful:
+                    if careful and (part != 1 or f.TILED):
                         v = without_dead_rows(
                             v, tl.max((depth != -float("inf")).to(tl.int32), 0) == 0
                         )
@@ -271,7 +291,7 @@ def results(inputs: Inputs, options: Options) -> ForwardResults:
 def forward_launch(call: Call, to: ForwardResults, arch: str) -> Launch:
     """The forward's kernel, grid and tiles."""
     x, p, f = call
-    config = configs.choose(arch, "fwd", x.q.element_size(), f.D, f.D_V, f.TILED)
+    config = configs.choose(arch, "fwd", x.q.element_size(), f.D, f.D_V, f.TILED, f.BLOCKS)
     tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
     grid = p.B * p.H * -(-p.T // config.BLOCK_M)
     return Launch(attention_fwd_kernel, grid, (x, to), p, f, tile, config, "BLOCK_N")

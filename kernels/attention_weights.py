@@ -22,6 +22,7 @@ from attnfast.call import Inputs, Options
 
 from . import configs
 from .arguments import Call, Tile, block
+from .blocks import EMPTY, block_tile, entries_of, slot_at, tiles_in
 from .dropout import kept_by_dropout
 from .head import query_range, sequence_of
 from .launch import Launch, launch
@@ -52,7 +53,7 @@ class Received(NamedTuple):
 
 
 @triton.jit
-def probability_tile(x, to, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift):
+def probability_tile(x, to, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift, slot):
     """[M, N] of p before dropout. A row whose l is NaN is NaN at all keys, as softmax has it."""
     # Load
     h_kv = h // p.group
@@ -70,7 +71,23 @@ def probability_tile(x, to, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift)
     # Scores
     s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
     s, _ = edit_scores(
-        s, t0, row[:, None], j0, key[None, :], T, S, shift, mask, bias, slope, x, p, f, True
+        s,
+        t0,
+        row[:, None],
+        j0,
+        key[None, :],
+        T,
+        S,
+        shift,
+        mask,
+        bias,
+        slope,
+        x,
+        p,
+        f,
+        True,
+        True,
+        slot,
     )
     # Probabilities
     _depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, False)
@@ -92,7 +109,13 @@ def weights_kernel(x, to, p, f, tile):
     if (t0 < T) & (j0 < S):
         for member in range(to.heads):
             h = h0 + member
-            probs = probability_tile(x, to, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift)
+            slot, end = None, S
+            if f.BLOCKS:
+                slot = slot_at(x, p, f, b, h, t0, j0)
+                end = tl.where(slot == EMPTY, 0, S)  # no key is read
+            probs = probability_tile(
+                x, to, p, f, tile, b, h, t0, j0, T, end, q_row, k_row, shift, slot
+            )
             if f.DROPOUT:
                 kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
                 probs = tl.where(kept, probs * p.keep_scale, 0.0)
@@ -122,10 +145,17 @@ def received_kernel(x, to, p, f, tile):
     total = tl.zeros([tile.BLOCK_N], tl.float32)
     j_last = tl.minimum(j0 + tile.BLOCK_N, S) - 1
     begin, end, _, _ = query_range(j0, j_last, T, shift, p, f)
-    for t0 in range(begin // tile.BLOCK_M * tile.BLOCK_M, end, tile.BLOCK_M):
-        probs = probability_tile(
-            x, to, p, f, tile, b, h, j0 * 0 + t0, j0, T, S, q_row, k_row, shift
-        )
+    first, last = begin // tile.BLOCK_M * tile.BLOCK_M, end
+    if f.BLOCKS:
+        line = j0 // f.BLOCKS
+        entries = entries_of(x, p, f, b, h, line, begin, end, begin, end, True, False)
+        first, last = j0 * 0, tiles_in(2, entries, f, tile.BLOCK_M)
+    for i in range(first, last, 1 if f.BLOCKS else tile.BLOCK_M):
+        if f.BLOCKS:
+            t0, slot = block_tile(2, i, entries, x, p, f, tile.BLOCK_M, True)
+        else:
+            t0, slot = j0 * 0 + i, None
+        probs = probability_tile(x, to, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift, slot)
         live = t0 + tl.arange(0, tile.BLOCK_M) < T
         total += tl.sum(tl.where(live[:, None], probs, 0.0), 0)
 
@@ -153,7 +183,7 @@ def weights_fwd(options: Options, call: Call, norm: Tensor, arch: str) -> Tensor
 def weights_launch(call: Call, weights: Tensor, norm: Tensor, mean: bool, arch: str) -> Launch:
     """The kernel of the weights."""
     x, p, f = call
-    config = configs.choose(arch, "weights", x.q.element_size(), f.D, f.D_V, True)
+    config = configs.choose(arch, "weights", x.q.element_size(), f.D, f.D_V, True, f.BLOCKS)
     tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
     outputs = 1 if mean else p.H
     b, t = weights.stride(0), weights.stride(-2)
@@ -178,7 +208,7 @@ def received_fwd(inputs: Inputs, options: Options, call: Call, norm: Tensor, arc
 def received_launch(call: Call, received: Tensor, norm: Tensor, arch: str) -> Launch:
     """The kernel of the column sums."""
     x, p, f = call
-    config = configs.choose(arch, "received", x.q.element_size(), f.D, f.D_V, True)
+    config = configs.choose(arch, "received", x.q.element_size(), f.D, f.D_V, True, f.BLOCKS)
     tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
     grid = p.B * p.H * -(-p.S // config.BLOCK_N)
     to = Received(received, norm, norm.numel() // 2)

@@ -171,7 +171,9 @@ TABLE["cdna"] = TABLE["small"] | {
 }
 
 
-def choose(arch: str, name: str, size: int, D: int, D_v: int, extras: bool) -> Config:
+def choose(
+    arch: str, name: str, size: int, D: int, D_v: int, extras: bool, side: int = 0
+) -> Config:
     """The tile of a pass.
 
     Args:
@@ -182,6 +184,7 @@ def choose(arch: str, name: str, size: int, D: int, D_v: int, extras: bool) -> C
         D_v: Head dimension of v.
         extras: Whether tiles of a mask, a bias or weights' gradients are loaded too. Their loads
             are pipelined in two stages up to D 64: more of them would not fit into shared memory.
+        side: Of a block mask's blocks, in one of which a tile lies; 0 without one.
     """
     if name in trial:
         config = trial[name]
@@ -190,6 +193,9 @@ def choose(arch: str, name: str, size: int, D: int, D_v: int, extras: bool) -> C
     else:
         dim = HEAD_DIMS[sum(max(D, D_v) > n for n in HEAD_DIMS)]
         config = entry(arch, name, size, dim)
+    if 0 < side < max(config.BLOCK_M, config.BLOCK_N):
+        M, N = min(config.BLOCK_M, side), min(config.BLOCK_N, side)
+        config = Config(M, N, min(config.num_warps, 4), config.num_stages)
     if not extras:
         return config
     if name == "fwd" and 64 < max(D, D_v) <= 128:

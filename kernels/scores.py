@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .blocks import attended_scores
 from .head import distances, narrow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -86,6 +87,7 @@ def edit_scores(
     f,
     BY_POSITION: tl.constexpr,
     CAREFUL: tl.constexpr = True,
+    slot=None,
 ):
     """Scores from q k^T: factor, softcap, ALiBi, bias, and -inf where t may not attend j.
 
@@ -93,7 +95,8 @@ def edit_scores(
     CAREFUL a score of NaN or inf is NaN where the bias is -inf.
 
     Returns the scores, still q k^T where the features are LAZY, and the softcap's tanh(x), for its
-    derivative. ``mask`` and ``bias`` are at their (b, h, 0, 0).
+    derivative. ``mask`` and ``bias`` are at their (b, h, 0, 0), ``slot`` is where the bits of a
+    block mask's block are.
     """
     t0, j0 = T * 0 + t0, S * 0 + j0  # not numbers of Python's, as in the interpreter
     t, j = (t0 + row).to(tl.int32), (j0 + key).to(tl.int32)
@@ -124,7 +127,10 @@ def edit_scores(
                 mask, t0, row, p.mask_t, j0, key, p.mask_s, T, S, False, f, BY_POSITION
             )
         s = tl.where(attend, s, -float("inf"))
-    if BY_POSITION:
+    if f.BLOCKS and BY_POSITION:
+        attend = attended_scores(x, f, slot, t0, row, j0, key)
+        s = tl.where(attend, s, -float("inf"))
+    if BY_POSITION and (f.CUT or not f.BLOCKS):
         attend = j < S
         ahead = j - t
         if f.HAS_LEFT:

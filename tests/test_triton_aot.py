@@ -80,6 +80,21 @@ def test_every_entry_of_every_table_is_compiled() -> None:
                         assert aot.Entry(arch, name, size, D, "plain") in found
 
 
+@pytest.mark.parametrize("side", [64, 128])
+def test_a_tile_lies_within_a_block(side: int) -> None:
+    """And is what it is without a block mask where it does."""
+    choose = aot.configs.choose
+    for arch in aot.ARCHITECTURES:
+        for name in aot.configs.PASSES:
+            for size in aot.DTYPES:
+                for D in aot.configs.HEAD_DIMS:
+                    without = choose(arch, name, size, D, D, False)
+                    config = choose(arch, name, size, D, D, False, side)
+                    assert side % config.BLOCK_M == side % config.BLOCK_N == 0
+                    fits = max(without.BLOCK_M, without.BLOCK_N) <= side
+                    assert (config == without) == fits, (arch, name, size, D)
+
+
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [

@@ -180,8 +180,6 @@ def may_pass(error: Exception) -> bool:
 def unsupported(problem: Problem) -> str | None:
     """Why Triton refuses a problem, or None."""
     reason = other_dtype(problem, FUSED_DTYPES) or too_wide(problem, MAX_HEAD_DIM) or MISSING
-    if reason is None and problem.blocks:
-        reason = "takes no BlockMask yet"
     if reason is not None:
         return reason
     if problem.indices:

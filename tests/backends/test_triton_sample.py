@@ -16,6 +16,8 @@ from cases import DTYPES, EVERYTHING, OPTIONS, Case, bf16, fp16, fp32, problem, 
 from decode_cases import CASES as DECODE_CASES
 from decode_cases import WAYS, judge, make
 
+from attnfast.block_index import with_dense_mask
+
 SMALL = configs.Config(32, 16, 4, 1)
 MAX_OFFSET = 2**29  # of align as an int
 
@@ -41,6 +43,13 @@ def sample() -> Iterator[Case]:
         yield Case("sizes", B=1, H=1, H_kv=1, T=T, S=S, causal=T > S)
     for D, D_v in ((1, 40), (40, 1), (80, 96), (512, 8)):
         yield Case("head_dims", B=1, H=1, H_kv=1, T=17, S=18, D=D, D_v=D_v, dtype=bf16)
+    for blocks, options in (
+        ("blocks 64", {"causal": True}),
+        ("blocks 64", {"window": (90, 20), "stats": 2, "weights": "mean", "bias": "hts"}),
+        ("heads 128", {"H": 2, "grads": ("out", "weights"), "weights": "per head"}),
+    ):
+        plain = Case("blocks", B=1, H=1, H_kv=1, T=140, S=270, blocks=blocks, dtype=fp16)
+        yield replace(plain, **options)
     for kept in ("bh", "s", "t", "b"):
         yield Case(f"bias_{kept}", bias=kept, B=1, H=2, H_kv=1, T=35, S=20, dtype=fp16)
 
@@ -64,6 +73,7 @@ UNATTENDED = (
     Case("bias", bias="s", masking_bias=True),
     Case("causal", causal=True, stats=2),
     Case("window", window=(-1, 3), weights="mean", grads=("out", "weights")),
+    Case("blocks", blocks="graph 64", stats=2),
 )
 
 
@@ -76,6 +86,10 @@ def test_unattended_keys_may_hold_anything(case: Case, value: float) -> None:
     dead = torch.arange(37).view(1, 1, 37, 1) >= {"causal": 20, "window": 23}.get(case.name, 37)
     if inputs.mask is not None:
         dead = dead | ~inputs.mask[:, :, 0].unsqueeze(-1)
+    if case.blocks:
+        mask = with_dense_mask(inputs, 20, 37).mask
+        dead = dead | ~mask.any(2).unsqueeze(-1)
+        assert dead.any()
     if case.masking_bias:
         dead = dead | (inputs.bias[:, :, 0] == -torch.inf).unsqueeze(-1)
     poisoned = inputs._replace(
