@@ -56,10 +56,9 @@ def test_no_mask_of_all_scores_is_made(kind: str, padding: str, name: str) -> No
     assert LONG <= largest.elements < LONG * LONG
 
 
-def test_masks_as_bools_are_of_all_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_as_bools_are_of_all_scores(name: str) -> None:
     """Which `Largest` sees."""
     functions.forget()
-    monkeypatch.setattr(functions, "BY_BLOCKS", LONG * LONG + 1)
     with torch.no_grad(), Largest() as largest:
         long_model("Mistral", name)(torch.randint(3, 50, (1, LONG)))
     assert largest.elements >= LONG * LONG

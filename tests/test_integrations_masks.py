@@ -187,6 +187,21 @@ def test_another_meaning_is_not_understood(monkeypatch: pytest.MonkeyPatch) -> N
     assert type(mask) is Tensor
 
 
+def test_an_older_transformers_makes_its_own_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose masks are asked for by other arguments."""
+
+    def older(batch_size: int, cache_position: Tensor, kv_length: int, **_: Any) -> Tensor:
+        return torch.ones(batch_size, 1, cache_position.shape[0], kv_length, dtype=torch.bool)
+
+    monkeypatch.setattr(library, "sdpa_mask", older)
+    functions.forget()
+    functions.learn()
+    asked = {"batch_size": 2, "cache_position": torch.arange(7), "kv_length": 7}
+    mask = functions.attention_mask(older, **asked, mask_function=causal)
+    assert type(mask) is Tensor
+    assert mask.all()
+
+
 def test_no_mask_where_transformers_makes_none() -> None:
     for function, allowed in (
         (causal, "allow_is_causal_skip"),

@@ -70,7 +70,7 @@ def learn() -> None:
             continue
     try:
         understood = all(_is_right(library, sample) for sample in _samples(library))
-    except (AttributeError, TypeError, Unknown):
+    except (AttributeError, IndexError, RuntimeError, TypeError, Unknown):
         understood = False
     if not understood:
         _kinds.clear()
@@ -110,9 +110,9 @@ def attention_mask(
 ) -> Tensor | None:
     """What ``make``, transformers' ``sdpa_mask``, gives: None, or the same bools by structure.
 
-    Traced programs get the bools.
+    Traced programs get the bools, and so does a transformers that is not understood at all.
     """
-    if not _is_traced():
+    if _kinds and not _is_traced():
         try:
             return make(mask_function=_called, **asked)  # None, where no mask is needed
         except _Called:
