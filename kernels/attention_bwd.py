@@ -18,7 +18,7 @@ Loops:   as in the forward: before, inside and after what needs no masking by po
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -584,18 +584,33 @@ def results(inputs: Inputs) -> BackwardResults:
 
 def backward_launches(call: Call, given: Given, to: BackwardResults, arch: str) -> list[Launch]:
     """The kernels in the order in which they run."""
+    x = call.x
+    return [
+        row_terms_launch(call, given, arch),
+        _pass("dq", dq_kernel, call, (x, given, to), given, "BLOCK_N", arch),
+        _pass("dkdv", dkdv_kernel, call, (x, given, to), given, "BLOCK_M", arch),
+    ]
+
+
+def row_terms_launch(call: Call, given: Given, arch: str) -> Launch:
+    """The kernel that fills ``given.row_term``."""
+    return _pass("rows", row_terms_kernel, call, (call.x, given), given, "BLOCK_N", arch)
+
+
+def _pass(
+    name: str,
+    kernel: Any,
+    call: Call,
+    tensors: tuple[Any, ...],
+    given: Given,
+    walked: str,
+    arch: str,
+) -> Launch:
     x, p, f = call
-    size, extras = x.q.element_size(), f.TILED or given.grad_weights is not None
-    jobs = []
-    for name, kernel, tensors, walked in (
-        ("rows", row_terms_kernel, (x, given), "BLOCK_N"),
-        ("dq", dq_kernel, (x, given, to), "BLOCK_N"),
-        ("dkdv", dkdv_kernel, (x, given, to), "BLOCK_M"),
-    ):
-        config = configs.choose(arch, name, size, f.D, f.D_V, extras, f.BLOCKS)
-        tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
-        grid = p.B * p.H * -(-p.T // config.BLOCK_M)
-        if name == "dkdv":
-            grid = p.B * (p.H // p.group) * -(-p.S // config.BLOCK_N)
-        jobs.append(Launch(kernel, grid, tensors, p, f, tile, config, walked))
-    return jobs
+    extras = f.TILED or given.grad_weights is not None
+    config = configs.choose(arch, name, x.q.element_size(), f.D, f.D_V, extras, f.BLOCKS)
+    tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
+    grid = p.B * p.H * -(-p.T // config.BLOCK_M)
+    if name == "dkdv":
+        grid = p.B * (p.H // p.group) * -(-p.S // config.BLOCK_N)
+    return Launch(kernel, grid, tensors, p, f, tile, config, walked)

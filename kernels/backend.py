@@ -12,6 +12,8 @@ from attnfast.call import (
     DecodeInputs,
     DecodeOutputs,
     Gradients,
+    Inputs,
+    Options,
     Outputs,
     Upstream,
     backward_call,
@@ -21,9 +23,19 @@ from attnfast.call import (
 from attnfast.ops import empty_in_order, wants_gradient
 from attnfast.requirements import checks_values
 
-from . import attention_bias, attention_bwd, attention_fwd, attention_weights, configs, launch
-from .arguments import MAX_ROWS, gather
+from . import (
+    attention_bias,
+    attention_bwd,
+    attention_fwd,
+    attention_indexed_bwd,
+    attention_weights,
+    configs,
+    launch,
+)
+from .arguments import MAX_ROWS, Call, gather
 from .attention_decode import attention_decode, decode_jobs
+from .attention_indexed_fwd import indexed_fwd
+from .indexed_lists import listing, sorted_lists
 from .key_ends import key_ends_launches, with_key_ends
 
 if launch.INTERPRETED:
@@ -41,6 +53,12 @@ def fwd(*args: Any) -> Outputs:
         checks.sequence_values("varlen_attention", inputs, options)
     arch = configs.architecture(inputs.q.device)
     call = with_key_ends(gather(inputs, options, configs.l2_bytes(arch)))
+    if inputs.indices is not None:
+        if checks_values():
+            checks.index_values("attention", inputs)
+        out, lse, norm, stats, *_ = indexed_fwd(inputs, options, call, arch)
+        nothing = (lse.new_empty(0), lse.new_empty(0), inputs.q.new_empty(0))
+        return Outputs(out, lse, norm, nothing[0] if stats is None else stats, *nothing[1:])
     for job in key_ends_launches(call):
         launch.launch(job)
     out, lse, norm, stats, *_ = attention_fwd.attention_fwd(inputs, options, call, arch)
@@ -85,7 +103,10 @@ def bwd(*args: Any) -> Gradients:
     call = with_key_ends(call)
     for job in key_ends_launches(call):
         launch.launch(job)
-    to = attention_bwd.attention_bwd(inputs, call, given, arch)
+    if inputs.indices is not None:
+        to = attention_indexed_bwd.indexed_bwd(inputs, options, call, given, arch)
+    else:
+        to = attention_bwd.attention_bwd(inputs, call, given, arch)
     dbias, dsinks = inputs.q.new_empty(0), inputs.q.new_empty(0)
     if upstream.need_dbias:
         dbias = attention_bias.bias_gradient(call, given, arch)
@@ -116,6 +137,8 @@ def workspace(inputs: Any, options: Any) -> tuple[int, int]:
     out = empty_in_order(inputs.q, inputs.v.shape[3])
     given = attention_bwd.given(Upstream.plain(out, out, rows), inputs.cu_seqlens_q is not None)
     call = with_key_ends(gather(inputs, options, configs.l2_bytes(arch)))
+    if inputs.indices is not None:
+        return indexed_workspace(inputs, options, call, given)
     ends = 0 if call.x.key_ends is None else nbytes(call.x.key_ends)
     dbias = 0
     if need_dbias:
@@ -124,6 +147,20 @@ def workspace(inputs: Any, options: Any) -> tuple[int, int]:
             in_fp32 = sums[:1] if sums.dtype != inputs.bias.dtype else ()  # the sum of sums
             dbias = nbytes(sums, *in_fp32)
     return ends, ends + nbytes(given.row_term) + dbias
+
+
+def indexed_workspace(
+    inputs: Inputs, options: Options, call: Call, given: attention_bwd.Given
+) -> tuple[int, int]:
+    """The same over chosen keys: lists, and terms and sums of dk and dv."""
+    lists = sorted_lists(inputs, options)
+    rows = slice(0, attention_indexed_bwd.rows_at_once(call, lists.K))
+    terms = attention_indexed_bwd.new_terms(call, lists.K, rows)
+    sums = attention_indexed_bwd.new_sums(attention_bwd.results(inputs))
+    found = listing(lists, rows, call.p.S)
+    of_lists = nbytes(lists.keys, lists.counts)
+    held = (terms.dk, terms.dv, sums.dk, sums.dv, found.order, found.starts, given.row_term)
+    return of_lists, of_lists + nbytes(*held)
 
 
 def nbytes(*tensors: Tensor) -> int:

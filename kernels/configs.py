@@ -28,6 +28,7 @@ class Config(NamedTuple):
 
 
 INTERPRETER = Config(64, 64, 4, 1)
+SMALLEST_ROWS = 16  # of a matrix product
 trial: dict[str, Config] = {}  # by pass, a tile that ``python -m bench tune`` tries
 
 # What architectures have in common here is their shared memory and their matrix instructions.
@@ -169,6 +170,31 @@ TABLE["cdna"] = TABLE["small"] | {
         4: _entries((16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     },
 }
+
+# Kernels over chosen keys, the same for all families: BLOCK_M heads of a group, BLOCK_N keys.
+INDEXED: dict[str, dict[int, tuple[Config, ...]]] = {
+    "indexed_fwd": {
+        2: _entries((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (32, 16, 8, 1)),
+        4: _entries((32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    "indexed_dq": {
+        2: _entries((64, 64, 8, 1), (64, 32, 8, 1), (64, 16, 8, 1), (32, 16, 8, 1)),
+        4: _entries((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (8, 16, 8, 1)),
+    },
+    "indexed_terms": {
+        2: _entries((32, 64, 8, 1), (16, 64, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+        4: _entries((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (8, 16, 8, 1)),
+    },
+}
+
+
+def of_group(arch: str, name: str, size: int, D: int, D_v: int, group: int) -> Config:
+    """The tile of a kernel of `INDEXED`, of no more rows than a group of heads needs."""
+    config = INTERPRETER
+    if arch != "interpreter":
+        config = INDEXED[name][size][sum(max(D, D_v) > n for n in HEAD_DIMS)]
+    rows = max(SMALLEST_ROWS, 1 << (group - 1).bit_length())
+    return config._replace(BLOCK_M=min(config.BLOCK_M, rows))
 
 
 def choose(

@@ -126,6 +126,17 @@ def test_varlen_with_shared_boundaries() -> None:
     assert graphs() == 1
 
 
+def test_chosen_keys() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Tensor:
+        return attnfast.attention(q, k, v, indices=indices, causal=True, align="bottom_right")
+
+    function = compiled(f)
+    for T, S, K in ((5, 9, 4), (3, 20, 7)):
+        indices = torch.arange(2 * T * K).view(2, T, K) % S
+        assert_same(function, f, (*leaves(2, T, S)[:3], indices))
+    assert graphs() == 1
+
+
 def test_decode() -> None:
     def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         return attnfast.decode_attention(q, k, v, lengths, window=(9, None), return_lse=True)

@@ -29,6 +29,11 @@ def arguments() -> dict[str, Tensor]:
     }
 
 
+def chosen() -> dict[str, Tensor]:
+    given = {name: x for name, x in arguments().items() if name in "qkv"}
+    return given | {"indices": torch.arange(48, dtype=INT32).view(2, 6, 4) % 7}
+
+
 def packed() -> dict[str, Tensor]:
     return {
         "q": torch.randn(9, 4, 8),
@@ -56,6 +61,10 @@ def dense_call(backend: str, **given: Any) -> Any:
     return attnfast.attention(dropout_p=0.5, backend=backend, **given)
 
 
+def chosen_call(backend: str, **given: Any) -> Any:
+    return attnfast.attention(backend=backend, **given)
+
+
 def varlen_call(backend: str, **given: Any) -> Any:
     return attnfast.varlen_attention(max_seqlen_q=5, max_seqlen_k=6, backend=backend, **given)
 
@@ -66,6 +75,7 @@ def decode_call(backend: str, **given: Any) -> Any:
 
 CALLS: dict[Callable[..., Any], Callable[[], dict[str, Tensor]]] = {
     dense_call: arguments,
+    chosen_call: chosen,
     varlen_call: packed,
     decode_call: cached,
 }

@@ -157,6 +157,22 @@ def sequences(mesh: DeviceMesh) -> None:
         torch.testing.assert_close(found.full_tensor(), expected)
 
 
+def chosen_keys(mesh: DeviceMesh) -> None:
+    """Lists for all key heads stay whole where heads are cut."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    for lists in (torch.randint(7, (2, 5, 3)), torch.randint(7, (2, 2, 5, 3))):
+        expected = attnfast.attention(q, k, k, indices=lists)
+        for cut in (BATCH, HEADS):
+            place = WHOLE if cut == HEADS and lists.dim() == 3 else cut
+            found = attnfast.attention(
+                *(distribute_tensor(x, mesh, [cut]) for x in (q, k, k)),
+                indices=distribute_tensor(lists, mesh, [place]),
+            )
+            assert found.placements == (cut,)
+            torch.testing.assert_close(found.full_tensor(), expected)
+
+
 def self_attention(mesh: DeviceMesh) -> None:
     torch.manual_seed(0)
     packed, mask = torch.randn(2, 5, 24), torch.rand(2, 1, 5, 5) < 0.7
@@ -209,7 +225,8 @@ def two_dimensions(mesh: DeviceMesh) -> None:
             torch.testing.assert_close(y.full_tensor(), z)
 
 
-CHECKS = (by_heads, by_batch, gathered, decoding, sequences, self_attention, layers, two_dimensions)
+CHECKS = (by_heads, by_batch, gathered, decoding, sequences, chosen_keys, self_attention, layers,
+          two_dimensions)  # fmt: skip
 
 
 def process(rank: int, rendezvous: str) -> None:

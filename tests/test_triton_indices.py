@@ -76,7 +76,7 @@ def test_the_stand_in_is_the_kernels_own() -> None:
     assert "within // here" in head.scheduled.src
 
 
-@pytest.mark.parametrize("name", [*aot.configs.PASSES, *aot.UNTILED])
+@pytest.mark.parametrize("name", [*aot.configs.PASSES, *aot.configs.INDEXED, *aot.UNTILED])
 def test_products_by_strides_have_64_bits(name: str) -> None:
     found = set()
     variant = "padded" if name == "ends" else "everything"

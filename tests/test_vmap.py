@@ -88,6 +88,21 @@ def test_a_bias_that_is_broadcast(shape: tuple[int, ...], dim: int | None) -> No
     assert_as_alone(grad(call), x, dims)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("lists", [(2, 5, 3), (2, 2, 5, 3)], ids=["shared", "apart"])
+def test_chosen_keys(lists: tuple[int, ...], mapped: bool) -> None:
+    def function(x: dict[str, Tensor]) -> Tensor:
+        q, k, v = (x[name] for name in "qkv")
+        out, lse = attnfast.attention(q, k, v, indices=x["indices"], return_lse=True)
+        return out.square().sum() + lse.sin().sum()
+
+    x = {name: x for name, x in tensors().items() if name in "qkv"}
+    x["indices"] = torch.randint(7, (M, *lists))
+    x["indices"] = x["indices"] if mapped else x["indices"][0]
+    dims = dict.fromkeys(x, 0) | {"indices": 0 if mapped else None}
+    assert_as_alone(lambda x: grad(lambda q: function(x | {"q": q}))(x["q"]), x, dims)
+
+
 def test_mapped_dimensions_anywhere() -> None:
     x = tensors()
     del x["sinks"]

@@ -41,8 +41,11 @@ from attnfast.kernels import (
     attention_decode,
     attention_fwd,
     attention_fwd_gluon,
+    attention_indexed_bwd,
+    attention_indexed_fwd,
     attention_weights,
     configs,
+    indexed_lists,
     key_ends,
 )
 from attnfast.kernels.launch import Launch
@@ -71,7 +74,7 @@ MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|OMMA|v_mfma_\w+|v_wmma_\w+)\b")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 SINGLE = ("padded", "masked", "biased")  # options whose tiles the loop loads
 VARIANTS = ("plain", "causal", *SINGLE, "everything", "ones")
-UNTILED = ("combine", "dsinks", "ends")  # kernels without products
+UNTILED = ("combine", "dsinks", "ends", "indexed_sums")  # kernels without products
 EVERYTHING_FOR = (2, 128)  # bytes of an element and head dim also compiled with every option
 WRITE_EVERY = 10  # kernels
 GROWTH = 1.02  # of a loop's issue slots
@@ -142,12 +145,16 @@ class NoDevice:
 def entries() -> Iterator[Entry]:
     """Every entry of every table, plain and causal; the variant with all options for some."""
     for arch in ARCHITECTURES:
-        for name in configs.PASSES:
+        for name in (*configs.PASSES, *configs.INDEXED):
             for size in DTYPES:
                 for D in configs.HEAD_DIMS:
                     for variant in variants(arch, name, size, D):
                         yield Entry(arch, name, size, D, variant)
-    for name in (*configs.PASSES, *UNTILED):  # where sizes are 1, Triton takes them for constants
+    for name in (
+        *configs.PASSES,
+        *configs.INDEXED,
+        *UNTILED,
+    ):  # where sizes are 1, Triton takes them for constants
         yield Entry("sm_90", name, 2, 1, "ones")
     for arch in ARCHITECTURES:
         for name in UNTILED:
@@ -198,6 +205,8 @@ def job(entry: Entry) -> Launch:
         inputs = inputs._replace(bias=empty(1, H, T, T))
     if entry.name == "dbias" and not everything:
         inputs = inputs._replace(bias=empty(1, H, T, T))
+    if entry.name.startswith("indexed"):
+        return indexed_job(entry, inputs, options)
     call = arguments.gather(inputs, options, configs.l2_bytes(entry.arch))
     call = key_ends.with_key_ends(call)
     if entry.name == "ends":
@@ -233,6 +242,40 @@ def job(entry: Entry) -> Launch:
         return attention_bias.sink_launch(call, given, dsinks, entry.arch)
     jobs = attention_bwd.backward_launches(call, given, attention_bwd.results(inputs), entry.arch)
     return jobs[("rows", "dq", "dkdv").index(entry.name)]
+
+
+def indexed_job(entry: Entry, inputs: Inputs, options: Options) -> Launch:
+    """The launch over chosen keys, of as many query heads to a key head as a tile has rows."""
+    q, k, v = inputs.q, inputs.k[:, :1], inputs.v[:, :1]
+    H = 64 if entry.variant != "ones" else 1
+    q = q.new_empty(q.shape[0], H, *q.shape[2:])
+    sinks = None if inputs.sinks is None else inputs.sinks.new_empty(H)
+    inputs = Inputs(q, k, v, sinks=sinks, align=inputs.align)
+    options = options._replace(dropout_p=0.0, weights=0, stats=min(options.stats, 1))
+    B, _, T, D = q.shape
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32)
+
+    call = arguments.gather(inputs, options, configs.l2_bytes(entry.arch))
+    lists = indexed_lists.Lists(ints(B, 1, T, T), ints(B, 1, T), 1, T)
+    if entry.name == "indexed_fwd":
+        to = attention_fwd.results(inputs, options)
+        return attention_indexed_fwd.indexed_fwd_launch(call, lists, to, entry.arch)
+    norm = torch.empty(2, B, H, T)
+    upstream = Upstream.plain(q, q, norm)
+    if entry.variant in ("everything", "ones"):
+        upstream = upstream._replace(grad_lse=norm[0], grad_entropy=norm[0], entropy=norm[0])
+    given = attention_bwd.given(upstream, False)
+    if entry.name == "indexed_dq":
+        to = attention_bwd.results(inputs)
+        return attention_indexed_bwd.dq_launch(call, lists, given, to, entry.arch)
+    terms = attention_indexed_bwd.new_terms(call, T, slice(0, min(T, 16)))
+    if entry.name == "indexed_terms":
+        return attention_indexed_bwd.terms_launch(call, lists, given, terms, entry.arch)
+    found = indexed_lists.Listing(ints(B, 1, 16 * T), ints(B, 1, T + 1), 1, 16 * T)
+    sums = attention_indexed_bwd.Sums(torch.empty(B, 1, T, D), torch.empty(B, 1, T, D))
+    return attention_indexed_bwd.sums_launch(call, found, terms, sums)
 
 
 def compiled(entry: Entry) -> Resources:
@@ -303,7 +346,8 @@ def reason(error: BaseException) -> str:
 def fingerprint(name: str) -> str:
     """8 hex digits that change with the device code that a pass is compiled from."""
     folder, own = Path(configs.__file__).parent, Path(MODULES[name].__file__)
-    return device_code.digest((own, *(folder / f"{file}.py" for file in device_code.SHARED)))
+    shared = device_code.shared_by(name)
+    return device_code.digest((own, *(folder / f"{file}.py" for file in shared)))
 
 
 def read_binary(kernel: Any) -> tuple[int, int, int, str]:

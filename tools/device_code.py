@@ -23,14 +23,24 @@ KERNELS = {  # by name in the tables: the file in kernels/, the backend, the kin
     "decode": ("attention_decode", "triton", "decode"),
     "combine": ("attention_decode", "triton", "decode"),
     "gluon": ("attention_fwd_gluon", "gluon", "forward"),
+    "indexed_fwd": ("attention_indexed_fwd", "triton", "forward"),
+    "indexed_dq": ("attention_indexed_bwd", "triton", "backward"),
+    "indexed_terms": ("attention_indexed_bwd", "triton", "backward"),
+    "indexed_sums": ("attention_indexed_bwd", "triton", "backward"),
 }
 # Files that all of them are compiled from as well.
 SHARED = ("arguments", "dropout", "gradients", "head", "rows", "scores")
+INDEXED = ("indexed_lists", *SHARED)  # and those over chosen keys
 
 
 def fingerprint(name: str, folder: Path) -> str:
     """8 hex digits that change with the device code that a kernel is compiled from."""
-    return digest(folder / f"{file}.py" for file in (KERNELS[name][0], *SHARED))
+    return digest(folder / f"{file}.py" for file in (KERNELS[name][0], *shared_by(name)))
+
+
+def shared_by(name: str) -> tuple[str, ...]:
+    """The files beside its own that a kernel is compiled from."""
+    return INDEXED if name.startswith("indexed") else SHARED
 
 
 def digest(paths: Iterable[Path]) -> str:

@@ -53,7 +53,7 @@ FEATURES: dict[str, list[dict[str, Any]]] = {
     "T = 1, S = 1, T > S": [{"T": 1}, {"S": 1}, {"T": 300}],
     "`mask`": [{"mask": True}],
     "`mask`, a `BlockMask`": [{"blocks": True}],
-    "`indices`": [{"indices": True}],
+    "`indices`, with gradient": [{"indices": True, "requires_grad": True}],
     "`bias`, with gradient": [{"bias": torch.float32, "requires_grad": True}],
     "`causal`, `window`": [options(causal=True), options(window_left=9, window_right=3)],
     "`align`: corners, an offset, one per entry": [

@@ -182,8 +182,6 @@ def unsupported(problem: Problem) -> str | None:
     reason = other_dtype(problem, FUSED_DTYPES) or too_wide(problem, MAX_HEAD_DIM) or MISSING
     if reason is not None:
         return reason
-    if problem.indices:
-        return "takes no indices yet"
     if problem.device.type == "cpu" and not gpus.PTX:
         if not interpreted():
             return "takes CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1"

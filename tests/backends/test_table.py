@@ -28,7 +28,6 @@ def test_case(backend: str, case: Case) -> None:
 
 
 REFUSED = {
-    "triton": {"takes no indices yet"},
     "cuda": {
         "takes bfloat16 and float16, got float32",
         "takes D and D_v up to 256, got 512",
