@@ -29,12 +29,14 @@ def test_what_is_asked_for(tmp_path: Path, commits: str | None) -> None:
     )  # fmt: skip
     asked = [re.sub(r"^--no-print-directory ", "", line) for line in done.stdout.splitlines()]
     part = f"{int(commits or 0) % 16 + 1}/16"
+    arch = ("75", "80", "90")[int(commits or 0) % 3]
     assert asked == [
         "lint docs",
         f"aot TRITON=3.9 ARGS=--sample {part}",
         f"aot TRITON=3.6 ARGS=--sample {part}",
         f"test-triton ARGS=--part {part}",
         "test-cuda",
+        f"test-ptx PTX={arch} ARGS=--part {part}",
         "test",
     ]
 
