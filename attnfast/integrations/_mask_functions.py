@@ -197,7 +197,7 @@ def in_blocks(
     """The arguments of ``sdpa_mask`` as a mask in blocks; None if bools are better."""
     shape, device = (batch_size, 1, q_length, kv_length), torch.device(device)
     if q_length == 1 or q_length * kv_length < BY_BLOCKS or device.type != "cpu":
-        return None  # other devices' kernels take no blocks
+        return None  # nothing is known yet of their speed on others
     if isinstance(kv_offset, Tensor):
         return None
     keys = _keys(attention_mask, kv_offset, kv_length)

@@ -58,6 +58,11 @@ def sweep(names: list[str], part: str, write: bool) -> int:
     classes = models.model_classes()
     chosen = [n for n in classes if any(fnmatch.fnmatch(n, p) for p in names)]
     rows, commit = table.read() if write else {}, table.commit()
+    if write:
+        for name, cls in classes.items():
+            unseen = table.Row(name, cls.__name__, transformers.__version__, "", "not yet")
+            rows.setdefault(name, unseen)
+        table.write(rows)
     counts: collections.Counter[str] = collections.Counter()
     for name in chosen[first - 1 :: step]:
         if name in rows and rows[name].commit == commit:

@@ -19,7 +19,7 @@ from attnfast.integrations._structured_mask import StructuredMask
 from . import generating, models
 from .differences import TOLERANCE, Different, close
 
-SECONDS = 100  # for one architecture
+SECONDS = 100  # of the processor's time, for one architecture
 
 
 class Verdict(NamedTuple):
@@ -60,7 +60,7 @@ def judge(name: str, cls: Any, generates: Any = None) -> Verdict:
     except models.CannotBuild as error:
         return Verdict(name, "not built", detail=str(error))
     except TimeoutError:
-        return Verdict(name, "not built", detail=f"took more than {SECONDS} s")
+        return Verdict(name, "not built", detail=f"took more than {SECONDS} s of the processor")
 
 
 def _judge(name: str, cls: Any, generates: Any) -> Verdict:
@@ -243,10 +243,10 @@ def _deadline() -> Iterator[None]:
     def late(*_: Any) -> None:
         raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

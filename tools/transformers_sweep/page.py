@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import textwrap
 
 from .table import ROOT, Row
 
@@ -24,7 +25,8 @@ OUTCOMES = {
     "fewer": "equal, some weights are not returned",
     "refused": "refused, with a reason",
     "wrong": "different",
-    "not built": "not compared",
+    "not built": "not compared: no tiny model of them runs, or not in time",
+    "not yet": "not compared yet",
 }
 MASKS = """
 **Masks** are those of a batch padded on the left: by *structure*, as *bools* or eager's *floats*;
@@ -45,7 +47,7 @@ def text(rows: dict[str, Row]) -> str:
     counts = collections.Counter(row.outcome for row in rows.values())
     masks = collections.Counter(row.masks or "none" for row in rows.values() if row.calls)
     versions = ", ".join(sorted({row.transformers for row in rows.values()}))
-    lines = [HEAD, f"transformers {versions}: {len(rows)} architectures.", ""]
+    lines = [HEAD, f"transformers {versions} has {len(rows)} architectures.", ""]
     lines += _table(["architectures", "are"], [[str(counts[k]), v] for k, v in OUTCOMES.items()])
     lines += ["", "Of those whose attention attnfast computes, the masks are:", ""]
     lines += _table(
@@ -57,7 +59,10 @@ def text(rows: dict[str, Row]) -> str:
         if chosen:
             lines += ["", f"## {title.capitalize()}", ""]
             lines += [] if outcome not in ("equal", "fewer") else [MASKS.strip(), ""]
-            lines += _compared(chosen) if outcome in ("equal", "fewer") else _reasons(chosen)
+            if outcome == "not yet":
+                lines += textwrap.wrap(", ".join(f"`{row.model_type}`" for row in chosen), 100)
+            else:
+                lines += _compared(chosen) if outcome in ("equal", "fewer") else _reasons(chosen)
     return "\n".join(lines) + "\n"
 
 
