@@ -81,7 +81,8 @@ def decode_arguments(dtype: torch.dtype = torch.float32, paged: bool = False) ->
         table = torch.tensor([[0, 3, -1], [4, 1, 2]], dtype=torch.int32)
     lengths = torch.tensor([11, 24], dtype=torch.int32)
     bias, slopes, sinks = torch.randn(4, 1, 24)[None], torch.rand(1, 4), torch.randn(4)
-    return q, k, v, lengths, table, bias, slopes, sinks, *DecodeOptions(0.25, 2.0, 9)
+    tensors = (q, k, v, lengths, table, bias, slopes, sinks, None)
+    return *tensors, *DecodeOptions(0.25, 2.0, 9)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
