@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import ops
@@ -20,7 +19,7 @@ def register() -> None:
     """Give torch.utils.flop_counter the formula of every operator."""
     from torch.utils.flop_counter import register_flop_formula
 
-    packets = torch.ops.attnfast
+    packets = ops.RAW
     for backend in ops.DEFINED:
         for kind, formula in (("fwd", forward), ("bwd", backward), ("decode", decode)):
             register_flop_formula(getattr(packets, f"{backend}_{kind}"), get_raw=True)(formula)

@@ -40,7 +40,9 @@ from .sizes import memory_order
 
 EMULATOR = os.environ.get("ATTNFAST_EMULATOR", "0")  # "0" for none, see load_emulator
 
-_LIBRARY = torch.library.Library("attnfast", "DEF")
+NAMESPACE = "attnfast"  # of the operators; `make hub` writes another, and builds its library so
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+RAW = getattr(torch.ops, NAMESPACE)
 DEFINED: dict[str, Ops] = {}  # by backend
 
 
@@ -68,8 +70,8 @@ def define(backend: str) -> Ops:
 
 def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
     _LIBRARY.define(name + schema)
-    torch.library.register_fake(f"attnfast::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.attnfast, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return getattr(RAW, name).default
 
 
 def _transform(op: Any, kernel: Callable[..., Any], rule: Callable[..., Any]) -> None:
@@ -184,10 +186,9 @@ def workspace(
     backend: str, inputs: Inputs | DecodeInputs, options: Options | DecodeOptions
 ) -> tuple[int, int]:
     """Bytes of scratch that native kernels take for a call, forward and backward, as they say."""
-    operators = torch.ops.attnfast
     if isinstance(inputs, DecodeInputs):
-        return getattr(operators, f"{backend}_decode_workspace")(*inputs, *options), 0
-    of_call = getattr(operators, f"{backend}_workspace")
+        return getattr(RAW, f"{backend}_decode_workspace")(*inputs, *options), 0
+    of_call = getattr(RAW, f"{backend}_workspace")
     forward, backward = of_call(*inputs, *options, wants_gradient(inputs.bias))
     return forward, backward
 
@@ -245,13 +246,13 @@ def load_emulator() -> str | None:
 
 def cpu_isa() -> str:
     """The instruction set that the CPU kernels use: amx, avx512_bf16, avx512, avx2 or portable."""
-    isa: str = torch.ops.attnfast.cpu_isa()
+    isa: str = RAW.cpu_isa()
     return isa
 
 
 def cpu_isas() -> list[str]:
     """The instruction sets that this machine can run, the fastest first."""
-    isas: str = torch.ops.attnfast.cpu_isas()
+    isas: str = RAW.cpu_isas()
     return isas.split(",")
 
 

@@ -92,7 +92,7 @@ def test_the_library_is_asked_once_per_gpu(
 
     monkeypatch.setattr(cuda, "IN_LIBRARY", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.ops, "attnfast", Operators)
+    monkeypatch.setattr(cuda.ops, "RAW", Operators)
     assert [cuda.unusable(i) for i in (0, 1, 0, 1)] == [None, "broken"] * 2
     assert asked == [0, 1]
 
@@ -111,7 +111,7 @@ def test_what_passes_is_not_remembered(with_cuda: None, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(cuda, "IN_LIBRARY", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.ops, "attnfast", Operators)
+    monkeypatch.setattr(cuda.ops, "RAW", Operators)
     assert [cuda.unusable(0) for _ in range(4)] == [None, None, *["the driver is too old"] * 2]
     assert not answers
 
@@ -140,7 +140,7 @@ def test_asking_does_not_break_a_compiled_graph(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cuda, "IN_LIBRARY", True)
     monkeypatch.setattr(cuda, "_unusable", {})
     gpu = SimpleNamespace(is_available=lambda: True)  # to others there is no GPU
-    monkeypatch.setattr(cuda, "torch", SimpleNamespace(cuda=gpu, ops=torch.ops))
+    monkeypatch.setattr(cuda, "torch", SimpleNamespace(cuda=gpu))
 
     def run(x: torch.Tensor) -> torch.Tensor:
         return x + sum(cuda.unusable(i) is None for i in range(2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 from collections.abc import Iterator
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ def imported(name: str, path: Path) -> Iterator[str]:
             yield source
             yield from (f"{source}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            yield from (x.value for x in node.args if isinstance(x, ast.Constant))
+            names = (x.value for x in node.args if isinstance(x, ast.Constant))
+            yield from (resolve_name(name, package) for name in names)
 
 
 def graph() -> dict[str, set[str]]:

@@ -13,7 +13,7 @@ from . import HALF, Backend, Problem, gpus, other_dtype, too_wide
 MAX_HEAD_DIM = 256
 OLDEST, AMPERE = (7, 5), (8, 0)  # between them: no bf16 products, less shared memory
 TURING_GRADIENTS = 128
-IN_LIBRARY = torch._C._dispatch_has_kernel_for_dispatch_key("attnfast::cuda_fwd", "CUDA")
+IN_LIBRARY = torch._C._dispatch_has_kernel_for_dispatch_key(f"{ops.NAMESPACE}::cuda_fwd", "CUDA")
 
 _unusable: dict[int, str | None] = {}  # by the GPU's index; answers that last
 
@@ -66,7 +66,7 @@ def unusable(index: int) -> str | None:
     if index not in _unusable:
         asked = IN_LIBRARY and torch.cuda.is_available()
         try:
-            reason = torch.ops.attnfast.cuda_unusable(index) if asked else ""
+            reason = ops.RAW.cuda_unusable(index) if asked else ""
         except RuntimeError:
             return None
         _unusable[index] = reason or None
@@ -81,7 +81,7 @@ def details() -> str:
     """For which GPUs and drivers the kernels were built."""
     if ops.EMULATOR != "0":
         return "emulated"
-    return torch.ops.attnfast.cuda_build() if IN_LIBRARY else "sm_75 and later"
+    return ops.RAW.cuda_build() if IN_LIBRARY else "sm_75 and later"
 
 
 ROW = Backend("cuda", unsupported, ops.CUDA, functools.partial(ops.workspace, "cuda"), details)

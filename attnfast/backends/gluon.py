@@ -11,7 +11,7 @@ from . import HALF, Backend, Problem, gpus, other_dtype, triton
 HEAD_DIMS = (64, 128, 256)
 LARGEST_SCALE = 2.0**100  # beyond, scores leave their units of log2
 OPS = ops.define("gluon")
-_LIBRARY = torch.library.Library("attnfast", "IMPL")
+_LIBRARY = torch.library.Library(ops.NAMESPACE, "IMPL")
 
 for _kind in OPERATORS:
     _name = "gluon_fwd" if _kind == "fwd" else _kind

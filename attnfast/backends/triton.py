@@ -31,14 +31,14 @@ BUILDS_ONCE = (3, 7)  # since it, Triton compiles C for its driver alone, not fo
 MAX_HEAD_DIM = 512
 OLDEST_CAPABILITY = (8, 0)
 OPS = ops.define("triton")
-_LIBRARY = torch.library.Library("attnfast", "IMPL")
+_LIBRARY = torch.library.Library(ops.NAMESPACE, "IMPL")
 
 
 def implementation(kind: str) -> Any:
     """An operator's implementation, which imports the kernels and Triton when it is called."""
 
     def run(*args: Any) -> Any:
-        return getattr(import_module("attnfast.kernels.backend"), kind)(*args)
+        return getattr(import_module("..kernels.backend", __package__), kind)(*args)
 
     return run
 

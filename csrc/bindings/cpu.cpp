@@ -344,7 +344,7 @@ std::string cpu_isas() { return attnfast::cpu::runnable_isas(); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(attnfast, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(ATTNFAST_OPERATORS, CPU, m) {
   m.impl("cpu_fwd", ATTNFAST_BOX(cpu_fwd));
   m.impl("cpu_bwd", ATTNFAST_BOX(cpu_bwd));
   m.impl("cpu_decode", ATTNFAST_BOX(cpu_decode));
@@ -353,7 +353,7 @@ STABLE_TORCH_LIBRARY_IMPL(attnfast, CPU, m) {
   m.impl("cpu_decode_workspace", ATTNFAST_BOX(cpu_decode_workspace));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(attnfast, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(ATTNFAST_OPERATORS, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", ATTNFAST_BOX(cpu_isa));
   m.impl("cpu_isas", ATTNFAST_BOX(cpu_isas));
 }

@@ -103,14 +103,14 @@ std::string cuda_build() { return attnfast::cuda::built_for(); }
 }  // namespace
 
 #ifdef ATTNFAST_EMULATOR
-STABLE_TORCH_LIBRARY_IMPL(attnfast, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(ATTNFAST_OPERATORS, CPU, m) {
 #else
-STABLE_TORCH_LIBRARY_IMPL(attnfast, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(ATTNFAST_OPERATORS, CompositeExplicitAutograd, m) {
   m.impl("cuda_unusable", ATTNFAST_BOX(cuda_unusable));
   m.impl("cuda_build", ATTNFAST_BOX(cuda_build));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(attnfast, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(ATTNFAST_OPERATORS, CUDA, m) {
 #endif
   m.impl("cuda_fwd", ATTNFAST_BOX(cuda_fwd));
   m.impl("cuda_bwd", ATTNFAST_BOX(cuda_bwd));

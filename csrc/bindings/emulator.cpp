@@ -59,7 +59,7 @@ void emulator_selftest(std::string kernel, std::string bug) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(attnfast, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(ATTNFAST_OPERATORS, CompositeExplicitAutograd, m) {
   m.impl("emulator_sabotage", TORCH_BOX(&emulator_sabotage));
   m.impl("emulator_count", TORCH_BOX(&emulator_count));
   m.impl("emulator_counts", TORCH_BOX(&emulator_counts));

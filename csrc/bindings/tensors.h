@@ -15,6 +15,11 @@
 #include "../params.h"
 #include "memory.h"
 
+// The operators' namespace: another for builds that live beside this one in a process (make hub).
+#ifndef ATTNFAST_OPERATORS
+#define ATTNFAST_OPERATORS attnfast
+#endif
+
 // Why a call of torch's failed: of torch 2.13 and later.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
