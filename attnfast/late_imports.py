@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +23,7 @@ def when_imported(name: str, function: Callable[[], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module as Python does, and calls a function after its code has run."""
+    """Finds one module as the finders after it do, and calls a function after its code has run."""
 
     def __init__(self, name: str, function: Callable[[], None]) -> None:
         self.name, self.function = name, function
@@ -33,7 +33,10 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self.name:
             return None
-        spec = PathFinder.find_spec(fullname, path, target)
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]  # another copy of us may be there
+        finds = (getattr(finder, "find_spec", None) for finder in others)
+        specs = (find(fullname, path, target) for find in finds if find)
+        spec: ModuleSpec | None = next(filter(None, specs), None)
         if spec is None or spec.loader is None:
             return None
         loader: Any = spec.loader
