@@ -44,7 +44,7 @@ ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   LD_PRELOAD="$(foreach l,asan ubsan,$$($(COMPILER) -print-file-name=lib$(l).so))"
 ASAN_TESTS := $(patsubst %,tests/backends/test_%.py,table layouts decode)
 
-.PHONY: help demo translate test test-cuda test-triton test-ptx aot lint bench gpu wheel test-abi docs asan venv build emulator ptx cuda clean
+.PHONY: help demo translate test test-cuda test-triton test-ptx aot lint bench gpu wheel hub test-abi docs asan venv build emulator ptx cuda clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -103,6 +103,16 @@ wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, and the so
 	  $(foreach l,libtorch*.so libc10*.so libgomp.so.1 libcuda.so.1,--exclude '$(l)') build/wheel/*.whl
 	@$(PIP) --no-deps --target build/wheel/installed dist/*.whl
 	cd build/wheel && PYTHONPATH=installed ../../$(PY) -m attnfast --check
+
+hub: export ATTNFAST_ISAS = all
+hub: build $(TEST) build/hub-check/.installed  ## the tree that Hugging Face's kernels library loads, in build/hub/, and loads it
+	$(PY) -m tools.hub
+	OMP_NUM_THREADS=1 ATTNFAST_HUB=build/hub $(PY) -m pytest -q tests/test_hub.py $(ARGS)
+
+# The newest transformers for Python 3.10, and the kernels library that it takes; later ones want later ones.
+build/hub-check/.installed: | $(RUNTIME)
+	$(call install,kernels and a transformers that takes it,--no-deps --target build/hub-check kernels==0.17.2 transformers==5.20.2)
+	@touch $@
 
 test-abi: wheel  ## install the wheel under Python 3.10 and 3.13, torch 2.10 and the newest; ARGS="--help"
 	$(PY) -m tools.abi $(or $(ARGS),--write)

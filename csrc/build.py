@@ -254,15 +254,21 @@ class Ninja:
         return "\n".join([*self.lines, *ordered, *links, ""])
 
 
-def native_file(nvcc: str | None = None) -> str:
+def native_file(nvcc: str | None = None, operators: str | None = None) -> str:
     """How _native.so is built: what is compiled, with which flags, in which order it is linked.
 
-    With nvcc, also how _native_cuda.so is: the same and the CUDA kernels.
+    With nvcc, also how _native_cuda.so is: the same and the CUDA kernels. With another namespace
+    for the operators, how _native_hub.so is instead.
     """
     mode, ldflags = (SANITIZED, "") if sanitized() else (OPTIMISED, "-Wl,-z,defs")
     build = Ninja(build_folder(), mode, ldflags)
     isas = instruction_sets()
-    objects = [build.compile(CSRC / "bindings" / "cpu.cpp", extra="$torchflags")]
+    bindings = CSRC / "bindings" / "cpu.cpp"
+    if operators:
+        objects = [build.compile(bindings, ".hub", f"$torchflags -DATTNFAST_OPERATORS={operators}")]
+        objects.append(build.compile(CSRC / "bindings" / "old_libc.cpp"))
+    else:
+        objects = [build.compile(bindings, extra="$torchflags")]
     cpu = sorted((CSRC / "cpu").glob("*.cpp"))
     kernels = [source for source in cpu if source.name.startswith("attention_")]
     best_first = " ".join(f"X({isa})" for isa in reversed(isas))
@@ -271,7 +277,7 @@ def native_file(nvcc: str | None = None) -> str:
     for isa, flags in isas.items():
         extra = f"-DATTNFAST_ISA={isa} {flags}"
         objects += [build.compile(source, f".{isa}", extra) for source in kernels]
-    links = [build.link("_native.so", objects)]
+    links = [build.link("_native_hub.so" if operators else "_native.so", objects)]
     if nvcc:
         objects += cuda_objects(build, nvcc)
         runtime = f"{quoted(f'-L{cuda_libraries(nvcc)}')} -lcudart_static -ldl -lrt -lpthread"
@@ -443,6 +449,12 @@ def native() -> Path:
     nvcc = None if switch("ATTNFAST_CUDA") is None else find_nvcc()
     library = build_folder() / ("_native_cuda.so" if nvcc else "_native.so")
     return run_ninja(library, native_file(nvcc), "the native library")
+
+
+def hub(operators: str) -> Path:
+    """Bring the library of the Hub's tree up to date: the CPU's kernels, under a namespace."""
+    library = build_folder() / "_native_hub.so"
+    return run_ninja(library, native_file(operators=operators), "the native library")
 
 
 def cuda() -> None:
