@@ -141,7 +141,8 @@ def test_compilers_tables_are_evidence(line_of, tmp_path):
     table, folder = tree / "docs" / "triton-resources" / "3.9.csv", tree / "kernels"
     for path in (table.parent, folder):
         path.mkdir(parents=True)
-    for name in {*device_code.INDEXED, *(file for file, *_ in device_code.KERNELS.values())}:
+    files = {file for file, *_ in device_code.KERNELS.values()}
+    for name in files.union(device_code.INDEXED, device_code.BLOCKED):
         (folder / f"{name}.py").write_text(f"{name} = 1\n")
     columns = "arch,name,dtype,D,variant,tile,warps,stages,registers,spills,shared,matrix,source"
     rows = (

@@ -18,6 +18,7 @@ from attnfast.call import Inputs, Options
 from tools import aot
 
 STRIDE = r"%\w+\.(?:\w+_)?(?:b|h|t|s|chunk)"
+TAKE_BLOCKS = "fwd", "rows", "dq", "dkdv", "dbias", "weights", "received"
 WITHIN_A_TENSOR_OF_NUMBERS = "p.alibi_b", "p.alibi_h"  # dense: one slope per batch entry and head
 
 
@@ -79,11 +80,14 @@ def test_the_stand_in_is_the_kernels_own() -> None:
 @pytest.mark.parametrize("name", [*aot.configs.PASSES, *aot.configs.INDEXED, *aot.UNTILED])
 def test_products_by_strides_have_64_bits(name: str) -> None:
     found = set()
-    variant = "padded" if name == "ends" else "everything"
-    for line in aot.intermediate(aot.Entry("sm_90", name, 2, 128, variant)).splitlines():
-        factors = re.search(rf"arith\.muli .*?({STRIDE})\b.*: (?:i32|tensor<\w*xi32>)", line)
-        if factors is not None:
-            found.add(factors[1].removeprefix("%"))
+    variants = ("padded",) if name == "ends" else ("everything",)
+    if name in TAKE_BLOCKS:
+        variants += ("blocks",)
+    for variant in variants:
+        for line in aot.intermediate(aot.Entry("sm_90", name, 2, 128, variant)).splitlines():
+            factors = re.search(rf"arith\.muli .*?({STRIDE})\b.*: (?:i32|tensor<\w*xi32>)", line)
+            if factors is not None:
+                found.add(factors[1].removeprefix("%"))
     assert found <= set(WITHIN_A_TENSOR_OF_NUMBERS)
 
 

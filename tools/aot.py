@@ -61,6 +61,7 @@ TABLES = ROOT / "docs" / "triton-resources"
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 COUNTED = ("sm_80", "sm_90", "sm_100")  # architectures for which single options are compiled too
+BLOCKED = (*COUNTED, "gfx942")  # and those for which a block mask is
 SHARED_LIMIT = {
     "sm_80": 166912,
     "sm_89": 101376,
@@ -73,7 +74,7 @@ SHARED_LIMIT = {
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|OMMA|v_mfma_\w+|v_wmma_\w+)\b")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 SINGLE = ("padded", "masked", "biased")  # options whose tiles the loop loads
-VARIANTS = ("plain", "causal", *SINGLE, "everything", "ones")
+VARIANTS = ("plain", "causal", *SINGLE, "blocks", "everything", "ones")
 UNTILED = ("combine", "dsinks", "ends", "indexed_sums")  # kernels without products
 EVERYTHING_FOR = (2, 128)  # bytes of an element and head dim also compiled with every option
 WRITE_EVERY = 10  # kernels
@@ -169,6 +170,7 @@ def variants(arch: str, name: str, size: int, D: int) -> tuple[str, ...]:
     found = ["plain"]
     if name in ("fwd", "dq", "dkdv") and size == 2 and D <= 128:
         found += ["causal", *(SINGLE if arch in COUNTED else ())]
+        found += ["blocks"] if arch in BLOCKED else []
     if (size, D) == EVERYTHING_FOR:
         found.append("everything")
     return tuple(found)
@@ -203,6 +205,12 @@ def job(entry: Entry) -> Launch:
         inputs = inputs._replace(mask=empty(B, 1, T, T, dtype=torch.bool))
     if entry.variant == "biased":
         inputs = inputs._replace(bias=empty(1, H, T, T))
+    if entry.variant == "blocks":
+        inputs = inputs._replace(
+            block_starts=empty(1, H, 18, dtype=torch.int32),
+            block_index=empty(4, 16, dtype=torch.int32),
+            block_bits=empty(8, 128, 4, dtype=torch.int32),
+        )
     if entry.name == "dbias" and not everything:
         inputs = inputs._replace(bias=empty(1, H, T, T))
     if entry.name.startswith("indexed"):

@@ -31,6 +31,7 @@ KERNELS = {  # by name in the tables: the file in kernels/, the backend, the kin
 # Files that all of them are compiled from as well.
 SHARED = ("arguments", "dropout", "gradients", "head", "rows", "scores")
 INDEXED = ("indexed_lists", *SHARED)  # and those over chosen keys
+BLOCKED = tuple(sorted((*SHARED, "blocks")))  # and all others, which take block masks
 
 
 def fingerprint(name: str, folder: Path) -> str:
@@ -40,7 +41,7 @@ def fingerprint(name: str, folder: Path) -> str:
 
 def shared_by(name: str) -> tuple[str, ...]:
     """The files beside its own that a kernel is compiled from."""
-    return INDEXED if name.startswith("indexed") else SHARED
+    return INDEXED if name.startswith("indexed") else BLOCKED
 
 
 def digest(paths: Iterable[Path]) -> str:
