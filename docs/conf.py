@@ -30,7 +30,8 @@ extensions = [
     "sphinxcontrib.mermaid",
 ]
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(torch|nn|collections)\..*")]  # their documentation is not read
+# torch's and Python's own documentation is not read
+nitpick_ignore_regex = [("py:.*", r"(torch|nn|collections)\..*|Tensor")]
 default_role = "py:obj"
 
 autodoc_member_order = "bysource"
