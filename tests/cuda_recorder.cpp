@@ -302,8 +302,8 @@ struct Inputs {
 };
 #define INPUTS(x)                                                                                  \
   x.q, x.k, x.v, x.mask, x.bias, x.alibi_slopes, x.sinks, x.align, x.dropout_seed, x.cu_seqlens_q, \
-      x.cu_seqlens_k, 0.1, x.softcap, true, -1, -1, 0, false, x.dropout_p, x.weights, x.stats,     \
-      true, x.max_seqlen_q, x.max_seqlen_k
+      x.cu_seqlens_k, {}, {}, {}, {}, 0.1, x.softcap, true, -1, -1, 0, false, x.dropout_p,         \
+      x.weights, x.stats, true, x.max_seqlen_q, x.max_seqlen_k
 
 void forward(const std::string& kind, int device) {
   const Inputs x(kind, device);
@@ -335,7 +335,7 @@ void decode(const std::string& kind, int device) {
       paged ? tensor(device, kBf16, {40, 16, 2, 64}) : tensor(device, kBf16, {2, 2, 320, 64});
   OptionalTensor table;
   if (paged) table = tensor(device, kInt64, {2, 20});
-  cuda_decode(q, cache, cache, lengths, table, {}, {}, {}, 0.1, 0.0, -1, -1);
+  cuda_decode(q, cache, cache, lengths, table, {}, {}, {}, {}, 0.1, 0.0, -1, -1);
 }
 
 void run(const std::string& call, const std::string& kind, int device) {
