@@ -22,12 +22,20 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = "test_ptx.py::test_option[{0}-causal]", "test_ptx.py::test_decode[{0}-plain-paged]"
 CUT = "test_numerics.py::test_huge_bias[{0}-bs-1e+30]"  # a block of keys that their end cuts
+BLOCKS = "test_ptx.py::test_option[{0}-blocks_128]"
 PLANTED = "test_ptx_planted.py::test_planted"
 TRITON = {
-    "80": (*CALLS, CUT, f"{PLANTED}[triton-80-no barrier after copies]", f"{PLANTED}_in_a_launch"),
+    "80": (
+        *CALLS,
+        CUT,
+        BLOCKS,
+        f"{PLANTED}[triton-80-no barrier after copies]",
+        f"{PLANTED}_in_a_launch",
+    ),
     "90": (
         *CALLS,
         CUT,
+        BLOCKS,
         f"{PLANTED}[triton-90-no proxy fence]",
         f"{PLANTED}[gluon-90-a map not fenced]",
     ),
