@@ -114,7 +114,7 @@ class BlockMask(Patterns):
 
     @property
     def density(self) -> float:
-        """Share of the blocks that are not empty: about that of the time without a mask."""
+        """Share of the blocks that are not empty, about that of the time without a mask."""
         return len(self._ids) / max(math.prod(self.grid), 1)
 
     def to_dense(self) -> Tensor:
