@@ -112,7 +112,7 @@ def attention_mask(
 
     Traced programs get the bools, and so does a transformers that is not understood at all.
     """
-    if _kinds and not _is_traced():
+    if not _is_traced() and _kinds:  # in this order: no guards on _kinds
         try:
             return make(mask_function=_called, **asked)  # None, where no mask is needed
         except _Called:

@@ -291,7 +291,7 @@ def test_integers_beyond_int32_are_not_wrapped() -> None:
         for x in (ends, cut)
     ]
     assert torch.equal(*results)
-    rest = (None, None, None, *DecodeOptions(0.2))
+    rest = (*(None,) * 4, *DecodeOptions(0.2))
     for lengths in ((2**32 + 3, 20), (-(2**32) + 3, 0)):
         found = [ops.CUDA.decode(q, k, v, torch.tensor([x]), None, *rest)[0] for x in lengths]
         assert torch.equal(*found)

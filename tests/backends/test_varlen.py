@@ -18,6 +18,9 @@ from attnfast.call import Inputs, Options
 LENGTHS = ((5, 9), (0, 3), (66, 70), (40, 0), (0, 0), (1, 130), (129, 64))
 
 
+DENSE = [case for case in OPTIONS if not (case.lengths or case.indices)]
+
+
 def packed(case: Case) -> Case:
     """The case with `LENGTHS` in the place of B, T and S, and mask and bias the same for all."""
     dims = {
@@ -30,8 +33,8 @@ def packed(case: Case) -> Case:
 @pytest.mark.parametrize(
     "case",
     [
-        *(packed(case) for case in OPTIONS if not case.lengths),
-        *(replace(packed(case), dtype=bf16) for case in OPTIONS[::3] if not case.lengths),
+        *map(packed, DENSE),
+        *(replace(packed(case), dtype=bf16) for case in DENSE[::3]),
     ],
     ids=str,
 )
