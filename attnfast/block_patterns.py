@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +20,26 @@ SIZES = (64, 128)
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-class Patterns:
+class Patterns(ABC):
     """The class methods of `BlockMask` that make one of something else than a function."""
 
     grid: tuple[int, int, int, int]
     device: torch.device
 
     @classmethod
+    @abstractmethod
     def nothing(
         cls, shape: tuple[int, int, int, int], block_size: int, device: torch.device | str = "cpu"
     ) -> Self:
         """A mask by which no query attends any key."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _evaluated(self, mask_mod: MaskFunction, number: Tensor) -> Self:
-        raise NotImplementedError
+        """A mask of what a function allows in some blocks."""
 
+    @abstractmethod
     def _with_scores(self, b: Tensor, q: Tensor, k: Tensor) -> Self:
-        raise NotImplementedError
+        """A mask of some scores."""
 
     @classmethod
     def from_mask(cls, mask: Tensor, block_size: int = 128) -> Self:

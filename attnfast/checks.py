@@ -16,7 +16,7 @@ from . import requirements as require
 from .block_index import dense
 from .block_mask import BlockMask
 from .call import DecodeInputs, DecodeOptions, Inputs, Options, Sequences
-from .flex_mask import from_flex, is_flex_mask
+from .flex_mask import from_flex, is_block_mask
 from .reference import autocast_available
 from .requirements import fail
 from .sizes import assume_shape, certain
@@ -99,7 +99,7 @@ def attention_call(
             mask, bias = (None if is_causal_bias(x) else x for x in (mask, bias))
         full = (B if sequences is None else 1, H, T, S)
         what = "(B, H, T, S)" if sequences is None else "(1, H, max_seqlen_q, max_seqlen_k)"
-        if type(mask) is BlockMask or is_flex_mask(mask):
+        if mask is not None and type(mask) not in PLAIN and is_block_mask(mask):
             blocks = block_mask(function, names[3], mask, q, (B, H, T, S))
         elif mask is not None:
             bool_mask = require.mask_like(function, names[3], mask, q, full, what)
@@ -212,7 +212,7 @@ def decode_call(
     cache_seqlens = require.indices(function, "cache_seqlens", cache_seqlens, q, (B,), "(B,)")
     if bias is not None:
         bias = require.bias_like(function, "bias", bias, q, (B, H, T, S), "(B, H, T, S)")
-    if type(mask) is BlockMask or is_flex_mask(mask):
+    if is_block_mask(mask):
         starts, index, bits = block_mask(function, "mask", mask, q, (B, H, T, T))
         mask = dense(starts, index, bits, slice(0, T), T)
     elif mask is not None:

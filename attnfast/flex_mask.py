@@ -15,9 +15,9 @@ from .subclasses import is_a
 _converted: weakref.WeakKeyDictionary[Any, BlockMask] = weakref.WeakKeyDictionary()
 
 
-def is_flex_mask(x: object) -> bool:
-    """Whether x is a ``torch.nn.attention.flex_attention.BlockMask``."""
-    return is_a(x, "torch.nn.attention.flex_attention", "BlockMask")
+def is_block_mask(x: object) -> bool:
+    """Whether x is a `BlockMask`, or ``torch.nn.attention.flex_attention``'s."""
+    return type(x) is BlockMask or is_a(x, "torch.nn.attention.flex_attention", "BlockMask")
 
 
 def from_flex(mask: Any) -> BlockMask:

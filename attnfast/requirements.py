@@ -348,7 +348,7 @@ def alone_with_indices(
     for name, x in others.items():
         if x is not None:
             requirement = "None with indices, which alone say what a query attends"
-            fail(function, name, requirement, "a Tensor")
+            fail(function, name, requirement, f"a {type(x).__name__}")
     if dropout_p != 0.0:
         fail(function, "dropout_p", "0 with indices", shown(dropout_p))
     if return_stats == "received":

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention
 
-from attnfast import BlockMask, MultiheadAttention, attention, explain
-from attnfast.block_index import unpacked
+from attnfast import BlockMask, MultiheadAttention, attention, explain, second_order
+from attnfast.block_index import FULL, unpacked
 from attnfast.flex_mask import from_flex
 
 SIZES = ((200, 300, 64), (128, 128, 128), (1, 5, 64), (257, 64, 128), (0, 4, 64), (4, 0, 64))
@@ -58,6 +58,12 @@ def test_only_what_is_there_has_memory() -> None:
     assert found.density == 9 / 16
     assert found.bits.shape == (1, 64, 2)
     assert found.starts[0, 0].tolist() == [0, 4, 4, 8, 8, 8, 8, 8, 9, 0, 2, 3, 5, 5, 7, 7, 9, 9]
+
+
+def test_blocks_that_are_cut_off_have_bits_and_none_beyond() -> None:
+    every = ~BlockMask.nothing((1, 1, 100, 70), 64)
+    assert (every.index[1] == FULL).sum() == 1
+    assert unpacked(every.bits).sum() == 100 * 70 - 64 * 64
 
 
 def test_constructors() -> None:
@@ -271,7 +277,9 @@ def test_mapped() -> None:
                 torch.testing.assert_close(mapped[i], attention(q[i], k[i], v[i], mask=mask))
 
 
-def test_second_derivatives() -> None:
+@pytest.mark.parametrize("at_once", [second_order.BLOCK_ELEMENTS, 2 * 4 * 90 * 9])
+def test_second_derivatives(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(second_order, "BLOCK_ELEMENTS", at_once)  # all rows at once, or nine
     mask = BlockMask.from_mask(drawn(2, 1, 70, 90), 64)
     found = []
     for given in (mask, mask.to_dense()):

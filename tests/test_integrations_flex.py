@@ -35,7 +35,7 @@ MODS: dict[str, Mod] = {
     "alibi before": lambda s, b, h, q, k: s + (k - q) * torch.exp2(-((h + 1) * 8.0 / H)),
     "distance": lambda s, b, h, q, k: s + (q - k) / 7,
     "relative": lambda s, b, h, q, k: s + TABLE[h, q - k + S],
-    "bias": lambda s, b, h, q, k: FULL[b, h, q, k] + s,
+    "bias": lambda s, b, h, q, k: FULL[b, h, q, k].to(s.dtype) + s,
     "two": lambda s, b, h, q, k: 1 - s + FULL[b, h, q, k] - 0.1 * (k - q),
     "causal": lambda s, b, h, q, k: torch.where(q >= k, s, -INF),
     "after": lambda s, b, h, q, k: torch.where(q < k, -INF, s),

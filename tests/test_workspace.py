@@ -79,8 +79,8 @@ CALLS = {  # the function, its arguments, its options; what requires gradients i
     "bias gradient": (
         "attention, [leaf(2, 8, 100, 64) for _ in 'qkv'], dict(bias=leaf(1, 8, 100, 100))"
     ),
-    "chosen keys": (  # forward: what explain says of their backward is too little
-        "attention, [of(1, 8, 300, 64), of(1, 2, 700, 64), of(1, 2, 700, 64)],"
+    "chosen keys": (
+        "attention, [leaf(1, 8, 300, 64), leaf(1, 2, 700, 64), leaf(1, 2, 700, 64)],"
         " dict(indices=torch.zeros(1, 300, 100, dtype=torch.int32))"
     ),
     "decode": (

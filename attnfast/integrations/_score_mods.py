@@ -152,6 +152,8 @@ def _form(name: str, args: tuple[Any, ...]) -> tuple[str, Any] | None:
 class Score:
     """A score to which things are done: ``inner * s`` or ``outer * tanh(inner * s)``, and more."""
 
+    dtype = torch.float32
+
     def __init__(self, function: str) -> None:
         """The score as it is."""
         self.function = function

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import requirements as require
-from ..block_mask import BlockMask
 from ..checks import block_mask
-from ..flex_mask import is_flex_mask
+from ..flex_mask import is_block_mask
 from ..subclasses import PLAIN, is_causal_bias, refusal
 from .cache import KVCache
 
@@ -169,8 +168,7 @@ def plain_mask(
 
 def apart(attn_mask: Any) -> tuple[Any, Any]:
     """attn_mask as torch has it, and as a `BlockMask` or torch's: one of both."""
-    in_blocks = type(attn_mask) is BlockMask or is_flex_mask(attn_mask)
-    return (None, attn_mask) if in_blocks else (attn_mask, None)
+    return (None, attn_mask) if is_block_mask(attn_mask) else (attn_mask, None)
 
 
 def beside_blocks(

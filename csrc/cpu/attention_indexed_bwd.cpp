@@ -248,9 +248,9 @@ void indexed_bwd(const BackwardParams& p) {
   auto* row_terms = reinterpret_cast<float*>(memory.data());
   with_element(p.q.dtype, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
+    const SortedLists lists(p, element);  // first: they stay, and need not all of others' scratch
     const BackwardRows<Element> rows{{p, row_terms}};
     rows.find_row_terms();
-    const SortedLists lists(p, element);
     IndexedBackward<Element>{p, rows, lists}.run();
     bias_gradient(p, row_terms);
   });
