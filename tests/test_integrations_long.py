@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnfast.integrations import _mask_functions as functions
 from attnfast.integrations import transformers as integration
-from tools.transformers_sweep import models
+from tools.transformers_sweep import configs, models
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ KINDS = ("Mistral", "Gemma", "Gemma2", "Gemma3", "GptOss", "Qwen2", "Qwen3", "Ll
 def long_model(kind: str, implementation: str) -> Any:
     """Tiny, with windows or chunks of four tokens where it has any."""
     cls = getattr(transformers, f"{kind}ForCausalLM")
-    return models.make(cls, models.tiny_config(cls.config_class, "fixed"), implementation).model
+    return models.make(cls, configs.tiny_config(cls.config_class, "fixed"), implementation).model
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from attnfast.integrations import transformers as integration
 from tools.transformers_sweep import __main__ as sweep
-from tools.transformers_sweep import compare, page, table
+from tools.transformers_sweep import compare, inputs, models, page, table
 
 
 @pytest.fixture(autouse=True)
@@ -122,3 +124,32 @@ def test_what_takes_too_long_is_not_compared(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(compare.models, "build", lambda _: time.sleep(0.5))
     with pytest.raises(TypeError):
         compare.judge("mistral", transformers.MistralModel)
+
+
+MODELS = {  # and the inputs of it, where what follows from names alone is not enough
+    "BambaModel": "input_ids",  # its defaults have no layer with attention
+    "CohereCompassTextModel": "input_ids",  # nor rotations for every kind of layers
+    "DecisionTransformerModel": "states, actions, rewards, returns_to_go, timesteps",
+    "Glm4vTextModel": "input_ids",  # rotations along three axes
+    "MinistralModel": "input_ids",  # no head dim
+    "PatchTSTModel": "past_values",
+    "Qwen2VLTextModel": "input_ids",
+    "Qwen3VLVisionModel": "hidden_states, grid_thw",
+}
+
+
+@pytest.mark.parametrize(("model", "given"), MODELS.items(), ids=MODELS)
+def test_a_tiny_model_runs(model: str, given: str) -> None:
+    classes = models.model_classes().values()
+    _, config, found = models.build(next(cls for cls in classes if cls.__name__ == model))
+    assert ", ".join(found) == given
+    assert getattr(config, "num_hidden_layers", 2) <= 4
+
+
+def test_the_shapes_of_named_inputs_are_the_configurations() -> None:
+    config = types.SimpleNamespace(context_length=32, num_input_channels=3)
+    names = {"past_values": inspect.Parameter("past_values", inspect.Parameter.KEYWORD_ONLY)}
+    (found,) = inputs.more_inputs.named(config, names, {})
+    assert found["past_values"].shape == (inputs.B, 32, 3)
+    del config.context_length
+    assert list(inputs.more_inputs.named(config, names, {})) == []

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnfast.integrations import transformers as integration
 from attnfast.integrations._structured_mask import StructuredMask
 
-from . import generating, models
+from . import generating, inputs, models
 from .differences import TOLERANCE, Different, close
 
 SECONDS = 100  # of the processor's time, for one architecture
@@ -77,9 +77,9 @@ def _judge(name: str, cls: Any, generates: Any) -> Verdict:
             with _watched() as seen:
                 models.run(loaded, given)
             with _watched() as padded, contextlib.suppress(Exception):
-                models.run(loaded, next(models.inputs(loaded, "left")))
+                models.run(loaded, next(inputs.sets(loaded, "left")))
             for model in (loaded, _switched(eager)):
-                for padding in models.PADDING:
+                for padding in inputs.PADDING:
                     _compare(eager, model, padding, ran)
             _compare_gradients(eager, loaded, ran)
             if generates is not None:
@@ -107,7 +107,7 @@ def _switched(eager: Any) -> Any:
 
 def _compare(eager: Any, model: Any, padding: str, ran: list[str]) -> None:
     """Outputs without gradients, and weights, with one kind of padding."""
-    for given in models.inputs(model, padding):
+    for given in inputs.sets(model, padding):
         for weights in (False, True):
             more = {"output_attentions": True} if weights else {}
             try:
@@ -137,8 +137,8 @@ def _check(
     if b.keys() - a.keys() or not all("attentions" in key for key in lacking):
         raise Different(f"{what}: {sorted(a.keys() ^ b.keys())[:3]} in one alone")
     rows = {
-        models.L: given.get("attention_mask"),
-        models.L_DECODER: given.get("decoder_attention_mask"),
+        inputs.L: given.get("attention_mask"),
+        inputs.L_DECODER: given.get("decoder_attention_mask"),
     }
     for key in a.keys() & b.keys():
         x, y = a[key], b[key]
@@ -174,7 +174,7 @@ def _tensors(output: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def _compare_gradients(eager: Any, model: Any, ran: list[str]) -> None:
     """Gradients of every parameter, of the sum of weighted outputs that are not padding."""
-    for given in models.inputs(model, "right"):
+    for given in inputs.sets(model, "right"):
         grads = []
         for one in (eager, model):
             one.zero_grad()
@@ -186,7 +186,7 @@ def _compare_gradients(eager: Any, model: Any, ran: list[str]) -> None:
                 for x in (x for key, x in outputs.items() if "attentions" not in key):
                     weight = torch.randn(x.shape, generator=generator)
                     own = given.get("attention_mask")
-                    if own is not None and x.shape[1:2] == (models.L,):
+                    if own is not None and x.shape[1:2] == (inputs.L,):
                         weight[~own.bool()] = 0
                     if x.requires_grad and x.isfinite().all():
                         total = total + (x * weight).mean()

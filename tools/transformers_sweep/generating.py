@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto as auto
 
-from . import models
+from . import inputs, models
 from .differences import Different, close
 
 MAPPINGS = (
@@ -77,7 +77,7 @@ def _name_tokens(config: Any) -> None:
 
 def _prompt(model: Any) -> dict[str, Any] | None:
     """Inputs padded on the left with which a model generates."""
-    for given in models.inputs(model, "left"):
+    for given in inputs.sets(model, "left"):
         prompt = {key: x for key, x in given.items() if not key.startswith("decoder_")}
         try:
             _generated(model, prompt, {})

@@ -1,0 +1,103 @@
+"""Inputs that few of transformers' models take, by the names of ``forward``'s parameters."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .configs import VOCABULARY
+
+B, L = 2, 10
+GRID = (1, 4, 6)  # frames, rows and columns of patches of an image
+
+# Shapes of floats, and of ids or masks; a dim may be a field of the configuration, or one of some.
+WIDTH = "hidden_size|d_model|hidden_dim"
+CROSS = f"encoder_hidden_size|cross_hidden_size|{WIDTH}"
+FLOATS: dict[str, tuple[int | str, ...]] = {
+    "encoder_hidden_states": (B, L, CROSS),
+    "context_hidden_states": (B, L, WIDTH),
+    "noise_embeds": (B, L, WIDTH),
+    "query_embeds": (B, L, WIDTH),
+    "inputs_embeds": (B, L, WIDTH),
+    "hidden_states": (B, L, "input_dim|" + WIDTH),
+    "context": (B, L, WIDTH),
+    "patch_embeds": (B, L, WIDTH),
+    "vision_features": (B, L, WIDTH),
+    "text_features": (B, L, WIDTH),
+    "vision_pos_encoding": (B, L, WIDTH),
+    "latents": (B, WIDTH, L),
+    "visual_feats": (B, L, "visual_feat_dim"),
+    "visual_pos": (B, L, "visual_pos_dim"),
+    "states": (B, L, "state_dim"),
+    "actions": (B, L, "act_dim"),
+    "rewards": (B, L, 1),
+    "returns_to_go": (B, L, 1),
+    "past_values": (B, "context_length", "num_input_channels"),
+    "spectrogram": (B, L, "model_in_dim"),
+    "audio_mel": (B, 64, "input_feat_size"),
+}
+IDS: dict[str, tuple[int | str, ...]] = {
+    "qformer_input_ids": (B, L),
+    "task_inputs": (B, L),
+    "codes": (B, "num_quantizers", L),
+    "timesteps": (B, L),
+}
+
+
+def patches(config: Any, names: Any) -> Iterator[dict[str, Tensor]]:
+    """Patches of two images, one after another, and how many rows and columns these have."""
+    grid = next((name for name in ("grid_thw", "image_grid_thw") if name in names), None)
+    main = next((name for name in ("pixel_values", "hidden_states") if name in names), None)
+    side = getattr(config, "patch_size", None)
+    if grid is None or main is None or not isinstance(side, int):
+        return
+    channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
+    frames = getattr(config, "temporal_patch_size", 1)
+    number = B * math.prod(GRID)
+    generator = torch.Generator().manual_seed(6)
+    for shape in (
+        (number, channels * frames * side * side),
+        (number, channels * side * side),
+        (number, channels, side, side),
+        (1, number, channels, side, side),
+    ):
+        yield {main: torch.randn(shape, generator=generator), grid: torch.tensor([GRID] * B)}
+
+
+def named(config: Any, names: Any, text: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Whatever has a known name: first what ``forward`` requires, then all of it."""
+    generator = torch.Generator().manual_seed(7)
+    found: dict[str, Any] = {}
+    for name in names:
+        if name == "inputs_embeds" and text:
+            continue
+        shape = _shape(config, FLOATS.get(name))
+        if shape is not None:
+            found[name] = torch.randn(shape, generator=generator)
+        shape = _shape(config, IDS.get(name))
+        if shape is not None:
+            high = VOCABULARY // 2 if name.endswith("ids") else 4
+            found[name] = torch.randint(0, high, shape, generator=generator)
+    required = {name for name in found if names[name].default is inspect.Parameter.empty}
+    if required:
+        yield {**text, **{name: found[name] for name in found if name in required}}
+    if found.keys() - required:
+        yield {**text, **found}
+
+
+def _shape(config: Any, dims: tuple[int | str, ...] | None) -> tuple[int, ...] | None:
+    """Numbers for all dims; None if the configuration lacks one."""
+    sizes = []
+    for dim in dims or ():
+        fields = dim.split("|") if isinstance(dim, str) else []
+        named = [getattr(config, field, None) for field in fields]
+        size = next((x for x in named if isinstance(x, int)), None) if fields else dim
+        if not isinstance(size, int):
+            return None
+        sizes.append(size)
+    return tuple(sizes) or None
