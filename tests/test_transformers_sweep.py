@@ -132,9 +132,12 @@ MODELS = {  # and the inputs of it, where what follows from names alone is not e
     "DecisionTransformerModel": "states, actions, rewards, returns_to_go, timesteps",
     "Glm4vTextModel": "input_ids",  # rotations along three axes
     "MinistralModel": "input_ids",  # no head dim
+    "MusicgenModel": "input_ids",  # of every codebook
     "PatchTSTModel": "past_values",
     "Qwen2VLTextModel": "input_ids",
     "Qwen3VLVisionModel": "hidden_states, grid_thw",
+    "RTDetrModel": "pixel_values",  # as it is, but for the number of queries
+    "TimeSeriesTransformerModel": "past_values, past_time_features, past_observed_mask",
 }
 
 

@@ -36,13 +36,14 @@ WIDTHS = re.compile(
     r"head|rank|intermediate|ffn|d_ff|mlp|hidden|d_model|embd|emb|dim|d_kv|image_size"
 )
 KV_HEADS = re.compile(r"(key_value|kv)_heads?$")
-# What a field that says nothing becomes, in a configuration of layers.
-OPEN: dict[str, Any] = {
+# What a field that says nothing becomes, in a configuration of layers and in any.
+LAYERS: dict[str, Any] = {
     "layer_types": ["full_attention"] * 2,
     "mlp_layer_types": ["dense", "sparse"],
     "attn_layer_indices": [1],
-    "n_shared_experts": 1,
 }
+OPEN = {"n_shared_experts": 1, "prediction_length": 6}
+QUERIES = {"num_queries": 10}  # of detectors, which choose them among the places of an image
 
 
 def tiny_config(cls: type[transformers.PretrainedConfig], way: str, source: str = "") -> Any:
@@ -57,7 +58,7 @@ def tiny_config(cls: type[transformers.PretrainedConfig], way: str, source: str 
     """
     default = cls()
     if way == "whole":
-        return default
+        return cls(**QUERIES) if hasattr(default, "num_queries") else default
     completed, widths = way.startswith("completed"), "scaled" if "scaled" in way else way
     allowed = inspect.signature(cls.__init__).parameters
     changes: dict[str, Any] = {}
@@ -103,15 +104,20 @@ def _completed(cls: Any, changes: dict[str, Any], default: Any, source: str) -> 
     layers = values.get("num_hidden_layers")
     for name in allowed:
         if values.get(name, 0) is None and name not in changes:
-            found = _size(name) if layers is None or name not in OPEN else OPEN[name]
+            known = OPEN if layers is None else OPEN | LAYERS
+            found = known.get(name, _size(name))
             if found is not None:
                 changes[name] = found
+        elif name.endswith("feature_layer") and isinstance(values.get(name), list):
+            changes[name] = [-1] * len(values[name])
     heads = values.get("num_attention_heads")
     for name in filter(KV_HEADS.search, allowed):
         if heads is not None and values.get(name) == heads:
             changes[name] = changes.get("num_attention_heads", heads)
     if values.get("per_layer_config"):
         changes["per_layer_config"] = None
+    if "n_groups" in allowed:
+        changes["n_groups"] = 1
     if "rope_parameters" in allowed and heads is not None:
         changes |= _rotary(cls(**changes), source)
     return cls(**changes)

@@ -13,13 +13,14 @@ from . import more_inputs
 from .configs import VOCABULARY
 
 B, L, L_DECODER = 2, 10, 7
+BINS = ("num_mel_bins", "feature_size", "input_dim")  # of a spectrum
 PADDING = {"none": 0, "right": 4, "left": -4}  # padded tokens of the second row
 
 
 def sets(model: Any, padding: str) -> Iterator[dict[str, Any]]:
     """Sets of inputs that ``forward`` may take, the likeliest first."""
     names = inspect.signature(model.forward).parameters
-    text, audio = _text(names, padding), _audio(names)
+    text, audio = _text(names, padding), _audio(names, model.config)
     pixels = {name: x for name, x in _vision(model.config).items() if name in names}
     if text:
         yield text
@@ -31,6 +32,12 @@ def sets(model: Any, padding: str) -> Iterator[dict[str, Any]]:
     if text:
         for sound in audio:
             yield {**text, **sound}
+    if "pixel_values" in pixels:  # two to a row
+        yield text | {"pixel_values": torch.stack([pixels["pixel_values"]] * 2, 1)}
+    if "input_features_mask" in names:
+        yield from more_inputs.heard(audio)
+    yield from more_inputs.codebooks(model.config, names, text)
+    yield from more_inputs.series(model.config, names)
     yield from more_inputs.patches(model.config, names)
     yield from more_inputs.named(model.config, names, text)
 
@@ -93,15 +100,19 @@ def _vision(config: Any) -> dict[str, Tensor]:
     }
 
 
-def _audio(names: Any) -> list[dict[str, Tensor]]:
+def _audio(names: Any, config: Any) -> list[dict[str, Tensor]]:
     """A waveform, or features in one order or the other."""
+    own = next((x for x in (getattr(config, field, None) for field in BINS) if x), 80)
     generator = torch.Generator().manual_seed(3)
     found = []
     if "input_values" in names:
         wave = torch.randn((B, 4000), generator=generator)
         found += [{"input_values": wave}, {"input_values": wave[:, None]}]
+        spectrum = (B, getattr(config, "max_length", None) or 64, own)
+        found.append({"input_values": torch.randn(spectrum, generator=generator)})
     if "input_features" in names:
-        for shape in ((B, 64, 80), (B, 80, 64), (B, 80, 3000), (B, 128, 64), (B, 64, 160)):
+        shapes = [(B, 64, 80), (B, 80, 64), (B, 80, 3000), (B, 128, 64), (B, 64, 160), (B, 64, 128)]
+        for shape in [*shapes, (B, 64, own), (B, own, 64)]:
             found.append({"input_features": torch.randn(shape, generator=generator)})
     if "decoder_input_ids" in names:
         tokens = torch.randint(3, VOCABULARY // 2, (B, L_DECODER), generator=generator)

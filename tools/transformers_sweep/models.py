@@ -89,18 +89,18 @@ def build(cls: type[transformers.PreTrainedModel]) -> tuple[Any, Any, dict[str, 
 
 
 def first_that_runs(model: Any) -> dict[str, Any]:
-    """Inputs without padding that a model takes."""
-    reason: Exception = CannotBuild("forward takes none of the inputs known")
+    """Inputs without padding that a model takes; else what it says of the most that it is given."""
+    reason: tuple[int, Exception] = (0, CannotBuild("forward takes none of the inputs known"))
     for given in inputs.sets(model, "none"):
         try:
             run(model, given)
         except TimeoutError:
             raise
         except Exception as error:
-            reason = error if isinstance(reason, CannotBuild) else reason
+            reason = (len(given), error) if len(given) > reason[0] else reason
         else:
             return given
-    raise reason
+    raise reason[1]
 
 
 def run(model: Any, given: dict[str, Any], **more: Any) -> Any:

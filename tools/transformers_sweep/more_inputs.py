@@ -90,6 +90,45 @@ def named(config: Any, names: Any, text: dict[str, Any]) -> Iterator[dict[str, A
         yield {**text, **found}
 
 
+def codebooks(config: Any, names: Any, text: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Tokens of several codebooks at once, last, before the length, or in the place of rows."""
+    parts = [config, *(getattr(config, part, None) for part in ("decoder", "decoder_config"))]
+    counts = [
+        getattr(part, name, None) for part in parts for name in ("num_codebooks", "num_channels")
+    ]
+    count = next((x for x in counts if isinstance(x, int)), None)
+    name = next((name for name in ("decoder_input_ids", "input_ids") if name in text), None)
+    if count is None or name is None:
+        return
+    length = text[name].shape[1]
+    generator = torch.Generator().manual_seed(8)
+    for shape in ((B, length, count), (B, count, length), (B * count, length)):
+        yield text | {name: torch.randint(3, VOCABULARY // 2, shape, generator=generator)}
+
+
+def series(config: Any, names: Any) -> Iterator[dict[str, Tensor]]:
+    """The past of series of numbers, and features of its times."""
+    lags = getattr(config, "lags_sequence", None)
+    if "past_time_features" not in names or not lags:
+        return
+    length, generator = config.context_length + max(lags), torch.Generator().manual_seed(9)
+    yield {
+        "past_values": torch.randn((B, length), generator=generator),
+        "past_time_features": torch.randn(
+            (B, length, config.num_time_features), generator=generator
+        ),
+        "past_observed_mask": torch.ones(B, length),
+    }
+
+
+def heard(audio: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Features of sounds, and which of their frames are any."""
+    for given in audio:
+        x = given.get("input_features")
+        for frames in (x.shape[2], x.shape[1]) if x is not None else ():
+            yield {**given, "input_features_mask": torch.ones((B, frames), dtype=torch.long)}
+
+
 def _shape(config: Any, dims: tuple[int | str, ...] | None) -> tuple[int, ...] | None:
     """Numbers for all dims; None if the configuration lacks one."""
     sizes = []
