@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,13 @@ from torch import Tensor, nn
 import attnfast
 from attnfast.integrations import _transformers_calls as calls
 from attnfast.integrations import transformers as integration
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    integration.register()
+    yield
+    integration.unregister()
 
 
 class Layer(nn.Module):
@@ -182,6 +190,39 @@ def test_every_other_option_is_passed_on() -> None:
     assert (weights == 0).float().mean() > 0.6  # half of the causal ones are dropped
 
 
+@pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.parametrize("T", [1, 6])
+def test_sinks_of_each_query_are_in_its_denominator(T: int, with_weights: bool) -> None:
+    """As an extra key with that score, and with zeros for a value."""
+    q, k, v = (x.requires_grad_() for x in heads(T, H_kv=2))
+    sinks = torch.randn(2, 4, T, 1, requires_grad=True)
+    mask = torch.rand(2, 1, T, 6) < 0.7
+    mask[0, :, 0] = False  # all goes to the sink
+    out, weights = integration.attention_forward(
+        Layer(), q, k, v, mask, sinks=sinks, output_attentions=with_weights
+    )
+    scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 8**-0.5
+    scores = torch.cat([scores.masked_fill(~mask, -torch.inf), sinks], -1)
+    shares = scores.softmax(-1)[..., :-1]
+    expected = shares @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+    assert (weights is None) == (not with_weights)
+    if with_weights:
+        torch.testing.assert_close(weights, shares)
+    do = torch.randn_like(expected)
+    found = torch.autograd.grad(out, (q, k, v, sinks), do.transpose(1, 2))
+    torch.testing.assert_close(found, torch.autograd.grad(expected, (q, k, v, sinks), do))
+
+
+def test_sinks_of_each_query_without_gradients() -> None:
+    q, k, v = heads(1, H_kv=2)
+    sinks = torch.randn(2, 4, 1, 1)
+    out, _ = integration.attention_forward(Layer(), q, k, v, None, sinks=sinks)
+    plain, lse = attnfast.attention(q, k, v, return_lse=True)
+    expected = plain * torch.sigmoid(lse - sinks[..., 0])[..., None]
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+
+
 @pytest.mark.parametrize(("given", "passed"), [({"deterministic": True}, True), ({}, None)])
 def test_determinism_is_passed_on(
     given: dict[str, bool], passed: bool | None, monkeypatch: pytest.MonkeyPatch
@@ -269,11 +310,6 @@ def test_packed_queries_are_the_newest_of_their_keys() -> None:
 
 
 REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
-    "sinks of each query": (
-        2,
-        {"sinks": torch.zeros(2, 4, 6, 1)},
-        "sinks .* must be None, got one",
-    ),
     "blocks of keys": (
         2,
         {"block_indices": torch.zeros(2, 6, 2)},
@@ -289,6 +325,11 @@ REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
         1,
         {"position_bias": torch.zeros(1, 4, 6, 6), "cu_seq_lens_q": torch.tensor([0, 6])},
         "position_bias must not come with cu_seq_lens_q, got both",
+    ),
+    "sinks of packed rows": (
+        1,
+        {"sinks": torch.zeros(1, 4, 6, 1), "cu_seq_lens_q": torch.tensor([0, 6])},
+        "sinks must not come with cu_seq_lens_q, got both",
     ),
     "weights of packed rows": (
         1,
@@ -310,5 +351,5 @@ def test_what_cannot_be_done_is_refused(B: int, given: dict[str, Any], message: 
     with pytest.raises(ValueError, match=message) as caught:
         integration.attention_forward(layer, *heads(B=B), None, **given)
     assert "\n" not in str(caught.value)
-    if "sinks" in given:
+    if "head_mask" in given:
         assert "load a 'bert' model with attn_implementation='eager'" in str(caught.value)

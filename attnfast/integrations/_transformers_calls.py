@@ -55,6 +55,18 @@ def decoded(
     return out.transpose(1, 2).contiguous()
 
 
+def with_sinks(
+    result: Any, sinks: Tensor | None, with_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Out and weights of attention, whose denominators also have a logit of each query."""
+    if sinks is None:
+        return result if with_weights else (result, None)
+    out, lse, *weights = result
+    share = torch.sigmoid(lse - sinks[..., 0])[..., None]  # [B, H, T, 1]
+    out, *weights = ((x * share).to(x.dtype) for x in (out, *weights))
+    return out, weights[0] if with_weights else None
+
+
 def packed(
     query: Tensor, key: Tensor, value: Tensor, ends: dict[str, Any], options: dict[str, Any]
 ) -> Tensor:

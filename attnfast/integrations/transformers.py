@@ -36,7 +36,6 @@ from ._transformers_masks import NAME
 
 IMPLEMENTATION = "attnfast"
 REFUSED = {  # arguments of a layer, and what they are
-    "sinks": "logits per query",
     "head_mask": "a factor per head",
     "block_indices": "blocks of keys per query",
 }
@@ -94,6 +93,7 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What a model's attention layer calls in place of transformers' ``sdpa_attention_forward``.
@@ -118,11 +118,12 @@ def attention_forward(
         sliding_window: keys that a query attends, its own included.
         softcap: see `attnfast.attention` (Gemma 2).
         s_aux: one logit per head, ``(H,)``, in the denominator alone; differentiable (gpt-oss).
+        sinks: likewise one per query, ``(B, H, T, 1)`` (Inkling 2).
         **kwargs: of these count ``output_attentions``, which is True too while transformers records
             attentions; ``deterministic``; ``indices``, int ``(B, T, K)``, the only keys that a
             query may attend (DeepSeek V3.2); and without a mask ``cu_seq_lens_q``,
             ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k``, by which a batch of one holds
-            many sequences. ``sinks``, ``head_mask`` and ``block_indices`` are refused.
+            many sequences. ``head_mask`` and ``block_indices`` are refused.
 
     Returns:
         out ``(B, T, H, D_v)``, and with ``output_attentions`` the weights after dropout,
@@ -131,8 +132,8 @@ def attention_forward(
     Raises:
         TypeError: as `attnfast.attention`.
         ValueError: as `attnfast.attention`; an option that is refused; ``cu_seq_lens_q`` together
-            with ``position_bias``, ``indices`` or ``output_attentions``, or with a batch of more
-            than one.
+            with ``position_bias``, ``sinks``, ``indices`` or ``output_attentions``, or with a batch
+            of more than one.
     """
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None:
@@ -159,6 +160,7 @@ def attention_forward(
     if attention_mask is None and kwargs.get("cu_seq_lens_q") is not None:
         asked = with_weights or None
         given = {"output_attentions": asked, "position_bias": position_bias, "indices": indices}
+        given["sinks"] = sinks
         for name, one in given.items():
             if one is not None:
                 raise ValueError(f"{NAME}: {name} must not come with cu_seq_lens_q, got both")
@@ -172,7 +174,7 @@ def attention_forward(
     lengths = calls.whole(key) if T == 1 else None
     if isinstance(mask, structured.StructuredMask):
         packed = mask.ends is not None
-        beyond = packed and (with_weights or bias is not None)
+        beyond = packed and (with_weights or bias is not None or sinks is not None)
         beyond = beyond or (indices is not None and (packed or mask.blocks is not None))
         if beyond or not structured.fits(mask, B, T, S):
             mask = mask.dense()
@@ -197,12 +199,12 @@ def attention_forward(
             chosen = chosen.scatter(-1, indices.long(), True)[:, None]
             mask = chosen if mask is None else mask & chosen
     drops_or_learns = dropout or calls.needs_gradients(query, key, value, bias, s_aux)
-    if not (lengths is None or with_weights or drops_or_learns or options["deterministic"]):
+    more = with_weights or sinks is not None or drops_or_learns or options["deterministic"]
+    if not (lengths is None or more):
         return calls.decoded(query, key, value, lengths, mask, bias, options), None
-    result = attention(
-        query, key, value, mask=mask, bias=bias, return_weights=with_weights, **options
-    )
-    out, weights = result if with_weights else (result, None)
+    options |= {"return_lse": sinks is not None, "return_weights": with_weights}
+    result = attention(query, key, value, mask=mask, bias=bias, **options)
+    out, weights = calls.with_sinks(result, sinks, with_weights)
     return out.transpose(1, 2).contiguous(), weights  # a view: out has query's memory order
 
 
