@@ -49,15 +49,11 @@ def compare(cls: Any, config: Any, implementation: str, ran: list[str]) -> None:
         for model in (eager, ours):
             _name_tokens(model.generation_config)
         given = _prompt(eager)
-    except TimeoutError:
-        raise
     except Exception:
         return
     for way, more in WAYS.items() if given is not None else ():
         try:
             expected = _generated(eager, given, more)
-        except TimeoutError:
-            raise
         except Exception:
             continue
         found = _generated(ours, given, more)
@@ -81,8 +77,6 @@ def _prompt(model: Any) -> dict[str, Any] | None:
         prompt = {key: x for key, x in given.items() if not key.startswith("decoder_")}
         try:
             _generated(model, prompt, {})
-        except TimeoutError:
-            raise
         except Exception:
             continue
         return prompt
