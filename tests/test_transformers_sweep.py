@@ -136,9 +136,11 @@ def test_what_takes_too_long_is_not_compared(monkeypatch: pytest.MonkeyPatch) ->
 
 MODELS = {  # and the inputs of it, where what follows from names alone is not enough
     "BambaModel": "input_ids",  # its defaults have no layer with attention
+    "ChameleonModel": "input_ids",  # no vocabulary
     "CohereCompassTextModel": "input_ids",  # nor rotations for every kind of layers
     "DecisionTransformerModel": "states, actions, rewards, returns_to_go, timesteps",
     "Glm4vTextModel": "input_ids",  # rotations along three axes
+    "GPTNeoModel": "input_ids",  # kinds of twelve layers
     "MinistralModel": "input_ids",  # no head dim
     "MusicgenModel": "input_ids",  # of every codebook
     "PatchTSTModel": "past_values",

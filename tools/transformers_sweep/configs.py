@@ -42,7 +42,9 @@ LAYERS: dict[str, Any] = {
     "mlp_layer_types": ["dense", "sparse"],
     "attn_layer_indices": [1],
 }
-OPEN = {"n_shared_experts": 1, "prediction_length": 6}
+OPEN = {"n_shared_experts": 1, "prediction_length": 6, "vocabulary_map": {"<image>": 5}}
+# What is of so many layers or heads as there were.
+FEW = {"per_layer_config": None, "n_groups": 1, "attention_types": [[["global", "local"], 1]]}
 QUERIES = {"num_queries": 10}  # of detectors, which choose them among the places of an image
 
 
@@ -114,10 +116,7 @@ def _completed(cls: Any, changes: dict[str, Any], default: Any, source: str) -> 
     for name in filter(KV_HEADS.search, allowed):
         if heads is not None and values.get(name) == heads:
             changes[name] = changes.get("num_attention_heads", heads)
-    if values.get("per_layer_config"):
-        changes["per_layer_config"] = None
-    if "n_groups" in allowed:
-        changes["n_groups"] = 1
+    changes |= {name: few for name, few in FEW.items() if name in allowed and values.get(name)}
     if "rope_parameters" in allowed and heads is not None:
         changes |= _rotary(cls(**changes), source)
     return cls(**changes)
