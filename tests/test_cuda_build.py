@@ -68,16 +68,20 @@ def test_the_backend_takes_the_head_dims_that_are_compiled() -> None:
         ("attention_fwd_kernel<BFloat16, 64, (Form)0>", "attention_fwd<bf16, 64, plain>"),
         ("attention_fwd_kernel<Float16, 64, (Form)1>", "attention_fwd<fp16, 64, masked>"),
         (
-            "attention_bwd_keys_kernel<Float16, 256, false, true, false, false>",
+            "attention_bwd_keys_kernel<Float16, 256, (Form)2, true, false, false>",
             "attention_bwd_keys<fp16, 256, options, dk>",
         ),
         (
-            "attention_bwd_keys_kernel<Float16, 128, true, false, true, true>",
+            "attention_bwd_keys_kernel<Float16, 128, (Form)0, false, true, true>",
             "attention_bwd_keys<fp16, 128, plain, small, dv>",
         ),
         (
-            "attention_bwd_keys_kernel<Float16, 64, true, true, true, false>",
+            "attention_bwd_keys_kernel<Float16, 64, (Form)0, true, true, false>",
             "attention_bwd_keys<fp16, 64, plain>",
+        ),
+        (
+            "attention_bwd_queries_kernel<BFloat16, 64, (Form)3, false>",
+            "attention_bwd_queries<bf16, 64, blocks>",
         ),
         ("attention_decode_kernel<Float16, 256, true>", "attention_decode<fp16, 256, small>"),
         ("attention_bwd_short_kernel<BFloat16, 64>", "attention_bwd_short<bf16, 64>"),

@@ -72,15 +72,16 @@ ENTRY = re.compile(
 )
 SASS_FUNCTION = re.compile(r"Function : (\S+)|arch = (sm_\d+)")
 # What a kernel's template arguments after the head dim mean.
-PLAIN, SMALL = {"true": "plain", "false": "options"}, {"true": "small", "false": ""}
+FORM = {"(Form)0": "plain", "(Form)1": "masked", "(Form)2": "options", "(Form)3": "blocks"}
+SMALL = {"true": "small", "false": ""}
 KEYS, VALUES = {"true": "", "false": "dv"}, {"true": "", "false": "dk"}  # those that are wanted
 FORMS = {
-    "attention_fwd": [{"(Form)0": "plain", "(Form)1": "masked", "(Form)2": "options"}],
-    "attention_bwd_keys": [PLAIN, KEYS, VALUES, SMALL],
-    "attention_bwd_queries": [PLAIN, SMALL],
+    "attention_fwd": [FORM],
+    "attention_bwd_keys": [FORM, KEYS, VALUES, SMALL],
+    "attention_bwd_queries": [FORM, SMALL],
     "attention_decode": [SMALL],
 }
-ORDER = ("plain", "masked", "options", "small", "dk", "dv")
+ORDER = (*FORM.values(), "small", "dk", "dv")
 
 
 class Kernel(NamedTuple):

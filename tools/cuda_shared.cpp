@@ -19,10 +19,10 @@ void say(const std::string& name, int head_dim, const char* form = "") {
               Shape::kSharedBytes);
 }
 
-template <int kD, bool kPlain, bool kSmall>
+template <int kD, Form kForm, bool kSmall>
 void say_backward(const char* form) {
-  using Keys = BackwardShape<kD, kPlain, true, kSmall>;
-  say<BackwardShape<kD, kPlain, false, kSmall>>("attention_bwd_queries", kD, form);
+  using Keys = BackwardShape<kD, kForm, true, kSmall>;
+  say<BackwardShape<kD, kForm, false, kSmall>>("attention_bwd_queries", kD, form);
   for (const char* part : {"", ", dk", ", dv"}) {
     say<Keys>("attention_bwd_keys", kD, (std::string(form) + part).c_str());
   }
@@ -33,14 +33,17 @@ void say_all() {
   say<ForwardShape<kD, Form::kPlain>>("attention_fwd", kD, ", plain");
   say<ForwardShape<kD, Form::kMasked>>("attention_fwd", kD, ", masked");
   say<ForwardShape<kD, Form::kOptions>>("attention_fwd", kD, ", options");
+  say<ForwardShape<kD, Form::kBlocks>>("attention_fwd", kD, ", blocks");
   for (const char* name : {"attention_weights", "attention_received", "attention_weight_rows"}) {
     say<ProbabilityShape<kD>>(name, kD);
   }
-  say_backward<kD, true, false>(", plain");
-  say_backward<kD, false, false>(", options");
+  say_backward<kD, Form::kPlain, false>(", plain");
+  say_backward<kD, Form::kOptions, false>(", options");
+  say_backward<kD, Form::kBlocks, false>(", blocks");
   if constexpr (kD <= 128) {
-    say_backward<kD, true, true>(", plain, small");
-    say_backward<kD, false, true>(", options, small");
+    say_backward<kD, Form::kPlain, true>(", plain, small");
+    say_backward<kD, Form::kOptions, true>(", options, small");
+    say_backward<kD, Form::kBlocks, true>(", blocks, small");
   }
   say<BiasShape<kD>>("attention_bwd_bias", kD);
   if constexpr (kD <= 128) say<ShortShape<kD>>("attention_bwd_short", kD);

@@ -21,12 +21,10 @@ _unusable: dict[int, str | None] = {}  # by the GPU's index; answers that last
 def unsupported(problem: Problem) -> str | None:
     """The first reason that holds; whether the kernels are there at all comes last."""
     reason = other_dtype(problem, HALF) or too_wide(problem, MAX_HEAD_DIM)
-    if reason is None and problem.blocks:
-        reason = "takes no BlockMask: Triton's and the CPU's kernels do"
+    if reason is None and problem.indices:
+        reason = "takes no indices: Triton's and the CPU's kernels gather keys"
     if reason is not None:
         return reason
-    if problem.indices:
-        return "takes no indices: Triton's and the CPU's kernels gather keys"
     if problem.device.type == "cpu":
         return _too_much_for(problem, emulated_capability()) or ops.EMULATOR_MISSING
     index = problem.device.index or 0

@@ -95,15 +95,18 @@ struct DecodeArguments {
 };
 
 // What a kernel serves. Plain calls have no option but positions, rows that are aligned, and a
-// positive scale; masked ones also masks, biases, sinks and any scale.
-enum class Form { kPlain, kMasked, kOptions };
-constexpr const char* kForms[] = {"plain", "masked", "options"};
+// positive scale; masked ones also masks, biases, sinks and any scale; blocks are options and a
+// block mask.
+enum class Form { kPlain, kMasked, kOptions, kBlocks };
+constexpr const char* kForms[] = {"plain", "masked", "options", "blocks"};
+template <Form kForm>
+constexpr bool kHasOptions = kForm == Form::kOptions || kForm == Form::kBlocks;
 
 // Launches the kernels of the head dims up to kHeadDim.
 template <int kHeadDim>
 void run_attention_fwd(const ForwardArguments& a, Form form, Stream stream);
 template <int kHeadDim>
-void run_attention_bwd(const BackwardArguments& a, bool plain, Stream stream);
+void run_attention_bwd(const BackwardArguments& a, Form form, Stream stream);
 // The weights and what keys receive, where wanted, after the forward.
 template <int kHeadDim>
 void run_attention_weights(const ForwardArguments& a, Stream stream);
@@ -125,7 +128,7 @@ void run_attention_bwd_sinks(const BackwardArguments& a, Stream stream);
   template <>                                                               \
   void run_attention_fwd<kHeadDim>(const ForwardArguments&, Form, Stream);  \
   template <>                                                               \
-  void run_attention_bwd<kHeadDim>(const BackwardArguments&, bool, Stream); \
+  void run_attention_bwd<kHeadDim>(const BackwardArguments&, Form, Stream); \
   template <>                                                               \
   void run_attention_weights<kHeadDim>(const ForwardArguments&, Stream);    \
   template <>                                                               \

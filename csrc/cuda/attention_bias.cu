@@ -60,6 +60,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
     const int t_last = min_of(t_block + kM, head.T) - 1;
     if (t_block >= head.T || s0 >= head.end_key(t_last) || s0 + kN <= head.first_key(t_block))
       return;
+    const int slot = p.blocks.starts ? slot_at(p.blocks, head, t_block, s0) : kFull;
+    if (slot == kEmpty) return;
     // Load
     sync_block();  // no warp reads the last tiles any more
     load_tile<kD, kM, kThreads, true>(
@@ -81,6 +83,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BiasShape<kD>::kThreads), 1)
     // Scores
     multiply_rows_by_rows<Element, kD>(s, q_tile + own, k_tile, lane);
     edits.apply<false>(s, head, t0, s0, lane, crosses_edge(head, t0, 16, s0, kN));
+    BlockBits<true, false, 1, kN / 8>(p.blocks, slot, t0, s0, lane).mask(s);
     if (philox.threshold) kept_by_dropout<false, 1, kN / 8>(kept, philox, t0, s0, lane);
     // dP
     multiply_rows_by_rows<Element, kD>(dp, do_tile + own, v_tile, lane);

@@ -8,8 +8,9 @@
 namespace attnfast::cuda {
 namespace {
 
-template <class Element, bool kPlain>
+template <class Element, Form kForm>
 void run(const BackwardArguments& a, Stream stream) {
+  constexpr bool kPlain = kForm == Form::kPlain;
   if constexpr (kPlain && ATTNFAST_HEAD_DIM <= 128) {
     constexpr int kBytes = ShortShape<ATTNFAST_HEAD_DIM>::kSharedBytes;
     const auto fits = [&] { return kBytes <= kTuringShared || kBytes <= shared_limit(stream); };
@@ -24,22 +25,25 @@ void run(const BackwardArguments& a, Stream stream) {
   if constexpr (kPlain && (ATTNFAST_HEAD_DIM == 64 || ATTNFAST_HEAD_DIM == 128)) {
     if (a.sums) return launch_attention_bwd_fused<Element, ATTNFAST_HEAD_DIM>(a, stream);
   }
-  launch_attention_bwd_keys<Element, ATTNFAST_HEAD_DIM, kPlain>(a, stream);
-  launch_attention_bwd_queries<Element, ATTNFAST_HEAD_DIM, kPlain>(a, stream);
+  launch_attention_bwd_keys<Element, ATTNFAST_HEAD_DIM, kForm>(a, stream);
+  launch_attention_bwd_queries<Element, ATTNFAST_HEAD_DIM, kForm>(a, stream);
   if constexpr (!kPlain) {
     if (a.p.dbias.data) run_attention_bias<ATTNFAST_HEAD_DIM>(a, stream);
   }
 }
 
+template <class Element>
+void run(const BackwardArguments& a, Form form, Stream stream) {
+  if (form == Form::kPlain) return run<Element, Form::kPlain>(a, stream);
+  if (form == Form::kBlocks) return run<Element, Form::kBlocks>(a, stream);
+  run<Element, Form::kOptions>(a, stream);
+}
+
 }  // namespace
 
 template <>
-void run_attention_bwd<ATTNFAST_HEAD_DIM>(const BackwardArguments& a, bool plain, Stream stream) {
-  const bool half = a.p.q.dtype == DType::kFloat16;
-  if (half && plain) return run<Float16, true>(a, stream);
-  if (half) return run<Float16, false>(a, stream);
-  if (plain) return run<BFloat16, true>(a, stream);
-  return run<BFloat16, false>(a, stream);
+void run_attention_bwd<ATTNFAST_HEAD_DIM>(const BackwardArguments& a, Form form, Stream stream) {
+  a.p.q.dtype == DType::kFloat16 ? run<Float16>(a, form, stream) : run<BFloat16>(a, form, stream);
 }
 
 }  // namespace attnfast::cuda

@@ -13,10 +13,11 @@
 
 namespace attnfast::cuda {
 
-template <class Element, int kD, bool kPlain, bool kWantsK, bool kWantsV, bool kSmall>
-ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>::kThreads), 1)
+template <class Element, int kD, Form kForm, bool kWantsK, bool kWantsV, bool kSmall>
+ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kForm, true, kSmall>::kThreads), 1)
     attention_bwd_keys_kernel(ATTNFAST_PARAMS BackwardArguments arguments) {
-  using Shape = BackwardShape<kD, kPlain, true, kSmall>;
+  using Shape = BackwardShape<kD, kForm, true, kSmall>;
+  constexpr bool kPlain = Shape::kPlain, kBlocks = Shape::kBlocks;
   constexpr int kStay = Shape::kStay, kMove = Shape::kMove, kThreads = Shape::kThreads;
   constexpr int kRowTiles = Shape::kRowTiles;
   if (!has_code<Element, Shape::kOnTuring, !kSmall>()) return;
@@ -57,25 +58,42 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
     }
   };
 
+  using Tiles = TilesOf<kForm, kMove, true>;
+  Tiles tiles(p.blocks, head, s_block, query_begin, query_end);
+  // With a block mask: t0, or where the head at hand has no more tiles, the first of a later one's.
+  const auto or_of_next_heads = [&](int t0) {
+    while (t0 == kNoTile && ++head.h < end_head) {
+      tiles = Tiles(p.blocks, head, s_block, query_begin, query_end);
+      t0 = tiles.first();
+    }
+    return t0;
+  };
+
   float dk[kWantsK ? kRowTiles : 1][kD / 8][4] = {}, dv[kWantsV ? kRowTiles : 1][kD / 8][4] = {};
 
   // Load
+  int t0 = tiles.first();
+  if constexpr (kBlocks) t0 = or_of_next_heads(t0);
   if (head.h < end_head) {
     load_tile<kD, kStay, kThreads, !kPlain>(
         k_tile, head.keys_of<Element>(p.k, p.D, arguments.k_aligned), s_block);
     load_tile<kD, kStay, kThreads, !kPlain>(
         v_tile, head.keys_of<Element>(p.v, p.D_v, arguments.v_aligned), s_block);
-    fetch(ring, query_begin);
+    fetch(ring, t0);
   }
   commit_copies();
 
   // Queries, head by head and tile by tile
   uint32_t stage = ring;
-  int t0 = query_begin;
   while (head.h < end_head) {
-    const int h = head.h;
-    const int next_t0 = t0 + kMove < query_end ? t0 + kMove : query_begin;
-    const int next_h = t0 + kMove < query_end ? h : h + 1;
+    const int h = head.h, slot = tiles.slot();
+    int next_t0, next_h;
+    if constexpr (kBlocks) {
+      next_t0 = or_of_next_heads(tiles.after(t0)), next_h = head.h;
+    } else {
+      next_t0 = t0 + kMove < query_end ? t0 + kMove : query_begin;
+      next_h = t0 + kMove < query_end ? h : h + 1;
+    }
     const uint32_t next_stage = Shape::kStages == 1 ? ring
                                 : stage == ring     ? ring + Shape::kStageBytes
                                                     : ring;
@@ -100,9 +118,11 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
       uint32_t live = ~0u, kept[kRowTiles];
       ATTNFAST_UNROLL for (int m = 0; m < kRowTiles; ++m) kept[m] = ~0u;
       // Scores, transposed
+      const BlockBits<kBlocks, true, kRowTiles, kMove / 8> bits(p.blocks, slot, t0, s0, lane);
       multiply_rows_by_rows<Element, kD>(s, k_tile + own, q_rows, lane);
       if constexpr (!kPlain) {
-        if (edits.apply<true>(s, head, t0, s0, lane, edge, dcapped)) live = live_columns(s);
+        const bool leaves_out = edits.apply<true>(s, head, t0, s0, lane, edge, dcapped);
+        if (bits.mask(s) || leaves_out) live = live_columns(s);
         philox.stream = static_cast<uint32_t>(head.b * p.H + head.h);
         if (philox.threshold) {
           kept_by_dropout<true, kRowTiles, kMove / 8>(kept, philox, t0, s0, lane);
@@ -156,25 +176,25 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, true, kSmall>:
   }
 }
 
-template <class Element, int kD, bool kPlain>
+template <class Element, int kD, Form kForm>
 void launch_attention_bwd_keys(const BackwardArguments& arguments, Stream stream) {
-  with_shape<Element, kD, kPlain, true>(stream, [&](auto small) {
+  with_shape<Element, kD, kForm, true>(stream, [&](auto small) {
     constexpr bool kSmall = decltype(small)::value;
-    using Shape = BackwardShape<kD, kPlain, true, kSmall>;
+    using Shape = BackwardShape<kD, kForm, true, kSmall>;
     BackwardArguments a = arguments;
     a.blocks = (a.p.S + Shape::kStay - 1) / Shape::kStay;
     const auto run = [&](const char* name, auto kernel) {
-      launch<BackwardArguments>(kernel_name<Element, kD, kPlain>(name), kernel,
-                                a.p.B * a.p.H_kv * a.blocks, Shape::kThreads, Shape::kSharedBytes,
-                                stream, a);
+      launch<BackwardArguments>(kernel_name<Element, kD>(name, kForms[static_cast<int>(kForm)]),
+                                kernel, a.p.B * a.p.H_kv * a.blocks, Shape::kThreads,
+                                Shape::kSharedBytes, stream, a);
     };
     if constexpr (kD <= (kSmall ? 96 : 128)) {
-      run("attention_bwd_keys", attention_bwd_keys_kernel<Element, kD, kPlain, true, true, kSmall>);
+      run("attention_bwd_keys", attention_bwd_keys_kernel<Element, kD, kForm, true, true, kSmall>);
     } else {
       run("attention_bwd_keys dk",
-          attention_bwd_keys_kernel<Element, kD, kPlain, true, false, kSmall>);
+          attention_bwd_keys_kernel<Element, kD, kForm, true, false, kSmall>);
       run("attention_bwd_keys dv",
-          attention_bwd_keys_kernel<Element, kD, kPlain, false, true, kSmall>);
+          attention_bwd_keys_kernel<Element, kD, kForm, false, true, kSmall>);
     }
   });
 }

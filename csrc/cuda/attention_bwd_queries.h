@@ -10,10 +10,11 @@
 
 namespace attnfast::cuda {
 
-template <class Element, int kD, bool kPlain, bool kSmall>
-ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>::kThreads), 1)
+template <class Element, int kD, Form kForm, bool kSmall>
+ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kForm, false, kSmall>::kThreads), 1)
     attention_bwd_queries_kernel(ATTNFAST_PARAMS BackwardArguments arguments) {
-  using Shape = BackwardShape<kD, kPlain, false, kSmall>;
+  using Shape = BackwardShape<kD, kForm, false, kSmall>;
+  constexpr bool kPlain = Shape::kPlain, kBlocks = Shape::kBlocks;
   constexpr int kStay = Shape::kStay, kMove = Shape::kMove, kThreads = Shape::kThreads;
   constexpr int kRowTiles = Shape::kRowTiles;
   if (!has_code<Element, Shape::kOnTuring, !kSmall>()) return;
@@ -36,49 +37,55 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
   const uint32_t q_tile = shared_memory(), do_tile = q_tile + Shape::kStayBytes;
   const uint32_t ring = do_tile + Shape::kStayBytes;
   const uint32_t own = warp * kRowTiles * 16 * kD * 2;  // the warp's rows of q_tile and do_tile
-  const auto stage_of = [&](int s0) {
-    return ring + static_cast<uint32_t>(s0 / kMove % Shape::kStages) * Shape::kStageBytes;
+  const auto stage_of = [&](int s0, int turn) {
+    const int tile = kBlocks ? turn : s0 / kMove;
+    return ring + static_cast<uint32_t>(tile % Shape::kStages) * Shape::kStageBytes;
   };
-  const auto fetch = [&](int s0) {
+  const auto fetch = [&](uint32_t stage, int s0) {
     load_tile<kD, kMove, kThreads, !kPlain>(
-        stage_of(s0), head.keys_of<Element>(p.k, p.D, arguments.k_aligned), s0);
-    load_tile<kD, kMove, kThreads, !kPlain>(stage_of(s0) + Shape::kMoveBytes,
-                                            head.keys_of<Element>(p.v, p.D_v, arguments.v_aligned),
-                                            s0);
+        stage, head.keys_of<Element>(p.k, p.D, arguments.k_aligned), s0);
+    load_tile<kD, kMove, kThreads, !kPlain>(
+        stage + Shape::kMoveBytes, head.keys_of<Element>(p.v, p.D_v, arguments.v_aligned), s0);
   };
 
   float dq[kRowTiles][kD / 8][4] = {};
 
   // Load
-  if (key_begin < key_end) {
+  TilesOf<kForm, kMove, false> tiles(p.blocks, head, t_block, key_begin, key_end);
+  const int first = tiles.first();
+  if (first < key_end) {
     load_tile<kD, kStay, kThreads, !kPlain>(
         q_tile, head.queries_of<Element>(p.q, p.D, arguments.q_aligned), t_block);
     load_tile<kD, kStay, kThreads, !kPlain>(
         do_tile, head.queries_of<Element>(p.grad_out, p.D_v, arguments.grad_out_aligned), t_block);
-    fetch(key_begin);
+    fetch(stage_of(first, 0), first);
   }
   commit_copies();
 
   // Keys, tile by tile
-  for (int s0 = key_begin; s0 < key_end; s0 += kMove) {
+  for (int s0 = first, next, turn = 0; s0 < key_end; s0 = next, ++turn) {
+    const int slot = tiles.slot();
     wait_copies<0>();
     sync_block();  // these keys are here, and no warp reads the last ones any more
     if constexpr (Shape::kStages == 2) {
-      if (s0 + kMove < key_end) fetch(s0 + kMove);
+      next = tiles.after(s0);
+      if (next < key_end) fetch(stage_of(next, turn + 1), next);
       commit_copies();
     }
 
     if (t0 < head.T) {
-      const uint32_t k_rows = stage_of(s0), v_rows = k_rows + Shape::kMoveBytes;
+      const uint32_t k_rows = stage_of(s0, turn), v_rows = k_rows + Shape::kMoveBytes;
       const bool edge = crosses_edge(head, t0, kRowTiles * 16, s0, kMove);
       float s[kRowTiles][kMove / 8][4] = {}, dp[kRowTiles][kMove / 8][4] = {};
       float dcapped[kPlain ? 1 : kRowTiles][kMove / 8][4];
       uint32_t live = ~0u, kept[kRowTiles];
       ATTNFAST_UNROLL for (int m = 0; m < kRowTiles; ++m) kept[m] = ~0u;
       // Scores
+      const BlockBits<kBlocks, false, kRowTiles, kMove / 8> bits(p.blocks, slot, t0, s0, lane);
       multiply_rows_by_rows<Element, kD>(s, q_tile + own, k_rows, lane);
       if constexpr (!kPlain) {
-        if (edits.apply<false>(s, head, t0, s0, lane, edge, dcapped)) live = live_columns(s);
+        const bool leaves_out = edits.apply<false>(s, head, t0, s0, lane, edge, dcapped);
+        if (bits.mask(s) || leaves_out) live = live_columns(s);
         if (philox.threshold) {
           kept_by_dropout<false, kRowTiles, kMove / 8>(kept, philox, t0, s0, lane);
         }
@@ -96,10 +103,13 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
       // dq
       add_registers_times_rows<Element, kD, !kPlain>(dq, dp, k_rows, live, lane);
     }
-    if (Shape::kStages == 1 && s0 + kMove < key_end) {
-      sync_block();  // no warp reads these keys any more
-      fetch(s0 + kMove);
-      commit_copies();
+    if constexpr (Shape::kStages == 1) {
+      next = tiles.after(s0);
+      if (next < key_end) {
+        sync_block();  // no warp reads these keys any more
+        fetch(ring, next);
+        commit_copies();
+      }
     }
   }
   if (t0 >= head.T) return;
@@ -112,17 +122,17 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kPlain, false, kSmall>
                           static_cast<int>(p.D), arguments.dq_aligned, lane);
 }
 
-template <class Element, int kD, bool kPlain>
+template <class Element, int kD, Form kForm>
 void launch_attention_bwd_queries(const BackwardArguments& arguments, Stream stream) {
-  with_shape<Element, kD, kPlain, false>(stream, [&](auto small) {
+  with_shape<Element, kD, kForm, false>(stream, [&](auto small) {
     constexpr bool kSmall = decltype(small)::value;
-    using Shape = BackwardShape<kD, kPlain, false, kSmall>;
+    using Shape = BackwardShape<kD, kForm, false, kSmall>;
     BackwardArguments a = arguments;
     a.blocks = (a.p.T + Shape::kStay - 1) / Shape::kStay;
-    launch<BackwardArguments>(kernel_name<Element, kD, kPlain>("attention_bwd_queries"),
-                              attention_bwd_queries_kernel<Element, kD, kPlain, kSmall>,
-                              a.p.B * a.p.H * a.blocks, Shape::kThreads, Shape::kSharedBytes,
-                              stream, a);
+    launch<BackwardArguments>(
+        kernel_name<Element, kD>("attention_bwd_queries", kForms[static_cast<int>(kForm)]),
+        attention_bwd_queries_kernel<Element, kD, kForm, kSmall>, a.p.B * a.p.H * a.blocks,
+        Shape::kThreads, Shape::kSharedBytes, stream, a);
   });
 }
 

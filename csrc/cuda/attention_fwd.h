@@ -8,6 +8,7 @@
 // Limits: D and D_v up to kD; bf16, fp16
 #pragma once
 #include "arguments.h"
+#include "blocks.h"
 #include "dropout.h"
 #include "head.h"
 #include "launch.h"
@@ -20,10 +21,10 @@ namespace attnfast::cuda {
 // kM queries, kN keys.
 template <int kD, Form kForm>
 struct ForwardShape {
-  static constexpr bool kPlain = kForm == Form::kPlain;
+  static constexpr bool kPlain = kForm == Form::kPlain, kBlocks = kForm == Form::kBlocks;
   static constexpr int kRowTiles =
-      kD <= 128 && kForm != Form::kOptions ? 2 : 1;  // of 16 rows, per warp
-  static constexpr int kWarps = kD > 128 || kRowTiles == 2 ? 4 : 8;
+      kD <= 128 && !kHasOptions<kForm> ? 2 : 1;  // of 16 rows, per warp
+  static constexpr int kWarps = kD > 128 || kRowTiles == 2 || kBlocks ? 4 : 8;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kM = kWarps * kRowTiles * 16;
   // The most with which hardly anything spills.
@@ -58,7 +59,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kForm>::kThreads), 1)
   using Shape = ForwardShape<kD, kForm>;
   constexpr int kM = Shape::kM, kN = Shape::kN, kThreads = Shape::kThreads;
   constexpr int kRowTiles = Shape::kRowTiles, kRows = 2 * kRowTiles;
-  constexpr bool kPlain = kForm == Form::kPlain, kOptions = kForm == Form::kOptions;
+  constexpr bool kPlain = Shape::kPlain, kBlocks = Shape::kBlocks, kOptions = kHasOptions<kForm>;
   if (!has_code<Element, Shape::kOnTuring>()) return;
   const ForwardParams& p = arguments.p;
 
@@ -99,25 +100,28 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kForm>::kThreads), 1)
   }
 
   // Load q, and the first k
-  TileWalk<Element, kD, kN, kThreads, kOptions> k_walk(k, key_begin), v_walk(v, key_begin);
-  if (key_begin < key_end) {
+  TilesOf<kForm, kN, false> tiles(p.blocks, head, t_block, key_begin, key_end);
+  const int first = tiles.first();
+  TileWalk<Element, kD, kN, kThreads, kOptions> k_walk(k, first), v_walk(v, first);
+  if (first < key_end) {
     load_tile<kD, kM, kThreads, kOptions>(q_tile, q, t_block);
-    k_walk.load(k_tile, k, key_begin);
+    k_walk.load(k_tile, k, first);
   }
   commit_copies();
 
   // Keys, tile by tile
-  for (int s0 = key_begin; s0 < key_end; s0 += kN) {
+  for (int s0 = first, next; s0 < key_end; s0 = next) {
     wait_copies<0>();
     sync_block();  // q and k are here, and no warp reads v any more
     v_walk.load(v_tile, v, s0);
-    v_walk.down();
+    if constexpr (!kBlocks) v_walk.down();
     commit_copies();
 
     // Scores
     float s[kRowTiles][kN / 8][4];
     uint32_t live = ~0u;
     if (works) {
+      const BlockBits<kBlocks, false, kRowTiles, kN / 8> bits(p.blocks, tiles.slot(), t0, s0, lane);
       multiply_rows_by_rows<Element, kD>(s, of_q.again(), of_k.again());
       const bool edge = !inner.has(s0);
       if constexpr (kPlain) {
@@ -125,14 +129,20 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kForm>::kThreads), 1)
         const auto anew = [](int x) { return kD <= 64 ? opaque(x) : x; };
         if (edge) edits.mask_positions<false>(s, head, anew(t0), s0, anew(lane));
       } else {
-        if (edits.apply<false>(s, head, t0, s0, lane, edge)) live = live_columns(s);
+        const bool leaves_out = edits.apply<false>(s, head, t0, s0, lane, edge);
+        if (bits.mask(s) || leaves_out) live = live_columns(s);
       }
     }
 
     wait_copies<0>();
     sync_block();  // v is here, and no warp reads k any more
-    k_walk.down();
-    if (s0 + kN < key_end) k_walk.load(k_tile, k, s0 + kN);
+    next = tiles.after(s0);
+    if constexpr (kBlocks) {
+      if (next < key_end) k_walk.by((next - s0) * k.stride), v_walk.by((next - s0) * v.stride);
+    } else {
+      k_walk.down();
+    }
+    if (next < key_end) k_walk.load(k_tile, k, next);
     commit_copies();
     if (!works) continue;
 

@@ -3,6 +3,7 @@
 //   p = exp(s - m) / l    dP = Z (do v^T + dw)    ds = p (dP + row_term - dH (s - m))
 #pragma once
 #include "arguments.h"
+#include "blocks.h"
 #include "dropout.h"
 #include "head.h"
 #include "launch.h"
@@ -14,9 +15,10 @@ namespace attnfast::cuda {
 
 // Rows that stay (kKeys: keys with their dk and dv, else queries with their dq), and those that
 // move past them. kSmall: fewer of either, for the shared memory of sm_75.
-template <int kD, bool kPlain, bool kKeys, bool kSmall>
+template <int kD, Form kForm, bool kKeys, bool kSmall>
 struct BackwardShape {
-  static constexpr int kWarps = kD > 128 || kSmall || (kPlain && kD <= 64) ? 4 : 8;
+  static constexpr bool kPlain = kForm == Form::kPlain, kBlocks = kForm == Form::kBlocks;
+  static constexpr int kWarps = kD > 128 || kSmall || kBlocks || (kPlain && kD <= 64) ? 4 : 8;
   static constexpr int kRowTiles = kPlain && kD <= 64 ? 2 : 1;  // of 16 rows, per warp
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kStay = kWarps * kRowTiles * 16;
@@ -35,9 +37,9 @@ struct BackwardShape {
 
 // Calls run(std::bool_constant), true on sm_75 where only small shapes fit. Head dims that not even
 // these fit are refused there, by dispatch.cu.
-template <class Element, int kD, bool kPlain, bool kKeys, class Run>
+template <class Element, int kD, Form kForm, bool kKeys, class Run>
 void with_shape(Stream stream, Run run) {
-  constexpr bool kFits = BackwardShape<kD, kPlain, kKeys, false>::kOnTuring;
+  constexpr bool kFits = BackwardShape<kD, kForm, kKeys, false>::kOnTuring;
   if constexpr (!kFits && kD <= 128 && std::is_same_v<Element, Float16>) {
     if (on_turing(stream)) return run(std::true_type());
   }

@@ -2,6 +2,7 @@
 //   p = exp(s - m) / l
 #pragma once
 #include "arguments.h"
+#include "blocks.h"
 #include "head.h"
 #include "scores.h"
 
@@ -47,6 +48,8 @@ ATTNFAST_DEVICE bool probability_tile(const Arguments& a, const Head& head, int 
       s0 + Shape::kN <= head.first_key(t_block)) {
     return false;
   }
+  const int slot = a.p.blocks.starts ? slot_at(a.p.blocks, head, t_block, s0) : kFull;
+  if (slot == kEmpty) return false;
   const uint32_t q_tile = shared_memory(), k_tile = q_tile + Shape::kM * kD * 2;
   sync_block();  // no warp reads the last tiles any more
   load_tile<kD, Shape::kM, Shape::kThreads, true>(
@@ -63,6 +66,7 @@ ATTNFAST_DEVICE bool probability_tile(const Arguments& a, const Head& head, int 
   }
   multiply_rows_by_rows<Element, kD>(p, q_tile + warp * 16 * kD * 2, k_tile, lane);
   edits.apply<false>(p, head, t0, s0, lane, crosses_edge(head, t0, 16, s0, Shape::kN));
+  BlockBits<true, false, 1, kN>(a.p.blocks, slot, t0, s0, lane).mask(p);
   ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
     ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
       const float depth = p[0][n][e] - norms.m[e / 2];

@@ -17,7 +17,7 @@ from test_given_back import EACH, complaint
 from torch import Tensor
 
 import attnfast
-from attnfast import dispatch, ops
+from attnfast import BlockMask, dispatch, ops
 from attnfast.backends import cuda, gpus
 from attnfast.call import DecodeInputs, DecodeOptions, Inputs, Options
 from attnfast.functional import attention_problem
@@ -39,11 +39,15 @@ FORMS = [
     for name, softcap in (("plain", 0.0), ("options", 5.0))
     for T in (100, 150)
 ]
+FORMS += [
+    Case(f"blocks{D}", B=1, H_kv=1, T=100, S=150, D=D, blocks="blocks 64", dtype=fp16, grads=grads)
+    for D, grads in ((64, ("out",)), (96, ("out",)), (128, ("out",)), (192, ()), (256, ()))
+]
 
 
 @pytest.mark.parametrize("case", [*TURING[::3], *FORMS], ids=str)
 def test_table_on_turing(case: Case) -> None:
-    if case.blocks or case.indices:
+    if case.indices:
         pytest.skip("refused on every architecture")
     with architecture(75):
         check_case(case)
@@ -331,6 +335,55 @@ def test_maximum_beyond_all_rows() -> None:
         found.append((out, weights[:, :65, :65], grads[0], grads[1][..., :65]))
     for tight, loose in zip(*found, strict=True):
         assert torch.equal(tight, loose)
+
+
+# Tiles of every head dim, which CASES have few of; heads with lists of their own, some empty.
+BLOCKED = [
+    Case(f"D{D}", B=1, H=4, H_kv=2, T=200, S=330, D=D, blocks=blocks, window=window, dtype=dtype)
+    for D, blocks, window, dtype in (
+        (32, "heads 128", (-1, -1), bf16),
+        (96, "heads 64", (150, 60), bf16),
+        (128, "heads 128", (-1, -1), fp16),
+        (128, "heads 64", (70, 200), bf16),
+        (192, "blocks 64", (-1, -1), bf16),
+        (256, "heads 64", (90, 40), fp16),
+    )
+]
+
+
+@pytest.mark.parametrize("case", BLOCKED, ids=str)
+def test_block_masks(case: Case) -> None:
+    check_case(case)
+
+
+def fragments(mask: BlockMask, **options: Any) -> int:
+    """How many fragments of tiles a call with a block mask loads, forward and backward."""
+    q = torch.randn(1, 1, mask.shape[2], 32, dtype=bf16, requires_grad=True)
+
+    def call() -> None:
+        attnfast.attention(q, q, q, mask=mask, backend="cuda", **options).sum().backward()
+
+    return sum(place.requests for place in places(call) if place.op == "load_matrix")
+
+
+@pytest.mark.parametrize("partial", [False, True], ids=["full", "partial"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_only_blocks_that_are_left_are_walked(size: int, partial: bool) -> None:
+    """What a mask leaves out is not loaded, nor what positions do."""
+    T = 4 * size
+
+    def some(T: int) -> BlockMask:
+        everything = ~BlockMask.nothing((1, 1, T, T), size)
+        return BlockMask.strided(T, T, 3, block_size=size) if partial else everything
+
+    document = torch.arange(T) // size
+    apart = BlockMask.from_documents(document, block_size=size) & some(T)
+    assert fragments(apart) == 4 * fragments(some(size))
+
+    ahead = document[:, None] - document
+    near = BlockMask.from_mask((ahead == 0) | (ahead == 1), size) & some(T)
+    window = {"causal": True, "window": (size - 1, None)}
+    assert fragments(some(T), **window) == fragments(near, **window) < fragments(some(T))
 
 
 @pytest.mark.parametrize("case", [PLAIN, OPTIONS], ids=str)

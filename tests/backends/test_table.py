@@ -32,7 +32,6 @@ REFUSED = {
         "takes bfloat16 and float16, got float32",
         "takes D and D_v up to 256, got 512",
         "takes no indices: Triton's and the CPU's kernels gather keys",
-        "takes no BlockMask: Triton's and the CPU's kernels do",
     },
 }
 TURING = "on a GPU of compute capability 7.5, got"
