@@ -146,9 +146,11 @@ def attended_keys(mask, j0, key, S, p, MASKED: tl.constexpr):
     """Which of the keys j0 + key a mask that is the same for all queries lets pass."""
     at = mask + j0.to(tl.int64) * p.mask_s + key.to(tl.int64) * p.mask_s
     if MASKED:
-        return tl.load(at, mask=(j0 + key).to(tl.int32) < S, other=False)
+        attend = tl.load(at, mask=(j0 + key).to(tl.int32) < S, other=False)
     else:
-        return tl.load(at)
+        attend = tl.load(at)
+    # A maximum of one: Triton lays out mma's operands for the narrowest number loaded on their way
+    return tl.max(attend.to(tl.int32)[:, None], 1) > 0
 
 
 @triton.jit
