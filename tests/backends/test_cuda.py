@@ -210,6 +210,8 @@ def test_masks_that_leave_few_keys_out(bias: bool, shift: int, D: int) -> None:
         (Case(D=64, alibi="h"), "64, options"),
         (Case(D=64, stats=1), "64, options"),
         (Case(D=72, mask="ts"), "96, options"),
+        (Case(D=64, blocks="full 64"), "64, blocks"),
+        (Case(D=72, blocks="documents 64", softcap=5.0), "96, blocks"),
     ],
     ids=str,
 )
@@ -228,11 +230,11 @@ def test_which_form_of_the_forward_serves(case: Case, form: str) -> None:
 
 
 @pytest.mark.parametrize("D", [64, 96, 128, 192, 256])
-@pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_shared_memory_is_enough_where_there_is_least(D: int, softcap: float) -> None:
+@pytest.mark.parametrize("way", [{}, {"softcap": 5.0}, {"blocks": "full 64"}], ids=str)
+def test_shared_memory_is_enough_where_there_is_least(D: int, way: dict[str, Any]) -> None:
     """The emulator refuses what exceeds an architecture's limit, as CUDA does: 99 KB on sm_86."""
     with architecture(86):
-        results(Case("86", B=1, H=1, H_kv=1, T=40, S=40, D=D, dtype=bf16, softcap=softcap))
+        results(Case("86", B=1, H=1, H_kv=1, T=40, S=40, D=D, dtype=bf16, **way))
 
 
 def test_what_turing_refuses() -> None:

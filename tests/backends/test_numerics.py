@@ -12,6 +12,7 @@ from cases import DTYPES, Case, fp16, fp32, problem, run
 from dense import Trial
 from torch import Tensor
 
+from attnfast.block_index import with_dense_mask
 from attnfast.call import Inputs
 
 ALL_GRADS = ("out", "lse", "entropy")
@@ -170,6 +171,10 @@ UNATTENDED: dict[str, tuple[Case, Callable[[Inputs], Tensor]]] = {
     "bias of -inf": (
         Case(bias="bs", masking_bias=True),
         lambda i: (i.bias == -torch.inf).expand(2, 2, 1, -1)[:, :, 0],
+    ),
+    "blocks in part": (
+        Case(blocks="documents 64", T=200, S=200, stats=2),
+        lambda i: ~with_dense_mask(i, 200, 200).mask.any(2).expand(2, 2, 200),
     ),
     "after causal": (Case(causal=True, T=65, S=129), lambda i: _tail(i, 65)),
     "after causal, one key": (Case(causal=True, T=64, S=65), lambda i: _tail(i, 64)),
