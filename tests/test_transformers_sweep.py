@@ -107,6 +107,17 @@ def test_what_is_wrong_is_seen(when: str, message: str, monkeypatch: pytest.Monk
     assert message in verdict.detail
 
 
+def test_a_padded_query_without_keys_changes_no_gradients() -> None:
+    """T5Gemma's decoder has one, beyond its window, which eager lets attend everything."""
+    verdict = compare.judge("t5gemma", transformers.T5GemmaModel)
+    assert (verdict.outcome, "gradients" in verdict.ran) == ("equal", True), verdict
+
+
+def test_a_part_that_is_given_its_masks_is_not_compared() -> None:
+    verdict = compare.judge("", transformers.models.blt.modeling_blt.BltGlobalTransformer)
+    assert verdict.outcome == "not built"
+
+
 def test_every_architecture_warns_for_itself() -> None:
     for _ in range(2):
         assert compare.judge("splinter", transformers.SplinterModel).warned
@@ -162,7 +173,7 @@ def test_a_tiny_model_runs(model: str, given: str) -> None:
 def test_the_shapes_of_named_inputs_are_the_configurations() -> None:
     config = types.SimpleNamespace(context_length=32, num_input_channels=3)
     names = {"past_values": inspect.Parameter("past_values", inspect.Parameter.KEYWORD_ONLY)}
-    (found,) = inputs.more_inputs.named(config, names, {})
+    (found,) = inputs.more_inputs.named(config, names, {}, False)
     assert found["past_values"].shape == (inputs.B, 32, 3)
     del config.context_length
-    assert list(inputs.more_inputs.named(config, names, {})) == []
+    assert list(inputs.more_inputs.named(config, names, {}, False)) == []

@@ -138,10 +138,6 @@ def _check(
     lacking = sorted(a.keys() - b.keys())
     if b.keys() - a.keys() or not all("attentions" in key for key in lacking):
         raise Different(f"{what}: {sorted(a.keys() ^ b.keys())[:3]} in one alone")
-    rows = {
-        inputs.L: given.get("attention_mask"),
-        inputs.L_DECODER: given.get("decoder_attention_mask"),
-    }
     for key in a.keys() & b.keys():
         x, y = a[key], b[key]
         if x.shape != y.shape:
@@ -149,15 +145,24 @@ def _check(
         attended = "attentions" in key and x.dim() == 4
         if attended:
             x, y = x.transpose(1, 2), y.transpose(1, 2)
-        if padding == "left" and (x.dim() < 2 or x.shape[1] not in rows):
+        if padding == "left" and (x.dim() < 2 or x.shape[1] not in (inputs.L, inputs.L_DECODER)):
             continue  # may come from padding
-        own = rows.get(x.shape[1]) if x.dim() > 1 else None
+        own = _own(x, given)
         if own is not None:
-            x, y = x[own.bool()], y[own.bool()]
+            x, y = x[own], y[own]
         if attended and ((x.sum(-1) - 1).abs() < 1e-4).all():
             y = y / y.sum(-1, keepdim=True)  # a sink's share may be left out of eager's weights
         close(x, y, f"{what}: {key}")
     return not lacking
+
+
+def _own(x: Tensor, given: dict[str, Any]) -> Tensor | None:
+    """Which tokens of a result are not padding; those of every codebook may be a row."""
+    masks = {inputs.L: "attention_mask", inputs.L_DECODER: "decoder_attention_mask"}
+    own = given.get(masks.get(x.shape[1], "")) if x.dim() > 1 else None
+    if own is None or x.shape[0] % own.shape[0]:
+        return None
+    return own.bool().repeat_interleave(x.shape[0] // own.shape[0], 0)
 
 
 def _tensors(output: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -187,9 +192,9 @@ def _compare_gradients(eager: Any, model: Any, ran: list[str]) -> None:
                 total = torch.zeros(())
                 for x in (x for key, x in outputs.items() if "attentions" not in key):
                     weight = torch.randn(x.shape, generator=generator)
-                    own = given.get("attention_mask")
-                    if own is not None and x.shape[1:2] == (inputs.L,):
-                        weight[~own.bool()] = 0
+                    own = _own(x, given)
+                    if own is not None:
+                        weight[~own] = 0
                     if x.requires_grad and x.isfinite().all():
                         total = total + (x * weight).mean()
                 total.backward()

@@ -39,7 +39,8 @@ def sets(model: Any, padding: str) -> Iterator[dict[str, Any]]:
     yield from more_inputs.codebooks(model.config, names, text)
     yield from more_inputs.series(model.config, names)
     yield from more_inputs.patches(model.config, names)
-    yield from more_inputs.named(model.config, names, text)
+    embedded = bool(text) or _is_part(model, names)
+    yield from more_inputs.named(model.config, names, text, embedded)
 
 
 def _text(names: Any, padding: str) -> dict[str, Any]:
@@ -74,13 +75,19 @@ def _hidden(model: Any, names: Any, padding: str) -> Iterator[dict[str, Tensor]]
     name = next((x for x in ("inputs_embeds", "hidden_states", "query_embeds") if x in names), None)
     if name is None or not isinstance(width, int):
         return
-    if "attention_mask" in names and "create_" not in inspect.getsource(type(model).forward):
-        return  # a part that is given masks ready-made
+    if _is_part(model, names):
+        return
     generator = torch.Generator().manual_seed(5)
     found = {name: torch.randn((B, L, width), generator=generator)}
     if PADDING[padding] and "attention_mask" in names:
         found["attention_mask"] = _own(L, PADDING[padding])
     yield found
+
+
+def _is_part(model: Any, names: Any) -> bool:
+    """Whether a model is given masks ready-made, by the whole that it is of."""
+    makes = "create_" in inspect.getsource(type(model).forward)
+    return "attention_mask" in names and "input_ids" not in names and not makes
 
 
 def _vision(config: Any) -> dict[str, Tensor]:

@@ -69,12 +69,17 @@ def patches(config: Any, names: Any) -> Iterator[dict[str, Tensor]]:
         yield {main: torch.randn(shape, generator=generator), grid: torch.tensor([GRID] * B)}
 
 
-def named(config: Any, names: Any, text: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Whatever has a known name: first what ``forward`` requires, then all of it."""
+def named(
+    config: Any, names: Any, text: dict[str, Any], embedded: bool
+) -> Iterator[dict[str, Any]]:
+    """Whatever has a known name: first what ``forward`` requires, then all of it.
+
+    Hidden states are not among it if they are ``embedded`` elsewhere.
+    """
     generator = torch.Generator().manual_seed(7)
     found: dict[str, Any] = {}
     for name in names:
-        if name == "inputs_embeds" and text:
+        if embedded and name in ("inputs_embeds", "hidden_states"):
             continue
         shape = _shape(config, FLOATS.get(name))
         if shape is not None:

@@ -8,7 +8,10 @@ import textwrap
 from .table import ROOT, Row
 
 PAGE = ROOT / "docs" / "transformers.md"
-KNOWN: dict[str, str] = {}  # architectures that differ from eager, and why
+KNOWN: dict[str, str] = {  # architectures that differ from eager, and why
+    "mask2former": "Masks are outputs cut at a half, so that gradients change with rounding:"
+    " eager's are 1.2e-2 from those in float64, these 1.1e-3."
+}
 HEAD = """# Architectures of transformers
 
 Every architecture of the installed transformers, tiny and with random weights, by eager attention
