@@ -96,7 +96,7 @@ class Upstream(NamedTuple):
     grad_entropy: Tensor | None  # (B, H, T) fp32
     grad_weights: Tensor | None  # the shape of weights
     out: Tensor  # the forward's, as the next two
-    norm: Tensor  # (2, B, H, T) fp32
+    norm: Tensor  # (2, B, H, T) fp32; (3, ...), the last unused: of more keys than the call has
     entropy: Tensor | None  # (B, H, T) fp32, with grad_entropy
     need_dbias: bool
     need_dsinks: bool

@@ -154,7 +154,7 @@ def attention(
     outputs = run("attention", inputs, options, backend)
     if not (return_lse or return_stats or return_weights):
         return outputs.out
-    return _results(outputs, return_lse, options)
+    return results_of(outputs, return_lse, options)
 
 
 def varlen_attention(
@@ -282,7 +282,7 @@ def varlen_attention(
         return out
     stats = None if stats is None or not options.stats else stats[:, 0]
     received = None if received is None or options.stats != 2 else received[0]
-    return _results(Outputs(out, lse[0], norm, stats, received, weights), return_lse, options)
+    return results_of(Outputs(out, lse[0], norm, stats, received, weights), return_lse, options)
 
 
 def decode_attention(
@@ -493,7 +493,7 @@ def decode_problem(inputs: DecodeInputs, options: DecodeOptions) -> backends.Pro
     )
 
 
-def _results(outputs: Outputs, return_lse: bool, options: Options) -> tuple[Any, ...]:
+def results_of(outputs: Outputs, return_lse: bool, options: Options) -> tuple[Any, ...]:
     """What was asked for, in the order out, lse, stats, weights."""
     results: list[Any] = [outputs.out]
     if return_lse:

@@ -140,6 +140,7 @@ struct BackwardParams : AttentionParams {
   View grad_out;                // (B, H, T, D_v)
   const float* norm = nullptr;  // two planes of the forward's; with norm_plane 0, lse (CPU only)
   int64_t norm_plane = 0;
+  bool norm_of_more = false;            // than these keys: m and l are not to be found anew
   const float* grad_lse = nullptr;      // null: zero; laid out like a plane of norm
   const float* entropy = nullptr;       // given with grad_entropy
   const float* grad_entropy = nullptr;  // null: zero

@@ -257,7 +257,7 @@ BackwardTensors cpu_bwd(ATTNFAST_UPSTREAM, ATTNFAST_INPUTS) {
   Kept kept(&call);
   fill(&p, &kept, ATTNFAST_INPUT_NAMES);
   const bool is_lse = norm.dim() == 3;  // all that torch's own operators keep
-  STD_TORCH_CHECK(is_lse || (norm.dim() == 4 && norm.size(0) == 2),
+  STD_TORCH_CHECK(is_lse || (norm.dim() == 4 && (norm.size(0) == 2 || norm.size(0) == 3)),
                   "attention: norm must be what the forward returned");
   const bool slack = has_slack(p, q.size(2), k.size(2));
   BackwardTensors results =

@@ -45,7 +45,7 @@ BackwardTensors cuda_bwd(ATTNFAST_UPSTREAM, ATTNFAST_INPUTS) {
   Kept kept(&call);
   fill_params(&p, &kept, ATTNFAST_INPUT_NAMES);
   const DeviceSeed seed = seed_of(dropout_seed, &call);
-  STD_TORCH_CHECK(norm.dim() == 4 && norm.size(0) == 2,
+  STD_TORCH_CHECK(norm.dim() == 4 && (norm.size(0) == 2 || norm.size(0) == 3),
                   "attention: norm must be what the forward returned");
   BackwardTensors results =
       backward_results(&p, &kept, p.cu_seqlens_q, ATTNFAST_UPSTREAM_NAMES, ATTNFAST_INPUT_NAMES);

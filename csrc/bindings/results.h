@@ -95,6 +95,7 @@ BackwardTensors backward_results(BackwardParams* p, Kept<Call>* kept, bool slack
   p->lse_stride_b = H * T, p->lse_stride_h = T;
   p->norm = kept->floats(norm, "norm");
   p->norm_plane = norm.dim() == 3 ? 0 : q.size(0) * H * T;  // 3: lse
+  p->norm_of_more = norm.dim() == 4 && norm.size(0) == 3;
   p->grad_lse = kept->floats(grad_lse, "grad_lse");
   p->entropy = kept->floats(entropy, "entropy");
   p->grad_entropy = kept->floats(grad_entropy, "grad_entropy");

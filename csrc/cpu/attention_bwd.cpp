@@ -223,7 +223,7 @@ void attention_bwd(const BackwardParams& given) {
     const BackwardRows<Element> queries{{p, row_terms}};
     const Backward<Element, 0> in_fp32{{{p, row_terms}}};
     // The forward was the decoding kernel's, or in planes; or torch has kept no more than the lse.
-    if (p.T == 1 || kPlanes > 1 || p.norm_plane == 0) {
+    if (!p.norm_of_more && (p.T == 1 || kPlanes > 1 || p.norm_plane == 0)) {
       norm = Arena(2 * size * sizeof(float), p.footprint);
       auto* planes = reinterpret_cast<float*>(norm.data());
       const Index copied = p.footprint ? 0 : size;

@@ -1,0 +1,8 @@
+"""Attention of sequences that are cut over the ranks of torch.distributed."""
+
+from __future__ import annotations
+
+from .context import context_parallel_attention
+from .layout import shard, unshard
+
+__all__ = ["context_parallel_attention", "shard", "unshard"]

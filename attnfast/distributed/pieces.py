@@ -1,0 +1,124 @@
+"""A call over whole sequences, cut into calls of some queries and some keys."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..call import Inputs, Options
+from .layout import Chunk, Layout
+
+EMPTY, CUT, FULL = range(3)  # scores that a call's positions let pass: none, some, all
+
+
+class Piece(NamedTuple):
+    """Queries and keys that follow one another in the sequences and in their shards."""
+
+    q: Chunk
+    k: Chunk
+    full: bool  # by position every query attends every key
+
+
+class Sight(NamedTuple):
+    """What of a call says which queries attend which keys by position, and what else counts."""
+
+    left: int  # -1: unbounded
+    right: int  # causal is 0
+    offset: int | None  # t' = t + offset; None: known on the device alone
+    by_position: bool  # scores or statistics of full pieces depend on positions
+
+    @classmethod
+    def of(cls, inputs: Inputs, options: Options) -> Sight:
+        """That of a call."""
+        right = 0 if options.causal else options.window_right
+        offset = options.align_offset if inputs.align is None else None
+        tensors = (inputs.mask, inputs.bias, inputs.alibi_slopes)
+        by_position = options.stats > 0 or any(x is not None for x in tensors)
+        return cls(options.window_left, right, offset, by_position)
+
+    def scores(self, q: Chunk, k: Chunk) -> int:
+        """How many scores it lets pass: EMPTY, CUT or FULL."""
+        left, right, offset, _ = self
+        if left < 0 and right < 0:
+            return FULL
+        if offset is None:
+            return CUT
+        first = q.start + offset
+        last, k_last = first + q.length - 1, k.start + k.length - 1
+        if (right >= 0 and k.start > last + right) or (left >= 0 and k_last < first - left):
+            return EMPTY
+        within_right = right < 0 or k_last <= first + right
+        return FULL if within_right and (left < 0 or k.start >= last - left) else CUT
+
+
+def pieces(queries: Iterable[Chunk], keys: Iterable[Chunk], sight: Sight) -> list[Piece]:
+    """What attention to some keys consists of; what no query attends by position is left out.
+
+    Queries of different chunks that attend a chunk of keys wholly are one piece, where nothing
+    else depends on positions, and chunks of keys too.
+    """
+    found: list[Piece] = []
+    for k in keys:
+        for q in queries:
+            passed = sight.scores(q, k)
+            if passed != EMPTY:
+                _join(found, Piece(q, k, passed == FULL), sight.by_position)
+    return found
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def last_step(queries: Layout, keys: Layout, sight: Sight, owner: int) -> int:
+    """Of a ring, the last step at which a rank attends a block, which lies s ranks on at step s."""
+    for step in range(keys.ranks - 1, 0, -1):
+        met = queries.chunks((owner + step) % keys.ranks)
+        if any(sight.scores(q, k) != EMPTY for k in keys.chunks(owner) for q in met):
+            return step
+    return 0
+
+
+def _join(found: list[Piece], piece: Piece, by_position: bool) -> None:
+    if found and piece.full and found[-1].full and not by_position:
+        q, k, _ = found[-1]
+        if k == piece.k and q.row + q.length == piece.q.row:
+            found[-1] = Piece(Chunk(q.start, q.length + piece.q.length, q.row), k, True)
+            _join_keys(found)
+            return
+    found.append(piece)
+    if not by_position:
+        _join_keys(found)
+
+
+def _join_keys(found: list[Piece]) -> None:
+    """Make one of the last two pieces, if they are of the same queries and of adjacent keys."""
+    if len(found) < 2:
+        return
+    (q, k, full), (other_q, other_k, other_full) = found[-2:]
+    if q == other_q and full and other_full and k.row + k.length == other_k.row:
+        found[-2:] = [Piece(q, Chunk(k.start, k.length + other_k.length, k.row), True)]
+
+
+def call_of(piece: Piece, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+    """The call of a piece, of a rank's queries, all of some rank's keys, and masks of all keys."""
+    q, k, full = piece
+    if full:
+        options = options._replace(causal=False, window_left=-1, window_right=-1)
+    apart = q.start - k.start
+    return inputs._replace(
+        q=inputs.q.narrow(2, q.row, q.length),
+        k=inputs.k.narrow(2, k.row, k.length),
+        v=inputs.v.narrow(2, k.row, k.length),
+        mask=scores_of(inputs.mask, q, k),
+        bias=scores_of(inputs.bias, q, k),
+        indices=None if inputs.indices is None else inputs.indices.narrow(2, q.row, q.length),
+    ), options._replace(align_offset=options.align_offset + apart)
+
+
+def scores_of(x: Tensor | None, q: Chunk, k: Chunk) -> Tensor | None:
+    """A piece's part of a mask or bias, of a rank's queries and the keys of the sequence."""
+    if x is None:
+        return None
+    x = x if x.shape[2] == 1 else x.narrow(2, q.row, q.length)
+    return x if x.shape[3] == 1 else x.narrow(3, k.start, k.length)

@@ -1,0 +1,249 @@
+"""Context parallel attention over real processes is attention by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from accuracy import check
+from cases import CASES, Case, bf16, problem
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import attnfast
+from attnfast.distributed import context_parallel_attention, ring, shard, unshard
+
+METHODS, LAYOUTS = ("ring", "all_to_all", "all_gather"), ("zigzag", "contiguous")
+WAYS = tuple(product(METHODS, LAYOUTS))
+
+
+def run_on(world: int, folder: Path, function: Callable[..., None], *arguments: Any) -> None:
+    """A function in so many processes; raises what one of them raises."""
+    given = (world, str(folder / "rendezvous"), function, arguments)
+    torch.multiprocessing.spawn(_process, given, nprocs=world)
+
+
+def _process(
+    rank: int, world: int, rendezvous: str, function: Callable[..., None], arguments: Any
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world)
+    function(dist.group.WORLD, *arguments)
+    dist.destroy_process_group()
+
+
+def hold_cases(group: dist.ProcessGroup, cases: list[Case]) -> None:
+    """Every case by every method and layout, held to the accuracy rule."""
+    faults, held = [], 0
+    for case, (method, layout) in product(cases, WAYS):
+        given = problem(case)
+        if ranks.refusal(given, method) is not None:
+            continue
+        found = ranks.run(given, group, layout, method, backend="cpu")
+        held += 1
+        if dist.get_rank(group) > 0:
+            continue
+        try:
+            check(found, given)
+        except AssertionError as error:
+            faults.append(f"{case} {method} {layout}: {error}")
+    assert held > len(cases)
+    assert not faults, "\n".join(faults)
+
+
+SAMPLE = [case for case in CASES if not case.lengths][::11]
+
+
+def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
+    run_on(2, tmp_path, hold_cases, SAMPLE)
+
+
+FOUR = [
+    Case("all", B=3, H=3, H_kv=1, T=203, S=166, window=(40, 9), align="bottom_right", softcap=3.0,
+         alibi="bh", sinks=True, mask="bs", bias="hts", masking_bias=True, stats=1,
+         grads=("out", "lse", "entropy")),
+    Case("gqa", H=8, H_kv=2, T=129, S=129, causal=True, stats=1, grads=("out", "entropy")),
+    Case("few_keys", T=65, S=3, sinks=True, grads=("out", "lse")),
+    Case("few_queries", T=2, S=130, causal=True, align="bottom_right"),
+    Case("one_row", T=4, S=130, D=64, dtype=bf16, causal=True, align="bottom_right"),
+    Case("align_tensor", T=70, S=90, causal=True, align="tensor"),
+    Case("bias_shared", T=64, S=64, bias="hs", causal=True),
+]  # fmt: skip
+
+
+def hold_four(group: dist.ProcessGroup) -> None:
+    hold_cases(group, FOUR)
+    hold_bytes(group)
+    hold_shards(group)
+
+
+def test_four_ranks(tmp_path: Path) -> None:
+    """Heads that four do not divide, shards without a row, and what is sent."""
+    run_on(4, tmp_path, hold_four)
+
+
+def hold_bytes(group: dist.ProcessGroup) -> None:
+    """Keys go no further than somebody attends them, and dk and dv come home."""
+    rank, sent = dist.get_rank(group), []
+    spied = ring.Exchange.send
+    ring.Exchange.send = lambda self, x, steps: (
+        sent.append((steps, x.numel())),
+        spied(self, x, steps),
+    )[1]  # type: ignore[method-assign, assignment]
+    size = 2 * 2 * 16 * 8  # k and v of 16 rows, two heads, D 8
+    x = torch.randn(1, 2, 16, 8, requires_grad=True)
+    for options, forward, backward in (
+        # keys of rank r are met by r + 1 alone, but for the last rank's
+        (
+            {"causal": True, "window": (16, 0)},
+            [1] * (rank < 3),
+            [1, 1] * (rank < 3) + [-1] * (rank > 0),
+        ),
+        # by all that follow
+        ({"causal": True}, [1] * min(rank + 1, 3 if rank < 3 else 0), None),
+        ({}, [1] * 3, None),
+    ):
+        sent.clear()
+        out = context_parallel_attention(
+            x, x, x, group, layout="contiguous", method="ring", **options
+        )
+        assert sent == [(step, size) for step in forward], (rank, options, sent)
+        sent.clear()
+        out.sum().backward()
+        if backward is not None:
+            assert sorted(sent) == sorted((step, size) for step in backward), (rank, sent)
+    ring.Exchange.send = spied  # type: ignore[method-assign]
+
+
+def hold_shards(group: dist.ProcessGroup) -> None:
+    """A shard and back again is the tensor, gradients too, whatever the length."""
+    rank = dist.get_rank(group)
+    for length, layout in product((1, 7, 8, 13), LAYOUTS):
+        whole = torch.arange(2.0 * length).view(2, length).requires_grad_()
+        part = shard(whole, group, 1, layout)
+        rows = 2 * -(-length // 8) if layout == "zigzag" else -(-length // 4)
+        assert part.shape == (2, rows)
+        joined = unshard(part * (rank + 1), group, -1, layout, length)
+        of_rank = unshard(torch.full_like(part, rank + 1), group, 1, layout, length)
+        assert joined.equal(whole * of_rank)
+        (grad,) = torch.autograd.grad(joined, whole, torch.arange(2.0 * length).view(2, length))
+        assert grad.equal(torch.arange(2.0 * length).view(2, length) * of_rank)
+    if rank == 0:
+        first = shard(torch.arange(16), group, 0)
+        assert first.tolist() == [0, 1, 14, 15]
+
+
+def hold_numbers(group: dist.ProcessGroup) -> None:
+    """Large scores, the same bits every time, and meshes."""
+    rank = dist.get_rank(group)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        q, k = (torch.randn(1, 2, 40, 16).sign().to(dtype) for _ in "qk")
+        v = torch.randn(1, 2, 40, 16).to(dtype)
+        for scale, causal in product((1.0, 1e3, 1e8, 1e20), (True, False)):
+            expected = attnfast.attention(q, k, v, scale=scale, causal=causal, backend="cpu")
+            parts = (shard(x, mesh, 2) for x in (q, k, v))
+            found = context_parallel_attention(
+                *parts, mesh["cp"], scale=scale, causal=causal, method="ring", backend="cpu"
+            )
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(
+                unshard(found, mesh, 2), expected, atol=4 * eps, rtol=4 * eps
+            )
+    leaves = [torch.randn(2, 4, 33, 16, requires_grad=True) for _ in "qkv"]
+    runs: list[list[Tensor]] = []
+    for _ in range(2):
+        outs = context_parallel_attention(
+            *leaves, group, layout="contiguous", method="ring", causal=True, return_stats=True
+        )
+        runs.append([outs[0], outs[1].entropy, *torch.autograd.grad(outs[0].sum(), leaves)])
+    assert all(a.equal(b) for a, b in zip(*runs, strict=True))
+    assert rank == mesh.get_local_rank()
+
+
+def test_numbers(tmp_path: Path) -> None:
+    run_on(2, tmp_path, hold_numbers)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Any:
+    """A group of one process."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+X = torch.randn(1, 2, 8, 4)
+WRONG: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"mesh": "cp"}, "mesh must be a DeviceMesh or a ProcessGroup, got str"),
+    ({"layout": "striped"}, "layout must be one of ['contiguous', 'zigzag'], got 'striped'"),
+    ({"method": "usp"}, "method must be one of ['auto', 'ring', 'all_to_all', 'all_gather'], got "),
+    ({"lengths": 8}, "lengths must be (T, S), of the whole sequences, got 8"),
+    ({"lengths": (8, 5)}, "k must be of 6 rows (5 over 1 ranks, zigzag, see shard), got 8"),
+    ({"q": X[:, :, :7]}, "q must be of 8 rows (7 over 1 ranks, zigzag, see shard), got 7"),
+    ({"q": X[0]}, "q must be a 4-D Tensor, got torch.Size([2, 8, 4])"),
+    ({"v": X[:, :, :6]}, "k and v must be of equally many rows, at least one, got "),
+    ({"return_weights": True}, "return_weights must be False: weights are T x S, on no rank whole"),
+    ({"dropout_p": 0.1}, "dropout_p must be 0: kernels count the scores that they drop from "),
+    ({"align": 2**29}, "align must be at most 268435456 either way, got 536870912"),
+    ({"mask": attnfast.BlockMask.strided(8, 8, 2)}, "mask must be a bool Tensor: a BlockMask's "),
+    ({"indices": torch.zeros(1, 8, 2).int(), "method": "ring"}, "indices must be given with met"),
+    ({"return_stats": "received", "method": "ring"}, "return_stats must be True: 'received' needs"),
+    ({"mask": torch.ones(1, 1, 4, 8).bool()}, "mask must be broadcastable to (B, H, T, S) = (1, "),
+    ({"is_causal": True}, "is_causal must be given as causal=, got is_causal="),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG, ids=lambda x: str(x)[:30])
+def test_errors(alone: dist.ProcessGroup, given: dict[str, Any], message: str) -> None:
+    arguments = {"q": X, "k": X, "v": X, "mesh": alone} | given
+    with pytest.raises((TypeError, ValueError)) as raised:
+        context_parallel_attention(**arguments)
+    assert str(raised.value).startswith(f"context_parallel_attention: {message}")
+
+
+def test_one_rank_is_one_process(alone: dist.ProcessGroup) -> None:
+    for method in (*METHODS, "auto"):
+        out = context_parallel_attention(X, X, X, alone, method=method, layout="contiguous")
+        torch.testing.assert_close(out, attnfast.attention(X, X, X))
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"x": 1}, "x must be a Tensor, got int"),
+    ({"dim": 4}, "dim must be a dimension of x, of 4, got 4"),
+    ({"layout": "striped"}, "layout must be one of ['contiguous', 'zigzag'], got 'striped'"),
+])  # fmt: skip
+def test_shard_errors(alone: dist.ProcessGroup, given: dict[str, Any], message: str) -> None:
+    arguments = {"x": X, "mesh": alone, "dim": 2} | given
+    for name, function in (("shard", shard), ("unshard", unshard)):
+        with pytest.raises((TypeError, ValueError)) as raised:
+            function(**arguments)
+        assert str(raised.value) == f"{name}: {message}"
+    with pytest.raises(ValueError, match="unshard: x must be 6 rows of 5 over 1 ranks, got 8"):
+        unshard(X, alone, 2, length=5)
+
+
+def test_what_goes_furthest_decides_the_method() -> None:
+    """Heads for rows where that is less than what travels, and heads can be dealt out."""
+    from attnfast.call import Inputs, Options
+    from attnfast.distributed.context import choose_method
+    from attnfast.distributed.layout import Layout
+
+    def chosen(H: int, H_kv: int, ranks: int, **options: Any) -> str:
+        rows = Layout.of_sequence(1 << 13, ranks, "contiguous")
+        q, kv = torch.empty(1, H, rows.rows, 64), torch.empty(1, H_kv, rows.rows, 64)
+        call = Options(scale=1.0, **options)
+        return choose_method(Inputs(q, kv, kv), call, rows, rows)[0]
+
+    assert chosen(16, 16, 8) == "all_to_all"
+    assert chosen(16, 1, 8) == "ring"
+    assert chosen(6, 6, 8) == "ring"
+    assert chosen(16, 16, 8, causal=True, window_left=512) == "ring"
+    assert chosen(16, 16, 8, stats=2) == "all_gather"
