@@ -158,6 +158,7 @@ MODELS = {  # and the inputs of it, where what follows from names alone is not e
     "Qwen2VLTextModel": "input_ids",
     "Qwen3VLVisionModel": "hidden_states, grid_thw",
     "RTDetrModel": "pixel_values",  # as it is, but for the number of queries
+    "Siglip2VisionModel": "pixel_values, pixel_attention_mask, spatial_shapes",
     "TimeSeriesTransformerModel": "past_values, past_time_features, past_observed_mask",
 }
 
@@ -168,6 +169,11 @@ def test_a_tiny_model_runs(model: str, given: str) -> None:
     _, config, found = models.build(next(cls for cls in classes if cls.__name__ == model))
     assert ", ".join(found) == given
     assert getattr(config, "num_hidden_layers", 2) <= 4
+
+
+def test_a_video_has_as_many_frames_as_its_model_takes() -> None:
+    _, _, found = models.build(transformers.VideoMAEModel)
+    assert found["pixel_values"].shape[:3] == (inputs.B, 16, 3)
 
 
 def test_the_shapes_of_named_inputs_are_the_configurations() -> None:

@@ -32,13 +32,14 @@ def sets(model: Any, padding: str) -> Iterator[dict[str, Any]]:
     if text:
         for sound in audio:
             yield {**text, **sound}
-    if "pixel_values" in pixels:  # two to a row
-        yield text | {"pixel_values": torch.stack([pixels["pixel_values"]] * 2, 1)}
-    if "input_features_mask" in names:
-        yield from more_inputs.heard(audio)
+    if "pixel_values" in pixels:  # many to a row
+        frames = getattr(getattr(model.config, "vision_config", model.config), "num_frames", 2)
+        yield text | {"pixel_values": torch.stack([pixels["pixel_values"]] * frames, 1)}
+    yield from more_inputs.heard(audio, names)
     yield from more_inputs.codebooks(model.config, names, text)
     yield from more_inputs.series(model.config, names)
-    yield from more_inputs.patches(model.config, names)
+    for patches in more_inputs.patches(model.config, names):
+        yield text | patches
     embedded = bool(text) or _is_part(model, names)
     yield from more_inputs.named(model.config, names, text, embedded)
 
@@ -119,7 +120,7 @@ def _audio(names: Any, config: Any) -> list[dict[str, Tensor]]:
         found.append({"input_values": torch.randn(spectrum, generator=generator)})
     if "input_features" in names:
         shapes = [(B, 64, 80), (B, 80, 64), (B, 80, 3000), (B, 128, 64), (B, 64, 160), (B, 64, 128)]
-        for shape in [*shapes, (B, 64, own), (B, own, 64)]:
+        for shape in [*shapes, (B, 64, own), (B, own, 64), (B, own, 200)]:
             found.append({"input_features": torch.randn(shape, generator=generator)})
     if "decoder_input_ids" in names:
         tokens = torch.randint(3, VOCABULARY // 2, (B, L_DECODER), generator=generator)

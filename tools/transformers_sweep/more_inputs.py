@@ -31,6 +31,7 @@ FLOATS: dict[str, tuple[int | str, ...]] = {
     "text_features": (B, L, WIDTH),
     "vision_pos_encoding": (B, L, WIDTH),
     "latents": (B, WIDTH, L),
+    "image": (B, 3, "image_size", "image_size"),
     "visual_feats": (B, L, "visual_feat_dim"),
     "visual_pos": (B, L, "visual_pos_dim"),
     "states": (B, L, "state_dim"),
@@ -50,7 +51,9 @@ IDS: dict[str, tuple[int | str, ...]] = {
 
 
 def patches(config: Any, names: Any) -> Iterator[dict[str, Tensor]]:
-    """Patches of two images, one after another, and how many rows and columns these have."""
+    """Patches of two images, one after another or apart, and their rows and columns."""
+    of = getattr(config, "vision_config", config)
+    yield from _patches_apart(of, names)
     grid = next((name for name in ("grid_thw", "image_grid_thw") if name in names), None)
     main = next((name for name in ("pixel_values", "hidden_states") if name in names), None)
     side = getattr(config, "patch_size", None)
@@ -111,6 +114,24 @@ def codebooks(config: Any, names: Any, text: dict[str, Any]) -> Iterator[dict[st
         yield text | {name: torch.randint(3, VOCABULARY // 2, shape, generator=generator)}
 
 
+def _patches_apart(config: Any, names: Any) -> Iterator[dict[str, Tensor]]:
+    side, (_, rows, columns) = getattr(config, "patch_size", None), GRID
+    width = getattr(config, "patch_embed_hidden_size", None)
+    if width is None and not isinstance(side, int):
+        return
+    width = width or 3 * side * side
+    patches = torch.randn((B, rows * columns, width), generator=torch.Generator().manual_seed(10))
+    if "flattened_patches" in names:
+        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) + 1.0
+        yield {"flattened_patches": torch.cat([places.expand(B, -1, -1), patches], -1)}
+    if "spatial_shapes" in names:
+        yield {
+            "pixel_values": patches,
+            "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long),
+            "spatial_shapes": torch.tensor([[rows, columns]] * B),
+        }
+
+
 def series(config: Any, names: Any) -> Iterator[dict[str, Tensor]]:
     """The past of series of numbers, and features of its times."""
     lags = getattr(config, "lags_sequence", None)
@@ -126,9 +147,17 @@ def series(config: Any, names: Any) -> Iterator[dict[str, Tensor]]:
     }
 
 
-def heard(audio: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Features of sounds, and which of their frames are any."""
-    for given in audio:
+def heard(audio: list[dict[str, Tensor]], names: Any) -> Iterator[dict[str, Tensor]]:
+    """Features of sounds, and which of their frames are any; or one after another, and how many."""
+    if "feature_lens" in names:
+        x = audio[-1]["input_features"]  # [B, bins, frames]
+        after = {"aftercnn_lens": torch.tensor([x.shape[2] // 2] * B)}
+        yield {
+            "input_features": x.transpose(0, 1).flatten(1),
+            "feature_lens": torch.tensor([x.shape[2]] * B),
+            **{name: lengths for name, lengths in after.items() if name in names},
+        }
+    for given in audio if "input_features_mask" in names else ():
         x = given.get("input_features")
         for frames in (x.shape[2], x.shape[1]) if x is not None else ():
             yield {**given, "input_features_mask": torch.ones((B, frames), dtype=torch.long)}
