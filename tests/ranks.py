@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accuracy import STATISTICS, Results
 from cases import arguments_of
 from dense import Trial
@@ -27,16 +26,14 @@ def refusal(problem: Trial, method: str) -> str | None:
         return "align"
     if options.weights:
         return "weights"
-    if options.stats == 2 and method == "ring":
+    if options.stats == 2 and method in ("ring", "2d"):
         return "received"
-    if inputs.indices is not None and method in ("ring", "all_to_all"):
+    if inputs.indices is not None and method != "all_gather":
         return "indices"
     return None
 
 
-def run(
-    problem: Trial, group: dist.ProcessGroup, layout: str, method: str, **overrides: Any
-) -> Results:
+def run(problem: Trial, group: Any, layout: str, method: str, **overrides: Any) -> Results:
     """All results of a problem, by name as `accuracy.differentiate` has them, on every rank."""
     inputs, options = problem.inputs, problem.options
     T, S = inputs.q.shape[2], inputs.k.shape[2]
@@ -94,6 +91,6 @@ def run(
     return results
 
 
-def own_rows(x: Tensor, T: int, group: dist.ProcessGroup, layout: str) -> Tensor:
+def own_rows(x: Tensor, T: int, group: Any, layout: str) -> Tensor:
     """Of a mask or bias the rank's rows, if it has a row for every query."""
     return x if x.shape[2] == 1 < T else shard(x, group, 2, layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import attnfast
-from attnfast.distributed import context_parallel_attention, ring, shard, unshard
+from attnfast.distributed import (
+    context_parallel_attention,
+    context_parallel_decode,
+    ring,
+    shard,
+    unshard,
+)
 
 METHODS, LAYOUTS = ("ring", "all_to_all", "all_gather"), ("zigzag", "contiguous")
 WAYS = tuple(product(METHODS, LAYOUTS))
@@ -38,14 +45,19 @@ def _process(
     dist.destroy_process_group()
 
 
-def hold_cases(group: dist.ProcessGroup, cases: list[Case]) -> None:
+def hold_cases(
+    group: dist.ProcessGroup, cases: list[Case], ways: tuple[tuple[str, str], ...] = WAYS
+) -> None:
     """Every case by every method and layout, held to the accuracy rule."""
     faults, held = [], 0
-    for case, (method, layout) in product(cases, WAYS):
+    mesh: Any = group
+    if ways[0][0] == "2d":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("far", "near"))
+    for case, (method, layout) in product(cases, ways):
         given = problem(case)
         if ranks.refusal(given, method) is not None:
             continue
-        found = ranks.run(given, group, layout, method, backend="cpu")
+        found = ranks.run(given, mesh, layout, method, backend="cpu")
         held += 1
         if dist.get_rank(group) > 0:
             continue
@@ -53,7 +65,7 @@ def hold_cases(group: dist.ProcessGroup, cases: list[Case]) -> None:
             check(found, given)
         except AssertionError as error:
             faults.append(f"{case} {method} {layout}: {error}")
-    assert held > len(cases)
+    assert held >= len(cases)
     assert not faults, "\n".join(faults)
 
 
@@ -79,6 +91,7 @@ FOUR = [
 
 def hold_four(group: dist.ProcessGroup) -> None:
     hold_cases(group, FOUR)
+    hold_cases(group, FOUR, (("2d", "zigzag"), ("2d", "contiguous")))
     hold_bytes(group)
     hold_shards(group)
 
@@ -168,8 +181,64 @@ def hold_numbers(group: dist.ProcessGroup) -> None:
     assert rank == mesh.get_local_rank()
 
 
+def hold_decode(group: dist.ProcessGroup) -> None:
+    """A cut cache is decoded as a whole one, whatever of it is filled."""
+    rank, S = dist.get_rank(group), 48
+    for dtype, T in ((torch.float32, 3), (torch.bfloat16, 1)):
+        torch.manual_seed(0)
+        q = torch.randn(5, 4, T, 16).to(dtype)
+        k, v = (torch.randn(5, 2, S, 16).to(dtype) for _ in "kv")
+        lengths = torch.tensor([0, 1, 24, 30, 48], dtype=torch.int32)
+        own = slice(rank * S // 2, (rank + 1) * S // 2)
+        bias = torch.randn(1, 4, 1, S).to(dtype)
+        for options in (
+            {},
+            {"window": (9, None), "softcap": 2.0},
+            {"sinks": torch.randn(4), "alibi_slopes": torch.rand(4)},
+            {"bias": bias},
+        ):
+            expected = attnfast.decode_attention(
+                q.float(), k.float(), v.float(), lengths, return_lse=True, **options
+            )
+            parts = options | ({"bias": bias[..., own]} if "bias" in options else {})
+            found = context_parallel_decode(
+                *(q, k[:, :, own], v[:, :, own], lengths, group), return_lse=True, **parts
+            )
+            eps = 8 * torch.finfo(dtype).eps
+            torch.testing.assert_close(found[0].float(), expected[0], atol=eps, rtol=eps)
+            torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"cache_seqlens must be in \[0, 48\], got \[49\]"):
+        context_parallel_decode(q[:1], k[:1, :, own], v[:1, :, own], lengths[-1:] + 1, group)
+
+
+def test_decode(tmp_path: Path) -> None:
+    run_on(2, tmp_path, hold_decode)
+
+
 def test_numbers(tmp_path: Path) -> None:
     run_on(2, tmp_path, hold_numbers)
+
+
+def lose_a_rank(group: dist.ProcessGroup, said: str) -> None:
+    """The last rank ends in the middle of the ring."""
+    rank, found = dist.get_rank(group), ring.forward_of
+    if rank == dist.get_world_size(group) - 1:
+        ring.forward_of = lambda *_: os._exit(0)  # type: ignore[assignment]
+    x = torch.randn(1, 2, 16, 8, requires_grad=True)
+    with pytest.raises(RuntimeError) as raised:  # one may have its keys before the last has ended
+        [context_parallel_attention(x, x, x, group, method="ring") for _ in range(2)]
+    ring.forward_of = found
+    Path(f"{said}{rank}").write_text(str(raised.value))
+    os._exit(0)  # a group that has lost a rank is not destroyed in time
+
+
+def test_a_rank_that_ends_is_an_error_on_all_others(tmp_path: Path) -> None:
+    run_on(3, tmp_path, lose_a_rank, str(tmp_path / "said"))
+    for rank in range(2):
+        said = Path(f"{tmp_path / 'said'}{rank}").read_text()
+        assert said.startswith(
+            f"context_parallel_attention: the ring of 3 ranks, seen from rank {rank}: one has ended"
+        )
 
 
 @pytest.fixture
@@ -184,7 +253,8 @@ X = torch.randn(1, 2, 8, 4)
 WRONG: tuple[tuple[dict[str, Any], str], ...] = (
     ({"mesh": "cp"}, "mesh must be a DeviceMesh or a ProcessGroup, got str"),
     ({"layout": "striped"}, "layout must be one of ['contiguous', 'zigzag'], got 'striped'"),
-    ({"method": "usp"}, "method must be one of ['auto', 'ring', 'all_to_all', 'all_gather'], got "),
+    ({"method": "2d"}, "mesh must be of two dimensions with method='2d', got one"),
+    ({"method": "usp"}, "method must be one of ['auto', 'ring', 'all_to_all', 'all_gather', '2d']"),
     ({"lengths": 8}, "lengths must be (T, S), of the whole sequences, got 8"),
     ({"lengths": (8, 5)}, "k must be of 6 rows (5 over 1 ranks, zigzag, see shard), got 8"),
     ({"q": X[:, :, :7]}, "q must be of 8 rows (7 over 1 ranks, zigzag, see shard), got 7"),

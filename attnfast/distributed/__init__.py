@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .context import context_parallel_attention
+from .decode import context_parallel_decode
 from .layout import shard, unshard
 
-__all__ = ["context_parallel_attention", "shard", "unshard"]
+__all__ = ["context_parallel_attention", "context_parallel_decode", "shard", "unshard"]

@@ -13,14 +13,14 @@ from ..call import Inputs, Options, Outputs
 from ..functional import attention_problem, results_of, run
 from ..requirements import choice, fail, nothing_else, truth
 from .collectives import Gather, Scatter, Shared
-from .heads import Heads, scores_to_heads, to_heads, to_rows
+from .heads import Heads, Rows
 from .layout import PARTS, Chunk, Layout, group_of
 from .pieces import FULL, Piece, Sight, call_of
 from .ring import Ring, RingFunction
 
 FUNCTION = "context_parallel_attention"
 MOST_ALIGN = 2**28  # kernels are given it and the distance of chunks in one
-METHODS = {"auto": 0, "ring": 1, "all_to_all": 2, "all_gather": 3}
+METHODS = {"auto": 0, "ring": 1, "all_to_all": 2, "all_gather": 3, "2d": 4}
 
 
 def context_parallel_attention(
@@ -60,7 +60,7 @@ def context_parallel_attention(
         q: ``(B, H, T / P, D)``, this rank's queries; see `attention`.
         k: ``(B, H_kv, S / P, D)``, its keys.
         v: ``(B, H_kv, S / P, D_v)``.
-        mesh: a one-dimensional DeviceMesh, ``mesh["cp"]`` for example, or a process group.
+        mesh: a DeviceMesh, ``mesh["cp"]`` for example, or a process group.
         layout: how sequences are cut, see `shard`: "zigzag" or "contiguous".
         method: "ring": keys and values travel from rank to rank, the next while one block is
             computed, only as far as ``causal`` and ``window`` let anybody attend them, in O(T / P)
@@ -139,11 +139,19 @@ def context_parallel_attention(
     if options.align_bottom_right:
         offset = keys.length - queries.length
         options = options._replace(align_offset=offset, align_bottom_right=False)
+    meshed = getattr(mesh, "ndim", 1) == 2
+    if method == "2d" and not meshed:
+        fail(FUNCTION, "mesh", "of two dimensions with method='2d'", "one")
+    if method == "auto" and meshed:
+        method = "2d"
     if method == "auto":
         method, _ = choose_method(inputs, options, queries, keys)
     refuse(method, inputs, options)
-    call = METHOD_CALLS[method]
-    outputs = call(inputs, options, queries, keys, group, backend)
+    if method == "2d":
+        outer, inner = (mesh.get_group(d) for d in (0, 1))
+        outputs = by_heads(inputs, options, queries, keys, inner, backend, outer)
+    else:
+        outputs = METHOD_CALLS[method](inputs, options, queries, keys, group, backend)
     if not (return_lse or return_stats):
         return outputs.out
     return results_of(outputs, return_lse, options)
@@ -190,7 +198,7 @@ def refuse(method: str, inputs: Inputs, options: Options) -> None:
             "given with method='all_gather', where all keys are at hand",
             method,
         )
-    if options.stats == 2 and method == "ring":
+    if options.stats == 2 and method in ("ring", "2d"):
         fail(FUNCTION, "return_stats", "True: 'received' needs another way round the ring", "it")
 
 
@@ -290,36 +298,53 @@ def by_heads(
     keys: Layout,
     group: dist.ProcessGroup,
     backend: str,
+    outer: dist.ProcessGroup | None = None,
 ) -> Outputs:
-    """Every rank has whole sequences for some of the heads: an ordinary call of those."""
-    rank = dist.get_rank(group)
-    heads = Heads.over(keys.ranks, inputs.q.shape[1], inputs.k.shape[1])
-    q = to_heads(inputs.q, heads.queries, queries, group)
-    k, v = (to_heads(x, heads.keys, keys, group) for x in (inputs.k, inputs.v))
+    """Every rank has whole sequences for some of the heads: an ordinary call of those.
+
+    With an ``outer`` group the ranks of ``group`` have a shard together, and it goes round the ring
+    of the groups.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    number = rank if outer is None else dist.get_rank(outer) * ranks + rank
+    device, heads = inputs.q.device, Heads.over(ranks, inputs.q.shape[1], inputs.k.shape[1])
+    of_queries, of_keys = (
+        Rows(
+            group,
+            x.rows,
+            x.order(device)
+            if outer is None
+            else x.order_within(ranks, dist.get_rank(outer)).to(device),
+        )
+        for x in (queries, keys)
+    )
+    q = of_queries.to_heads(inputs.q, heads.queries)
+    k, v = (of_keys.to_heads(x, heads.keys) for x in (inputs.k, inputs.v))
     mask, bias = (
-        scores_to_heads(x, heads.queries, queries, group)
+        of_queries.scores_to_heads(x, heads.queries)
         for x in (inputs.mask, shared_bias(inputs, queries, group))
     )
     slopes, sinks = inputs.alibi_slopes, inputs.sinks
     slopes = None if slopes is None else slopes[:, heads.queries[rank]]
     sinks = None if sinks is None else Shared.apply(sinks, group)[heads.queries[rank]]
-    if heads.queries[rank]:
-        mine = inputs._replace(
-            q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks
-        )
-        outputs = run(FUNCTION, mine, options, backend)
-    else:  # of no heads, and yet a part of every exchange
+    mine = inputs._replace(q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks)
+    if not heads.queries[rank]:  # and yet a part of every exchange
         outputs = of_no_heads(q, k, v, bias, sinks, options)
+    elif outer is None:
+        outputs = run(FUNCTION, mine, options, backend)
+    else:
+        shards = queries.merged(ranks), keys.merged(ranks)
+        outputs = by_ring(mine, options, *shards, outer, backend)
     numbers = [outputs.lse]
     if options.stats and outputs.stats is not None:
         numbers += outputs.stats.unbind(0)
-    out = to_rows(outputs.out, heads.queries, queries, group)
-    lse, *stats = to_rows(torch.stack(numbers, 3), heads.queries, queries, group).unbind(3)
+    out = of_queries.to_rows(outputs.out, heads.queries)
+    lse, *stats = of_queries.to_rows(torch.stack(numbers, 3), heads.queries).unbind(3)
     received = None
     if options.stats == 2 and outputs.received is not None:
-        received = to_rows(outputs.received[..., None], heads.queries, keys, group)[..., 0]
+        received = of_keys.to_rows(outputs.received[..., None], heads.queries)[..., 0]
     results = Outputs(out, lse, None, torch.stack(stats) if stats else None, received)
-    return ended(results, inputs.sinks, real_rows(queries, rank, q.device))
+    return ended(results, inputs.sinks, real_rows(queries, number, device))
 
 
 def of_no_heads(

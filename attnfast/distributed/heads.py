@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import AllToAll, Gather
-from .layout import Layout
+from .collectives import AllToAll
 
 
 class Heads(NamedTuple):
@@ -38,41 +37,45 @@ class Heads(NamedTuple):
         return found
 
 
-def to_heads(x: Tensor, heads: list[list[int]], layout: Layout, group: dist.ProcessGroup) -> Tensor:
-    """``(B, H, T / P, D)``, all heads of a shard, to ``(B, heads of this rank, T, D)``."""
-    rank, (B, _, rows, D) = dist.get_rank(group), x.shape
-    mine = len(heads[rank])
-    sent = x[:, [h for part in heads for h in part]].transpose(0, 1)
-    received: Tensor = AllToAll.apply(
-        sent, [len(part) for part in heads], [mine] * layout.ranks, group
-    )
-    by_rank = received.view(layout.ranks, mine, B, rows, D).permute(2, 1, 0, 3, 4)
-    return by_rank.reshape(B, mine, layout.ranks * rows, D)[:, :, layout.order(x.device)]
+class Rows(NamedTuple):
+    """The rows that the ranks of a group hold together."""
 
+    group: dist.ProcessGroup
+    each: int  # rows of a rank
+    order: Tensor  # of every row of the whole, where it lies in the ranks' one after another
 
-def to_rows(x: Tensor, heads: list[list[int]], layout: Layout, group: dist.ProcessGroup) -> Tensor:
-    """The way back: ``(B, heads of this rank, T, D)`` to ``(B, H, T / P, D)``."""
-    B, mine, _, D = x.shape
-    every = x.new_zeros((B, mine, layout.ranks * layout.rows, D))
-    every = every.index_copy(2, layout.order(x.device), x)
-    by_rank = every.view(B, mine, layout.ranks, layout.rows, D).permute(2, 1, 0, 3, 4)
-    sent = by_rank.reshape(layout.ranks * mine, B, layout.rows, D)
-    received: Tensor = AllToAll.apply(
-        sent, [mine] * layout.ranks, [len(part) for part in heads], group
-    )
-    return received.transpose(0, 1)
+    def to_heads(self, x: Tensor, heads: list[list[int]]) -> Tensor:
+        """``(B, H, rows, D)``, all heads of a shard, to ``(B, heads of this rank, T, D)``."""
+        B, _, rows, D = x.shape
+        mine, ranks = len(heads[dist.get_rank(self.group)]), len(heads)
+        sent = x[:, [h for part in heads for h in part]].transpose(0, 1)
+        counts = [len(part) for part in heads], [mine] * ranks
+        received = AllToAll.apply(sent, *counts, self.group)
+        by_rank = received.view(ranks, mine, B, rows, D).permute(2, 1, 0, 3, 4)
+        whole: Tensor = by_rank.reshape(B, mine, ranks * rows, D)[:, :, self.order]
+        return whole
 
+    def to_rows(self, x: Tensor, heads: list[list[int]]) -> Tensor:
+        """The way back: ``(B, heads of this rank, T, D)`` to ``(B, H, rows, D)``."""
+        (B, mine, _, D), ranks = x.shape, len(heads)
+        every = x.new_zeros((B, mine, ranks * self.each, D)).index_copy(2, self.order, x)
+        by_rank = every.view(B, mine, ranks, self.each, D).permute(2, 1, 0, 3, 4)
+        sent = by_rank.reshape(ranks * mine, B, self.each, D)
+        counts = [mine] * ranks, [len(part) for part in heads]
+        received: Tensor = AllToAll.apply(sent, *counts, self.group)
+        return received.transpose(0, 1)
 
-def scores_to_heads(
-    x: Tensor | None, heads: list[list[int]], layout: Layout, group: dist.ProcessGroup
-) -> Tensor | None:
-    """A mask or bias of a rank's queries, to that of all queries for the rank's heads."""
-    if x is None:
-        return None
-    boolean = x.dtype == torch.bool
-    if x.shape[2] > 1 or layout.rows == 1:
-        x = x.to(torch.uint8) if boolean else x
-        x = to_heads(x, heads, layout, group) if x.shape[1] > 1 else Gather.apply(x, layout, group)
-    elif x.shape[1] > 1:
-        x = x[:, heads[dist.get_rank(group)]]
-    return x.to(torch.bool) if boolean else x
+    def scores_to_heads(self, x: Tensor | None, heads: list[list[int]]) -> Tensor | None:
+        """A mask or bias of a rank's queries, to that of all queries for the rank's heads.
+
+        One for all heads goes to every rank as one head.
+        """
+        if x is None:
+            return None
+        boolean = x.dtype == torch.bool
+        if x.shape[2] > 1 or self.each == 1:
+            x = x.to(torch.uint8) if boolean else x
+            x = self.to_heads(x, heads if x.shape[1] > 1 else [[0]] * len(heads))
+        elif x.shape[1] > 1:
+            x = x[:, heads[dist.get_rank(self.group)]]
+        return x.to(torch.bool) if boolean else x

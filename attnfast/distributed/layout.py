@@ -71,6 +71,21 @@ class Layout(NamedTuple):
                 order[start : start + length] = torch.arange(begin, begin + length)
         return order.to(device)
 
+    def merged(self, inner: int) -> Layout:
+        """The same sequence over groups of ``inner`` ranks one after another."""
+        return Layout(self.ranks // inner, self.parts, self.size * inner, self.length)
+
+    def order_within(self, inner: int, group: int) -> Tensor:
+        """Of every row of a merged group's shard, where it lies in its ranks' one after another."""
+        order = torch.empty(self.rows * inner, dtype=torch.int64)
+        for start, length, row in self.merged(inner).places(group):
+            for rank in range(inner):
+                for own in self.places(group * inner + rank):
+                    if start <= own.start < start + length:
+                        at, begin = row + own.start - start, rank * self.rows + own.row
+                        order[at : at + self.size] = torch.arange(begin, begin + self.size)
+        return order
+
     def cut(self, x: Tensor, dim: int, rank: int) -> Tensor:
         """A rank's shard of a whole tensor; zeros where the sequence has ended."""
         shape = list(x.shape)
@@ -125,7 +140,7 @@ def shard(x: Tensor, mesh: Any, dim: int, layout: str = "zigzag") -> Tensor:
 
     Args:
         x: The whole tensor, the same on every rank.
-        mesh: A one-dimensional DeviceMesh, or a process group, of P ranks.
+        mesh: A DeviceMesh of one dimension or two, or a process group, of P ranks.
         dim: The dimension to cut, of size T.
         layout: "contiguous", or "zigzag": of 2 P chunks a rank has two, its own and the one as far
             from the other end, which balances causal attention.
@@ -186,13 +201,13 @@ def _given(
 
 
 def group_of(function: str, mesh: Any) -> dist.ProcessGroup:
-    """The process group of a one-dimensional mesh, or that group itself."""
+    """The process group of all ranks of a mesh, in its order, or that group itself."""
     if isinstance(mesh, dist.ProcessGroup):
         return mesh
     from torch.distributed.device_mesh import DeviceMesh
 
     if not isinstance(mesh, DeviceMesh):
         fail(function, "mesh", "a DeviceMesh or a ProcessGroup", type(mesh).__name__, TypeError)
-    if mesh.ndim != 1:
-        fail(function, "mesh", "one-dimensional, mesh['cp'] for example", f"{mesh.ndim} dimensions")
-    return mesh.get_group()
+    if mesh.ndim > 2:
+        fail(function, "mesh", "of one or two dimensions, mesh['cp'] for example", mesh.ndim)
+    return mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()

@@ -93,8 +93,15 @@ class Exchange:
 
     def wait(self) -> None:
         """Until all of it has arrived."""
-        while self.works:
-            self.works.pop().wait()
+        try:
+            while self.works:
+                self.works.pop().wait()
+        except RuntimeError as error:
+            ring = f"the ring of {self.ranks} ranks, seen from rank {self.rank}"
+            raise RuntimeError(
+                f"context_parallel_attention: {ring}: one has ended, or did not answer within the"
+                f" group's timeout: {error}"
+            ) from error
 
 
 class Block(NamedTuple):
