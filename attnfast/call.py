@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
     alibi_slopes: Tensor | None = None  # (1|B, H) fp32
     sinks: Tensor | None = None  # (H,) float
     align: Tensor | None = None  # (B,) int32: t' = t + align[b]
-    dropout_seed: Tensor | None = None  # (2,) int64: seed, offset
+    dropout_seed: Tensor | None = None  # (2,) int64: seed, offset; (6,): see dropout_mask
     cu_seqlens_q: Tensor | None = None  # (sequences + 1,) int32
     cu_seqlens_k: Tensor | None = None  # (sequences + 1,) int32
     indices: Tensor | None = None  # (B, 1|H_kv, T, K) int32: the keys of each query; -1: none

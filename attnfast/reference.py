@@ -228,21 +228,25 @@ def dropout_mask(
     Philox-4x32-10 with the 64-bit ``seed[0]`` as key and (s // 8, t, b * H + h, seed[1]), each
     modulo 2**32, as counter. Its four words, low half first, are eight 16-bit lanes; key s takes
     lane s % 8 and stays iff lane >= round(p * 65536).
+
+    A seed of six numbers is of a part of a call: of how many heads that is, and the part's first
+    head, query and key, which are added to h, t and s.
     """
+    heads, head, query, first = seed[2:] if seed.shape[0] == 6 else seed.new_tensor([H, 0, 0, 0])
 
     def index(start: int, length: int) -> Tensor:
         return torch.arange(start, start + length, device=seed.device)
 
     key = (seed[0] & 0xFFFFFFFF, (seed[0] >> 32) & 0xFFFFFFFF)
     counter = (
-        index(0, (S + 7) // 8),
-        index(row_start, T).view(-1, 1),
-        index(batch_start * H, B * H).view(B, H, 1, 1),
+        index(0, S // 8 + 2) + first // 8,
+        index(row_start, T).view(-1, 1) + query,
+        index(batch_start, B).view(B, 1, 1, 1) * heads + index(0, H).view(H, 1, 1) + head,
         seed[1] & 0xFFFFFFFF,
     )
-    words = torch.stack(philox(counter, key), dim=-1)  # [B, H, T, S/8, 4]
-    lanes = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(-3)[..., :S]
-    return lanes >= round(p * 65536)
+    words = torch.stack(philox(counter, key), dim=-1)  # [B, H, T, S / 8, 4]
+    lanes = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(-3)
+    return lanes[..., index(0, S) + first % 8] >= round(p * 65536)
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

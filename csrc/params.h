@@ -108,6 +108,8 @@ struct AttentionParams : ScoreOptions {
   double dropout_p = 0.0;
   uint64_t dropout_seed = 0;
   uint64_t dropout_offset = 0;
+  // Where the call stands in one of more heads and rows, whose mask it has a part of (CPU only).
+  int64_t dropout_heads = 0, dropout_head = 0, dropout_query = 0, dropout_key = 0;
 
   int num_threads = 1;
   bool (*interrupted)() = nullptr;  // asked by the calling thread: whether to end; null: never

@@ -20,8 +20,6 @@ def refusal(problem: Trial, method: str) -> str | None:
         return "sequences of different lengths"
     if inputs.block_starts is not None:
         return "a BlockMask"
-    if options.dropout_p > 0:
-        return "dropout"
     if abs(options.align_offset) > 2**28:
         return "align"
     if options.weights:

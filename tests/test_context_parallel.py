@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import attnfast
 from attnfast.distributed import (
+    context,
     context_parallel_attention,
     context_parallel_decode,
     ring,
@@ -80,6 +81,8 @@ FOUR = [
     Case("all", B=3, H=3, H_kv=1, T=203, S=166, window=(40, 9), align="bottom_right", softcap=3.0,
          alibi="bh", sinks=True, mask="bs", bias="hts", masking_bias=True, stats=1,
          grads=("out", "lse", "entropy")),
+    Case("dropout", H=3, H_kv=3, T=100, S=141, bias="hts", dropout_p=0.3, stats=1,
+         grads=("out", "lse")),
     Case("gqa", H=8, H_kv=2, T=129, S=129, causal=True, stats=1, grads=("out", "entropy")),
     Case("few_keys", T=65, S=3, sinks=True, grads=("out", "lse")),
     Case("few_queries", T=2, S=130, causal=True, align="bottom_right"),
@@ -261,7 +264,7 @@ WRONG: tuple[tuple[dict[str, Any], str], ...] = (
     ({"q": X[0]}, "q must be a 4-D Tensor, got torch.Size([2, 8, 4])"),
     ({"v": X[:, :, :6]}, "k and v must be of equally many rows, at least one, got "),
     ({"return_weights": True}, "return_weights must be False: weights are T x S, on no rank whole"),
-    ({"dropout_p": 0.1}, "dropout_p must be 0: kernels count the scores that they drop from "),
+    ({"dropout_p": 0.1, "backend": "triton"}, "backend 'triton' cannot run this call"),
     ({"align": 2**29}, "align must be at most 268435456 either way, got 536870912"),
     ({"mask": attnfast.BlockMask.strided(8, 8, 2)}, "mask must be a bool Tensor: a BlockMask's "),
     ({"indices": torch.zeros(1, 8, 2).int(), "method": "ring"}, "indices must be given with met"),
@@ -277,6 +280,17 @@ def test_errors(alone: dist.ProcessGroup, given: dict[str, Any], message: str) -
     with pytest.raises((TypeError, ValueError)) as raised:
         context_parallel_attention(**arguments)
     assert str(raised.value).startswith(f"context_parallel_attention: {message}")
+
+
+def test_dropout_on_a_backend_that_counts_from_its_first_row(
+    alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context, "PLACED", ())
+    message = (
+        "dropout_p must be 0 on the backend 'cpu', which counts from its own first row, got 0.1"
+    )
+    with pytest.raises(ValueError, match=message):
+        context_parallel_attention(X, X, X, alone, dropout_p=0.1)
 
 
 def test_one_rank_is_one_process(alone: dist.ProcessGroup) -> None:

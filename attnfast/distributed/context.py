@@ -19,6 +19,7 @@ from .pieces import FULL, Piece, Sight, call_of
 from .ring import Ring, RingFunction
 
 FUNCTION = "context_parallel_attention"
+PLACED = ("cpu", "reference")  # backends that drop what one process would
 MOST_ALIGN = 2**28  # kernels are given it and the distance of chunks in one
 METHODS = {"auto": 0, "ring": 1, "all_to_all": 2, "all_gather": 3, "2d": 4}
 
@@ -80,8 +81,9 @@ def context_parallel_attention(
         alibi_slopes: see `attention`.
         sinks: see `attention`; the gradient is the sum over the ranks, on every rank.
         indices: ``(B, T / P, K)``, keys of the whole sequence; "all_gather" takes them.
-        dropout_p: must be 0: kernels count what they drop from their own first row.
-        dropout_seed: see `attention`.
+        dropout_p: see `attention`; on the CPU, whose kernels can count from another row than their
+            own first. What is dropped is what one process would drop.
+        dropout_seed: see `attention`; by default drawn by the first rank, for all.
         return_lse: see `attention`.
         return_stats: see `attention`; with "received" a rank has the sums of its own keys, and
             "all_to_all" and "all_gather" find them.
@@ -147,6 +149,8 @@ def context_parallel_attention(
     if method == "auto":
         method, _ = choose_method(inputs, options, queries, keys)
     refuse(method, inputs, options)
+    if options.dropout_p > 0:
+        inputs = inputs._replace(dropout_seed=seed_of_all(inputs, options, group, backend))
     if method == "2d":
         outer, inner = (mesh.get_group(d) for d in (0, 1))
         outputs = by_heads(inputs, options, queries, keys, inner, backend, outer)
@@ -175,13 +179,23 @@ def layouts(
     return found[0], found[1]
 
 
+def seed_of_all(inputs: Inputs, options: Options, group: dist.ProcessGroup, backend: str) -> Tensor:
+    """The dropout seed of all ranks, drawn by the first where none is given, with a place."""
+    row = dispatch.select(attention_problem(inputs, options), backend, function=FUNCTION)
+    if row.name not in PLACED:
+        requirement = f"0 on the backend {row.name!r}, which counts from its own first row"
+        fail(FUNCTION, "dropout_p", requirement, options.dropout_p)
+    seed = inputs.dropout_seed
+    if seed is None:
+        seed = torch.randint(1 << 32, (2,), dtype=torch.int64, device=inputs.q.device)
+        dist.broadcast(seed, group=group, group_src=0)
+    return torch.cat((seed, seed.new_tensor([inputs.q.shape[1], 0, 0, 0])))
+
+
 def refuse(method: str, inputs: Inputs, options: Options) -> None:
     """Raise where a method does not take a call."""
     if options.weights:
         fail(FUNCTION, "return_weights", "False: weights are T x S, on no rank whole", True)
-    if options.dropout_p > 0:
-        requirement = "0: kernels count the scores that they drop from their own first row"
-        fail(FUNCTION, "dropout_p", requirement, options.dropout_p)
     if abs(options.align_offset) > MOST_ALIGN:
         fail(FUNCTION, "align", f"at most {MOST_ALIGN} either way", options.align_offset)
     if inputs.block_bits is not None:
@@ -327,6 +341,10 @@ def by_heads(
     slopes, sinks = inputs.alibi_slopes, inputs.sinks
     slopes = None if slopes is None else slopes[:, heads.queries[rank]]
     sinks = None if sinks is None else Shared.apply(sinks, group)[heads.queries[rank]]
+    if inputs.dropout_seed is not None:
+        first_head = sum(map(len, heads.queries[:rank]))
+        place = inputs.dropout_seed.new_tensor([0, 0, 0, first_head, 0, 0])
+        inputs = inputs._replace(dropout_seed=inputs.dropout_seed + place)
     mine = inputs._replace(q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks)
     if not heads.queries[rank]:  # and yet a part of every exchange
         outputs = of_no_heads(q, k, v, bias, sinks, options)

@@ -78,7 +78,8 @@ class Results(NamedTuple):
             entropy.copy_(torch.where(keyless, 0.0, mixed))
             reach.mul_(mine), focus.mul_(mine)
         self.out.mul_(mine[..., None])
-        self.lse.copy_(torch.where(keyless, sink, self.lse + more))
+        larger = torch.where(ahead > 0, sink + softplus(-ahead), self.lse + more)
+        self.lse.copy_(torch.where(keyless, sink, larger))
         self.norm[1] += more / LN2  # where there is no key it stays inf, and p 0
 
     def _add_statistics(self, other: Tensor, mine: Tensor, theirs: Tensor) -> None:

@@ -35,7 +35,7 @@ class Sight(NamedTuple):
         """That of a call."""
         right = 0 if options.causal else options.window_right
         offset = options.align_offset if inputs.align is None else None
-        tensors = (inputs.mask, inputs.bias, inputs.alibi_slopes)
+        tensors = (inputs.mask, inputs.bias, inputs.alibi_slopes, inputs.dropout_seed)
         by_position = options.stats > 0 or any(x is not None for x in tensors)
         return cls(options.window_left, right, offset, by_position)
 
@@ -105,13 +105,16 @@ def call_of(piece: Piece, inputs: Inputs, options: Options) -> tuple[Inputs, Opt
     q, k, full = piece
     if full:
         options = options._replace(causal=False, window_left=-1, window_right=-1)
-    apart = q.start - k.start
+    apart, seed = q.start - k.start, inputs.dropout_seed
+    if seed is not None:
+        seed = seed + seed.new_tensor([0, 0, 0, 0, q.start, k.start])
     return inputs._replace(
         q=inputs.q.narrow(2, q.row, q.length),
         k=inputs.k.narrow(2, k.row, k.length),
         v=inputs.v.narrow(2, k.row, k.length),
         mask=scores_of(inputs.mask, q, k),
         bias=scores_of(inputs.bias, q, k),
+        dropout_seed=seed,
         indices=None if inputs.indices is None else inputs.indices.narrow(2, q.row, q.length),
     ), options._replace(align_offset=options.align_offset + apart)
 

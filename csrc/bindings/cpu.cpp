@@ -138,7 +138,7 @@ void check_blocks(const attnfast::BlockMask& mask, const Tensor& starts, const T
 // A problem, and the values inside tensors: those that index memory are checked, T and S become
 // the longest sequences.
 void fill(AttentionParams* p, Kept<HostCall>* kept, ATTNFAST_INPUTS) {
-  fill_params(p, kept, ATTNFAST_INPUT_NAMES);
+  fill_params(p, kept, true, ATTNFAST_INPUT_NAMES);
   if (p->cu_seqlens_q) {
     p->T = check_cu_seqlens(p->cu_seqlens_q, p->B, q.size(2), max_seqlen_q, "q");
     p->S = check_cu_seqlens(p->cu_seqlens_k, p->B, k.size(2), max_seqlen_k, "k");
@@ -150,7 +150,13 @@ void fill(AttentionParams* p, Kept<HostCall>* kept, ATTNFAST_INPUTS) {
   if (dropout_seed) {
     const auto* seed = data_of<int64_t>(*dropout_seed, "dropout_seed");
     p->dropout_seed = static_cast<uint64_t>(seed[0]);
-    p->dropout_offset = static_cast<uint64_t>(seed[dropout_seed->stride(0)]);
+    const int64_t stride = dropout_seed->stride(0);
+    p->dropout_offset = static_cast<uint64_t>(seed[stride]);
+    p->dropout_heads = p->H;
+    if (dropout_seed->numel() == 6) {
+      p->dropout_heads = seed[2 * stride], p->dropout_head = seed[3 * stride];
+      p->dropout_query = seed[4 * stride], p->dropout_key = seed[5 * stride];
+    }
   }
   share_out(p, pairs_of(*p));
 }

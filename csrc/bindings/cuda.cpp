@@ -31,7 +31,7 @@ ForwardTensors cuda_fwd(ATTNFAST_INPUTS) {
   ForwardParams p;
   DeviceCall call(q);
   Kept kept(&call);
-  fill_params(&p, &kept, ATTNFAST_INPUT_NAMES);
+  fill_params(&p, &kept, false, ATTNFAST_INPUT_NAMES);
   const DeviceSeed seed = seed_of(dropout_seed, &call);
   const bool slack = p.cu_seqlens_q;  // perhaps: where sequences end is not known here
   ForwardTensors results = forward_results(&p, &call, slack, ATTNFAST_INPUT_NAMES);
@@ -43,7 +43,7 @@ BackwardTensors cuda_bwd(ATTNFAST_UPSTREAM, ATTNFAST_INPUTS) {
   BackwardParams p;
   DeviceCall call(q);
   Kept kept(&call);
-  fill_params(&p, &kept, ATTNFAST_INPUT_NAMES);
+  fill_params(&p, &kept, false, ATTNFAST_INPUT_NAMES);
   const DeviceSeed seed = seed_of(dropout_seed, &call);
   STD_TORCH_CHECK(norm.dim() == 4 && (norm.size(0) == 2 || norm.size(0) == 3),
                   "attention: norm must be what the forward returned");
@@ -65,7 +65,7 @@ std::tuple<int64_t, int64_t> cuda_workspace(ATTNFAST_INPUTS, bool) {
   BackwardParams p;
   DeviceCall call(q);
   Kept kept(&call);
-  fill_params(&p, &kept, ATTNFAST_INPUT_NAMES);
+  fill_params(&p, &kept, false, ATTNFAST_INPUT_NAMES);
   const int64_t floats = attnfast::cuda::backward_scratch(p, call.stream());
   return {0, floats * static_cast<int64_t>(sizeof(float))};
 }

@@ -136,7 +136,7 @@ BlockMask fill_blocks(Kept<Call>* kept, const std::array<int64_t, 4>& scores,
 // Everything of a problem but the seed of dropout, which lies where the backend reads it. Varlen: T
 // and S are the maxima given, or all rows if that is less.
 template <class Call>
-void fill_params(AttentionParams* p, Kept<Call>* kept, ATTNFAST_INPUTS) {
+void fill_params(AttentionParams* p, Kept<Call>* kept, bool seeds_have_place, ATTNFAST_INPUTS) {
   check_sizes(q, k, v, "k", "v", std::nullopt);
   p->B = q.size(0), p->H = q.size(1), p->T = q.size(2), p->D = q.size(3);
   p->H_kv = k.size(1), p->S = k.size(2), p->D_v = v.size(3);
@@ -155,7 +155,9 @@ void fill_params(AttentionParams* p, Kept<Call>* kept, ATTNFAST_INPUTS) {
     p->T = std::min(p->T, max_seqlen_q), p->S = std::min(p->S, max_seqlen_k);
     p->q.b = p->k.b = p->v.b = 0;
   }
-  check_count(align, "align", p->B), check_count(dropout_seed, "dropout_seed", 2);
+  check_count(align, "align", p->B);
+  if (!(dropout_seed && seeds_have_place && dropout_seed->numel() == 6))
+    check_count(dropout_seed, "dropout_seed", 2);
   const std::array<int64_t, 4> scores{packed ? 1 : p->B, p->H, packed ? max_seqlen_q : p->T,
                                       packed ? max_seqlen_k : p->S};
   p->mask = read_scores(mask, "mask", scores), p->bias = read_scores(bias, "bias", scores);

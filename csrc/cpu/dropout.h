@@ -15,16 +15,18 @@ ATTNFAST_NOINLINE void dropout_tile(const Head<Element>& head, const Column& col
                                     Index n, float keep_scale, float* z) {
   const AttentionParams& p = head.problem;
   const int32_t threshold = static_cast<int32_t>(__builtin_nearbyint(p.dropout_p * 65536.0));
-  const uint32_t stream = static_cast<uint32_t>(head.b * p.H + head.h);
+  const auto stream = static_cast<uint32_t>(head.b * p.dropout_heads + p.dropout_head + head.h);
+  const auto t0 = static_cast<int32_t>(p.dropout_query + column.t0);
+  const Index first = p.dropout_key + key;
   const Vec kept = broadcast(keep_scale);
-  for (Index group = key / 8; group * 8 < key + n; ++group) {
+  for (Index group = first / 8; group * 8 < first + n; ++group) {
     for (Index lane = 0; lane < kColumn; lane += kLanes) {
       UVec words[4];
-      const UVec t = bit_cast<UVec>(lane_numbers() + static_cast<int32_t>(column.t0 + lane));
+      const UVec t = bit_cast<UVec>(lane_numbers() + (t0 + static_cast<int32_t>(lane)));
       philox(static_cast<uint32_t>(group), t, stream, static_cast<uint32_t>(p.dropout_offset),
              p.dropout_seed, words);
       ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
-        const Index j = group * 8 + i - key;
+        const Index j = group * 8 + i - first;
         const UVec draw = i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
         if (j >= 0 && j < n) {
           store(z + j * kColumn + lane, bit_cast<IVec>(draw) >= threshold ? kept : zeros());
