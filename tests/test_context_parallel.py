@@ -84,6 +84,8 @@ FOUR = [
     Case("dropout", H=3, H_kv=3, T=100, S=141, bias="hts", dropout_p=0.3, stats=1,
          grads=("out", "lse")),
     Case("gqa", H=8, H_kv=2, T=129, S=129, causal=True, stats=1, grads=("out", "entropy")),
+    Case("received", H=6, H_kv=2, T=65, S=129, stats=2, sinks=True, mask="bs", grads=("lse",)),
+    Case("indices", B=1, H=2, H_kv=1, T=41, S=60, indices=9),
     Case("few_keys", T=65, S=3, sinks=True, grads=("out", "lse")),
     Case("few_queries", T=2, S=130, causal=True, align="bottom_right"),
     Case("one_row", T=4, S=130, D=64, dtype=bf16, causal=True, align="bottom_right"),

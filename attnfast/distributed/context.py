@@ -287,11 +287,12 @@ def by_gather(
 ) -> Outputs:
     """Every rank has all keys: an ordinary call for each of its chunks of queries."""
     real = real_rows(queries, dist.get_rank(group), inputs.q.device)
-    q = inputs.q if real is None else torch.where(real[:, None], inputs.q, 0)
+    if real is not None:
+        inputs = without_keys(inputs, ~real[:, None])
     k, v = (Gather.apply(x, keys, group) for x in (inputs.k, inputs.v))
     sinks = None if inputs.sinks is None else Shared.apply(inputs.sinks, group)
     bias = shared_bias(inputs, queries, group)
-    inputs = inputs._replace(q=q, k=k, v=v, sinks=sinks, bias=bias)
+    inputs = inputs._replace(k=k, v=v, sinks=sinks, bias=bias)
     sight, every_key, found = Sight.of(inputs, options), Chunk(0, keys.length, 0), []
     for chunk in queries.places(dist.get_rank(group)):
         piece = Piece(chunk, every_key, sight.scores(chunk, every_key) == FULL)
@@ -301,8 +302,15 @@ def by_gather(
     if options.stats == 2:
         sums = Scatter.apply(sum(received)[..., None], keys, group)[..., 0]
     with_stats = torch.cat(stats, 3) if options.stats else None
-    results = Outputs(torch.cat(out, 2), torch.cat(lse, 2), None, with_stats, sums)
-    return ended(results, inputs.sinks, real)
+    return Outputs(torch.cat(out, 2), torch.cat(lse, 2), None, with_stats, sums)
+
+
+def without_keys(inputs: Inputs, rows: Tensor) -> Inputs:
+    """The inputs with some rows ``(T, 1)`` of queries that attend nothing."""
+    if inputs.indices is not None:
+        return inputs._replace(indices=inputs.indices.masked_fill(rows, -1))
+    mask = ~rows[None, None]
+    return inputs._replace(mask=mask if inputs.mask is None else mask & inputs.mask)
 
 
 def by_heads(
