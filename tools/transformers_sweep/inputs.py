@@ -88,7 +88,7 @@ def _hidden(model: Any, names: Any, padding: str) -> Iterator[dict[str, Tensor]]
 def _is_part(model: Any, names: Any) -> bool:
     """Whether a model is given masks ready-made, by the whole that it is of."""
     makes = "create_" in inspect.getsource(type(model).forward)
-    return "attention_mask" in names and "input_ids" not in names and not makes
+    return "attention_mask" in names and not makes
 
 
 def _vision(config: Any) -> dict[str, Tensor]:
