@@ -83,6 +83,7 @@ def test_the_backend_takes_the_head_dims_that_are_compiled() -> None:
             "attention_bwd_queries_kernel<BFloat16, 64, (Form)3, false>",
             "attention_bwd_queries<bf16, 64, blocks>",
         ),
+        ("attention_fwd_kernel<BFloat16, 64, (Form)4>", "attention_fwd<bf16, 64, plain blocks>"),
         ("attention_decode_kernel<Float16, 256, true>", "attention_decode<fp16, 256, small>"),
         ("attention_bwd_short_kernel<BFloat16, 64>", "attention_bwd_short<bf16, 64>"),
         ("attention_bwd_fused_kernel<BFloat16, 64>", "attention_bwd_fused<bf16, 64>"),

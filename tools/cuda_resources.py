@@ -72,7 +72,8 @@ ENTRY = re.compile(
 )
 SASS_FUNCTION = re.compile(r"Function : (\S+)|arch = (sm_\d+)")
 # What a kernel's template arguments after the head dim mean.
-FORM = {"(Form)0": "plain", "(Form)1": "masked", "(Form)2": "options", "(Form)3": "blocks"}
+FORM_NAMES = ("plain", "masked", "options", "blocks", "plain blocks")
+FORM = {f"(Form){i}": name for i, name in enumerate(FORM_NAMES)}
 SMALL = {"true": "small", "false": ""}
 KEYS, VALUES = {"true": "", "false": "dv"}, {"true": "", "false": "dk"}  # those that are wanted
 FORMS = {
@@ -81,7 +82,7 @@ FORMS = {
     "attention_bwd_queries": [FORM, SMALL],
     "attention_decode": [SMALL],
 }
-ORDER = (*FORM.values(), "small", "dk", "dv")
+ORDER = (*FORM_NAMES, "small", "dk", "dv")
 
 
 class Kernel(NamedTuple):

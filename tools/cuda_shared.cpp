@@ -34,16 +34,19 @@ void say_all() {
   say<ForwardShape<kD, Form::kMasked>>("attention_fwd", kD, ", masked");
   say<ForwardShape<kD, Form::kOptions>>("attention_fwd", kD, ", options");
   say<ForwardShape<kD, Form::kBlocks>>("attention_fwd", kD, ", blocks");
+  say<ForwardShape<kD, Form::kPlainBlocks>>("attention_fwd", kD, ", plain blocks");
   for (const char* name : {"attention_weights", "attention_received", "attention_weight_rows"}) {
     say<ProbabilityShape<kD>>(name, kD);
   }
   say_backward<kD, Form::kPlain, false>(", plain");
   say_backward<kD, Form::kOptions, false>(", options");
   say_backward<kD, Form::kBlocks, false>(", blocks");
+  say_backward<kD, Form::kPlainBlocks, false>(", plain blocks");
   if constexpr (kD <= 128) {
     say_backward<kD, Form::kPlain, true>(", plain, small");
     say_backward<kD, Form::kOptions, true>(", options, small");
     say_backward<kD, Form::kBlocks, true>(", blocks, small");
+    say_backward<kD, Form::kPlainBlocks, true>(", plain blocks, small");
   }
   say<BiasShape<kD>>("attention_bwd_bias", kD);
   if constexpr (kD <= 128) say<ShortShape<kD>>("attention_bwd_short", kD);

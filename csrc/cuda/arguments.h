@@ -95,12 +95,16 @@ struct DecodeArguments {
 };
 
 // What a kernel serves. Plain calls have no option but positions, rows that are aligned, and a
-// positive scale; masked ones also masks, biases, sinks and any scale; blocks are options and a
-// block mask.
-enum class Form { kPlain, kMasked, kOptions, kBlocks };
-constexpr const char* kForms[] = {"plain", "masked", "options", "blocks"};
+// positive scale; masked ones also masks, biases, sinks and any scale. The last two have a block
+// mask, beside what plain calls have and beside options.
+enum class Form { kPlain, kMasked, kOptions, kBlocks, kPlainBlocks };
+constexpr const char* kForms[] = {"plain", "masked", "options", "blocks", "plain blocks"};
 template <Form kForm>
 constexpr bool kHasOptions = kForm == Form::kOptions || kForm == Form::kBlocks;
+template <Form kForm>
+constexpr bool kHasBlocks = kForm == Form::kBlocks || kForm == Form::kPlainBlocks;
+template <Form kForm>
+constexpr bool kIsPlain = kForm == Form::kPlain || kForm == Form::kPlainBlocks;
 
 // Launches the kernels of the head dims up to kHeadDim.
 template <int kHeadDim>

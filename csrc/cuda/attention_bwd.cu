@@ -10,8 +10,8 @@ namespace {
 
 template <class Element, Form kForm>
 void run(const BackwardArguments& a, Stream stream) {
-  constexpr bool kPlain = kForm == Form::kPlain;
-  if constexpr (kPlain && ATTNFAST_HEAD_DIM <= 128) {
+  constexpr bool kPlain = kIsPlain<kForm>;
+  if constexpr (kForm == Form::kPlain && ATTNFAST_HEAD_DIM <= 128) {
     constexpr int kBytes = ShortShape<ATTNFAST_HEAD_DIM>::kSharedBytes;
     const auto fits = [&] { return kBytes <= kTuringShared || kBytes <= shared_limit(stream); };
     if (a.p.T <= kShort && a.p.S <= kShort && fits()) {
@@ -22,7 +22,7 @@ void run(const BackwardArguments& a, Stream stream) {
   if constexpr (!kPlain) {
     if (a.p.grad_weights.data) launch_attention_weight_rows<Element, ATTNFAST_HEAD_DIM>(a, stream);
   }
-  if constexpr (kPlain && (ATTNFAST_HEAD_DIM == 64 || ATTNFAST_HEAD_DIM == 128)) {
+  if constexpr (kForm == Form::kPlain && (ATTNFAST_HEAD_DIM == 64 || ATTNFAST_HEAD_DIM == 128)) {
     if (a.sums) return launch_attention_bwd_fused<Element, ATTNFAST_HEAD_DIM>(a, stream);
   }
   launch_attention_bwd_keys<Element, ATTNFAST_HEAD_DIM, kForm>(a, stream);
@@ -35,6 +35,7 @@ void run(const BackwardArguments& a, Stream stream) {
 template <class Element>
 void run(const BackwardArguments& a, Form form, Stream stream) {
   if (form == Form::kPlain) return run<Element, Form::kPlain>(a, stream);
+  if (form == Form::kPlainBlocks) return run<Element, Form::kPlainBlocks>(a, stream);
   if (form == Form::kBlocks) return run<Element, Form::kBlocks>(a, stream);
   run<Element, Form::kOptions>(a, stream);
 }

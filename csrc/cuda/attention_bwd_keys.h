@@ -43,7 +43,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kForm, true, kSmall>::
   // Fetches the tile of queries from t0 on of head.h into a stage.
   const auto fetch = [&](uint32_t stage, int t0) {
     const uint32_t terms = stage + 2 * Shape::kMoveBytes;
-    const bool all = kPlain && !crosses_edge(head, t0, kMove, s_block, kStay);
+    const bool all = kPlain && !kBlocks && !crosses_edge(head, t0, kMove, s_block, kStay);
     load_tile<kD, kMove, kThreads, !kPlain>(
         stage, known_queries<Element>(p, head, arguments.q_aligned, all), t0);
     load_tile<kD, kMove, kThreads, !kPlain>(
@@ -127,6 +127,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kForm, true, kSmall>::
         if (philox.threshold) {
           kept_by_dropout<true, kRowTiles, kMove / 8>(kept, philox, t0, s0, lane);
         }
+      } else if (bits.mask(s)) {
+        live = live_columns(s);
       }
       // dP
       if constexpr (kWantsK) multiply_rows_by_rows<Element, kD>(dp, v_tile + own, do_rows, lane);
@@ -142,13 +144,14 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kForm, true, kSmall>::
         edits.mask_positions<true>(s, head, t0, s0, lane, 0.0f);
         edits.mask_positions<true>(dp, head, t0, s0, lane, 0.0f);
       }
+      if constexpr (kPlain) bits.mask(s, 0.0f), bits.mask(dp, 0.0f);
       // dv
       if constexpr (kWantsV) {
-        add_registers_times_rows<Element, kD, !kPlain>(dv, s, do_rows, live, lane);
+        add_registers_times_rows<Element, kD, !kPlain || kBlocks>(dv, s, do_rows, live, lane);
       }
       // dk
       if constexpr (kWantsK) {
-        add_registers_times_rows<Element, kD, !kPlain>(dk, dp, q_rows, live, lane);
+        add_registers_times_rows<Element, kD, !kPlain || kBlocks>(dk, dp, q_rows, live, lane);
       }
     }
     head.h = next_h;

@@ -89,6 +89,8 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kForm, false, kSmall>:
         if (philox.threshold) {
           kept_by_dropout<false, kRowTiles, kMove / 8>(kept, philox, t0, s0, lane);
         }
+      } else if (bits.mask(s)) {
+        live = live_columns(s);
       }
       // dP
       multiply_rows_by_rows<Element, kD>(dp, do_tile + own, v_rows, lane);
@@ -100,8 +102,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kForm, false, kSmall>:
       // Probabilities, ds
       score_gradients<kPlain>(s, dp, edits, kept, keep_scale, kPlain ? nullptr : dcapped, terms);
       if (kPlain && edge) edits.mask_positions<false>(dp, head, t0, s0, lane, 0.0f);
+      if constexpr (kPlain) bits.mask(dp, 0.0f);
       // dq
-      add_registers_times_rows<Element, kD, !kPlain>(dq, dp, k_rows, live, lane);
+      add_registers_times_rows<Element, kD, !kPlain || kBlocks>(dq, dp, k_rows, live, lane);
     }
     if constexpr (Shape::kStages == 1) {
       next = tiles.after(s0);

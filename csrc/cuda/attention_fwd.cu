@@ -12,6 +12,9 @@ void run(const ForwardArguments& a, Form form, Stream stream) {
   if constexpr (kD <= 64) {
     if (form == Form::kMasked) return launch_attention_fwd<Element, kD, Form::kMasked>(a, stream);
   }
+  if (form == Form::kPlainBlocks) {
+    return launch_attention_fwd<Element, kD, Form::kPlainBlocks>(a, stream);
+  }
   if (form == Form::kBlocks) return launch_attention_fwd<Element, kD, Form::kBlocks>(a, stream);
   launch_attention_fwd<Element, kD, Form::kOptions>(a, stream);
 }

@@ -21,18 +21,19 @@ namespace attnfast::cuda {
 // kM queries, kN keys.
 template <int kD, Form kForm>
 struct ForwardShape {
-  static constexpr bool kPlain = kForm == Form::kPlain, kBlocks = kForm == Form::kBlocks;
+  static constexpr bool kPlain = kIsPlain<kForm>, kBlocks = kHasBlocks<kForm>;
   static constexpr int kRowTiles =
-      kD <= 128 && !kHasOptions<kForm> ? 2 : 1;  // of 16 rows, per warp
+      kD <= 128 && !kHasOptions<kForm> && !kBlocks ? 2 : 1;  // of 16 rows, per warp
   static constexpr int kWarps = kD > 128 || kRowTiles == 2 || kBlocks ? 4 : 8;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kM = kWarps * kRowTiles * 16;
   // The most with which hardly anything spills.
   static constexpr int kPlainN = kD == 64 ? 128 : kD == 96 || kD == 256 ? 32 : 64;
-  static constexpr int kN = kPlain ? kPlainN : kD <= 128 ? 64 : 32;
+  static constexpr int kN = kPlain && !kBlocks ? kPlainN : kD <= 128 ? 64 : 32;
   static constexpr int kSharedBytes = (kM + 2 * kN) * kD * 2;
   // Where not, for its shared memory or, at 128, its registers, the form with options serves.
-  static constexpr bool kOnTuring = kSharedBytes <= kTuringShared && !(kPlain && kD == 128);
+  static constexpr bool kOnTuring =
+      kSharedBytes <= kTuringShared && !(kPlain && !kBlocks && kD == 128);
 };
 
 // A row whose maximum is farther from 0, in powers of two, has it subtracted from its scores before
@@ -128,6 +129,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kForm>::kThreads), 1)
         // Anew where they are wanted: kept, they take registers that D = 64 lacks.
         const auto anew = [](int x) { return kD <= 64 ? opaque(x) : x; };
         if (edge) edits.mask_positions<false>(s, head, anew(t0), s0, anew(lane));
+        if (bits.mask(s)) live = live_columns(s);
       } else {
         const bool leaves_out = edits.apply<false>(s, head, t0, s0, lane, edge);
         if (bits.mask(s) || leaves_out) live = live_columns(s);
@@ -220,7 +222,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((ForwardShape<kD, kForm>::kThreads), 1)
       }
     }
     // Output
-    if (!kPlain && any_lane(live != ~0u)) {
+    if ((!kPlain || kBlocks) && any_lane(live != ~0u)) {
       add_registers_times_rows<Element, kD, true>(acc, s, of_v.again(), live);
     } else {
       add_registers_times_rows<Element, kD, false>(acc, s, of_v.again(), live);

@@ -93,8 +93,7 @@ class EveryTile {
 };
 
 template <Form kForm, int kTile, bool kColumn>
-using TilesOf =
-    std::conditional_t<kForm == Form::kBlocks, BlockTiles<kTile, kColumn>, EveryTile<kTile>>;
+using TilesOf = std::conditional_t<kHasBlocks<kForm>, BlockTiles<kTile, kColumn>, EveryTile<kTile>>;
 
 // The slot of the block that a tile lies in.
 ATTNFAST_DEVICE int slot_at(const BlockMask& mask, const Head& head, int t0, int s0) {
@@ -128,15 +127,15 @@ class BlockBits {
     }
   }
 
-  // -inf where a key is left out. Returns whether the block is partial.
-  ATTNFAST_DEVICE bool mask(float (&s)[kM][kN][4]) const {
+  // `value` where a key is left out. Returns whether the block is partial.
+  ATTNFAST_DEVICE bool mask(float (&s)[kM][kN][4], float value = -kInfinity) const {
     if (!partial_) return false;
     ATTNFAST_UNROLL for (int m = 0; m < kM; ++m) {
       ATTNFAST_UNROLL for (int n = 0; n < kN; ++n) {
         ATTNFAST_UNROLL for (int e = 0; e < 4; ++e) {
           const uint32_t word = kTransposed ? word_[n * 2 + e % 2][0] : word_[m * 2 + e / 2][n / 4];
           const int bit = kTransposed ? m * 16 + e / 2 * 8 : n % 4 * 8 + e % 2;
-          if (!(word >> bit & 1)) s[m][n][e] = -kInfinity;
+          if (!(word >> bit & 1)) s[m][n][e] = value;
         }
       }
     }

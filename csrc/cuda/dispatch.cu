@@ -24,7 +24,7 @@ bool aligned(const AnyView& x, int64_t columns) {
 
 // Whether no option but positions is at work.
 bool plain(const AttentionParams& p) {
-  return has_raw_scores(p) && !p.mask.data && !p.blocks.starts && !(p.dropout_p > 0.0);
+  return has_raw_scores(p) && !p.mask.data && !(p.dropout_p > 0.0);
 }
 
 // What dispatch.py refuses with these reasons, before it comes to this.
@@ -62,9 +62,10 @@ void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t ro
   a.v_aligned = aligned(p.v, p.D_v), a.out_aligned = aligned(p.out, p.D_v);
   const bool aligned = a.q_aligned && a.k_aligned && a.v_aligned && a.out_aligned;
   const bool others = p.entropy || p.dropout_p > 0.0 || p.softcap > 0.0f || p.alibi_slopes;
-  const Form form = p.blocks.starts      ? Form::kBlocks
+  const bool simple = aligned && !others && plain(p);
+  const Form form = p.blocks.starts      ? simple ? Form::kPlainBlocks : Form::kBlocks
+                    : simple             ? Form::kPlain
                     : !aligned || others ? Form::kOptions
-                    : plain(p)           ? Form::kPlain
                                          : Form::kMasked;
   with_head_dim(p, [&](auto head_dim) {
     run_attention_fwd<head_dim()>(a, form, stream);
@@ -95,7 +96,7 @@ struct BackwardScratch {
       if (on_turing(stream) || Shape::kSharedBytes > shared_limit(stream)) return;
       parts = Shape::parts(p.B * p.H, padded), sums = parts * Shape::kPart;
     };
-    if (!simple(p) || (p.T <= kShort && p.S <= kShort)) return;
+    if (!simple(p) || p.blocks.starts || (p.T <= kShort && p.S <= kShort)) return;
     with_head_dim(p, [&](auto head_dim) {
       if constexpr (head_dim() == 64 || head_dim() == 128) fuse(FusedShape<head_dim()>());
     });
@@ -125,7 +126,10 @@ void attention_bwd(const BackwardParams& p, const DeviceSeed& dropout, int64_t r
   a.grad_out_aligned = aligned(p.grad_out, p.D_v);
   a.dq_aligned = aligned(p.dq, p.D), a.dk_aligned = aligned(p.dk, p.D);
   a.dv_aligned = aligned(p.dv, p.D_v);
-  const Form form = p.blocks.starts ? Form::kBlocks : simple(p) ? Form::kPlain : Form::kOptions;
+  const Form form = p.blocks.starts ? simple(p) ? Form::kPlainBlocks : Form::kBlocks
+                    : simple(p)     ? Form::kPlain
+                                    : Form::kOptions;
+
   with_head_dim(p, [&](auto head_dim) { run_attention_bwd<head_dim()>(a, form, stream); });
   if (p.dsinks) run_attention_bwd_sinks(a, stream);
 }

@@ -17,9 +17,9 @@ namespace attnfast::cuda {
 // move past them. kSmall: fewer of either, for the shared memory of sm_75.
 template <int kD, Form kForm, bool kKeys, bool kSmall>
 struct BackwardShape {
-  static constexpr bool kPlain = kForm == Form::kPlain, kBlocks = kForm == Form::kBlocks;
+  static constexpr bool kPlain = kIsPlain<kForm>, kBlocks = kHasBlocks<kForm>;
   static constexpr int kWarps = kD > 128 || kSmall || kBlocks || (kPlain && kD <= 64) ? 4 : 8;
-  static constexpr int kRowTiles = kPlain && kD <= 64 ? 2 : 1;  // of 16 rows, per warp
+  static constexpr int kRowTiles = kPlain && !kBlocks && kD <= 64 ? 2 : 1;  // of 16 rows, per warp
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kStay = kWarps * kRowTiles * 16;
   static constexpr int kMove = kKeys && !kPlain && kD == 128 ? 16 : 32;  // 32 would spill
@@ -31,7 +31,9 @@ struct BackwardShape {
   static constexpr int kTermBytes = kMove * 4;
   static constexpr int kStageBytes = 2 * kMoveBytes + 4 * kTermBytes;
   static constexpr int kSharedBytes = 2 * kStayBytes + kStages * kStageBytes;
-  static constexpr bool kOnTuring = kSharedBytes <= kTuringShared;
+  // Keys at 128 not, where dk and dv together exceed the registers.
+  static constexpr bool kOnTuring =
+      kSharedBytes <= kTuringShared && (kSmall || !kKeys || kD != 128);
   static_assert(kSmall ? kOnTuring : kSharedBytes <= kSharedLimit);
 };
 

@@ -43,6 +43,7 @@ FORMS += [
     Case(f"blocks{D}", B=1, H_kv=1, T=100, S=150, D=D, blocks="blocks 64", dtype=fp16, grads=grads)
     for D, grads in ((64, ("out",)), (96, ("out",)), (128, ("out",)), (192, ()), (256, ()))
 ]
+FORMS += [replace(case, softcap=5.0) for case in FORMS[-5:]]
 
 
 @pytest.mark.parametrize("case", [*TURING[::3], *FORMS], ids=str)
@@ -210,7 +211,8 @@ def test_masks_that_leave_few_keys_out(bias: bool, shift: int, D: int) -> None:
         (Case(D=64, alibi="h"), "64, options"),
         (Case(D=64, stats=1), "64, options"),
         (Case(D=72, mask="ts"), "96, options"),
-        (Case(D=64, blocks="full 64"), "64, blocks"),
+        (Case(D=64, blocks="full 64"), "64, plain blocks"),
+        (Case(D=60, blocks="full 64"), "64, blocks"),  # rows of 120 bytes
         (Case(D=72, blocks="documents 64", softcap=5.0), "96, blocks"),
     ],
     ids=str,
@@ -230,7 +232,11 @@ def test_which_form_of_the_forward_serves(case: Case, form: str) -> None:
 
 
 @pytest.mark.parametrize("D", [64, 96, 128, 192, 256])
-@pytest.mark.parametrize("way", [{}, {"softcap": 5.0}, {"blocks": "full 64"}], ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [{}, {"softcap": 5.0}, {"blocks": "full 64"}, {"blocks": "full 64", "softcap": 5.0}],
+    ids=str,
+)
 def test_shared_memory_is_enough_where_there_is_least(D: int, way: dict[str, Any]) -> None:
     """The emulator refuses what exceeds an architecture's limit, as CUDA does: 99 KB on sm_86."""
     with architecture(86):
@@ -344,6 +350,7 @@ BLOCKED = [
     Case(f"D{D}", B=1, H=4, H_kv=2, T=200, S=330, D=D, blocks=blocks, window=window, dtype=dtype)
     for D, blocks, window, dtype in (
         (32, "heads 128", (-1, -1), bf16),
+        (64, "heads 64", (100, -1), fp16),
         (96, "heads 64", (150, 60), bf16),
         (128, "heads 128", (-1, -1), fp16),
         (128, "heads 64", (70, 200), bf16),
@@ -353,9 +360,28 @@ BLOCKED = [
 ]
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("case", BLOCKED, ids=str)
-def test_block_masks(case: Case) -> None:
-    check_case(case)
+def test_block_masks(case: Case, softcap: float) -> None:
+    check_case(replace(case, softcap=softcap))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_nan_in_queries_of_partial_blocks(softcap: float | None) -> None:
+    """One attends nothing, one the first 70 keys: gradients of later keys know of neither."""
+    mask = torch.rand(130, 130) < 0.7
+    mask[70], mask[80], mask[80, :70] = False, False, True
+    q, k, v = (torch.randn(1, 1, 130, 64, dtype=bf16) for _ in range(3))
+    found = []
+    for value in (0.0, torch.nan):
+        q[:, :, [70, 80]] = value
+        leaves = [x.clone().requires_grad_() for x in (k, v)]
+        blocks = BlockMask.from_mask(mask, 64)
+        out = attnfast.attention(q, *leaves, mask=blocks, softcap=softcap, backend="cuda")
+        upstream = torch.ones_like(out)
+        found.append([x[:, :, 70:] for x in torch.autograd.grad(out, leaves, upstream)])
+    for clean, spoilt in zip(*found, strict=True):
+        assert torch.equal(clean, spoilt)
 
 
 def fragments(mask: BlockMask, **options: Any) -> int:

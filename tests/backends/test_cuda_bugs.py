@@ -164,6 +164,9 @@ CASES = {
         stats=2,
         dtype=bf16,
     ),
+    "plain blocks": Case(
+        "plain", B=1, H_kv=1, T=150, S=200, D=64, blocks="heads 64", window=(90, 60), dtype=fp16
+    ),
     "blocks, one stage": Case(
         "one_stage", B=1, H=1, H_kv=1, T=70, S=140, D=256, blocks="blocks 128", dtype=bf16
     ),

@@ -173,6 +173,10 @@ UNATTENDED: dict[str, tuple[Case, Callable[[Inputs], Tensor]]] = {
         lambda i: (i.bias == -torch.inf).expand(2, 2, 1, -1)[:, :, 0],
     ),
     "blocks in part": (
+        Case(blocks="documents 64", T=200, S=200),
+        lambda i: ~with_dense_mask(i, 200, 200).mask.any(2).expand(2, 2, 200),
+    ),
+    "blocks in part, statistics": (
         Case(blocks="documents 64", T=200, S=200, stats=2),
         lambda i: ~with_dense_mask(i, 200, 200).mask.any(2).expand(2, 2, 200),
     ),

@@ -54,7 +54,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "bias": {"bias": "hts", "T": 70},
     "softcap": {"softcap": 2.0, "T": 70},
     "dropout": {"dropout_p": 0.3, "weights": "per head", "T": 70},
-    "blocks": {"blocks": "blocks 64", "T": 70},
+    "plain blocks": {"blocks": "blocks 64", "T": 70},
+    "blocks": {"blocks": "blocks 64", "T": 70, "softcap": 2.0},
     "grouped": {"H": 4, "H_kv": 2, "T": 70, "causal": True},
     "packed": {"lengths": ((5, 70), (70, 5), (66, 130)), "causal": True},
 }
