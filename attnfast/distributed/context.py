@@ -52,13 +52,13 @@ def context_parallel_attention(
     backend: str = "auto",
     **other: Any,
 ) -> Any:
-    """`attention` of sequences whose rows are cut over the P ranks of a mesh.
+    """`attnfast.attention` of sequences whose rows are cut over the P ranks of a mesh.
 
     Every rank calls it with its own shards, as `shard` cuts them, and has its own rows of what
-    ``attention`` returns for the whole sequences.
+    ``attnfast.attention`` returns for the whole sequences.
 
     Args:
-        q: ``(B, H, T / P, D)``, this rank's queries; see `attention`.
+        q: ``(B, H, T / P, D)``, this rank's queries; see `attnfast.attention`.
         k: ``(B, H_kv, S / P, D)``, its keys.
         v: ``(B, H_kv, S / P, D_v)``.
         mesh: a DeviceMesh, ``mesh["cp"]`` for example, or a process group.
@@ -67,34 +67,35 @@ def context_parallel_attention(
             computed, only as far as ``causal`` and ``window`` let anybody attend them, in O(T / P)
             memory (arXiv:2310.01889); "all_to_all": heads are exchanged for rows, and every rank
             attends whole sequences with some of the heads (arXiv:2309.14509); "all_gather": every
-            rank has all keys; "auto": see `choose_method`.
+            rank has all keys; "auto": see ``choose_method``.
         lengths: T and S where `shard` has padded: what lies past them is nothing. By default all
             rows of all ranks.
         mask: bool, broadcastable to ``(B, H, T / P, S)``: of this rank's queries and all keys.
         bias: the same, added. Where it is the same for all queries, its gradient is the sum over
             the ranks, on every rank.
-        causal: see `attention`, as for all that follow; positions are those of the whole sequence.
-        window: see `attention`.
-        align: see `attention`; up to 2**28 either way.
-        scale: see `attention`.
-        softcap: see `attention`.
-        alibi_slopes: see `attention`.
-        sinks: see `attention`; the gradient is the sum over the ranks, on every rank.
+        causal: see `attnfast.attention`, as for all that follow; positions are those of the whole
+            sequence.
+        window: see `attnfast.attention`.
+        align: see `attnfast.attention`; up to 2**28 either way.
+        scale: see `attnfast.attention`.
+        softcap: see `attnfast.attention`.
+        alibi_slopes: see `attnfast.attention`.
+        sinks: see `attnfast.attention`; the gradient is the sum over the ranks, on every rank.
         indices: ``(B, T / P, K)``, keys of the whole sequence; "all_gather" takes them.
-        dropout_p: see `attention`; on the CPU, whose kernels can count from another row than their
-            own first. What is dropped is what one process would drop.
-        dropout_seed: see `attention`; by default drawn by the first rank, for all.
-        return_lse: see `attention`.
-        return_stats: see `attention`; with "received" a rank has the sums of its own keys, and
-            "all_to_all" and "all_gather" find them.
+        dropout_p: see `attnfast.attention`; on the CPU, whose kernels can count from another row
+            than their own first. What is dropped is what one process would drop.
+        dropout_seed: see `attnfast.attention`; by default drawn by the first rank, for all.
+        return_lse: see `attnfast.attention`.
+        return_stats: see `attnfast.attention`; with "received" a rank has the sums of its own keys,
+            and "all_to_all" and "all_gather" find them.
         return_weights: must be False: weights are T x S.
-        deterministic: see `attention`. Sums over ranks have a fixed order in any case.
-        backend: see `attention`.
-        other: none, see `attention`.
+        deterministic: see `attnfast.attention`. Sums over ranks have a fixed order in any case.
+        backend: see `attnfast.attention`.
+        other: none, see `attnfast.attention`.
 
     Returns:
-        As `attention`, of this rank's rows; zeros past the end of the sequence, with an lse of
-        -inf (the sink, where there is one). Ranks of equal shards must give equal options.
+        As `attnfast.attention`, of this rank's rows; zeros past the end of the sequence, with an
+        lse of -inf (the sink, where there is one). Ranks of equal shards must give equal options.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.

@@ -32,7 +32,7 @@ def context_parallel_decode(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Any:
-    """`decode_attention` over a cache of which every rank has an equal part.
+    """`attnfast.decode_attention` over a cache of which every rank has an equal part.
 
     Rank r of P has the keys ``r S / P`` to ``(r + 1) S / P`` of every entry's S. Every rank attends
     its own, and all get the merged results (docs/math.md, section 7): the only thing that travels
@@ -44,14 +44,14 @@ def context_parallel_decode(
         v_cache: ``(B, H_kv, S / P, D_v)``.
         cache_seqlens: int32 ``(B,)``, the keys in the whole cache, the new ones included.
         mesh: see `context_parallel_attention`.
-        scale: see `attention`, as for all that follow.
-        window: see `attention`.
-        softcap: see `attention`.
-        alibi_slopes: see `attention`.
-        sinks: see `attention`.
+        scale: see `attnfast.attention`, as for all that follow.
+        window: see `attnfast.attention`.
+        softcap: see `attnfast.attention`.
+        alibi_slopes: see `attnfast.attention`.
+        sinks: see `attnfast.attention`.
         bias: broadcastable to ``(B, H, T, S / P)``, of this rank's keys.
         return_lse: also return lse, float32 ``(B, H, T)``.
-        backend: see `attention`.
+        backend: see `attnfast.attention`.
 
     Returns:
         out ``(B, H, T, D_v)``, or (out, lse), the same bits on every rank.
