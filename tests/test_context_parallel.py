@@ -276,7 +276,7 @@ WRONG: tuple[tuple[dict[str, Any], str], ...] = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("given", "message"), WRONG, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(("given", "message"), WRONG, ids=[text[:40] for _, text in WRONG])
 def test_errors(alone: dist.ProcessGroup, given: dict[str, Any], message: str) -> None:
     arguments = {"q": X, "k": X, "v": X, "mesh": alone} | given
     with pytest.raises((TypeError, ValueError)) as raised:
