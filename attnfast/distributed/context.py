@@ -15,7 +15,7 @@ from ..requirements import choice, fail, nothing_else, truth
 from .collectives import Gather, Scatter, Shared
 from .heads import Heads, Rows
 from .layout import PARTS, Chunk, Layout, group_of
-from .pieces import FULL, Piece, Sight, call_of
+from .pieces import FULL, Piece, Sight, call_of, last_step
 from .ring import Ring, RingFunction
 
 FUNCTION = "context_parallel_attention"
@@ -234,8 +234,8 @@ def choose_method(
     copies = sum(map(len, Heads.over(ranks, H, H_kv).keys))
     own = queries.rows * H * (D + D_v) + keys.rows * copies * (D + D_v)
     exchanged = own * (ranks - 1) // ranks
-    ring = Ring(None, queries, keys, None, inputs, options)  # type: ignore[arg-type]
-    steps = max(map(ring.last_step, range(ranks)))
+    sight = Sight.of(inputs, options)
+    steps = max(last_step(queries, keys, sight, owner) for owner in range(ranks))
     travelled = keys.rows * H_kv * (D + D_v) * steps
     said = f"{travelled} numbers round the ring, {exchanged} to exchange heads for rows"
     if exchanged < travelled and H % ranks == 0:
@@ -266,7 +266,7 @@ def by_ring(
 def without_data(inputs: Inputs) -> Inputs:
     """A call's tensors but those that the ring is given."""
     nothing = inputs.q.detach().new_empty(0)
-    return inputs._replace(q=nothing, k=nothing, v=nothing, bias=inputs.bias, sinks=None)
+    return inputs._replace(q=nothing, k=nothing, v=nothing, bias=None, sinks=None)
 
 
 def shared_bias(inputs: Inputs, queries: Layout, group: dist.ProcessGroup) -> Tensor | None:

@@ -271,15 +271,15 @@ class RingFunction(Function):
         assert q is not None
         assert k is not None
         assert v is not None
-        ring = ring._replace(inputs=ring.inputs._replace(q=q, bias=bias, sinks=sinks))
-        found = ring_forward(ring, k, v)
+        given = ring._replace(inputs=ring.inputs._replace(q=q, bias=bias, sinks=sinks))
+        found = ring_forward(given, k, v)
         if sinks is not None:
             found.add_sinks(sinks)
         out = found.out.to(q.dtype)
         stats = found.lse.new_empty(0) if found.stats is None else found.stats
         norm = torch.cat((found.norm, found.norm[1:]))  # of more keys than a piece has: Upstream
         ctx.save_for_backward(*tensors, out, found.lse, norm, stats)
-        ctx.ring = ring._replace(inputs=ring.inputs._replace(q=q.new_empty(0)))
+        ctx.ring = ring
         ctx.set_materialize_grads(False)
         if found.stats is None:
             ctx.mark_non_differentiable(stats)
