@@ -10,7 +10,7 @@
 #include <mutex>
 #include <stdexcept>
 
-#include "shared_limits.h"
+#include "memory_limits.h"
 
 namespace attnfast::cuda {
 namespace {

@@ -8,7 +8,7 @@
 #include <thread>
 
 #include "../cuda/launch_kernel.h"
-#include "../cuda/shared_limits.h"
+#include "../cuda/memory_limits.h"
 
 namespace attnfast::emulator {
 

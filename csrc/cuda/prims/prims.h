@@ -15,7 +15,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "../shared_limits.h"
+#include "../memory_limits.h"
 
 namespace attnfast::cuda {
 
