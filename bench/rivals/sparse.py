@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +37,10 @@ def entries(
         absent[FLEX] = "is not waited for to be compiled"
     if case.H * case.T * case.S > MOST_SCORES:
         absent["torch.sdpa dense mask"] = "takes minutes"
-    made = [_calls(case, backend, device, absent) for _ in range(copies)]
-    return Entries({name: [one[name] for one in made] for name in made[0]}, absent)
+    keys = _keys(case, device, FLEX not in absent)
+    made = [_calls(case, backend, device, keys, absent) for _ in range(copies)]
+    calls = {name: [one[name] for one in made] for name in made[0]}
+    return Entries(calls, absent, compiled=(FLEX,))
 
 
 def allowed(case: SparseCase, device: torch.device) -> Callable[..., Tensor]:
@@ -67,8 +70,32 @@ def parents(case: SparseCase, device: torch.device) -> Tensor:
     return (torch.arange(case.T, device=device) - 1).div(3, rounding_mode="floor")
 
 
+class Keys(NamedTuple):
+    """Which keys are attended, as each side takes it."""
+
+    ours: dict[str, Any]
+    dense: Tensor
+    flex: Callable[..., Tensor] | None  # of q, k, v
+
+
+def _keys(case: SparseCase, device: torch.device, with_flex: bool) -> Keys:
+    if case.pattern == CHOSEN:
+        scores = torch.rand(1, case.T, case.S, device=device)
+        indices = scores.topk(case.size).indices.int()
+        dense = torch.zeros(case.T, case.S, dtype=torch.bool, device=device)
+        return Keys({"indices": indices}, dense.scatter_(1, indices[0].long(), True), None)
+    mask_mod = allowed(case, device)
+    mask = BlockMask.from_mask_mod(mask_mod, 1, 1, case.T, case.S, device)
+    flex = _flex(mask_mod, case, device) if with_flex else None
+    return Keys({"mask": mask}, mask.to_dense()[0, 0], flex)
+
+
 def _calls(
-    case: SparseCase, backend: str | None, device: torch.device, absent: dict[str, str]
+    case: SparseCase,
+    backend: str | None,
+    device: torch.device,
+    keys: Keys,
+    absent: dict[str, str],
 ) -> dict[str, Call]:
     dtype, trains = DTYPES[case.dtype], case.work == "forward+backward"
     q, k, v = (
@@ -76,24 +103,14 @@ def _calls(
         for heads, rows in ((case.H, case.T), (case.H_kv, case.S), (case.H_kv, case.S))
     )
     grad = torch.randn_like(q, requires_grad=False)
-    given: dict[str, Any] = {}
-    if case.pattern == CHOSEN:
-        scores = torch.rand(1, case.T, case.S, device=device)
-        given["indices"] = scores.topk(case.size).indices.int()
-        dense = torch.zeros(case.T, case.S, dtype=torch.bool, device=device)
-        dense.scatter_(1, given["indices"][0].long(), True)
-    else:
-        mask_mod = allowed(case, device)
-        given["mask"] = BlockMask.from_mask_mod(mask_mod, 1, 1, case.T, case.S, device)
-        dense = given["mask"].to_dense()[0, 0]
+    grouped = case.H_kv != case.H
 
     def ours() -> Tensor:
-        out: Tensor = attnfast.attention(q, k, v, backend=backend or "auto", **given)
+        out: Tensor = attnfast.attention(q, k, v, backend=backend or "auto", **keys.ours)
         return out
 
     def sdpa() -> Tensor:
-        grouped = case.H_kv != case.H
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keys.dense, enable_gqa=grouped)
 
     def each() -> Tensor:
         lengths = torch.unique_consecutive(documents_of, return_counts=True)[1].tolist()
@@ -102,12 +119,12 @@ def _calls(
 
     functions = {OURS: ours, "torch.sdpa dense mask": sdpa}
     if case.pattern == "documents":
-        documents_of = (dense.int().argmax(1)).contiguous()  # each document's first token
+        documents_of = keys.dense.int().argmax(1)  # each document's first token
         functions["torch.sdpa per document"] = each
     if backend is None:
         del functions[OURS]
-    if FLEX not in absent:
-        functions[FLEX] = _flex(mask_mod, q, k, v)
+    if (flex := keys.flex) is not None:
+        functions[FLEX] = lambda: flex(q, k, v, enable_gqa=grouped)
 
     def call(function: Callable[[], Tensor]) -> Call:
         def forward() -> Results:
@@ -123,17 +140,13 @@ def _calls(
     return {name: call(function) for name, function in functions.items() if name not in absent}
 
 
-def _flex(mask_mod: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+def _flex(
+    mask_mod: Callable[..., Tensor], case: SparseCase, device: torch.device
+) -> Callable[..., Tensor]:
     """FlexAttention, compiled for the row."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._dynamo.reset()  # beyond eight variants it would run uncompiled
-    T, S = q.shape[2], k.shape[2]
-    mask = create_block_mask(mask_mod, None, None, T, S, device=q.device.type)
+    mask = create_block_mask(mask_mod, None, None, case.T, case.S, device=device.type)
     function = torch.compile(flex_attention, dynamic=False)
-
-    def call() -> Tensor:
-        out: Tensor = function(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-        return out
-
-    return call
+    return functools.partial(function, block_mask=mask)
