@@ -113,6 +113,7 @@ class Features(NamedTuple):
     CUT: bool  # its full blocks may be cut, by position or by a sequence's end
     HOLED: bool  # keys that no query attends are seen in scores or bits only
     DROPOUT: bool
+    PLACED: bool  # the call is a part of another, in which dropout counts
     WIDE: bool  # offsets within a tile need 64 bits
     PRECISION: str  # of fp32 products: "ieee" or "tf32"
 
@@ -240,6 +241,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         size > 0 and (options.window_left >= 0 or right >= 0 or varlen),
         tiled or size > 0,
         p_drop > 0,
+        seed is not None and seed.numel() > 2,
         needs_wide_offsets(q, k, v, mask, bias, *others),
         precision(q),
     )

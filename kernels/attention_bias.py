@@ -184,7 +184,7 @@ def score_gradient_tile(
     dw = weight_gradient(g, b, h, t[:, None], j[None, :], T, S)
     kept = True
     if f.DROPOUT:
-        kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+        kept = kept_by_dropout(x, p, f, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
     # ds
     return score_gradients(
         depth, probs, dp, dw, kept, row_term[:, None], dentropy[:, None], g, p, f, True

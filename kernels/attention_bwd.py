@@ -177,7 +177,7 @@ def row_terms_kernel(x, g, p, f, tile):
             dw = weight_gradient(g, b, h, t[:, None], j[None, :], T, S)
             w_dw = tl.where(probs == 0.0, 0.0, probs * dw)
             if f.DROPOUT:
-                kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                kept = kept_by_dropout(x, p, f, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
                 w_dw = tl.where(kept, w_dw * p.keep_scale, 0.0)
             delta += tl.sum(w_dw, 1)
 
@@ -308,7 +308,7 @@ def dq_kernel(x, g, to, p, f, tile):
                     dw = weight_gradient(g, b, h, t[:, None], j[None, :], T, S)
                     kept = True
                     if f.DROPOUT:
-                        kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                        kept = kept_by_dropout(x, p, f, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
                     # ds
                     holes = (
                         part != 1
@@ -480,7 +480,7 @@ def dkdv_kernel(x, g, to, p, f, tile):
                     w = probs
                     if f.DROPOUT:
                         kept = tl.trans(
-                            kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                            kept_by_dropout(x, p, f, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
                         )
                         w = tl.where(kept, probs * p.keep_scale, 0.0)  # p Z
                     # dv, before dP, so that w need not outlive it

@@ -184,7 +184,7 @@ def attention_fwd_kernel(x, to, p, f, tile):
                     l = l * rescale + tl.sum(probs, 1)
                     m = m_new
                     if f.DROPOUT:
-                        kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                        kept = kept_by_dropout(x, p, f, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
                         probs = tl.where(kept, probs, 0.0)
                     # Output
                     v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, tile_row, p.v_t)

@@ -117,7 +117,7 @@ def weights_kernel(x, to, p, f, tile):
                 x, to, p, f, tile, b, h, t0, j0, T, end, q_row, k_row, shift, slot
             )
             if f.DROPOUT:
-                kept = kept_by_dropout(x, p, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
+                kept = kept_by_dropout(x, p, f, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
                 probs = tl.where(kept, probs * p.keep_scale, 0.0)
             total += probs
 
