@@ -40,9 +40,10 @@ class Explanation(str):
 def explain(*args: Any, **kwargs: Any) -> str:
     """Which backend would run a call, why, and what it costs; nothing is computed.
 
-    Takes the arguments of `varlen_attention` (if there is any cu_seqlens or max_seqlen among them,
-    or more than four by position), of `decode_attention` (if there is a cache argument, or are four
-    by position) or else of `attention`, and checks them in the same way.
+    Takes the arguments of `context_parallel_attention` or its varlen form (if ``mesh`` is named
+    among them; also on one rank alone), of `varlen_attention` (if there is any cu_seqlens or
+    max_seqlen among them, or more than four by position), of `decode_attention` (if there is a
+    cache argument, or are four by position) or else of `attention`, and checks them alike.
 
     Returns:
         Several lines with the problem; its options; every backend in the order in which "auto"
@@ -59,6 +60,12 @@ def explain(*args: Any, **kwargs: Any) -> str:
     function, call = bound_call("explain", args, kwargs)
     name = function.__name__
     call.apply_defaults()
+    if "mesh" in call.arguments:
+        from .distributed.context import plan
+
+        planned, backend = plan(name, call.arguments), call.arguments["backend"]
+        at_once = describe("of which at once", planned.problem(), backend)
+        return Explanation(f"{planned.explanation()}\n{at_once}")
     if call.arguments["other"]:
         require.nothing_else(name, call.arguments["other"])
     call.arguments["return_lse"] = require.truth(name, "return_lse", call.arguments["return_lse"])
@@ -85,6 +92,12 @@ def bound_call(
 
 def _function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Which public function takes these arguments."""
+    if "mesh" in kwargs:
+        from . import distributed
+
+        cut = "cu_seqlens_q" in kwargs or len(args) > 4
+        prefix = "context_parallel_" + "varlen_" * cut
+        return getattr(distributed, prefix + "attention")
     if len(args) > 4 or any(name.startswith(("cu_seqlens", "max_seqlen")) for name in kwargs):
         return varlen_attention
     if len(args) == 4 or any("cache" in name or name == "page_table" for name in kwargs):

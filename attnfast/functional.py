@@ -275,14 +275,10 @@ def varlen_attention(
         deterministic,
         Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
     )
-    outputs = run("varlen_attention", inputs, options, backend)
-    out, lse, norm, stats, received, weights = outputs
-    out = out.squeeze(0).transpose(0, 1)  # the gradient of out[0] would be copied
+    outputs = packed(run("varlen_attention", inputs, options, backend), options)
     if not (return_lse or return_stats or return_weights):
-        return out
-    stats = None if stats is None or not options.stats else stats[:, 0]
-    received = None if received is None or options.stats != 2 else received[0]
-    return results_of(Outputs(out, lse[0], norm, stats, received, weights), return_lse, options)
+        return outputs.out
+    return results_of(outputs, return_lse, options)
 
 
 def decode_attention(
@@ -491,6 +487,15 @@ def decode_problem(inputs: DecodeInputs, options: DecodeOptions) -> backends.Pro
         sinks=sinks is not None,
         page_size=page_size,
     )
+
+
+def packed(outputs: Outputs, options: Options) -> Outputs:
+    """The results of a varlen call as its caller has them: without a batch, rows first in out."""
+    out, lse, norm, stats, received, weights = outputs
+    out = out.squeeze(0).transpose(0, 1)  # the gradient of out[0] would be copied
+    stats = None if stats is None or not options.stats else stats[:, 0]
+    received = None if received is None or options.stats != 2 else received[0]
+    return Outputs(out, lse[0], norm, stats, received, weights)
 
 
 def results_of(outputs: Outputs, return_lse: bool, options: Options) -> tuple[Any, ...]:

@@ -37,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """``make test-triton ARGS="--part 1/4"``: every test belongs to one of the parts."""
     parser.addoption("--part", default="1/1", metavar="N/M", help="the N-th of M parts")
     parser.addoption(
+        "--every-case", action="store_true", help="the whole case table over many processes"
+    )
+    parser.addoption(
         "--backend",
         action="append",
         choices=BACKENDS,

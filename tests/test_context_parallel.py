@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import attnfast
+from attnfast.call import Inputs, Options
 from attnfast.distributed import (
     context,
     context_parallel_attention,
@@ -26,25 +27,13 @@ from attnfast.distributed import (
     shard,
     unshard,
 )
+from attnfast.distributed.cost import choose_method, sent
+from attnfast.distributed.layout import Layout
+from attnfast.distributed.methods import Call
+from attnfast.distributed.pieces import Sight
 
 METHODS, LAYOUTS = ("ring", "all_to_all", "all_gather"), ("zigzag", "contiguous")
 WAYS = tuple(product(METHODS, LAYOUTS))
-
-
-def run_on(world: int, folder: Path, function: Callable[..., None], *arguments: Any) -> None:
-    """A function in so many processes; raises what one of them raises."""
-    given = (world, str(folder / "rendezvous"), function, arguments)
-    torch.multiprocessing.spawn(_process, given, nprocs=world)
-
-
-def _process(
-    rank: int, world: int, rendezvous: str, function: Callable[..., None], arguments: Any
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world)
-    function(dist.group.WORLD, *arguments)
-    # not by the interpreter's end, where a thread of gloo that still frees a tensor would abort
-    os._exit(0)
 
 
 def hold_cases(
@@ -67,15 +56,32 @@ def hold_cases(
             check(found, given)
         except AssertionError as error:
             faults.append(f"{case} {method} {layout}: {error}")
-    assert held >= len(cases)
+    assert held >= len(cases) // 2
     assert not faults, "\n".join(faults)
 
 
-SAMPLE = [case for case in CASES if not case.lengths][::11]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The case table, or a sample of it."""
+    if "among" not in metafunc.fixturenames:
+        return
+    every = metafunc.config.getoption("--every-case")
+    over = (2, 4) if every else (2,)
+    parts = [(i, 16) for i in range(16)] if every else [(0, 11)]
+    given = [(world, *part) for world in over for part in parts]
+    ids = [f"{world} ranks, case {i} of each {n}" for world, i, n in given]
+    metafunc.parametrize(("world", "which", "among"), given, ids=ids)
 
 
-def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
-    run_on(2, tmp_path, hold_cases, SAMPLE)
+def test_ranks_find_what_one_process_finds(
+    tmp_path: Path, world: int, which: int, among: int
+) -> None:
+    ranks.run_on(world, tmp_path, hold_table, CASES[which::among])
+
+
+def hold_table(group: dist.ProcessGroup, cases: list[Case]) -> None:
+    hold_cases(group, cases)
+    if dist.get_world_size(group) == 4:
+        hold_cases(group, cases, (("2d", "zigzag"), ("2d", "contiguous")))
 
 
 FOUR = [
@@ -92,6 +98,12 @@ FOUR = [
     Case("one_row", T=4, S=130, D=64, dtype=bf16, causal=True, align="bottom_right"),
     Case("align_tensor", T=70, S=90, causal=True, align="tensor"),
     Case("bias_shared", T=64, S=64, bias="hs", causal=True),
+    Case("sequences", H=3, H_kv=1, lengths=((5, 70), (0, 9), (90, 30), (66, 67), (1, 8)), stats=1,
+         causal=True, align="bottom_right", alibi="bh", sinks=True, grads=("out", "entropy")),
+    Case("self", lengths=((30, 30), (1, 1), (7, 7), (40, 40)), window=(12, 0), grads=("lse",)),
+    Case("aligned", lengths=((30, 20), (8, 50)), causal=True, align="tensor", dtype=bf16),
+    Case("masked", lengths=((30, 20), (8, 50)), mask="hts", bias="hts", dropout_p=0.3),
+    Case("blocks", H=3, H_kv=1, T=150, S=201, blocks="blocks 64", causal=True, stats=1),
 ]  # fmt: skip
 
 
@@ -99,12 +111,13 @@ def hold_four(group: dist.ProcessGroup) -> None:
     hold_cases(group, FOUR)
     hold_cases(group, FOUR, (("2d", "zigzag"), ("2d", "contiguous")))
     hold_bytes(group)
+    hold_explanation(group)
     hold_shards(group)
 
 
 def test_four_ranks(tmp_path: Path) -> None:
     """Heads that four do not divide, shards without a row, and what is sent."""
-    run_on(4, tmp_path, hold_four)
+    ranks.run_on(4, tmp_path, hold_four)
 
 
 def hold_bytes(group: dist.ProcessGroup) -> None:
@@ -218,11 +231,11 @@ def hold_decode(group: dist.ProcessGroup) -> None:
 
 
 def test_decode(tmp_path: Path) -> None:
-    run_on(2, tmp_path, hold_decode)
+    ranks.run_on(2, tmp_path, hold_decode)
 
 
 def test_numbers(tmp_path: Path) -> None:
-    run_on(2, tmp_path, hold_numbers)
+    ranks.run_on(2, tmp_path, hold_numbers)
 
 
 def lose_a_rank(group: dist.ProcessGroup, said: str) -> None:
@@ -239,12 +252,81 @@ def lose_a_rank(group: dist.ProcessGroup, said: str) -> None:
 
 
 def test_a_rank_that_ends_is_an_error_on_all_others(tmp_path: Path) -> None:
-    run_on(3, tmp_path, lose_a_rank, str(tmp_path / "said"))
+    ranks.run_on(3, tmp_path, lose_a_rank, str(tmp_path / "said"))
     for rank in range(2):
         said = Path(f"{tmp_path / 'said'}{rank}").read_text()
         assert said.startswith(
             f"context_parallel_attention: the ring of 3 ranks, seen from rank {rank}: one has ended"
         )
+
+
+def hold_explanation(group: dist.ProcessGroup) -> None:
+    """What `explain` says is sent is what is sent."""
+    rank, moved = dist.get_rank(group), {"bytes": 0}
+    spied = ring.Exchange.send, dist.all_to_all_single
+
+    def send(self: ring.Exchange, x: Tensor, steps: int) -> None:
+        moved["bytes"] += x.numel() * x.element_size()
+        spied[0](self, x, steps)
+
+    def exchange(out: Tensor, x: Tensor, of: list[int], to: list[int], **given: Any) -> Any:
+        others = sum(to) - to[rank]
+        moved["bytes"] += x.element_size() * others * x[:1].numel()
+        return spied[1](out, x, of, to, **given)
+
+    ring.Exchange.send, dist.all_to_all_single = send, exchange  # type: ignore[method-assign]
+    for dtype, layout, method, options in product(
+        (torch.float32, bf16), LAYOUTS, ("ring", "all_to_all"),
+        ({"causal": True}, {"window": (20, 0)}, {}),
+    ):  # fmt: skip
+        q, k = (torch.randn(2, h, 16, 8).to(dtype).requires_grad_() for h in (6, 2))
+        call = (q, k, k), {"mesh": group, "layout": layout, "method": method, **options}
+        given = context.plan(context.ATTENTION, arguments(*call[0], **call[1]))
+        forward, backward = sent(given.call, method)
+        moved["bytes"] = 0
+        out = context_parallel_attention(*call[0], **call[1])
+        assert moved["bytes"] == forward, (rank, call[1], moved, forward)
+        moved["bytes"] = 0
+        out.sum().backward()
+        assert moved["bytes"] == backward, (rank, call[1], moved, backward)
+        said = str(attnfast.explain(*call[0], **call[1])).splitlines()
+        assert said[0] == (
+            f"context_parallel_attention: {layout} over 4 ranks, 16 of 64 queries and 16 of 64"
+            " keys here"
+        )
+        assert said[1].startswith(f"method: {method}, named by method; rank {rank} sends ")
+    ring.Exchange.send, dist.all_to_all_single = spied  # type: ignore[method-assign]
+
+
+def arguments(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """All arguments of a call."""
+    bound = inspect.signature(context_parallel_attention).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def hold_agreement(group: dist.ProcessGroup) -> None:
+    """Ranks that call with different arguments all say so."""
+    os.environ["ATTNFAST_CHECK"] = "1"
+    rank = dist.get_rank(group)
+    for name, given, got in (
+        ("causal", {"causal": rank == 1}, str(rank == 1)),
+        ("softcap", {"softcap": 1.0 + rank}, str(1.0 + rank)),
+        ("q", {"q": torch.zeros(1, 2, 8 + rank, 4)}, f"(1, 2, {8 + rank}, 4) of torch.float32"),
+        ("bias", {"bias": X[..., :1, :1] if rank else None}, None),
+    ):
+        own = {"q": X, "k": X, "v": X, "mesh": group} | given
+        with pytest.raises(ValueError) as raised:
+            context_parallel_attention(**own)
+        said = f"context_parallel_attention: {name} must be the same on every rank, got "
+        assert str(raised.value).startswith(said + (got or "")), str(raised.value)
+        assert str(raised.value).endswith(f"on rank {rank}, and another on [{1 - rank}]")
+    context_parallel_attention(X, X, X, group)
+    del os.environ["ATTNFAST_CHECK"]
+
+
+def test_ranks_agree(tmp_path: Path) -> None:
+    ranks.run_on(2, tmp_path, hold_agreement)
 
 
 @pytest.fixture
@@ -267,9 +349,10 @@ WRONG: tuple[tuple[dict[str, Any], str], ...] = (
     ({"q": X[0]}, "q must be a 4-D Tensor, got torch.Size([2, 8, 4])"),
     ({"v": X[:, :, :6]}, "k and v must be of equally many rows, at least one, got "),
     ({"return_weights": True}, "return_weights must be False: weights are T x S, on no rank whole"),
-    ({"dropout_p": 0.1, "backend": "triton"}, "backend 'triton' cannot run this call"),
+    ({"dropout_p": 0.1, "backend": "cuda"}, "backend 'cuda' cannot run this call"),
     ({"align": 2**29}, "align must be at most 268435456 either way, got 536870912"),
-    ({"mask": attnfast.BlockMask.strided(8, 8, 2)}, "mask must be a bool Tensor: a BlockMask's "),
+    ({"mask": attnfast.BlockMask.strided(8, 8, 2), "method": "ring"},
+     "method with a BlockMask must be 'all_to_all', where a rank has whole sequences, got 'ring'"),
     ({"indices": torch.zeros(1, 8, 2).int(), "method": "ring"}, "indices must be given with met"),
     ({"return_stats": "received", "method": "ring"}, "return_stats must be True: 'received' needs"),
     ({"mask": torch.ones(1, 1, 4, 8).bool()}, "mask must be broadcastable to (B, H, T, S) = (1, "),
@@ -288,7 +371,7 @@ def test_errors(alone: dist.ProcessGroup, given: dict[str, Any], message: str) -
 def test_dropout_on_a_backend_that_counts_from_its_first_row(
     alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(context, "PLACED", ())
+    monkeypatch.setattr(context, "PLACED", {})
     message = (
         "dropout_p must be 0 on the backend 'cpu', which counts from its own first row, got 0.1"
     )
@@ -319,15 +402,13 @@ def test_shard_errors(alone: dist.ProcessGroup, given: dict[str, Any], message: 
 
 def test_what_goes_furthest_decides_the_method() -> None:
     """Heads for rows where that is less than what travels, and heads can be dealt out."""
-    from attnfast.call import Inputs, Options
-    from attnfast.distributed.context import choose_method
-    from attnfast.distributed.layout import Layout
 
     def chosen(H: int, H_kv: int, ranks: int, **options: Any) -> str:
         rows = Layout.of_sequence(1 << 13, ranks, "contiguous")
         q, kv = torch.empty(1, H, rows.rows, 64), torch.empty(1, H_kv, rows.rows, 64)
-        call = Options(scale=1.0, **options)
-        return choose_method(Inputs(q, kv, kv), call, rows, rows)[0]
+        given = Inputs(q, kv, kv), Options(scale=1.0, **options)
+        call = Call("", *given, rows, rows, Sight.of(*given), dist.group.WORLD, "cpu")
+        return choose_method(call)[0]
 
     assert chosen(16, 16, 8) == "all_to_all"
     assert chosen(16, 1, 8) == "ring"

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from .context import context_parallel_attention
+from .context import context_parallel_attention, context_parallel_varlen_attention
 from .decode import context_parallel_decode
 from .layout import shard, unshard
+from .parallel import HeadParallel, parallelize
 
-__all__ = ["context_parallel_attention", "context_parallel_decode", "shard", "unshard"]
+__all__ = [
+    "HeadParallel",
+    "context_parallel_attention",
+    "context_parallel_decode",
+    "context_parallel_varlen_attention",
+    "parallelize",
+    "shard",
+    "unshard",
+]

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..call import Inputs, Options, Outputs
-from ..functional import attention_problem, results_of, run
-from ..requirements import choice, fail, nothing_else, truth
-from .collectives import Gather, Scatter, Shared
-from .heads import Heads, Rows
-from .layout import PARTS, Chunk, Layout, group_of
-from .pieces import FULL, Piece, Sight, call_of, last_step
-from .ring import Ring, RingFunction
+from ..backends import Problem
+from ..block_mask import BlockMask
+from ..call import BLOCK_FIELDS, SCORE_OPTIONS, Outputs, Sequences
+from ..flex_mask import is_block_mask
+from ..functional import attention_problem, packed, results_of
+from ..requirements import checks_values, choice, fail, nothing_else, truth
+from .agree import agree
+from .cost import choose_method, computed_at_once, sent, whole_sequences
+from .layout import PARTS, Layout, group_of
+from .methods import Call, by_gather, by_heads, by_ring
+from .pieces import Sight
 
-FUNCTION = "context_parallel_attention"
-PLACED = ("cpu", "reference")  # backends that drop what one process would
+ATTENTION = "context_parallel_attention"
+VARLEN = "context_parallel_varlen_attention"
+# Backends that drop what one process would, and what divides the first key of their calls.
+PLACED = {"cpu": 1, "reference": 1, "triton": 8}
 MOST_ALIGN = 2**28  # kernels are given it and the distance of chunks in one
+CHECKED = (
+    *("bias", "causal", "window", "align", "alibi_slopes", "sinks", "indices"),
+    *("dropout_p", "dropout_seed", "return_stats", "return_weights", "deterministic"),
+)  # fmt: skip
 METHODS = {"auto": 0, "ring": 1, "all_to_all": 2, "all_gather": 3, "2d": 4}
 
 
@@ -33,7 +42,7 @@ def context_parallel_attention(
     layout: str = "zigzag",
     method: str = "auto",
     lengths: tuple[int, int] | None = None,
-    mask: Tensor | None = None,
+    mask: Tensor | BlockMask | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
@@ -70,7 +79,8 @@ def context_parallel_attention(
             rank has all keys; "auto": see ``choose_method``.
         lengths: T and S where `shard` has padded: what lies past them is nothing. By default all
             rows of all ranks.
-        mask: bool, broadcastable to ``(B, H, T / P, S)``: of this rank's queries and all keys.
+        mask: bool, broadcastable to ``(B, H, T / P, S)``: of this rank's queries and all keys. A
+            `BlockMask` is that of the whole sequences, on every rank, and "all_to_all" takes it.
         bias: the same, added. Where it is the same for all queries, its gradient is the sum over
             the ranks, on every rank.
         causal: see `attnfast.attention`, as for all that follow; positions are those of the whole
@@ -82,8 +92,8 @@ def context_parallel_attention(
         alibi_slopes: see `attnfast.attention`.
         sinks: see `attnfast.attention`; the gradient is the sum over the ranks, on every rank.
         indices: ``(B, T / P, K)``, keys of the whole sequence; "all_gather" takes them.
-        dropout_p: see `attnfast.attention`; on the CPU, whose kernels can count from another row
-            than their own first. What is dropped is what one process would drop.
+        dropout_p: see `attnfast.attention`; on the CPU, or by Triton, whose kernels can count from
+            another row than their own first. What is dropped is what one process would drop.
         dropout_seed: see `attnfast.attention`; by default drawn by the first rank, for all.
         return_lse: see `attnfast.attention`.
         return_stats: see `attnfast.attention`; with "received" a rank has the sums of its own keys,
@@ -100,318 +110,263 @@ def context_parallel_attention(
     Raises:
         TypeError: An argument is of the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value; or the method or backend does
-            not take the call.
+            not take the call; or, with ``ATTNFAST_CHECK=1``, ranks have called with different
+            shapes, dtypes or options, which every one of them then says.
         RuntimeError: There is no process group; or a rank has ended, within the group's timeout.
     """
-    if other:
-        nothing_else(FUNCTION, other)
-    return_lse = truth(FUNCTION, "return_lse", return_lse)
-    group = group_of(FUNCTION, mesh)
-    choice(FUNCTION, "method", method, METHODS)
-    choice(FUNCTION, "layout", layout, PARTS)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.dim() != 4:
-            fail(FUNCTION, name, "a 4-D Tensor", getattr(x, "shape", type(x).__name__))
-    queries, keys = layouts(q, k, layout, lengths, dist.get_world_size(group))
-    every_key = k.detach()[:, :, :1].expand(-1, -1, keys.length, -1)
-    every_value = v.detach()[:, :, :1].expand(-1, -1, keys.length, -1)
-    if keys.rows == 0 or v.shape[2] != keys.rows:
-        fail(FUNCTION, "k and v", "of equally many rows, at least one", (k.shape, v.shape))
-    inputs, options = checks.attention_call(
-        FUNCTION,
-        q,
-        every_key,
-        every_value,
-        mask,
-        bias,
-        causal,
-        window,
-        align,
-        (scale, softcap),
-        alibi_slopes,
-        sinks,
-        dropout_p,
-        dropout_seed,
-        return_stats,
-        return_weights,
-        deterministic,
-        indices=indices,
-    )
-    k, v = checks.autocast(FUNCTION, ("k", "v"), k, v)
-    inputs = inputs._replace(k=k, v=v)
-    if options.align_bottom_right:
-        offset = keys.length - queries.length
-        options = options._replace(align_offset=offset, align_bottom_right=False)
+    return _results(plan(ATTENTION, locals()))
+
+
+def context_parallel_varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    mesh: Any,
+    *,
+    layout: str = "zigzag",
+    method: str = "auto",
+    lengths: tuple[int, int] | None = None,
+    mask: Tensor | BlockMask | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    align: str | int | Tensor = "top_left",
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: bool = False,
+    return_stats: bool | str = False,
+    return_weights: bool | str = False,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+    **other: Any,
+) -> Any:
+    """`attnfast.varlen_attention` of sequences whose rows are cut over the P ranks of a mesh.
+
+    The sequences lie one after another, and the whole is cut: they cross the borders of shards.
+
+    Args:
+        q: ``(total_q / P, H, D)``, this rank's queries as `shard` cuts them.
+        k: ``(total_k / P, H_kv, D)``, its keys.
+        v: ``(total_k / P, H_kv, D_v)``.
+        cu_seqlens_q: of the whole, the same on every rank, as for all that follow; its values are
+            read, which on a GPU waits for it.
+        cu_seqlens_k: of the whole.
+        max_seqlen_q: of the whole.
+        max_seqlen_k: of the whole.
+        mesh: see `context_parallel_attention`.
+        layout: see `context_parallel_attention`.
+        method: see `context_parallel_attention`; ``mask``, ``bias`` and dropout, which count in
+            each sequence, need whole sequences: "all_to_all".
+        lengths: total_q and total_k where `shard` has padded.
+        mask: see `attnfast.varlen_attention`, as for all that follow.
+        bias: see `attnfast.varlen_attention`; the gradient is the sum over the ranks.
+        causal: see `attnfast.varlen_attention`.
+        window: see `attnfast.varlen_attention`.
+        align: see `attnfast.varlen_attention`.
+        scale: see `attnfast.varlen_attention`.
+        softcap: see `attnfast.varlen_attention`.
+        alibi_slopes: see `attnfast.varlen_attention`.
+        sinks: see `attnfast.varlen_attention`; the gradient is the sum over the ranks.
+        dropout_p: see `context_parallel_attention`.
+        dropout_seed: see `context_parallel_attention`.
+        return_lse: see `attnfast.varlen_attention`.
+        return_stats: see `context_parallel_attention`.
+        return_weights: must be False.
+        deterministic: see `attnfast.varlen_attention`.
+        backend: see `attnfast.varlen_attention`.
+        other: none.
+
+    Returns:
+        As `attnfast.varlen_attention`, of this rank's rows.
+
+    Raises:
+        TypeError: As `context_parallel_attention`.
+        ValueError: As `context_parallel_attention` and `attnfast.varlen_attention`.
+        RuntimeError: As `context_parallel_attention`.
+    """
+    return _results(plan(VARLEN, locals()))
+
+
+class Plan(NamedTuple):
+    """A call, and how it is computed."""
+
+    call: Call
+    method: str
+    reason: str
+    mesh: Any
+    given: dict[str, Any]  # the arguments
+
+    def outputs(self) -> Outputs:
+        """Compute."""
+        call, method = self.call, self.method
+        if call.options.dropout_p > 0:
+            seed = _seed_of_all(call, method)
+            call = call._replace(inputs=call.inputs._replace(dropout_seed=seed))
+        if method == "2d":
+            outer, inner = (self.mesh.get_group(d) for d in (0, 1))
+            return by_heads(call._replace(group=inner), outer)
+        return {"ring": by_ring, "all_to_all": by_heads, "all_gather": by_gather}[method](call)
+
+    def explanation(self) -> str:
+        """What `attnfast.explain` says of it, beside its `problem`."""
+        call, what = self.call, "is not known"
+        if self.method != "2d":
+            forward, backward = (f"{x / 2**20:.4g} MiB" for x in sent(call, self.method))
+            what = f"sends {forward} forward, {backward} backward"
+        q, k, cut = call.queries, call.keys, self.given["layout"]
+        return (
+            f"{call.function}: {cut} over {k.ranks} ranks, {q.rows} of {q.length} queries and"
+            f" {k.rows} of {k.length} keys here\n"
+            f"method: {self.method}, {self.reason}; rank {call.rank} {what}"
+        )
+
+    def problem(self) -> Problem:
+        """What a backend is given at once."""
+        inner = self.mesh.size(1) if self.method == "2d" else self.call.keys.ranks
+        inputs = computed_at_once(self.call, self.method, inner)
+        return attention_problem(inputs, self.call.options)
+
+
+def _results(plan: Plan) -> Any:
+    (function, *_), given, options = plan.call, plan.given, plan.call.options
+    outputs = plan.outputs()
+    if function == VARLEN:
+        outputs = packed(outputs, options)
+    if not (given["return_lse"] or options.stats):
+        return outputs.out
+    return results_of(outputs, given["return_lse"], options)
+
+
+def plan(function: str, given: dict[str, Any]) -> Plan:
+    """A call's arguments, checked, and the method for it; nothing is computed or sent.
+
+    But with ``ATTNFAST_CHECK=1`` a digest of the arguments, see `agree`.
+    """
+    if given["other"]:
+        nothing_else(function, given["other"])
+    mesh = given["mesh"]
+    given["return_lse"] = truth(function, "return_lse", given["return_lse"])
+    group = group_of(function, mesh)
+    if checks_values():
+        agree(function, given, group)
+    choice(function, "method", given["method"], METHODS)
+    choice(function, "layout", given["layout"], PARTS)
+    call = _checked(function, given, group)
+    method, reason = given["method"], "named by method"
     meshed = getattr(mesh, "ndim", 1) == 2
     if method == "2d" and not meshed:
-        fail(FUNCTION, "mesh", "of two dimensions with method='2d'", "one")
-    if method == "auto" and meshed:
-        method = "2d"
+        fail(function, "mesh", "of two dimensions with method='2d'", "one")
     if method == "auto":
-        method, _ = choose_method(inputs, options, queries, keys)
-    refuse(method, inputs, options)
-    if options.dropout_p > 0:
-        inputs = inputs._replace(dropout_seed=seed_of_all(inputs, options, group, backend))
-    if method == "2d":
-        outer, inner = (mesh.get_group(d) for d in (0, 1))
-        outputs = by_heads(inputs, options, queries, keys, inner, backend, outer)
-    else:
-        outputs = METHOD_CALLS[method](inputs, options, queries, keys, group, backend)
-    if not (return_lse or return_stats):
-        return outputs.out
-    return results_of(outputs, return_lse, options)
+        method, reason = choose_method(call, meshed)
+    _refuse(call, method)
+    return Plan(call, method, reason, mesh, given)
 
 
-def layouts(
-    q: Tensor, k: Tensor, name: str, lengths: tuple[int, int] | None, ranks: int
+def _checked(function: str, given: dict[str, Any], group: dist.ProcessGroup) -> Call:
+    """The call that a rank's arguments are."""
+    varlen = function == VARLEN
+    q, k, v = (given[name] for name in "qkv")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != (3 if varlen else 4):
+            requirement = f"a {3 if varlen else 4}-D Tensor"
+            fail(function, name, requirement, getattr(x, "shape", type(x).__name__))
+    dim = 0 if varlen else 2
+    rows = tuple(x.shape[dim] for x in (q, k, v))
+    queries, keys = _layouts(function, rows, given, dist.get_world_size(group))
+    if keys.rows == 0 or rows[2] != keys.rows:
+        fail(function, "k and v", "of equally many rows, at least one", (k.shape, v.shape))
+
+    def whole(x: Tensor) -> Tensor:
+        sizes = list(x.shape)
+        sizes[dim] = keys.length
+        return x.detach().narrow(dim, 0, 1).expand(sizes)
+
+    mask, blocks, sequences = given["mask"], None, None
+    if not varlen and is_block_mask(mask):  # of the whole: attention_call has our rows of queries
+        mask, blocks = None, mask
+    if varlen:
+        sequences = Sequences(*(given[name] for name in Sequences._fields))
+    checked: dict[str, Any] = {name: given.get(name) for name in CHECKED}
+    scores = tuple(given[name] for name in SCORE_OPTIONS)
+    inputs, options = checks.attention_call(
+        function, q, whole(k), whole(v), mask, scores=scores, sequences=sequences, **checked
+    )
+    if blocks is not None:
+        sizes = (*q.shape[:2], queries.length, keys.length)
+        fields = checks.block_mask(function, "mask", blocks, q, sizes)
+        inputs = inputs._replace(**dict(zip(BLOCK_FIELDS, fields, strict=True)))
+    if varlen:
+        every_row = inputs.q[:, :, :1].expand(-1, -1, queries.length, -1)
+        checks.sequence_values(function, inputs._replace(q=every_row), options)
+        k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    k, v = checks.autocast(function, ("k", "v"), k, v)
+    inputs = inputs._replace(k=k, v=v)
+    if options.align_bottom_right and not varlen:
+        offset = keys.length - queries.length
+        options = options._replace(align_offset=offset, align_bottom_right=False)
+    sight = Sight.of(inputs, options)
+    return Call(function, inputs, options, queries, keys, sight, group, given["backend"])
+
+
+def _layouts(
+    function: str, rows: tuple[int, ...], given: dict[str, Any], ranks: int
 ) -> tuple[Layout, Layout]:
     """How queries and keys are cut, from the rows of a shard."""
+    lengths, name = given["lengths"], given["layout"]
     if lengths is None:
-        lengths = q.shape[2] * ranks, k.shape[2] * ranks
+        lengths = rows[0] * ranks, rows[1] * ranks
     if not isinstance(lengths, (tuple, list)) or len(lengths) != 2:
-        fail(FUNCTION, "lengths", "(T, S), of the whole sequences", lengths, TypeError)
+        fail(function, "lengths", "(T, S), of the whole sequences", lengths, TypeError)
     found = []
-    for what, x, length in zip(("q", "k"), (q, k), lengths, strict=True):
+    for what, own, length in zip(("q", "k"), rows, lengths, strict=False):
         layout = Layout.of_sequence(length, ranks, name)
-        if x.shape[2] != layout.rows:
+        if own != layout.rows:
             requirement = f"of {layout.rows} rows ({length} over {ranks} ranks, {name}, see shard)"
-            fail(FUNCTION, what, requirement, x.shape[2])
+            fail(function, what, requirement, own)
         found.append(layout)
     return found[0], found[1]
 
 
-def seed_of_all(inputs: Inputs, options: Options, group: dist.ProcessGroup, backend: str) -> Tensor:
+def _seed_of_all(call: Call, method: str) -> Tensor:
     """The dropout seed of all ranks, drawn by the first where none is given, with a place."""
-    row = dispatch.select(attention_problem(inputs, options), backend, function=FUNCTION)
+    function, inputs, options = call.function, call.inputs, call.options
+    row = dispatch.select(attention_problem(inputs, options), call.backend, function=function)
     if row.name not in PLACED:
         requirement = f"0 on the backend {row.name!r}, which counts from its own first row"
-        fail(FUNCTION, "dropout_p", requirement, options.dropout_p)
+        fail(function, "dropout_p", requirement, options.dropout_p)
+    eights = PLACED[row.name]
+    if method in ("ring", "2d") and call.keys.size % eights:
+        requirement = f"0 where chunks of {call.keys.size} keys, not of whole {eights}s, travel"
+        fail(
+            function, "dropout_p", f"{requirement}, on the backend {row.name!r}", options.dropout_p
+        )
     seed = inputs.dropout_seed
     if seed is None:
         seed = torch.randint(1 << 32, (2,), dtype=torch.int64, device=inputs.q.device)
-        dist.broadcast(seed, group=group, group_src=0)
+        dist.broadcast(seed, group=call.group, group_src=0)
     return torch.cat((seed, seed.new_tensor([inputs.q.shape[1], 0, 0, 0])))
 
 
-def refuse(method: str, inputs: Inputs, options: Options) -> None:
+def _refuse(call: Call, method: str) -> None:
     """Raise where a method does not take a call."""
+    function, inputs, options = call[:3]
     if options.weights:
-        fail(FUNCTION, "return_weights", "False: weights are T x S, on no rank whole", True)
+        fail(function, "return_weights", "False: weights are T x S, on no rank whole", True)
     if abs(options.align_offset) > MOST_ALIGN:
-        fail(FUNCTION, "align", f"at most {MOST_ALIGN} either way", options.align_offset)
-    if inputs.block_bits is not None:
-        fail(
-            FUNCTION,
-            "mask",
-            "a bool Tensor: a BlockMask's blocks end where no rank's rows do",
-            "one",
-        )
+        fail(function, "align", f"at most {MOST_ALIGN} either way", options.align_offset)
     if inputs.indices is not None and method != "all_gather":
-        fail(
-            FUNCTION,
-            "indices",
-            "given with method='all_gather', where all keys are at hand",
-            method,
-        )
+        requirement = "given with method='all_gather', where all keys are at hand"
+        fail(function, "indices", requirement, method)
     if options.stats == 2 and method in ("ring", "2d"):
-        fail(FUNCTION, "return_stats", "True: 'received' needs another way round the ring", "it")
-
-
-def choose_method(
-    inputs: Inputs, options: Options, queries: Layout, keys: Layout
-) -> tuple[str, str]:
-    """The method that ``auto`` takes, and why.
-
-    What a rank sends decides: with "all_to_all" (P - 1) / P of its q, k, v and out; with "ring"
-    its k and v as many times as a block goes on. All keys at once, "all_gather", only where the
-    others refuse.
-    """
-    if inputs.indices is not None:
-        return "all_gather", "indices may be of any keys"
-    ranks, (_, H, _, D), H_kv, D_v = keys.ranks, inputs.q.shape, *inputs.v.shape[1::2]
-    if options.stats == 2:
-        return "all_gather", "received sums over all queries"
-    copies = sum(map(len, Heads.over(ranks, H, H_kv).keys))
-    own = queries.rows * H * (D + D_v) + keys.rows * copies * (D + D_v)
-    exchanged = own * (ranks - 1) // ranks
-    sight = Sight.of(inputs, options)
-    steps = max(last_step(queries, keys, sight, owner) for owner in range(ranks))
-    travelled = keys.rows * H_kv * (D + D_v) * steps
-    said = f"{travelled} numbers round the ring, {exchanged} to exchange heads for rows"
-    if exchanged < travelled and H % ranks == 0:
-        return "all_to_all", said
-    return "ring", said
-
-
-def by_ring(
-    inputs: Inputs,
-    options: Options,
-    queries: Layout,
-    keys: Layout,
-    group: dist.ProcessGroup,
-    backend: str,
-) -> Outputs:
-    """Keys travel."""
-    row = dispatch.select(attention_problem(inputs, options), backend, function=FUNCTION)
-    if row.ops is None:
-        return by_gather(inputs, options, queries, keys, group, backend)
-    q, k, v, bias, sinks = inputs.q, inputs.k, inputs.v, shared_bias(inputs, queries, group), None
-    if inputs.sinks is not None:
-        sinks = Shared.apply(inputs.sinks, group)
-    ring = Ring(group, queries, keys, row.ops, without_data(inputs), options)
-    out, lse, stats = RingFunction.apply(ring, q, k, v, bias, sinks)
-    return Outputs(out, lse, stats=stats)
-
-
-def without_data(inputs: Inputs) -> Inputs:
-    """A call's tensors but those that the ring is given."""
-    nothing = inputs.q.detach().new_empty(0)
-    return inputs._replace(q=nothing, k=nothing, v=nothing, bias=None, sinks=None)
-
-
-def shared_bias(inputs: Inputs, queries: Layout, group: dist.ProcessGroup) -> Tensor | None:
-    """The bias, with a gradient summed over the ranks where they share it."""
-    bias = inputs.bias
-    if bias is None or bias.shape[2] > 1 or queries.rows == 1:
-        return bias
-    result: Tensor = Shared.apply(bias, group)
-    return result
-
-
-def by_gather(
-    inputs: Inputs,
-    options: Options,
-    queries: Layout,
-    keys: Layout,
-    group: dist.ProcessGroup,
-    backend: str,
-) -> Outputs:
-    """Every rank has all keys: an ordinary call for each of its chunks of queries."""
-    real = real_rows(queries, dist.get_rank(group), inputs.q.device)
-    if real is not None:
-        inputs = without_keys(inputs, ~real[:, None])
-    k, v = (Gather.apply(x, keys, group) for x in (inputs.k, inputs.v))
-    sinks = None if inputs.sinks is None else Shared.apply(inputs.sinks, group)
-    bias = shared_bias(inputs, queries, group)
-    inputs = inputs._replace(k=k, v=v, sinks=sinks, bias=bias)
-    sight, every_key, found = Sight.of(inputs, options), Chunk(0, keys.length, 0), []
-    for chunk in queries.places(dist.get_rank(group)):
-        piece = Piece(chunk, every_key, sight.scores(chunk, every_key) == FULL)
-        found.append(run(FUNCTION, *call_of(piece, inputs, options), backend))
-    out, lse, _, stats, received, _ = zip(*found, strict=True)
-    sums = None
-    if options.stats == 2:
-        sums = Scatter.apply(sum(received)[..., None], keys, group)[..., 0]
-    with_stats = torch.cat(stats, 3) if options.stats else None
-    return Outputs(torch.cat(out, 2), torch.cat(lse, 2), None, with_stats, sums)
-
-
-def without_keys(inputs: Inputs, rows: Tensor) -> Inputs:
-    """The inputs with some rows ``(T, 1)`` of queries that attend nothing."""
-    if inputs.indices is not None:
-        return inputs._replace(indices=inputs.indices.masked_fill(rows, -1))
-    mask = ~rows[None, None]
-    return inputs._replace(mask=mask if inputs.mask is None else mask & inputs.mask)
-
-
-def by_heads(
-    inputs: Inputs,
-    options: Options,
-    queries: Layout,
-    keys: Layout,
-    group: dist.ProcessGroup,
-    backend: str,
-    outer: dist.ProcessGroup | None = None,
-) -> Outputs:
-    """Every rank has whole sequences for some of the heads: an ordinary call of those.
-
-    With an ``outer`` group the ranks of ``group`` have a shard together, and it goes round the ring
-    of the groups.
-    """
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    number = rank if outer is None else dist.get_rank(outer) * ranks + rank
-    device, heads = inputs.q.device, Heads.over(ranks, inputs.q.shape[1], inputs.k.shape[1])
-    of_queries, of_keys = (
-        Rows(
-            group,
-            x.rows,
-            x.order(device)
-            if outer is None
-            else x.order_within(ranks, dist.get_rank(outer)).to(device),
-        )
-        for x in (queries, keys)
-    )
-    q = of_queries.to_heads(inputs.q, heads.queries)
-    k, v = (of_keys.to_heads(x, heads.keys) for x in (inputs.k, inputs.v))
-    mask, bias = (
-        of_queries.scores_to_heads(x, heads.queries)
-        for x in (inputs.mask, shared_bias(inputs, queries, group))
-    )
-    slopes, sinks = inputs.alibi_slopes, inputs.sinks
-    slopes = None if slopes is None else slopes[:, heads.queries[rank]]
-    sinks = None if sinks is None else Shared.apply(sinks, group)[heads.queries[rank]]
-    if inputs.dropout_seed is not None:
-        first_head = sum(map(len, heads.queries[:rank]))
-        place = inputs.dropout_seed.new_tensor([0, 0, 0, first_head, 0, 0])
-        inputs = inputs._replace(dropout_seed=inputs.dropout_seed + place)
-    mine = inputs._replace(q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks)
-    if not heads.queries[rank]:  # and yet a part of every exchange
-        outputs = of_no_heads(q, k, v, bias, sinks, options)
-    elif outer is None:
-        outputs = run(FUNCTION, mine, options, backend)
-    else:
-        shards = queries.merged(ranks), keys.merged(ranks)
-        outputs = by_ring(mine, options, *shards, outer, backend)
-    numbers = [outputs.lse]
-    if options.stats and outputs.stats is not None:
-        numbers += outputs.stats.unbind(0)
-    out = of_queries.to_rows(outputs.out, heads.queries)
-    lse, *stats = of_queries.to_rows(torch.stack(numbers, 3), heads.queries).unbind(3)
-    received = None
-    if options.stats == 2 and outputs.received is not None:
-        received = of_keys.to_rows(outputs.received[..., None], heads.queries)[..., 0]
-    results = Outputs(out, lse, None, torch.stack(stats) if stats else None, received)
-    return ended(results, inputs.sinks, real_rows(queries, number, device))
-
-
-def of_no_heads(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, options: Options
-) -> Outputs:
-    """Results without a head, whose gradients are a part of every exchange all the same."""
-    scores = q @ k.mT
-    rows = q.sum(3).float()
-    if bias is not None:
-        scores = (scores + bias).to(v.dtype)
-    if sinks is not None:
-        rows = rows + sinks[:, None]
-    stats = torch.stack([rows] * 4) if options.stats else None
-    return Outputs(scores @ v, rows, None, stats, k.detach().sum(3).float())
-
-
-def real_rows(layout: Layout, rank: int, device: torch.device) -> Tensor | None:
-    """Which rows of a shard are rows of the sequence; None: all of them."""
-    if layout.ranks * layout.rows == layout.length:
-        return None
-    real = torch.zeros(layout.rows, dtype=torch.bool)
-    for _, length, row in layout.chunks(rank):
-        real[row : row + length] = True
-    return real.to(device)
-
-
-def ended(outputs: Outputs, sinks: Tensor | None, real: Tensor | None) -> Outputs:
-    """Results whose rows past the end of the sequence are those of queries without keys."""
-    if real is None:
-        return outputs
-    without = -torch.inf if sinks is None else sinks.detach().to(outputs.lse.dtype)[:, None]
-    stats = outputs.stats
-    if stats is not None:
-        of_none = stats.new_tensor([-torch.inf, 0.0, 0.0, 0.0])[:, None, None, None]
-        stats = torch.where(real, stats, of_none)
-    return outputs._replace(
-        out=torch.where(real[:, None], outputs.out, 0),
-        lse=torch.where(real, outputs.lse, without),
-        stats=stats,
-    )
-
-
-METHOD_CALLS = {"ring": by_ring, "all_to_all": by_heads, "all_gather": by_gather}
+        fail(function, "return_stats", "True: 'received' needs another way round the ring", "it")
+    if method != "all_to_all" and (needs := whole_sequences(inputs, options)) is not None:
+        requirement = "'all_to_all', where a rank has whole sequences"
+        fail(function, f"method with {needs}", requirement, repr(method))

@@ -25,6 +25,11 @@ class Chunk(NamedTuple):
     length: int
     row: int  # of the shard, where they begin
 
+    def within(self, begin: int, end: int) -> Chunk:
+        """What of them lies between two rows of the sequence, counted from the first of these."""
+        start, stop = max(self.start, begin), min(self.start + self.length, end)
+        return Chunk(start - begin, max(0, stop - start), self.row + start - self.start)
+
 
 class Layout(NamedTuple):
     """A sequence cut over ranks.

@@ -29,14 +29,10 @@ class Ring(NamedTuple):
     group: dist.ProcessGroup
     queries: Layout
     keys: Layout
+    sight: Sight
     ops: Ops
     inputs: Inputs  # of this rank: q, k, v its shards, mask and bias of its queries and all keys
     options: Options
-
-    @property
-    def sight(self) -> Sight:
-        """Who attends whom by position."""
-        return Sight.of(self.inputs, self.options)
 
     @property
     def rank(self) -> int:
@@ -96,6 +92,7 @@ class Exchange:
         try:
             while self.works:
                 self.works.pop().wait()
+            self.operations.clear()  # and with them the buffers
         except RuntimeError as error:
             ring = f"the ring of {self.ranks} ranks, seen from rank {self.rank}"
             raise RuntimeError(
@@ -174,7 +171,8 @@ def ring_forward(ring: Ring, k: Tensor, v: Tensor) -> Results:
 def forward_of(ring: Ring, piece: Piece, inputs: Inputs) -> Outputs:
     """A backend's results for a piece."""
     part, options = call_of(piece, inputs._replace(sinks=None), ring.options)
-    alone = piece.q.length == 1  # to the CPU a step of decoding, whose norm has other units: twice
+    # To the CPU a step of decoding, whose norm has other units: twice
+    alone = piece.q.length == 1 and inputs.cu_seqlens_q is None
     part = part._replace(q=part.q.repeat(1, 1, 2, 1)) if alone else part
     outputs = Outputs(*autograd.call(ring.ops.fwd, *part, *options))
     return cut_rows(outputs) if alone else outputs

@@ -110,6 +110,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     similarity: str = "dot"
     collect_stats: bool | str = False
     stats: AttentionStats | None = None
+    parallel: Any = None  # see attnfast.distributed.parallelize
     sinks: nn.Parameter | None
     log_temperature: nn.Parameter | None
     alibi_slopes: Tensor | None
@@ -245,12 +246,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not (type(need_weights) is type(average_attn_weights) is type(is_causal) is bool):
             flags = check_flags(need_weights, average_attn_weights, is_causal)
             need_weights, average_attn_weights, is_causal = flags
-        asked = extras.asked_of(self)
+        asked, parallel = extras.asked_of(self), self.parallel
         if query.is_nested:
             options: Any = (key_padding_mask, need_weights, attn_mask, is_causal, kv_cache, asked)
             return jagged_forward(self, query, key, value, *options), None
         if kv_cache is not None or key is None or value is None:
-            check_cache(kv_cache, key, value)
+            check_cache(kv_cache, key, value, parallel)
         weight = self.in_proj_weight  # None where key or value have features of their own
         check_inputs(self, weight, query, key, value)
         dense, blocks = (None, None) if attn_mask is None else apart(attn_mask)
@@ -258,7 +259,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             dense, is_causal = plain_mask(dense, is_causal, need_weights, query.device)
         return_weights = need_weights and ("mean" if average_attn_weights else True)
         alone = query is key and key is value and kv_cache is None and blocks is None
-        if alone and inference.takes(self, asked, weight, query):
+        if alone and parallel is None and inference.takes(self, asked, weight, query):
             masks = (key_padding_mask, dense)
             short = inference.self_attention(self, weight, query, *masks, is_causal, return_weights)
             if short is not None:
@@ -271,22 +272,28 @@ class MultiheadAttention(nn.MultiheadAttention):
             if kv_cache is None or not (k is None or kv_cache.length):
                 k, v = self._append_keys(k, v)
         if self.similarity == "cosine":
-            q, k = extras.normalise(q, k, cast(Tensor, self.log_temperature))
+            temperature = cast(Tensor, self.log_temperature)
+            own = temperature if parallel is None else parallel.per_head(temperature)
+            q, k = extras.normalise(q, k, own)
         if kv_cache is not None:
             if k is not None:
                 kv_cache.append(k, v, appended)
             k, v = kv_cache.keys, kv_cache.values
         mask = bias = None
         if dense is not None or key_padding_mask is not None:
-            sizes = (*q.shape[:3], k.shape[2] - appended)
-            mask, bias = split_masks(dense, key_padding_mask, sizes, q.device, appended)
+            if parallel is None:
+                sizes = (*q.shape[:3], k.shape[2] - appended)
+                mask, bias = split_masks(dense, key_padding_mask, sizes, q.device, appended)
+            else:
+                mask, bias = parallel.masks(self, dense, key_padding_mask, q, k)
 
         if blocks is not None:
             bias = beside_blocks(blocks, q, k.shape[2], mask, bias, appended)
         elif kv_cache is not None and decodes(asked, q.shape[2], is_causal, need_weights):
             out = self._decode(asked, q, kv_cache, mask, bias)
             return self.out_proj(merge_heads(self, out, query)), None
-        results = attention(
+        attend = attention if parallel is None else parallel.attention
+        results = attend(
             q,
             k,
             v,
@@ -304,6 +311,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         out, stats, weights = extras.results(results, need_weights, appended, query.dim() == 2)
         if stats is not None:
             self.stats = stats
+        if parallel is not None:
+            weights = parallel.weights(weights, average_attn_weights)
         return self.out_proj(merge_heads(self, out, query)), weights
 
     @property

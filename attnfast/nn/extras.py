@@ -34,7 +34,7 @@ def asked_of(module: Any) -> dict[str, Any]:
     All who call `attention`, `varlen_attention` or `decode_attention` for a layer hand on all of
     them. Options may be changed at any time.
     """
-    return {
+    asked = {
         "window": module.window,
         "scale": None if module.similarity == "dot" else 1.0,
         "softcap": module.softcap,
@@ -43,6 +43,7 @@ def asked_of(module: Any) -> dict[str, Any]:
         "dropout_p": module.dropout if module.training and module.dropout else NO_DROPOUT,
         "return_stats": module.collect_stats,
     }
+    return asked if module.parallel is None else module.parallel.asked(asked)
 
 
 def is_plain(asked: dict[str, Any]) -> bool:

@@ -67,8 +67,11 @@ def check_flags(
     )
 
 
-def check_cache(kv_cache: Any, key: Tensor | None, value: Tensor | None) -> None:
+def check_cache(kv_cache: Any, key: Tensor | None, value: Tensor | None, parallel: Any) -> None:
     """Raise unless there are keys and values: given, or held by a cache."""
+    if parallel is not None and parallel.context is not None:
+        requirement = "None where sequences are cut over ranks: see context_parallel_decode"
+        require.fail(NAME, "kv_cache", requirement, type(kv_cache).__name__)
     if not isinstance(kv_cache, KVCache | None):
         got = type(kv_cache).__name__
         require.fail(NAME, "kv_cache", "an attnfast.KVCache or None", got, TypeError)

@@ -53,6 +53,12 @@ def _project_apart(
     value: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """q, k and v (..., H * D) of inputs that are not one tensor: up to three linears."""
+    if module.parallel is not None and weight is None:
+        weights, biases = module.parallel.projections(module)
+        return tuple(
+            None if x is None else linear(x, w, b)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
     sizes = _sizes(module, weight)
     if weight is not None and key is not None and key is value:
         weight_q, weight_kv = weight.split((sizes[0], 2 * sizes[1]))

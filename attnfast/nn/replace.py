@@ -131,6 +131,10 @@ def restore(model: nn.Module) -> int:
     """
     _check_model("restore", model)
     for name, module in model.named_modules():
+        if _REPLACED in vars(module) and getattr(module, "parallel", None) is not None:
+            raise ValueError(
+                f"restore: {name or 'the model'} must be whole, got one that parallelize has cut"
+            )
         if _REPLACED in vars(module) and type(module) is not MultiheadAttention:
             raise ValueError(
                 f"restore: {name or 'the model'} must be an attnfast.MultiheadAttention as replace "

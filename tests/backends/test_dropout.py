@@ -9,6 +9,9 @@ from cases import DTYPES, Case, fp32, problem, run
 from torch import Tensor
 
 import attnfast
+from attnfast.call import Inputs, Options
+from attnfast.distributed.context import PLACED
+from attnfast.functional import run as attend
 from attnfast.reference import dropout_mask
 
 SEEDS = ((0, 0), (1, 2), (-1, -1), (2**63 - 1, 2**32 - 1), (2**40 + 17, 2**33 + 5), (-(2**63), 9))
@@ -68,6 +71,27 @@ def test_sequences_count_as_entries_and_positions_are_local(backend: str, causal
         if causal:
             expected = expected.tril()
         assert torch.equal(weights[i, :, :T, :S] != 0, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_part_of_a_call_drops_what_the_call_drops(backend: str, dtype: torch.dtype) -> None:
+    """A part's seed says where it begins: heads 5 to 7 of 8, queries from 29, keys from 88."""
+    if backend not in PLACED:
+        pytest.skip(f"{backend} counts from its own first row: attnfast.distributed refuses it")
+    B, H, T, S, p = 2, 3, 37, 70, 0.4
+    seed = torch.tensor([3, 4, 8, 5, 29, 88])
+    expected = dropout_mask(seed[:2], B, 8, 29 + T, 88 + S, p)[:, 5:, 29:, 88:]
+    assert torch.equal(dropout_mask(seed, B, H, T, S, p), expected)
+    q, k = torch.zeros(B, H, T, 4, dtype=dtype), torch.zeros(B, H, S, 4, dtype=dtype)
+    units = torch.eye(S, dtype=dtype)
+    v = units.expand(B, H, S, S).clone().requires_grad_()
+    inputs, options = Inputs(q, k, v, dropout_seed=seed), Options(scale=1.0, dropout_p=p)
+    out = attend("attention", inputs, options, backend).out
+    (dv,) = torch.autograd.grad(out, v, units[:T].expand(B, H, T, S))
+    weights = attend("attention", inputs, options._replace(weights=2), backend).weights
+    assert weights is not None
+    for found in (weights != 0, out != 0, dv[..., :T].mT != 0):
+        assert torch.equal(found, expected)
 
 
 def test_no_dropout_is_no_dropout(backend: str) -> None:
