@@ -44,12 +44,12 @@ ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   LD_PRELOAD="$(foreach l,asan ubsan,$$($(COMPILER) -print-file-name=lib$(l).so))"
 ASAN_TESTS := $(patsubst %,tests/backends/test_%.py,table layouts decode)
 
-.PHONY: help demo translate test test-cuda test-triton test-ptx aot lint bench gpu wheel hub test-abi docs asan venv build emulator ptx cuda clean
+.PHONY: help demo translate test test-cuda test-triton test-ptx test-distributed distributed aot lint bench gpu wheel hub test-abi docs asan venv build emulator ptx cuda clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:  ## list these commands
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
 
 demo: build $(DEMO)  ## semantic search with a trained encoder, then a translation Transformer: torch's attention and ours
 	$(PY) -m demo.search $(ARGS)
@@ -71,6 +71,13 @@ test-ptx: build emulator ptx $(TEST) $(TRITON_LATEST)  ## the compiled kernels, 
 	@for arch in $(PTX); do echo "the PTX for sm_$$arch"; \
 	  OMP_NUM_THREADS=1 ATTNFAST_PTX=$$arch $(PY) -m pytest -n $(WORKERS) --dist worksteal \
 	    --backend triton --backend cuda tests/backends $(ARGS) || exit 1; done
+
+test-distributed: build $(TEST)  ## the case table over 2 and 4 processes, by every method and layout, and layers over them
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal --every-case \
+	  tests/test_context_parallel.py tests/test_parallel_layers.py $(ARGS)
+
+distributed: build  ## train on a sequence of 32k tokens over two processes, and alone: the losses agree
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --nproc-per-node 2 examples/long_context.py $(ARGS)
 
 aot: build $(TRITON_LATEST) build/triton-3.6/.installed  ## compile the Triton kernels for every architecture, without a GPU; TRITON=3.6 or 3.9
 	PYTHONPATH=$(if $(filter 3.6,$(TRITON)),build/triton-3.6) $(PY) -m tools.aot $(ARGS)

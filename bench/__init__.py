@@ -4,6 +4,7 @@
     python -m bench compare A.json B.json   two runs, row by row
     python -m bench report                  docs/performance.md, the plots and the README's table
     python -m bench scaling                 how time and memory grow with each size
+    python -m bench distributed             the same over 1, 2 and 4 processes, and a model of more
     python -m bench evidence                which kernel was proven and timed where (tools/gpu)
     python -m bench tune                    the tiles of the Triton kernels, on a GPU (tools/gpu)
     pytest bench -k decode                  the same rows for users of pytest-benchmark

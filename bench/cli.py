@@ -10,7 +10,18 @@ from typing import Any, NamedTuple, NoReturn
 
 from tools.gpu import evidence, kernels, tune
 
-from . import RESULTS, ROOT, compare, environment, report, results, scaling, suites, tables
+from . import (
+    RESULTS,
+    ROOT,
+    compare,
+    distributed,
+    environment,
+    report,
+    results,
+    scaling,
+    suites,
+    tables,
+)
 from .environment import positive
 from .grid import DTYPE_NAMES, DTYPES, OPTIONS, SIZES, SUITES, WORKS, AttentionCase
 
@@ -188,11 +199,20 @@ def _scaling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _scaling(options: argparse.Namespace) -> int:
+    return _study("scaling", scaling, options)
+
+
+def _distributed(options: argparse.Namespace) -> int:
+    return _study("distributed", distributed, options)
+
+
+def _study(kind: str, study: Any, options: argparse.Namespace) -> int:
+    """Measure, and write the file of results and the page."""
     settings = environment.available_settings(backend=options.backend, threads=1)
-    facts = environment.facts("scaling", settings)
-    path = options.root / "bench" / "results" / facts["device"] / "scaling.json"
-    results.save(path, facts, scaling.measure(settings))
-    written = [path, *scaling.write(results.load(path, "scaling"), options.root)]
+    facts = environment.facts(kind, settings)
+    path = options.root / "bench" / "results" / facts["device"] / f"{kind}.json"
+    results.save(path, facts, study.measure(settings))
+    written = [path, *study.write(results.load(path, kind), options.root)]
     print(*(f"wrote {path}" for path in written), sep="\n")
     return 0
 
@@ -220,6 +240,7 @@ COMMANDS = (
     Command("compare", "two runs, row by row; exit code 1: slower", _compare_arguments, _compare),
     Command("report", "write docs, plots and the README's table", _report_arguments, _report),
     Command("scaling", "measure how time grows, and write docs", _scaling_arguments, _scaling),
+    Command("distributed", "the same over many processes", _scaling_arguments, _distributed),
     Command(
         "evidence", "which kernel was proven and timed where", _evidence_arguments, evidence.command
     ),

@@ -8,6 +8,7 @@ sources). ``kind`` says what ``rows`` hold:
     evidence    rows of `tools.gpu.evidence.record`
     crosscheck  rows of `tools.gpu.crosscheck.run`
     scaling     points of `scaling.measure`
+    distributed  ways and ranks of `distributed.measure`
 
 They lie in ``bench/results/<device>/``.
 """
@@ -27,6 +28,7 @@ FIELDS = {  # by kind, what readers need of a row
     "evidence": ("backend", "kind", "dtype", "architecture", "stage"),
     "crosscheck": ("id", "dtype", "failure", "margin"),
     "scaling": ("series", "seconds"),
+    "distributed": ("ranks", "method", "layout", "work", "seconds", "peak_bytes", "sent_bytes"),
 }
 
 Row = dict[str, Any]

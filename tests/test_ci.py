@@ -36,6 +36,7 @@ def test_what_is_asked_for(tmp_path: Path, commits: str | None) -> None:
         f"aot TRITON=3.6 ARGS=--sample {part}",
         f"test-triton ARGS=--part {part}",
         "test-cuda",
+        f"test-distributed ARGS=--part {part}",
         f"test-ptx PTX={arch} ARGS=--part {part}",
         "test",
     ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,22 @@ def test_serve_paged(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         "the same answers as torch's attention without a cache: 6 of 6" in capsys.readouterr().out
     )
+
+
+def test_long_context(capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = (path for path in EXAMPLES if path.stem == "long_context")
+    found = run("long_context", length=300, steps=12)
+    assert falls(found["losses"], 0.95)
+    assert "rank 0 of 1: 300 tokens, 12 steps" in capsys.readouterr().out
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(path)]
+    told = subprocess.run(
+        [*command, "--length", "300", "--steps", "3"], capture_output=True, text=True, check=True
+    ).stdout
+    losses = re.findall(r"rank \d of 2: .*loss ([\d.]+ to [\d.]+)", told)
+    assert len(losses) == 2
+    assert losses[0] == losses[1]
+    assert "a layer's method: ring" in told
+    assert "alone: losses differ by at most" in told
 
 
 def test_watch_heads() -> None:
