@@ -72,7 +72,7 @@ test-ptx: build emulator ptx $(TEST) $(TRITON_LATEST)  ## the compiled kernels, 
 	  OMP_NUM_THREADS=1 ATTNFAST_PTX=$$arch $(PY) -m pytest -n $(WORKERS) --dist worksteal \
 	    --backend triton --backend cuda tests/backends $(ARGS) || exit 1; done
 
-test-distributed: build $(TEST)  ## the case table over 2 and 4 processes, by every method and layout, and layers over them
+test-distributed: build emulator $(TEST) $(TRITON_LATEST)  ## the case table over 2 and 4 processes, by every method and layout, and layers over them
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal --every-case \
 	  tests/test_context_parallel.py tests/test_parallel_layers.py $(ARGS)
 

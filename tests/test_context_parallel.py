@@ -226,6 +226,15 @@ def hold_decode(group: dist.ProcessGroup) -> None:
             eps = 8 * torch.finfo(dtype).eps
             torch.testing.assert_close(found[0].float(), expected[0], atol=eps, rtol=eps)
             torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-5)
+    pages = [x.view(5, 2, 12, 4, 16).permute(0, 2, 3, 1, 4).flatten(0, 1) for x in (k, v)]
+    table = torch.arange(60, dtype=torch.int32).view(5, 12)
+    found = context_parallel_decode(
+        q, *pages, lengths, group, page_table=table[:, 6 * rank : 6 * rank + 6], sinks=torch.ones(4)
+    )
+    expected = attnfast.decode_attention(q, k, v, lengths, sinks=torch.ones(4))
+    torch.testing.assert_close(found, expected, atol=0.04, rtol=0.04)
+    with pytest.raises(ValueError, match="page_table must be None with more than one query"):
+        context_parallel_decode(q, *pages, lengths, group, page_table=table[:, :6], window=(3, 0))
     with pytest.raises(ValueError, match=r"cache_seqlens must be in \[0, 48\], got \[49\]"):
         context_parallel_decode(q[:1], k[:1, :, own], v[:1, :, own], lengths[-1:] + 1, group)
 
@@ -339,6 +348,7 @@ def alone(tmp_path: Path) -> Any:
 
 X = torch.randn(1, 2, 8, 4)
 WRONG: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"mesh": None}, "mesh must be a group of torch.distributed: see init_process_group, got None"),
     ({"mesh": "cp"}, "mesh must be a DeviceMesh or a ProcessGroup, got str"),
     ({"layout": "striped"}, "layout must be one of ['contiguous', 'zigzag'], got 'striped'"),
     ({"method": "2d"}, "mesh must be of two dimensions with method='2d', got one"),
@@ -415,3 +425,67 @@ def test_what_goes_furthest_decides_the_method() -> None:
     assert chosen(6, 6, 8) == "ring"
     assert chosen(16, 16, 8, causal=True, window_left=512) == "ring"
     assert chosen(16, 16, 8, stats=2) == "all_gather"
+
+
+GPU = [
+    Case("part", B=1, H=2, H_kv=1, T=64, S=48, window=(40, 9), align="bottom_right", stats=1,
+         sinks=True, bias="hts", grads=("out", "lse", "entropy"), dtype=bf16),
+    Case("drops", B=1, H=2, H_kv=2, T=32, S=32, D=16, causal=True, dropout_p=0.4, dtype=bf16),
+    Case("packed", H=2, H_kv=1, lengths=((20, 30), (9, 1), (7, 17)), causal=True, dtype=bf16),
+]  # fmt: skip
+
+
+def hold_on(group: dist.ProcessGroup, backend: str) -> None:
+    for case, (method, layout) in product(GPU, WAYS):
+        given = problem(case)
+        if ranks.refusal(given, method) or (backend == "cuda" and case.dropout_p):
+            continue
+        check(ranks.run(given, group, layout, method, backend=backend), given)
+
+
+@pytest.mark.parametrize(
+    ("backend", "variable"), [("triton", "TRITON_INTERPRET"), ("cuda", "ATTNFAST_EMULATOR")]
+)
+def test_the_kernels_of_gpus_compute_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, variable: str
+) -> None:
+    """In Triton's interpreter and on the emulator."""
+    monkeypatch.setenv(variable, "1")
+    ranks.run_on(2, tmp_path, hold_on, backend)
+
+
+def hold_second_order(group: dist.ProcessGroup) -> None:
+    """Gradients of gradients, by every method."""
+    torch.manual_seed(0)
+    whole = [torch.randn(1, 2, 12, 4), torch.randn(1, 1, 16, 4), torch.randn(1, 1, 16, 4)]
+    sinks, bias = torch.randn(2), torch.randn(1, 2, 1, 16)
+    options: dict[str, Any] = {"causal": True, "align": "bottom_right", "return_lse": True}
+
+    def second(call: Any, given: list[Tensor]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (*given, sinks, bias)]
+        out, lse = call(leaves)
+        first = torch.autograd.grad(out.sin().sum() + lse.cos().sum(), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(x.square().sum() for x in first), leaves))
+
+    def one(leaves: list[Tensor]) -> Any:
+        q, k, v, sink, more = leaves
+        return attnfast.attention(q, k, v, sinks=sink, bias=more, **options)
+
+    expected = second(one, whole)
+    for method, layout in WAYS:
+
+        def many(leaves: list[Tensor], method: str = method, layout: str = layout) -> Any:
+            q, k, v, sink, more = leaves
+            given = {"sinks": sink, "bias": more, "method": method, "layout": layout}
+            return context_parallel_attention(q, k, v, group, **given, **options)
+
+        found = second(many, [shard(x, group, 2, layout) for x in whole])
+        for i, (x, y) in enumerate(zip(found, expected, strict=True)):
+            z = unshard(x, group, 2, layout, y.shape[2]) if i < 3 else x
+            torch.testing.assert_close(
+                z, y, atol=1e-4, rtol=1e-4, msg=lambda m, i=i, n=method: f"{n} {i}: {m}"
+            )
+
+
+def test_second_derivatives(tmp_path: Path) -> None:
+    ranks.run_on(2, tmp_path, hold_second_order)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks
-from ..functional import attention
+from ..functional import attention, decode_attention
 from ..requirements import fail, truth
 from .layout import all_gather, group_of
 
@@ -23,6 +23,7 @@ def context_parallel_decode(
     cache_seqlens: Tensor,
     mesh: Any,
     *,
+    page_table: Tensor | None = None,
     scale: float | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
@@ -40,10 +41,13 @@ def context_parallel_decode(
 
     Args:
         q: ``(B, H, T, D)``, the newest T queries, the same on every rank.
-        k_cache: ``(B, H_kv, S / P, D)``, this rank's keys.
-        v_cache: ``(B, H_kv, S / P, D_v)``.
+        k_cache: ``(B, H_kv, S / P, D)``, this rank's keys; or, with ``page_table``, its pages
+            ``(pages, page, H_kv, D)``.
+        v_cache: ``(B, H_kv, S / P, D_v)``, or pages.
         cache_seqlens: int32 ``(B,)``, the keys in the whole cache, the new ones included.
         mesh: see `context_parallel_attention`.
+        page_table: int32 ``(B, n)``, the pages of this rank's ``n * page = S / P`` keys; with one
+            query, without ``window`` and ``alibi_slopes``, which count from the cache's end.
         scale: see `attnfast.attention`, as for all that follow.
         window: see `attnfast.attention`.
         softcap: see `attnfast.attention`.
@@ -68,7 +72,7 @@ def context_parallel_decode(
         k_cache,
         v_cache,
         torch.zeros_like(cache_seqlens) if isinstance(cache_seqlens, Tensor) else cache_seqlens,
-        None,
+        page_table,
         window,
         (scale, softcap),
         alibi_slopes,
@@ -76,26 +80,36 @@ def context_parallel_decode(
         bias,
         None,
     )
-    most = inputs.k_cache.shape[2] * dist.get_world_size(group)
+    by_position = window is not None or alibi_slopes is not None or q.shape[2] > 1
+    if page_table is not None and by_position:
+        requirement = "None with more than one query, window or alibi_slopes"
+        fail(FUNCTION, "page_table", requirement, "one")
+    own = inputs.k_cache.shape[2]
+    if inputs.page_table is not None:
+        own = inputs.page_table.shape[1] * inputs.k_cache.shape[1]
+    most, begin = own * dist.get_world_size(group), own * dist.get_rank(group)
     lengths = cache_seqlens.to(torch.int32)
     if lengths.device.type == "cpu" and bool(((lengths < 0) | (lengths > most)).any()):
         fail(FUNCTION, "cache_seqlens", f"in [0, {most}]", cache_seqlens.tolist())
-    begin = inputs.k_cache.shape[2] * dist.get_rank(group)
+    given: dict[str, Any] = {"scale": scale, "softcap": softcap, "bias": bias, "backend": backend}
     with torch.no_grad():
-        out, lse = attention(
-            q,
-            k_cache,
-            v_cache,
-            causal=True,
-            align=lengths - (q.shape[2] + begin),
-            window=window,
-            scale=scale,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            bias=bias,
-            return_lse=True,
-            backend=backend,
-        )
+        if by_position:
+            out, lse = attention(
+                q,
+                k_cache,
+                v_cache,
+                causal=True,
+                align=lengths - (q.shape[2] + begin),
+                window=window,
+                alibi_slopes=alibi_slopes,
+                return_lse=True,
+                **given,
+            )
+        else:
+            here = (lengths - begin).clamp(0, own)
+            out, lse = decode_attention(
+                q, k_cache, v_cache, here, page_table=page_table, return_lse=True, **given
+            )
         out, lse = merged(out, lse, sinks, group)
     return (out, lse) if return_lse else out
 

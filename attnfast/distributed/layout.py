@@ -211,6 +211,8 @@ def group_of(function: str, mesh: Any) -> dist.ProcessGroup:
         return mesh
     from torch.distributed.device_mesh import DeviceMesh
 
+    if mesh is None:
+        fail(function, "mesh", "a group of torch.distributed: see init_process_group", None)
     if not isinstance(mesh, DeviceMesh):
         fail(function, "mesh", "a DeviceMesh or a ProcessGroup", type(mesh).__name__, TypeError)
     if mesh.ndim > 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,11 +43,17 @@ def by_ring(call: Call) -> Outputs:
     row = dispatch.select(problem, call.backend, function=call.function)
     if row.ops is None:
         return by_gather(call)
-    bias, sinks = shared_bias(call), inputs.sinks
-    sinks = None if sinks is None else Shared.apply(sinks, group)
+    inputs = with_shared(call)
     given = without_data(inputs), call.options
     ring = Ring(group, call.queries, call.keys, call.sight, row.ops, *given)
-    out, lse, stats = RingFunction.apply(ring, inputs.q, inputs.k, inputs.v, bias, sinks)
+
+    def gathered(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None) -> Any:
+        again = given[0]._replace(q=q, k=k, v=v, bias=bias, sinks=sinks)
+        found = by_gather(call._replace(inputs=again), shared=False)
+        return found.out, found.lse, found.stats
+
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sinks)
+    out, lse, stats = RingFunction.apply(ring, gathered, *tensors)
     return Outputs(out, lse, stats=stats)
 
 
@@ -55,6 +61,13 @@ def without_data(inputs: Inputs) -> Inputs:
     """A call's tensors but those that the ring is given."""
     nothing = inputs.q.detach().new_empty(0)
     return inputs._replace(q=nothing, k=nothing, v=nothing, bias=None, sinks=None)
+
+
+def with_shared(call: Call) -> Inputs:
+    """The tensors, of which those that all ranks have get the sum of the ranks' gradients."""
+    sinks = call.inputs.sinks
+    sinks = None if sinks is None else Shared.apply(sinks, call.group)
+    return call.inputs._replace(bias=shared_bias(call), sinks=sinks)
 
 
 def shared_bias(call: Call) -> Tensor | None:
@@ -69,15 +82,18 @@ def shared_bias(call: Call) -> Tensor | None:
     return result
 
 
-def by_gather(call: Call) -> Outputs:
-    """Every rank has all keys: an ordinary call for each of its chunks of queries."""
+def by_gather(call: Call, shared: bool = True) -> Outputs:
+    """Every rank has all keys: an ordinary call for each of its chunks of queries.
+
+    ``shared`` is whether gradients of what all ranks have are summed.
+    """
     inputs, options, keys, group = call.inputs, call.options, call.keys, call.group
+    inputs = with_shared(call) if shared else inputs
     real = real_rows(call.queries, call.rank, inputs.q.device)
     if real is not None and inputs.cu_seqlens_q is None:
         inputs = without_keys(inputs, ~real[:, None])
     k, v = (Gather.apply(x, keys, group) for x in (inputs.k, inputs.v))
-    sinks = None if inputs.sinks is None else Shared.apply(inputs.sinks, group)
-    inputs = inputs._replace(k=k, v=v, sinks=sinks, bias=shared_bias(call))
+    inputs = inputs._replace(k=k, v=v)
     every_key, found = Chunk(0, keys.length, 0), []
     for chunk in call.queries.places(call.rank):
         piece = Piece(chunk, every_key, call.sight.scores(chunk, every_key) == FULL)
@@ -120,7 +136,8 @@ def by_heads(call: Call, outer: dist.ProcessGroup | None = None) -> Outputs:
     )
     q = of_queries.to_heads(inputs.q, heads.queries)
     k, v = (of_keys.to_heads(x, heads.keys) for x in (inputs.k, inputs.v))
-    mask, bias = inputs.mask, shared_bias(call)
+    shared = with_shared(call)
+    mask, bias, sinks = inputs.mask, shared.bias, shared.sinks
     if inputs.cu_seqlens_q is None:
         mask, bias = (of_queries.scores_to_heads(x, heads.queries) for x in (mask, bias))
     own = heads.queries[rank]
@@ -130,7 +147,7 @@ def by_heads(call: Call, outer: dist.ProcessGroup | None = None) -> Outputs:
 
     if inputs.cu_seqlens_q is not None:  # by positions within the sequences, the same on all ranks
         mask, bias = of_own(mask), of_own(bias)
-    sinks = None if inputs.sinks is None else Shared.apply(inputs.sinks, group)[own]
+    sinks = sinks if sinks is None else sinks[own]
     if inputs.dropout_seed is not None:
         first_head = sum(map(len, heads.queries[:rank]))
         place = inputs.dropout_seed.new_tensor([0, 0, 0, first_head, 0, 0])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from .. import autograd
 from ..call import Gradients, Inputs, Options, Outputs, Upstream
@@ -260,10 +260,14 @@ def add_gradients(
 
 
 class RingFunction(Function):
-    """Attention over a ring: (ring, q, k, v, bias, sinks) -> (out, lse, stats)."""
+    """Attention over a ring: (ring, gathered, q, k, v, bias, sinks) -> (out, lse, stats).
+
+    ``gathered`` finds the same from the tensors with all keys at hand, where gradients are to have
+    gradients of their own.
+    """
 
     @staticmethod
-    def forward(ctx: Any, ring: Ring, *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, ring: Ring, gathered: Any, *tensors: Tensor | None) -> Any:
         """This rank's results."""
         q, k, v, bias, sinks = tensors
         assert q is not None
@@ -277,20 +281,21 @@ class RingFunction(Function):
         stats = found.lse.new_empty(0) if found.stats is None else found.stats
         norm = torch.cat((found.norm, found.norm[1:]))  # of more keys than a piece has: Upstream
         ctx.save_for_backward(*tensors, out, found.lse, norm, stats)
-        ctx.ring = ring
+        ctx.ring, ctx.gathered = ring, gathered
         ctx.set_materialize_grads(False)
         if found.stats is None:
             ctx.mark_non_differentiable(stats)
         return out, found.lse, stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the tensors."""
+        if torch.is_grad_enabled():
+            return None, None, *gathered_gradients(ctx, grads)
         to_out, to_lse, to_stats = grads
         q, k, v, bias, sinks, out, lse, norm, stats = ctx.saved_tensors
         ring = ctx.ring._replace(inputs=ctx.ring.inputs._replace(q=q, bias=bias, sinks=sinks))
-        _, _, _, _, need_dbias, need_dsinks = ctx.needs_input_grad
+        need_dbias, need_dsinks = ctx.needs_input_grad[-2:]
         upstream = Upstream(
             torch.zeros_like(out) if to_out is None else dense_rows(to_out),
             to_lse,
@@ -305,12 +310,32 @@ class RingFunction(Function):
         dq, home, dbias = ring_backward(ring, k, v, upstream)
         return (
             None,
+            None,
             dq.to(q.dtype),
             home.k.to(k.dtype),
             home.v.to(v.dtype),
             None if dbias is None else dbias.to(bias.dtype),
             sinks_gradient(sinks, lse, upstream) if need_dsinks else None,
         )
+
+
+def gathered_gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Gradients of the tensors, differentiable."""
+    tensors = ctx.saved_tensors[:5]
+    results = ctx.gathered(*tensors)
+    known = [i for i, grad in enumerate(grads) if grad is not None]
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+    found = torch.autograd.grad(
+        [results[i] for i in known],
+        [tensors[i] for i in wanted],
+        [grads[i] for i in known],
+        create_graph=True,
+        allow_unused=True,
+    )
+    gradients: list[Tensor | None] = [None] * len(tensors)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients
 
 
 def sinks_gradient(sinks: Tensor, lse: Tensor, upstream: Upstream) -> Tensor:
