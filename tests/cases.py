@@ -394,6 +394,7 @@ OPTIONS: tuple[Case, ...] = (
     Case("mask_one", mask=""),
     Case("mask_causal", mask="bs", causal=True),
     Case("blocks", blocks="blocks 64", T=200, S=333, D=64),
+    Case("blocks_wide", B=1, H=2, H_kv=1, blocks="blocks 64", T=130, S=150, D=192, D_v=160, causal=True),
     Case("blocks_128", blocks="blocks 128", T=300, S=200, causal=True, align="bottom_right"),
     Case("blocks_heads", blocks="heads 64", T=130, S=150, H=6, H_kv=2, sinks=True, bias="hts",
          grads=("out", "lse")),
