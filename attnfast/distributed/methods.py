@@ -44,12 +44,12 @@ def by_ring(call: Call) -> Outputs:
     if row.ops is None:
         return by_gather(call)
     inputs = with_shared(call)
-    given = without_data(inputs), call.options
-    ring = Ring(group, call.queries, call.keys, call.sight, row.ops, *given)
+    bare = call._replace(inputs=without_data(inputs))
+    ring = Ring(group, call.queries, call.keys, call.sight, row.ops, bare.inputs, call.options)
 
     def gathered(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None) -> Any:
-        again = given[0]._replace(q=q, k=k, v=v, bias=bias, sinks=sinks)
-        found = by_gather(call._replace(inputs=again), shared=False)
+        again = bare.inputs._replace(q=q, k=k, v=v, bias=bias, sinks=sinks)
+        found = by_gather(bare._replace(inputs=again), shared=False)
         return found.out, found.lse, found.stats
 
     tensors = (inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sinks)
