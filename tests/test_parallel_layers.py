@@ -104,6 +104,11 @@ def hold_tensor(mesh: DeviceMesh) -> None:
             assert cut.stats is not None
             own = plain.stats.entropy.chunk(mesh.size(), 1)[mesh.get_local_rank()]
             torch.testing.assert_close(cut.stats.entropy, own, atol=1e-5, rtol=1e-5)
+    hold_gradients_of_masks(mesh, layer(), parallelize_module(layer(), mesh, HeadParallel()))
+    alone, weights = x[0], []
+    for model in (layer(), parallelize_module(layer(), mesh, HeadParallel())):
+        weights.append(model(alone, alone, alone, average_attn_weights=False)[1])
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-6, rtol=1e-5)
     plain = layer(num_kv_heads=2).eval()
     cut = parallelize_module(copy.deepcopy(plain), mesh, HeadParallel())
     outs = []
@@ -119,6 +124,36 @@ def hold_tensor(mesh: DeviceMesh) -> None:
     parallelize_module(dropped, mesh, HeadParallel())
     first = dropped(x, x, x, need_weights=False)[0]
     assert not first.equal(dropped(x, x, x, need_weights=False)[0])
+
+
+def hold_gradients_of_masks(mesh: DeviceMesh, plain: nn.Module, cut: nn.Module) -> None:
+    """A float mask's gradient: with heads over ranks whole, with rows to be added."""
+    torch.manual_seed(3)
+    x, padding, mask = torch.randn(B, T, E), torch.randn(B, T), torch.randn(T, T)
+    rows, rows_of = cut.parallel.context is not None, {"key_padding_mask": 1, "attn_mask": 0}
+    for given in (
+        {"attn_mask": mask[:1]},
+        {"key_padding_mask": padding},
+        {"key_padding_mask": padding, "attn_mask": mask},
+    ):
+        found: list[dict[str, Tensor]] = []
+        for model in (plain, cut):
+            own, fed, many = dict(given), x, rows and model is cut
+            if many:
+                fed = shard(x, mesh, 1)
+                own = {
+                    n: g if len(g) == 1 else shard(g, mesh, g is padding) for n, g in own.items()
+                }
+            leaves = {n: g.detach().clone().requires_grad_() for n, g in own.items()}
+            model(fed, fed, fed, need_weights=False, **leaves)[0].sin().sum().backward()
+            grads = {n: leaf.grad for n, leaf in leaves.items()}
+            for n, grad in grads.items() if many else ():
+                if len(grad) == 1:
+                    dist.all_reduce(grad, group=mesh.get_group())
+                else:
+                    grads[n] = unshard(grad, mesh, rows_of[n])
+            found.append(grads)
+        same(found[1], found[0], f"gradients of {list(given)}")
 
 
 def hold_context(mesh: DeviceMesh) -> None:
@@ -148,6 +183,20 @@ def hold_context(mesh: DeviceMesh) -> None:
         results = {"out": unshard(found.detach(), mesh, 1, layout), **of_all}
         results["dx"] = unshard(part.grad, mesh, 1, layout)
         same(results, {"out": out.detach(), "dx": leaf.grad, **gradients(plain)}, layout)
+    name = mesh.mesh_dim_names[0]
+    hold_gradients_of_masks(mesh, layer(), parallelize(layer(), mesh, context=name))
+    blocks = attnfast.BlockMask.strided(T, T, 2)
+    expected = layer()(x, x, x, padding, attn_mask=blocks, need_weights=False)[0]
+    cut, part = parallelize(layer(), mesh, context=name), shard(x, mesh, 1)
+    found = cut(part, part, part, shard(padding, mesh, 1), attn_mask=blocks, need_weights=False)[0]
+    torch.testing.assert_close(unshard(found, mesh, 1), expected, atol=1e-5, rtol=1e-5)
+    jagged = torch.nested.nested_tensor([torch.randn(3, E)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="query must be dense over many ranks, got nested"):
+        cut(jagged, jagged, jagged, need_weights=False)
+    with pytest.raises(
+        ValueError, match=r"key_padding_mask must be \(B, S\) = \(2, 6\), got \(2, 12"
+    ):
+        cut(part, part, part, padding, need_weights=False)
     with pytest.raises(ValueError, match="kv_cache must be None where sequences are cut over"):
         cut(part, part, part, kv_cache=attnfast.KVCache(T))
     with pytest.raises(ValueError, match="return_weights must be False: weights are T x S"):
@@ -301,6 +350,8 @@ def test_errors(mesh: DeviceMesh) -> None:
         parallelize(layer(add_zero_attn=True), mesh, tensor="tp")
     cut = block()
     parallelize(cut, mesh, tensor="tp")
+    with pytest.raises(ValueError, match="module must be whole, got one whose heads are cut alr"):
+        parallelize(cut, mesh, tensor="tp")
     with pytest.raises(
         ValueError, match="self_attn must be whole, got one that parallelize has cut"
     ):

@@ -24,6 +24,7 @@ from ..nn.attention import MultiheadAttention
 from ..nn.extras import appended_keys
 from ..nn.inputs import NAME, split_masks
 from ..requirements import choice, fail
+from .collectives import Gather, Shared
 from .context import METHODS, context_parallel_attention
 from .layout import PARTS, Layout
 
@@ -48,7 +49,7 @@ class HeadParallel(ParallelStyle):
 
     Raises:
         TypeError: The module is not an `attnfast.MultiheadAttention`.
-        ValueError: The ranks do not divide its heads; or it has ``add_bias_kv`` or
+        ValueError: The ranks do not divide its heads; or they are cut already; or it has ``add_bias_kv`` or
             ``add_zero_attn``.
     """
 
@@ -66,6 +67,8 @@ class HeadParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         ranks, layer = device_mesh.size(), _layer(module)
+        if _own_parallel(layer).tensor is not None:
+            fail("HeadParallel", "module", "whole", "one whose heads are cut already")
         for name in ("num_heads", "num_kv_heads"):
             if getattr(layer, name) % ranks:
                 fail(NAME, name, f"a multiple of the {ranks} ranks", getattr(layer, name))
@@ -98,7 +101,8 @@ def parallelize(
 
     With ``context`` the model is fed this rank's rows of every sequence, as `shard` cuts them,
     and only attention looks beyond them: ``key_padding_mask`` is that of these rows, ``attn_mask``
-    has these rows and all keys. Parameters are whole on every rank, and each finds the part of
+    has these rows and all keys, or is the whole `BlockMask`. Rows that `shard` has padded are rows
+    like others: mask them, unless ``is_causal`` does. Parameters are whole on every rank, and each finds the part of
     their gradients that its rows make: DDP or ``fully_shard`` over the same dimension adds them
     up. With ``tensor`` see `HeadParallel`; the rest of a block is for torch's own styles.
 
@@ -182,6 +186,11 @@ class Parallel:
         """A layer's options, of this rank's heads."""
         return asked | {name: self.per_head(asked[name]) for name in ("alibi_slopes", "sinks")}
 
+    def lengths(self, q: Tensor, k: Tensor) -> tuple[int, int]:
+        """T and S of the whole sequences."""
+        ranks = 1 if self.context is None else self.context.size()
+        return q.shape[2] * ranks, k.shape[2] * ranks
+
     def masks(
         self, module: Any, dense: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -190,13 +199,16 @@ class Parallel:
         S = k.shape[2]
         if self.context is not None:
             keys = Layout.of_sequence(S * self.context.size(), self.context.size(), self.layout)
-            S = keys.length
             if padding is not None:
-                padding = padding[None] if padding.dim() == 1 else padding
+                split_masks(None, padding, (B, module.num_heads, T, S), q.device)  # checks it
                 given = padding.to(torch.uint8) if padding.dtype == torch.bool else padding
-                padding = keys.joined(given, 1, self.context.get_group()).to(padding.dtype)
+                every = Gather.apply(given.reshape(B, 1, S, 1), keys, self.context.get_group())
+                padding = every[:, 0, :, 0].to(padding.dtype)
+            S = keys.length
         split = split_masks(dense, padding, (B, module.num_heads, T, S), q.device)
         mask, bias = (x if x is None else x[(None,) * (4 - x.dim())] for x in split)
+        if bias is not None and self.tensor is not None:
+            bias = cast(Tensor, Shared.apply(bias, self.tensor.get_group()))
         mask, bias = (x if x is None or x.shape[1] == 1 else self._own(x, 1) for x in (mask, bias))
         return mask, bias
 
@@ -208,14 +220,17 @@ class Parallel:
             return attention(q, k, v, **given)
         given |= {"layout": self.layout, "method": self.method}
         given["sinks"] = self._with_own_share(given["sinks"])
+        bias = given["bias"]
+        if bias is not None and bias.shape[2] == 1 < q.shape[2]:
+            given["bias"] = self._with_own_share(bias)
         return context_parallel_attention(q, k, v, self.context, **given)
 
-    def _with_own_share(self, sinks: Tensor | None) -> Tensor | None:
+    def _with_own_share(self, x: Tensor | None) -> Tensor | None:
         """With a gradient that, like that of other parameters, is to be added over the ranks."""
         assert self.context is not None
-        if sinks is None or not sinks.requires_grad:
-            return sinks
-        own, ranks = sinks.view_as(sinks), self.context.size()
+        if x is None or not x.requires_grad:
+            return x
+        own, ranks = x.view_as(x), self.context.size()
         own.register_hook(lambda gradient: gradient / ranks)  # which is the sum on every rank
         return own
 
@@ -232,7 +247,7 @@ class Parallel:
         """The weights over the heads of all ranks."""
         if weights is None or self.tensor is None:
             return weights
-        placement: Placement = Partial() if averaged else Shard(1)
+        placement: Placement = Partial() if averaged else Shard(weights.dim() - 3)
         own = weights / self.tensor.size() if averaged else weights
         whole: Tensor = DTensor.from_local(own, self.tensor, [placement]).full_tensor()
         return whole

@@ -288,7 +288,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 mask, bias = parallel.masks(self, dense, key_padding_mask, q, k)
 
         if blocks is not None:
-            bias = beside_blocks(blocks, q, k.shape[2], mask, bias, appended)
+            lengths = (q.shape[2], k.shape[2]) if parallel is None else parallel.lengths(q, k)
+            bias = beside_blocks(blocks, (*q.shape[:2], *lengths), q, mask, bias, appended)
         elif kv_cache is not None and decodes(asked, q.shape[2], is_causal, need_weights):
             out = self._decode(asked, q, kv_cache, mask, bias)
             return self.out_proj(merge_heads(self, out, query)), None

@@ -175,17 +175,21 @@ def apart(attn_mask: Any) -> tuple[Any, Any]:
 
 
 def beside_blocks(
-    blocks: Any, q: Tensor, S: int, mask: Tensor | None, bias: Tensor | None, appended: int
+    blocks: Any,
+    sizes: tuple[int, int, int, int],
+    q: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    appended: int,
 ) -> Tensor | None:
-    """A bias that also masks what a bool mask does, beside a BlockMask of S keys, which is checked.
+    """A bias that also masks what a bool mask does, beside a BlockMask, which is checked.
 
-    ``q`` is the projected query, ``(B, H, T, D)``.
+    ``sizes`` are ``(B, H, T, S)`` of whole sequences, ``q`` is the projected query.
     """
     if appended:
         requirement = "a Tensor where add_bias_kv or add_zero_attn appends keys"
         require.fail(NAME, "attn_mask", requirement, "a BlockMask")
-    B, H, T, _ = q.shape
-    block_mask(NAME, "attn_mask", blocks, q, (B, H, T, S))
+    block_mask(NAME, "attn_mask", blocks, q, sizes)
     if mask is None:
         return bias
     masking = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .. import requirements as require
 from ..functional import varlen_attention
 from . import extras
 from .cache import KVCache
@@ -93,6 +94,8 @@ def _check_options(
     is_causal: bool,
     kv_cache: KVCache | None,
 ) -> None:
+    if module.parallel is not None:
+        require.fail(NAME, "query", "dense over many ranks", "nested", TypeError)
     if not module.batch_first:
         _refuse("batch_first=False", "build the module with batch_first=True")
     if key_padding_mask is not None:
