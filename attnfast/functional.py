@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from . import autograd, backends, checks, dispatch, sharding
+from . import autograd, backends, checks, dispatch, sharding, watching
 from .backends import reference
 from .block_mask import BlockMask
 from .call import DecodeInputs, DecodeOptions, Inputs, Options, Outputs, Sequences
@@ -393,6 +394,16 @@ def run(
 
     ``function`` and ``names`` are for messages, as those of ``checks.attention_call``.
     """
+    if watching.now is None:
+        return _run(function, inputs, options, backend, names)
+    compute = functools.partial(_run, function)
+    result: Outputs = watching.now.run(compute, inputs, options, backend, names)
+    return result
+
+
+def _run(
+    function: str, inputs: Inputs, options: Options, backend: str, names: tuple[str, ...]
+) -> Outputs:
     problem = attention_problem(inputs, options)
     row = dispatch.select(problem, backend, function=function)
     if _in_onnx_export():  # ONNX has no operator of ours: the reference's are known

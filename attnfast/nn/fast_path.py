@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import backends, dispatch, ops
+from .. import backends, dispatch, ops, watching
 from ..autograd import call_unwatched
 from ..backends import cpu
 from ..checks import WEIGHTS
@@ -24,7 +24,8 @@ from .linear import is_watched, linear
 def takes(module: Any, asked: dict[str, Any], weight: Tensor | None, query: Tensor) -> bool:
     """Whether self-attention of a checked query may go the short way."""
     return (
-        not torch.is_grad_enabled()
+        watching.now is None
+        and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and is_plain(asked)
         and type(query) is Tensor
