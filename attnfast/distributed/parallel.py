@@ -49,8 +49,8 @@ class HeadParallel(ParallelStyle):
 
     Raises:
         TypeError: The module is not an `attnfast.MultiheadAttention`.
-        ValueError: The ranks do not divide its heads; or they are cut already; or it has ``add_bias_kv`` or
-            ``add_zero_attn``.
+        ValueError: The ranks do not divide its heads; or they are cut already; or it has
+            ``add_bias_kv`` or ``add_zero_attn``.
     """
 
     def __init__(
@@ -102,9 +102,10 @@ def parallelize(
     With ``context`` the model is fed this rank's rows of every sequence, as `shard` cuts them,
     and only attention looks beyond them: ``key_padding_mask`` is that of these rows, ``attn_mask``
     has these rows and all keys, or is the whole `BlockMask`. Rows that `shard` has padded are rows
-    like others: mask them, unless ``is_causal`` does. Parameters are whole on every rank, and each finds the part of
-    their gradients that its rows make: DDP or ``fully_shard`` over the same dimension adds them
-    up. With ``tensor`` see `HeadParallel`; the rest of a block is for torch's own styles.
+    like others: mask them, unless ``is_causal`` does. Parameters are whole on every rank, and each
+    finds the part of their gradients that its rows make: DDP or ``fully_shard`` over the same
+    dimension adds them up. With ``tensor`` see `HeadParallel`; the rest of a block is for torch's
+    own styles.
 
     Args:
         model: holds `MultiheadAttention` layers, built so or by `attnfast.replace`; changed in
