@@ -197,6 +197,11 @@ def hold_numbers(group: dist.ProcessGroup) -> None:
         )
         runs.append([outs[0], outs[1].entropy, *torch.autograd.grad(outs[0].sum(), leaves)])
     assert all(a.equal(b) for a, b in zip(*runs, strict=True))
+    none = torch.randn(0, 2, 8, 16, requires_grad=True)
+    context_parallel_attention(none, none, none, group, method="ring").sum().backward()
+    exchange = ring.Exchange(group)
+    exchange.send(none, 1)  # not a byte: gloo has waited for such messages in vain
+    assert not exchange.operations
     assert rank == mesh.get_local_rank()
 
 
@@ -305,6 +310,11 @@ def hold_explanation(group: dist.ProcessGroup) -> None:
         )
         assert said[1].startswith(f"method: {method}, named by method; rank {rank} sends ")
     ring.Exchange.send, dist.all_to_all_single = spied  # type: ignore[method-assign]
+    said = attnfast.explain(*call[0], mesh=group, method="all_to_all", lengths=(61, 62))
+    assert ", 61, 8), k (2, " in said
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("far", "near"))
+    said = attnfast.explain(*call[0], mesh=grid).splitlines()[1]
+    assert said.endswith(f"dimensions; rank {rank} sends heads within a row, keys from row to row")
 
 
 def arguments(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -322,6 +332,7 @@ def hold_agreement(group: dist.ProcessGroup) -> None:
         ("causal", {"causal": rank == 1}, str(rank == 1)),
         ("softcap", {"softcap": 1.0 + rank}, str(1.0 + rank)),
         ("q", {"q": torch.zeros(1, 2, 8 + rank, 4)}, f"(1, 2, {8 + rank}, 4) of torch.float32"),
+        ("other", {"is_causal": True} if rank else {}, str(["is_causal"] * rank)),
         ("bias", {"bias": X[..., :1, :1] if rank else None}, None),
     ):
         own = {"q": X, "k": X, "v": X, "mesh": group} | given
@@ -331,6 +342,10 @@ def hold_agreement(group: dist.ProcessGroup) -> None:
         assert str(raised.value).startswith(said + (got or "")), str(raised.value)
         assert str(raised.value).endswith(f"on rank {rank}, and another on [{1 - rank}]")
     context_parallel_attention(X, X, X, group)
+    with pytest.raises(TypeError, match="q must be a 4-D Tensor, got int"):
+        context_parallel_attention(1, 2, 3, group)  # type: ignore[arg-type]
+    if rank == 0:  # which sends nothing
+        assert "method: ring" in attnfast.explain(X, X, X, mesh=group)
     del os.environ["ATTNFAST_CHECK"]
 
 
@@ -355,6 +370,8 @@ WRONG: tuple[tuple[dict[str, Any], str], ...] = (
     ({"method": "usp"}, "method must be one of ['auto', 'ring', 'all_to_all', 'all_gather', '2d']"),
     ({"lengths": 8}, "lengths must be (T, S), of the whole sequences, got 8"),
     ({"lengths": (8, 5)}, "k must be of 6 rows (5 over 1 ranks, zigzag, see shard), got 8"),
+    ({"lengths": (8.0, 8)}, "lengths must be an int, got 8.0"),
+    ({"lengths": (-1, 8)}, "lengths must be from 0 to "),
     ({"q": X[:, :, :7]}, "q must be of 8 rows (7 over 1 ranks, zigzag, see shard), got 7"),
     ({"q": X[0]}, "q must be a 4-D Tensor, got torch.Size([2, 8, 4])"),
     ({"v": X[:, :, :6]}, "k and v must be of equally many rows, at least one, got "),
@@ -408,6 +425,8 @@ def test_shard_errors(alone: dist.ProcessGroup, given: dict[str, Any], message: 
         assert str(raised.value) == f"{name}: {message}"
     with pytest.raises(ValueError, match="unshard: x must be 6 rows of 5 over 1 ranks, got 8"):
         unshard(X, alone, 2, length=5)
+    with pytest.raises(TypeError, match="unshard: length must be an int, got"):
+        unshard(X, alone, 2, length=8.0)
 
 
 def test_what_goes_furthest_decides_the_method() -> None:

@@ -25,7 +25,8 @@ def agree(function: str, given: dict[str, Any], group: dist.ProcessGroup) -> Non
         ValueError: An argument differs, on every rank.
     """
     said = {name: _said(x) for name, x in given.items() if name not in OWN}
-    device = next(x.device for x in given.values() if isinstance(x, Tensor))
+    tensors = (x for x in given.values() if isinstance(x, Tensor))
+    device = next((x.device for x in tensors), torch.device("cpu"))
     digest = torch.tensor([zlib.crc32(text.encode()) for text in said.values()], device=device)
     every = digest.new_empty((dist.get_world_size(group), len(said)))
     all_gather(every.view(-1), digest, group=group)
@@ -42,4 +43,6 @@ def agree(function: str, given: dict[str, Any], group: dist.ProcessGroup) -> Non
 def _said(x: Any) -> str:
     if isinstance(x, Tensor):
         return f"{tuple(x.shape)} of {x.dtype}"
+    if isinstance(x, dict):  # arguments that there are not
+        return str(sorted(x))
     return str(x) if isinstance(x, (bool, int, float, str, tuple, list)) else type(x).__name__

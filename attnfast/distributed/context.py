@@ -14,7 +14,7 @@ from ..block_mask import BlockMask
 from ..call import BLOCK_FIELDS, SCORE_OPTIONS, Outputs, Sequences
 from ..flex_mask import is_block_mask
 from ..functional import attention_problem, packed, results_of
-from ..requirements import checks_values, choice, fail, nothing_else, truth
+from ..requirements import checks_values, choice, fail, integer, nothing_else, truth
 from .agree import agree
 from .cost import choose_method, computed_at_once, sent, whole_sequences
 from .layout import PARTS, Layout, group_of
@@ -114,7 +114,7 @@ def context_parallel_attention(
             shapes, dtypes or options, which every one of them then says.
         RuntimeError: There is no process group; or a rank has ended, within the group's timeout.
     """
-    return _results(plan(ATTENTION, locals()))
+    return _results(ATTENTION, locals())
 
 
 def context_parallel_varlen_attention(
@@ -192,7 +192,7 @@ def context_parallel_varlen_attention(
         ValueError: As `context_parallel_attention` and `attnfast.varlen_attention`.
         RuntimeError: As `context_parallel_attention`.
     """
-    return _results(plan(VARLEN, locals()))
+    return _results(VARLEN, locals())
 
 
 class Plan(NamedTuple):
@@ -217,7 +217,7 @@ class Plan(NamedTuple):
 
     def explanation(self) -> str:
         """What `attnfast.explain` says of it, beside its `problem`."""
-        call, what = self.call, "is not known"
+        call, what = self.call, "sends heads within a row, keys from row to row"
         if self.method != "2d":
             forward, backward = (f"{x / 2**20:.4g} MiB" for x in sent(call, self.method))
             what = f"sends {forward} forward, {backward} backward"
@@ -235,9 +235,11 @@ class Plan(NamedTuple):
         return attention_problem(inputs, self.call.options)
 
 
-def _results(plan: Plan) -> Any:
-    (function, *_), given, options = plan.call, plan.given, plan.call.options
-    outputs = plan.outputs()
+def _results(function: str, given: dict[str, Any]) -> Any:
+    if checks_values():
+        agree(function, given, group_of(function, given["mesh"]))
+    planned = plan(function, given)
+    outputs, options = planned.outputs(), planned.call.options
     if function == VARLEN:
         outputs = packed(outputs, options)
     if not (given["return_lse"] or options.stats):
@@ -246,17 +248,12 @@ def _results(plan: Plan) -> Any:
 
 
 def plan(function: str, given: dict[str, Any]) -> Plan:
-    """A call's arguments, checked, and the method for it; nothing is computed or sent.
-
-    But with ``ATTNFAST_CHECK=1`` a digest of the arguments, see `agree`.
-    """
+    """A call's arguments, checked, and the method for it; nothing is computed or sent."""
     if given["other"]:
         nothing_else(function, given["other"])
     mesh = given["mesh"]
     given["return_lse"] = truth(function, "return_lse", given["return_lse"])
     group = group_of(function, mesh)
-    if checks_values():
-        agree(function, given, group)
     choice(function, "method", given["method"], METHODS)
     choice(function, "layout", given["layout"], PARTS)
     call = _checked(function, given, group)
@@ -277,7 +274,8 @@ def _checked(function: str, given: dict[str, Any], group: dist.ProcessGroup) -> 
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != (3 if varlen else 4):
             requirement = f"a {3 if varlen else 4}-D Tensor"
-            fail(function, name, requirement, getattr(x, "shape", type(x).__name__))
+            error = ValueError if isinstance(x, Tensor) else TypeError
+            fail(function, name, requirement, getattr(x, "shape", type(x).__name__), error)
     dim = 0 if varlen else 2
     rows = tuple(x.shape[dim] for x in (q, k, v))
     queries, keys = _layouts(function, rows, given, dist.get_world_size(group))
@@ -327,6 +325,7 @@ def _layouts(
         fail(function, "lengths", "(T, S), of the whole sequences", lengths, TypeError)
     found = []
     for what, own, length in zip(("q", "k"), rows, lengths, strict=False):
+        length = integer(function, "lengths", length, low=0)
         layout = Layout.of_sequence(length, ranks, name)
         if own != layout.rows:
             requirement = f"of {layout.rows} rows ({length} over {ranks} ranks, {name}, see shard)"

@@ -93,6 +93,8 @@ def computed_at_once(call: Call, method: str, inner: int) -> Inputs:
         heads = Heads.over(inner, H, H_kv)
         H, H_kv = (len(x[call.rank % inner]) for x in (heads.queries, heads.keys))
         T, S = T * inner, S * inner
+        if method == "all_to_all":  # what shards are padded with has no part in it
+            T, S = call.queries.length, call.keys.length
     elif method == "all_gather":
         S = call.keys.length
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import Function
 
-from ..requirements import choice, fail
+from ..requirements import choice, fail, integer
 
 # By the names of torch 2.13, which warns of the older ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -187,7 +187,8 @@ def unshard(
     """
     group, dim, kind = _given("unshard", x, mesh, dim, layout)
     ranks, rows = dist.get_world_size(group), x.shape[dim]
-    sizes = Layout.of_sequence(ranks * rows if length is None else length, ranks, kind)
+    length = ranks * rows if length is None else integer("unshard", "length", length, low=0)
+    sizes = Layout.of_sequence(length, ranks, kind)
     if sizes.rows != rows:
         fail("unshard", "x", f"{sizes.rows} rows of {sizes.length} over {ranks} ranks", rows)
     result: Tensor = Unshard.apply(x, sizes, dim, group)
