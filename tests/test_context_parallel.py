@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from attnfast.distributed import (
     unshard,
 )
 from attnfast.distributed.cost import choose_method, sent
-from attnfast.distributed.layout import Layout
+from attnfast.distributed.layout import Chunk, Layout
 from attnfast.distributed.methods import Call
-from attnfast.distributed.pieces import Sight
+from attnfast.distributed.pieces import Sequence, Sight, last_step
 
 METHODS, LAYOUTS = ("ring", "all_to_all", "all_gather"), ("zigzag", "contiguous")
 WAYS = tuple(product(METHODS, LAYOUTS))
@@ -444,6 +444,18 @@ def test_what_goes_furthest_decides_the_method() -> None:
     assert chosen(6, 6, 8) == "ring"
     assert chosen(16, 16, 8, causal=True, window_left=512) == "ring"
     assert chosen(16, 16, 8, stats=2) == "all_gather"
+
+
+def test_only_sequences_of_both_chunks_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ring of thousands of packed sequences is planned in a moment."""
+    total, looked, within = 1 << 14, [], Chunk.within
+    monkeypatch.setattr(Chunk, "within", lambda *given: (looked.append(1), within(*given))[1])
+    rows = Layout.of_sequence(total, 8, "contiguous")
+    for first, steps in ((8, [0] * 8), (4, [1] * 7 + [0])):  # none, and some, over the borders
+        ends = pairwise((0, *range(first, total, 8), total))
+        sight = Sight(-1, 0, 0, False, tuple(Sequence(x, x, 0) for x in ends))
+        assert [last_step(rows, rows, sight, owner) for owner in range(8)] == steps
+    assert 0 < len(looked) < 100
 
 
 GPU = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 from collections.abc import Iterable
@@ -64,11 +65,21 @@ class Sight(NamedTuple):
         """How many scores it lets pass: EMPTY, CUT or FULL."""
         if self.sequences is None:
             return self._scores(q, k, self.offset)
-        for of_q, of_k, offset in self.sequences:
+        for of_q, of_k, offset in self._with_rows(q, k):
             parts = q.within(*of_q), k.within(*of_k)
             if min(x.length for x in parts) > 0 and self._scores(*parts, offset) != EMPTY:
                 return CUT
         return EMPTY
+
+    def _with_rows(self, q: Chunk, k: Chunk) -> tuple[Sequence, ...]:
+        """The sequences, which lie one after another, that have rows in both chunks."""
+        assert self.sequences is not None
+        given, first, after = self.sequences, 0, len(self.sequences)
+        for chunk, name in ((q, "q"), (k, "k")):
+            begin, end = (functools.partial(_end, name=name, end=i) for i in (0, 1))
+            first = max(first, bisect.bisect_right(given, chunk.start, key=end))
+            after = min(after, bisect.bisect_left(given, chunk.start + chunk.length, key=begin))
+        return given[first:after]
 
     def _scores(self, q: Chunk, k: Chunk, offset: int | None) -> int:
         left, right = self.left, self.right
@@ -82,6 +93,11 @@ class Sight(NamedTuple):
             return EMPTY
         within_right = right < 0 or k_last <= first + right
         return FULL if within_right and (left < 0 or k.start >= last - left) else CUT
+
+
+def _end(sequence: Sequence, name: str, end: int) -> int:
+    rows: tuple[int, int] = getattr(sequence, name)
+    return rows[end]
 
 
 def pieces(queries: Iterable[Chunk], keys: Iterable[Chunk], sight: Sight) -> list[Piece]:
@@ -100,7 +116,7 @@ def pieces(queries: Iterable[Chunk], keys: Iterable[Chunk], sight: Sight) -> lis
     return found
 
 
-@functools.lru_cache(maxsize=1 << 16)
+@functools.lru_cache(maxsize=1 << 12)
 def last_step(queries: Layout, keys: Layout, sight: Sight, owner: int) -> int:
     """Of a ring, the last step at which a rank attends a block, which lies s ranks on at step s."""
     for step in range(keys.ranks - 1, 0, -1):
