@@ -40,10 +40,11 @@ class Explanation(str):
 def explain(*args: Any, **kwargs: Any) -> str:
     """Which backend would run a call, why, and what it costs; nothing is computed.
 
-    Takes the arguments of `context_parallel_attention` or its varlen form (if ``mesh`` is named
-    among them; also on one rank alone), of `varlen_attention` (if there is any cu_seqlens or
-    max_seqlen among them, or more than four by position), of `decode_attention` (if there is a
-    cache argument, or are four by position) or else of `attention`, and checks them alike.
+    Takes the arguments of `attnfast.distributed.context_parallel_attention` or its varlen form (if
+    ``mesh`` is named among them; also on one rank alone), of `varlen_attention` (if there is any
+    cu_seqlens or max_seqlen among them, or more than four by position), of `decode_attention` (if
+    there is a cache argument, or are four by position) or else of `attention`, and checks them
+    alike.
 
     Returns:
         Several lines with the problem; its options; every backend in the order in which "auto"

@@ -31,7 +31,7 @@ extensions = [
 ]
 nitpicky = True
 # torch's and Python's own documentation is not read
-nitpick_ignore_regex = [("py:.*", r"(torch|nn|collections)\..*|Tensor")]
+nitpick_ignore_regex = [("py:.*", r"(torch|nn|collections|contextlib|pathlib)\..*|Tensor")]
 default_role = "py:obj"
 
 autodoc_member_order = "bysource"

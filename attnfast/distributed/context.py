@@ -80,7 +80,8 @@ def context_parallel_attention(
         lengths: T and S where `shard` has padded: what lies past them is nothing. By default all
             rows of all ranks.
         mask: bool, broadcastable to ``(B, H, T / P, S)``: of this rank's queries and all keys. A
-            `BlockMask` is that of the whole sequences, on every rank, and "all_to_all" takes it.
+            `attnfast.BlockMask` is that of the whole sequences, on every rank, and "all_to_all"
+            takes it.
         bias: the same, added. Where it is the same for all queries, its gradient is the sum over
             the ranks, on every rank.
         causal: see `attnfast.attention`, as for all that follow; positions are those of the whole

@@ -32,7 +32,7 @@ PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class HeadParallel(ParallelStyle):
-    """Tensor parallel `MultiheadAttention`: every rank has some of the heads.
+    """Tensor parallel `attnfast.MultiheadAttention`: every rank has some of the heads.
 
     A style for ``parallelize_module``, on a mesh of one dimension. The rows of the input
     projections are cut by heads, as ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight`` (a
@@ -97,19 +97,19 @@ def parallelize(
     layout: str = "zigzag",
     method: str = "auto",
 ) -> nn.Module:
-    """Give every `MultiheadAttention` of a model its part of heads and rows.
+    """Give every `attnfast.MultiheadAttention` of a model its part of heads and rows.
 
     With ``context`` the model is fed this rank's rows of every sequence, as `shard` cuts them,
     and only attention looks beyond them: ``key_padding_mask`` is that of these rows, ``attn_mask``
-    has these rows and all keys, or is the whole `BlockMask`. Rows that `shard` has padded are rows
-    like others: mask them, unless ``is_causal`` does. Parameters are whole on every rank, and each
-    finds the part of their gradients that its rows make: DDP or ``fully_shard`` over the same
-    dimension adds them up. With ``tensor`` see `HeadParallel`; the rest of a block is for torch's
-    own styles.
+    has these rows and all keys, or is the whole `attnfast.BlockMask`. Rows that `shard` has padded
+    are rows like others: mask them, unless ``is_causal`` does. Parameters are whole on every rank,
+    and each finds the part of their gradients that its rows make: DDP or ``fully_shard`` over the
+    same dimension adds them up. With ``tensor`` see `HeadParallel`; the rest of a block is for
+    torch's own styles.
 
     Args:
-        model: holds `MultiheadAttention` layers, built so or by `attnfast.replace`; changed in
-            place.
+        model: holds `attnfast.MultiheadAttention` layers, built so or by `attnfast.replace`; it is
+            changed in place.
         mesh: has dimensions of these names.
         context: the dimension over whose ranks sequences are cut.
         tensor: the dimension over whose ranks heads are cut.

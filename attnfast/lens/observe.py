@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -18,16 +19,17 @@ from .running import Running
 from .seen import STATISTICS, Seen
 
 
-def observe(model: nn.Module, *, every: int = 1) -> Observation:
+def observe(model: nn.Module, *, every: int = 1) -> AbstractContextManager[Seen]:
     """Collect statistics of all attention of ours that runs inside a model's forward.
 
     ``with lens.observe(model) as seen:`` train or evaluate as ever; then ``seen.table()``. It sees
-    `MultiheadAttention`, models of `replace`, transformers with ``attn_implementation="attnfast"``
-    and callers of ``scaled_dot_product_attention`` while `attnfast.integrations.sdpa` is active.
-    A layer is the innermost module that calls attention, by its name in the model; a second call
-    within one forward is ``name#2``. Rows of padding do not count: queries without any key, and
-    where T = S and a mask, or a bias of -inf, is the same for all queries, ``(B, 1, 1, S)``, those
-    that it masks as keys. What activation checkpointing computes again, and decoding, are left out.
+    `attnfast.MultiheadAttention`, models of `attnfast.replace`, transformers with
+    ``attn_implementation="attnfast"`` and callers of ``scaled_dot_product_attention`` while
+    `attnfast.integrations.sdpa` is active. A layer is the innermost module that calls attention, by
+    its name in the model; a second call within one forward is ``name#2``. Rows of padding do not
+    count: queries without any key, and where T = S and a mask, or a bias of -inf, is the same for
+    all queries, ``(B, 1, 1, S)``, those that it masks as keys. What activation checkpointing
+    computes again, and decoding, are left out.
 
     Args:
         model: any module; nothing of it is changed but hooks, which are taken away at the end.

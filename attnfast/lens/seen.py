@@ -63,8 +63,8 @@ class Seen:
         Its columns are ``layer``, ``head``, ``queries`` (how many were seen), and for each of
         breadth, focus, reach, max_logit and entropy the mean under that name, and the standard
         deviation, least, largest and quantiles as ``breadth_sd``, ``_min``, ``_max``, ``_p05``,
-        ``_p50`` and ``_p95``, the quantiles within 4%. Units are those of `AttentionStats`: keys,
-        probabilities, keys, natural logarithms.
+        ``_p50`` and ``_p95``, the quantiles within 4%. Units are those of
+        `attnfast.AttentionStats`: keys, probabilities, keys, natural logarithms.
 
         Raises:
             ImportError: There is no pandas.
