@@ -432,8 +432,8 @@ def test_shard_errors(alone: dist.ProcessGroup, given: dict[str, Any], message: 
 def test_what_goes_furthest_decides_the_method() -> None:
     """Heads for rows where that is less than what travels, and heads can be dealt out."""
 
-    def chosen(H: int, H_kv: int, ranks: int, **options: Any) -> str:
-        rows = Layout.of_sequence(1 << 13, ranks, "contiguous")
+    def chosen(H: int, H_kv: int, ranks: int, layout: str = "contiguous", **options: Any) -> str:
+        rows = Layout.of_sequence(1 << 13, ranks, layout)
         q, kv = torch.empty(1, H, rows.rows, 64), torch.empty(1, H_kv, rows.rows, 64)
         given = Inputs(q, kv, kv), Options(scale=1.0, **options)
         call = Call("", *given, rows, rows, Sight.of(*given), dist.group.WORLD, "cpu")
@@ -444,6 +444,9 @@ def test_what_goes_furthest_decides_the_method() -> None:
     assert chosen(6, 6, 8) == "ring"
     assert chosen(16, 16, 8, causal=True, window_left=512) == "ring"
     assert chosen(16, 16, 8, stats=2) == "all_gather"
+    assert chosen(16, 1, 8, causal=True) == "all_to_all"  # contiguous: the last rank has the most
+    assert chosen(12, 1, 8, causal=True) == "ring"
+    assert chosen(16, 1, 8, layout="zigzag", causal=True) == "ring"
 
 
 def test_only_sequences_of_both_chunks_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from ..call import Inputs, Options
 from .heads import Heads
+from .layout import Layout
 from .methods import Call
-from .pieces import last_step
+from .pieces import Sight, last_step
+
+MOST_RANKS = 64  # of a ring that are looked at
+MOST_WAIT = 1.25  # times the mean of scores that a rank may have before others would wait
 
 
 def choose_method(call: Call, meshed: bool = False) -> tuple[str, str]:
     """The method that ``auto`` takes, and why.
 
     What a rank sends decides: with "all_to_all" (P - 1) / P of its q, k, v and out; with "ring"
-    its k and v as many times as a block goes on. All keys at once, "all_gather", only where the
-    others refuse; "2d" wherever it may be, on a mesh of two dimensions (``meshed``).
+    its k and v as many times as a block goes on. But where the ring would leave ranks waiting for
+    one that has a quarter more scores than the mean, as contiguous chunks of causal scores do,
+    heads are exchanged, if the ranks divide them: then all have alike many. All keys at once,
+    "all_gather", only where the others refuse; "2d" wherever it may be, on a mesh of two dimensions
+    (``meshed``).
     """
     inputs, options, keys = call.inputs, call.options, call.keys
     if inputs.indices is not None:
@@ -27,12 +36,33 @@ def choose_method(call: Call, meshed: bool = False) -> tuple[str, str]:
     if meshed:
         return "2d", "the mesh is of two dimensions"
     H, ranks = inputs.q.shape[1], keys.ranks
-    ring = max(_ring(call, rank)[0] for rank in range(ranks))
-    exchanged = max(_heads(call, rank)[0] for rank in range(ranks))
+    steps, waits = ring_shape(call.queries, keys, call.sight)
+    ring = _numbers(call, keys.rows) * steps * inputs.k.element_size()
+    exchanged = max(_heads(call, rank)[0] for rank in (0, ranks - 1))  # fewest and most heads
     said = f"{ring:.4g} bytes round the ring, {exchanged:.4g} to exchange heads for rows"
-    if exchanged < ring and H % ranks == 0:
+    if waits > MOST_WAIT:
+        said += f", and the ring's busiest rank has {waits:.2f} times the mean of scores"
+    if (exchanged < ring or waits > MOST_WAIT) and H % ranks == 0:
         return "all_to_all", said
     return "ring", said
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def ring_shape(queries: Layout, keys: Layout, sight: Sight) -> tuple[int, float]:
+    """Of a ring, how many blocks a rank sends on at most, and the most scores of one.
+
+    Scores are a multiple of the mean; those of cut pieces count half. Of many ranks some are
+    looked at, with the last two, which send most and compute most.
+    """
+    ranks, scores, most = keys.ranks, [], 0
+    some = range(0, ranks, max(1, ranks // MOST_RANKS))
+    for rank in sorted({*some, max(0, ranks - 2), ranks - 1}):
+        own = queries.chunks(rank)
+        blocks = [(q, k) for owner in range(ranks) for k in keys.chunks(owner) for q in own]
+        scores.append(sum(q.length * k.length * sight.scores(q, k) for q, k in blocks))
+        lasts = (last_step(queries, keys, sight, (rank - s) % ranks) for s in range(ranks))
+        most = max(most, sum(step < last for step, last in enumerate(lasts)))
+    return most, max(scores) * len(scores) / max(sum(scores), 1)
 
 
 def sent(call: Call, method: str) -> tuple[int, int]:

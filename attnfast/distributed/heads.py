@@ -5,6 +5,7 @@ DeepSpeed-Ulysses (arXiv:2309.14509); with fewer key heads than ranks each goes 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ class Heads(NamedTuple):
     keys: list[list[int]]
 
     @classmethod
+    @functools.lru_cache(maxsize=1 << 10)
     def over(cls, ranks: int, H: int, H_kv: int) -> Heads:
         """As evenly as whole heads go.
 
