@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,7 @@ class HeadParallel(ParallelStyle):
             output_layouts=self.output_layouts, use_local_output=self.use_local_output
         )
         parallelize_module(layer.out_proj, device_mesh, style)
-        layer.parallel = _own_parallel(layer)._with(tensor=device_mesh)
+        layer.parallel = _own_parallel(layer)._replace(tensor=device_mesh)
         whole = functools.partial(_whole_inputs, device_mesh, self.input_layouts)
         layer.register_forward_pre_hook(whole, with_kwargs=True)
         return layer
@@ -143,22 +143,17 @@ def parallelize(
             parallelize_module(layer, mesh[tensor], HeadParallel())
         if context is not None:
             own = _own_parallel(_layer(layer))
-            layer.parallel = own._with(context=mesh[context], layout=layout, method=method)
+            layer.parallel = own._replace(context=mesh[context], layout=layout, method=method)
     return model
 
 
-class Parallel:
+class Parallel(NamedTuple):
     """What of a layer's attention is this rank's: ``MultiheadAttention.parallel``."""
 
-    def __init__(self) -> None:
-        self.tensor: DeviceMesh | None = None
-        self.context: DeviceMesh | None = None
-        self.layout, self.method = "zigzag", "auto"
-
-    def _with(self, **changed: Any) -> Parallel:
-        other = Parallel()
-        other.__dict__ |= self.__dict__ | changed
-        return other
+    tensor: DeviceMesh | None = None  # over whose ranks heads are cut
+    context: DeviceMesh | None = None  # and sequences
+    layout: str = "zigzag"
+    method: str = "auto"
 
     def _own(self, x: Tensor, dim: int) -> Tensor:
         """This rank's heads of all heads."""
