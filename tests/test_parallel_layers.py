@@ -335,8 +335,9 @@ def mesh(tmp_path: Path) -> Any:
 def test_errors(mesh: DeviceMesh) -> None:
     for given, message in (
         ({"context": "cp"}, "parallelize: context must be one of the mesh's dimensions"),
-        ({"layout": "striped"}, "parallelize: layout must be one of"),
-        ({"method": "usp"}, "parallelize: method must be one of"),
+        ({}, "parallelize: context or tensor must be one of the mesh's dimensions"),
+        ({"tensor": "tp", "layout": "striped"}, "parallelize: layout must be one of"),
+        ({"tensor": "tp", "method": "usp"}, "parallelize: method must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
             parallelize(layer(), mesh, **given)

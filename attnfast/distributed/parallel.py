@@ -121,7 +121,8 @@ def parallelize(
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: There is no such dimension, or no layer; or a layer does not take it.
+        ValueError: There is no such dimension, or none is named, or there is no layer; or a layer
+            does not take it.
     """
     function = "parallelize"
     if not isinstance(model, nn.Module):
@@ -132,6 +133,8 @@ def parallelize(
     for what, name in (("context", context), ("tensor", tensor)):
         if name is not None and name not in names:
             fail(function, what, f"one of the mesh's dimensions {names}, or None", name)
+    if context is None and tensor is None:
+        fail(function, "context or tensor", f"one of the mesh's dimensions {names}", None)
     choice(function, "layout", layout, PARTS)
     choice(function, "method", method, METHODS)
     layers = [m for m in model.modules() if isinstance(m, MultiheadAttention)]
