@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -394,11 +395,12 @@ def run(
 
     ``function`` and ``names`` are for messages, as those of ``checks.attention_call``.
     """
-    if watching.now is None:
+    if not watching.now:
         return _run(function, inputs, options, backend, names)
-    compute = functools.partial(_run, function)
-    result: Outputs = watching.now.run(compute, inputs, options, backend, names)
-    return result
+    compute: Callable[..., Outputs] = functools.partial(_run, function)
+    for watcher in watching.now:
+        compute = functools.partial(watcher.run, compute)
+    return compute(inputs, options, backend, names)
 
 
 def _run(

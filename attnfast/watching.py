@@ -1,7 +1,8 @@
-"""Who is shown every call of attention, with its statistics: `attnfast.lens.observe`."""
+"""Who is shown every call of attention, with its statistics: watchers of `attnfast.lens`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-now: Any = None  # has a method run(compute, inputs, options, backend, names) -> Outputs
+# Each has a method run(compute, inputs, options, backend, names) -> Outputs.
+now: tuple[Any, ...] = ()

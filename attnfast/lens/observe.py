@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import watching
-from ..call import Inputs, Options, Outputs
-from ..requirements import fail
 from ..requirements import integer as whole_number
 from .running import Running
 from .seen import STATISTICS, Seen
+from .watcher import Call, Watcher
 
 
 def observe(model: nn.Module, *, every: int = 1) -> AbstractContextManager[Seen]:
@@ -43,86 +38,38 @@ def observe(model: nn.Module, *, every: int = 1) -> AbstractContextManager[Seen]
         ValueError: ``every`` is less than 1.
         RuntimeError: on entering, another observation is going on.
     """
-    if not isinstance(model, nn.Module):
-        fail("observe", "model", "a torch.nn.Module", type(model).__name__, TypeError)
     return Observation(model, whole_number("observe", "every", every, low=1))
 
 
-class Observation:
+class Observation(Watcher):
     """See `observe`."""
 
     def __init__(self, model: nn.Module, every: int) -> None:
-        self.model, self.every, self.seen = model, every, Seen()
+        super().__init__("observe", model)
+        self.every, self.seen = every, Seen()
         self.forwards = 0  # of the model, begun so far
-        self.inside: list[tuple[str, int]] = []  # modules that are running, and their calls
-        self.hooks: list[Any] = []
 
     def __enter__(self) -> Seen:
-        if watching.now is not None:
+        if any(isinstance(watcher, Observation) for watcher in watching.now):
             raise RuntimeError("observe: another observation is going on")
-        for name, module in self.model.named_modules():
-            begin = functools.partial(self._begin, name)
-            self.hooks += [
-                module.register_forward_pre_hook(begin),
-                module.register_forward_hook(self._end, always_call=True),
-            ]
-        watching.now = self
+        self.start()
         return self.seen
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        watching.now = None
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks.clear()
-        self.inside.clear()
+        self.stop()
 
-    def _begin(self, name: str, module: nn.Module, args: Any) -> None:
-        if name == "" and not recomputes():
-            self.forwards += 1
-        self.inside.append((name, 0))
+    def begins(self) -> bool:
+        """Every so many-th forward is looked at."""
+        self.forwards += 1
+        return (self.forwards - 1) % self.every == 0
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.inside:
-            self.inside.pop()
-
-    def run(
-        self, compute: Callable[..., Outputs], inputs: Inputs, options: Options, *others: Any
-    ) -> Outputs:
-        """Compute a call, with statistics, and take them in."""
-        if not self.inside or (self.forwards - 1) % self.every:
-            return compute(inputs, options, *others)
-        outputs = compute(inputs, options._replace(stats=max(options.stats, 1)), *others)
-        if recomputes():  # with the same tensors saved
-            return outputs
-        name, calls = self.inside[-1]
-        self.inside[-1] = name, calls + 1
-        self._see(f"{name}#{calls + 1}" if calls else name, inputs, outputs)
-        return outputs
-
-    @torch.compiler.disable
-    def _see(self, layer: str, inputs: Inputs, outputs: Outputs) -> None:
-        assert outputs.stats is not None
-        max_logit, entropy, reach, focus = outputs.stats.detach().unbind(0)
-        real = (max_logit != -torch.inf) & real_queries(inputs)
-        found = dict(
-            zip(STATISTICS, (entropy.exp(), focus, reach, max_logit, entropy), strict=True)
-        )
-        rows = real.transpose(0, 1).flatten(1)
-        for name, values in found.items():
-            self.seen.add(layer, name, Running.of(values.transpose(0, 1).flatten(1), rows))
-
-
-def real_queries(inputs: Inputs) -> Tensor:
-    """Which queries are no padding, broadcastable to ``(B, H, T)``."""
-    real, T = inputs.q.new_ones((), dtype=torch.bool), inputs.q.shape[2]
-    for x in (inputs.mask, inputs.bias):
-        if x is not None and x.shape[1:] == (1, 1, T) and inputs.k.shape[2] == T:
-            real = real & (x if x.dtype == torch.bool else x != -torch.inf)[:, 0]
-    return real
-
-
-def recomputes() -> bool:
-    """Whether the backward is running, in which activation checkpointing runs forwards again."""
-    return torch._C._current_graph_task_id() != -1
+    def see(self, call: Call) -> None:
+        """Add the real rows of a call to those seen."""
+        found = {name: x.detach() for name, x in call.statistics.items()}
+        found["breadth"] = found["entropy"].exp()
+        rows = call.real.transpose(0, 1).flatten(1)
+        for name in STATISTICS:
+            values = found[name].transpose(0, 1).flatten(1)
+            self.seen.add(call.layer, name, Running.of(values, rows))

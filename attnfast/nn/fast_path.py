@@ -24,7 +24,7 @@ from .linear import is_watched, linear
 def takes(module: Any, asked: dict[str, Any], weight: Tensor | None, query: Tensor) -> bool:
     """Whether self-attention of a checked query may go the short way."""
     return (
-        watching.now is None
+        not watching.now
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and is_plain(asked)
