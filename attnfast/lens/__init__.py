@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from .maps import top_keys
 from .observe import observe
+from .products import apply, apply_transposed
+from .rollout import rollout
 from .seen import Seen, compare, load
 
-__all__ = ["Seen", "compare", "load", "observe"]
+__all__ = ["Seen", "apply", "apply_transposed", "compare", "load", "observe", "rollout", "top_keys"]

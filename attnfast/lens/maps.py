@@ -1,0 +1,100 @@
+"""Pictures of the attention matrix, and of each row its largest entries, without the matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..block_index import dense
+from ..call import BLOCK_FIELDS, Inputs, Options
+from ..requirements import fail
+from ..requirements import integer as whole_number
+from ..second_order import Block, blocks
+from .calls import canonical, narrow
+from .products import widest
+
+ELEMENTS, HEIGHT = 1 << 22, 64  # probabilities in one block of rows, and its least rows
+
+
+def top_keys(q: Tensor, k: Tensor, n: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """For every query the keys that it attends most, in memory linear in T and S.
+
+    The probabilities are computed in fp32 (fp64 for fp64 inputs), a block of at least 64 rows at a
+    time, and their largest found by ``torch.topk``.
+
+    Args:
+        q: ``(B, H, T, D)``, see `attnfast.attention`; packed ``(total_q, H, D)`` with
+            ``cu_seqlens_q`` and its like, see `attnfast.varlen_attention`.
+        k: ``(B, H_kv, S, D)``, or ``(total_k, H_kv, D)``.
+        n: how many, from 1 to S.
+        options: mask, bias, causal, window, align, scale, softcap, alibi_slopes, sinks, backend,
+            as `attnfast.attention` has them.
+
+    Returns:
+        ``(indices, probabilities, left_out)``. Indices are ``(B, H, T, n)`` int64, packed ``(H, total_q, n)`` and
+        counted within a sequence, the likeliest first, -1 where no further key is attended;
+        probabilities of the same shape, fp32; left_out is ``(B, H, T)``, or ``(H, total_q)``: what
+        all other keys have, a sink apart.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value.
+    """
+    q, k = (x.detach() if isinstance(x, Tensor) else x for x in (q, k))
+    q, k, _ = widest("top_keys", q, k, torch.zeros((), dtype=torch.float32), "k")
+    inputs, call, backend = canonical("top_keys", q, k, narrow(k), options)
+    longest = call.max_seqlen_k if inputs.cu_seqlens_k is not None else inputs.k.shape[2]
+    n = whole_number("top_keys", "n", n, low=1)
+    if n > longest:
+        fail("top_keys", "n", f"at most the number of keys, {longest}", n)
+    B, H, T, _ = inputs.q.shape
+    indices = torch.full((B, H, T, n), -1, device=q.device)
+    probabilities = inputs.q.new_zeros((B, H, T, n))
+    left_out = inputs.q.new_zeros((B, H, T))
+    with torch.no_grad():
+        for block, part, part_options in row_blocks(inputs, call):
+            weights = functional.run("top_keys", part, part_options, backend).weights
+            assert weights is not None
+            if not weights.shape[3]:
+                continue
+            top, place = weights.topk(min(n, weights.shape[3]), 3)
+            rows = block.part("out", indices)
+            found = (*rows, slice(top.shape[3]))
+            indices[found] = torch.where(top == 0, -1, place)
+            probabilities[found] = top
+            left_out[rows] = (weights.sum(3) - top.sum(3)).clamp(min=0)
+    if inputs.cu_seqlens_q is not None:
+        return indices[0], probabilities[0], left_out[0]
+    return indices, probabilities, left_out
+
+
+def row_blocks(inputs: Inputs, options: Options) -> Iterator[tuple[Block, Inputs, Options]]:
+    """A call cut into calls of a block of rows each, dense ones, that return their weights."""
+    for block in blocks(inputs, options, ELEMENTS, HEIGHT):
+        tensors = {
+            name: x[block.part(name, x)]
+            for name, x in inputs._asdict().items()
+            if x is not None and not name.startswith("cu_seqlens") and name not in BLOCK_FIELDS
+        }
+        if inputs.block_starts is not None:
+            assert inputs.block_index is not None
+            assert inputs.block_bits is not None
+            keys = block.k_rows.stop - block.k_rows.start
+            starts = inputs.block_starts[block.part("block_starts", inputs.block_starts)]
+            longest = options.max_seqlen_k or keys
+            mask = dense(starts, inputs.block_index, inputs.block_bits, block.rows, longest)
+            tensors["mask"] = mask[..., :keys]
+        offset = block.options.align_offset
+        if "align" in tensors:
+            tensors["align"] = tensors["align"] + block.rows.start
+        else:
+            offset += block.rows.start
+        yield (
+            block,
+            Inputs(**tensors),
+            block.options._replace(align_offset=offset, weights=2, max_seqlen_q=0, max_seqlen_k=0),
+        )
