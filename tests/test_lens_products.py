@@ -213,5 +213,6 @@ def test_rollout_refuses() -> None:
         with pytest.raises((TypeError, ValueError), match=r"\w") as error:
             call()
         assert message in str(error.value)
-    with lens.observe(model), pytest.raises(RuntimeError, match="observation is going on"):
+    with lens.observe(model) as seen:
         lens.rollout(model, x, padding)
+    assert len(seen.table()) == 12

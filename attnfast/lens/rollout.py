@@ -45,20 +45,18 @@ def rollout(
         TypeError: ``model`` is not a module, or a position no int.
         ValueError: No attention of attnfast ran, a layer has other keys than queries
             (cross-attention), sequences are packed, or a position is not within T.
-        RuntimeError: An observation is going on.
     """
     if not isinstance(model, nn.Module):
         fail("rollout", "model", "a torch.nn.Module", type(model).__name__, TypeError)
     if not isinstance(residual, (int, float)) or not 0 <= residual <= 1:
         fail("rollout", "residual", "from 0 to 1", shown(residual))
-    if watching.now is not None:
-        raise RuntimeError("rollout: an observation is going on")
-    recorder = watching.now = Recorder()
+    recorder, others = Recorder(), watching.now
+    watching.now = (*others, recorder)
     try:
         with torch.no_grad():
             model(*args, **kwargs)
     finally:
-        watching.now = None
+        watching.now = others
     calls = recorder.calls
     if not calls:
         said = "a module in which attention of attnfast runs: see attnfast.replace"
