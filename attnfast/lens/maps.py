@@ -35,10 +35,10 @@ def top_keys(q: Tensor, k: Tensor, n: int, **options: Any) -> tuple[Tensor, Tens
             as `attnfast.attention` has them.
 
     Returns:
-        ``(indices, probabilities, left_out)``. Indices are ``(B, H, T, n)`` int64, packed ``(H, total_q, n)`` and
-        counted within a sequence, the likeliest first, -1 where no further key is attended;
-        probabilities of the same shape, fp32; left_out is ``(B, H, T)``, or ``(H, total_q)``: what
-        all other keys have, a sink apart.
+        ``(indices, probabilities, left_out)``. Indices are ``(B, H, T, n)`` int64, packed
+        ``(H, total_q, n)`` and counted within a sequence, the likeliest first, -1 where no further
+        key is attended; probabilities of the same shape, fp32; left_out is ``(B, H, T)``, or
+        ``(H, total_q)``: what all other keys have, a sink apart.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
