@@ -164,11 +164,43 @@ class DecodeOutputs(NamedTuple):
     lse: Tensor  # (B, H, T) fp32, natural log
 
 
-# Of each operator: the records that it takes, one after another, and the one that it returns.
+# What a cell of pooled probabilities holds; DISTANCES are the columns of the last.
+MEAN, LARGEST, BY_DISTANCE = range(3)
+DISTANCES = 66
+
+
+class Pooling(NamedTuple):
+    """What ``NAME_pooled`` receives after the call: which cells are wanted of what T x S would be.
+
+    Of a head's (in varlen a sequence's) T queries and S keys, row r of ``rows`` has the queries
+    ``r * T // rows`` to ``(r + 1) * T // rows``, column c of ``columns`` such a part of the keys. A
+    cell may be empty: it is 0. Of the probabilities p, before dropout and 0 where masked, it has:
+
+    MEAN
+        the mean;
+    LARGEST
+        the largest;
+    BY_DISTANCE
+        sums over the row's queries, of columns for d = t' - s, how far back a key is: 32 has d = 0,
+        33 + floor(log2 d) what lies before and 31 - floor(log2 -d) what lies after; 64 has the
+        first key; 65 the keys with the query's own token, but for d = 0.
+    """
+
+    norm: Tensor  # (2, B, H, T) fp32: the same backend's forward's
+    tokens_q: Tensor | None  # (B, T) int32, of BY_DISTANCE; varlen: (1, total_q)
+    tokens_k: Tensor | None  # (B, S) int32, of BY_DISTANCE; varlen: (1, total_k)
+    kind: int  # MEAN, LARGEST or BY_DISTANCE
+    rows: Open
+    columns: Open  # with BY_DISTANCE: DISTANCES
+
+
+# Of each operator: the records that it takes, one after another, and the one that it returns,
+# or Tensor.
 OPERATORS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "fwd": ((Inputs, Options), Outputs),
     "bwd": ((Upstream, Inputs, Options), Gradients),
     "decode": ((DecodeInputs, DecodeOptions), DecodeOutputs),
+    "pooled": ((Inputs, Options, Pooling), Tensor),
 }
 TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -183,8 +215,10 @@ TYPES: dict[Any, str] = {
 def schema(operator: str) -> str:
     """An operator's schema, without its name; results that nobody asked for are empty tensors."""
     taken, returned = OPERATORS[operator]
-    results = ", ".join(f"Tensor {name}" for name in returned._fields)
-    return f"({parameters(*taken)}) -> ({results})"
+    results = "Tensor"
+    if returned is not Tensor:
+        results = f"({', '.join(f'Tensor {name}' for name in returned._fields)})"
+    return f"({parameters(*taken)}) -> {results}"
 
 
 def parameters(*records: Any) -> str:
@@ -209,6 +243,12 @@ def decode_call(args: Iterable[Any]) -> tuple[DecodeInputs, DecodeOptions]:
     """The arguments of ``NAME_decode``, or something for each of them."""
     inputs, options = cut(args, DecodeInputs, DecodeOptions)
     return inputs, options
+
+
+def pooled_call(args: Iterable[Any]) -> tuple[Inputs, Options, Pooling]:
+    """The arguments of ``NAME_pooled``, or something for each of them."""
+    inputs, options, pooling = cut(args, Inputs, Options, Pooling)
+    return inputs, options, pooling
 
 
 def cut(args: Iterable[Any], *kinds: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from . import ops
-from .call import Inputs, Options, backward_call, decode_call, forward_call
+from .call import Inputs, Options, backward_call, decode_call, forward_call, pooled_call
 
 
 def register() -> None:
@@ -21,7 +21,7 @@ def register() -> None:
 
     packets = ops.RAW
     for backend in ops.DEFINED:
-        for kind, formula in (("fwd", forward), ("bwd", backward), ("decode", decode)):
+        for kind, formula in FORMULAS.items():
             register_flop_formula(getattr(packets, f"{backend}_{kind}"), get_raw=True)(formula)
     register_flop_formula(packets.cpu_self_attention, get_raw=True)(self_attention)
 
@@ -46,6 +46,15 @@ def decode(*args: Any, out_val: Any = None) -> int:
     keys = sum(cache_seqlens.tolist()) if is_known(cache_seqlens) else B * S
     count: int = 2 * H * T * keys * (D + v_cache.shape[3])
     return count
+
+
+def pooled(*args: Any, out_val: Any = None) -> int:
+    """One product: q k^T."""
+    inputs, options, _ = pooled_call(args)
+    return 2 * pairs(inputs, options) * inputs.q.shape[3]
+
+
+FORMULAS = {"fwd": forward, "bwd": backward, "decode": decode, "pooled": pooled}
 
 
 def self_attention(packed: Tensor, heads: int, *args: Any, out_val: Any = None) -> int:

@@ -1,4 +1,4 @@
-"""The raw operators: torch.ops.attnfast.NAME_fwd, NAME_bwd and NAME_decode of every fused backend.
+"""The raw operators: torch.ops.attnfast.NAME_{fwd,bwd,decode,pooled} of every fused backend.
 
 All backends share one schema, which call.py makes, and one fake per operation, defined here; a
 backend adds kernels for its device, in C++ (the CPU's, from the native library) or in Python. Empty
@@ -34,6 +34,7 @@ from .call import (
     decode_call,
     forward_call,
     parameters,
+    pooled_call,
     schema,
 )
 from .sizes import memory_order
@@ -47,11 +48,12 @@ DEFINED: dict[str, Ops] = {}  # by backend
 
 
 class Ops(NamedTuple):
-    """The three operators of one backend."""
+    """The operators of one backend."""
 
     fwd: Callable[..., Any]
     bwd: Callable[..., Any]
     decode: Callable[..., Any]
+    pooled: Callable[..., Any]
 
 
 @functools.cache
@@ -62,6 +64,7 @@ def define(backend: str) -> Ops:
         (ops.fwd, autograd.fwd_kernel(ops), vmap.fwd_rule),
         (ops.bwd, autograd.bwd_kernel(ops), vmap.bwd_rule),
         (ops.decode, autograd.refusing_kernel(ops.decode), vmap.decode_rule),
+        (ops.pooled, autograd.refusing_kernel(ops.pooled), vmap.one_by_one),
     ):
         _transform(op, kernel, rule)
     DEFINED[backend] = ops
@@ -135,10 +138,19 @@ def _decode_fake(*args: Any) -> DecodeOutputs:
     return DecodeOutputs(out, q.new_empty(q.shape[:3], dtype=torch.float32))
 
 
+def _pooled_fake(*args: Any) -> Tensor:
+    inputs, _, pooling = pooled_call(args)
+    q, ends = inputs.q, inputs.cu_seqlens_q
+    entries = q.shape[0] if ends is None else ends.shape[0] - 1
+    shape = (entries, q.shape[1], pooling.rows, pooling.columns)
+    return q.new_empty(shape, dtype=torch.float32)
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "fwd": _fwd_fake,
     "bwd": _bwd_fake,
     "decode": _decode_fake,
+    "pooled": _pooled_fake,
 }
 
 

@@ -12,6 +12,7 @@ fused kernels compute.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -19,7 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .block_index import with_dense_mask
-from .call import DecodeInputs, DecodeOptions, DecodeOutputs, Inputs, Options, Outputs
+from .call import (
+    BY_DISTANCE,
+    DISTANCES,
+    LARGEST,
+    DecodeInputs,
+    DecodeOptions,
+    DecodeOutputs,
+    Inputs,
+    Options,
+    Outputs,
+)
 from .sizes import memory_order
 
 NEG_INF = float("-inf")
@@ -56,11 +67,7 @@ def reference_attention(
         Of the statistics only the entropy is differentiable. Query rows past the last sequence of a
         varlen call are rows without keys and without a sink.
     """
-    if inputs.block_starts is not None:
-        of_calls = (inputs.q.shape[2], inputs.k.shape[2])
-        of_sequences = (options.max_seqlen_q, options.max_seqlen_k)
-        sizes = of_calls if inputs.cu_seqlens_q is None else of_sequences
-        inputs = with_dense_mask(inputs, *sizes)
+    inputs = _without_blocks(inputs, options)
     if inputs.cu_seqlens_q is not None:
         return _varlen(inputs, options, compute_dtype)
     q, k, v = inputs.q, inputs.k, inputs.v
@@ -130,6 +137,99 @@ def reference_decode(inputs: DecodeInputs, options: DecodeOptions) -> DecodeOutp
         whole = whole._replace(mask=((place < 0) | found) & (place < T))
     outputs = reference_attention(whole, options.as_options(inputs.mask is not None))
     return DecodeOutputs(outputs.out, outputs.lse)
+
+
+def reference_pooled(
+    inputs: Inputs,
+    options: Options,
+    kind: int,
+    rows: int,
+    columns: int,
+    tokens_q: Tensor | None = None,
+    tokens_k: Tensor | None = None,
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Probabilities, before dropout, in few cells: see `Pooling`.
+
+    Args:
+        inputs: The tensors of the call, dense or varlen.
+        options: Everything that is not a tensor; dropout is none.
+        kind: MEAN, LARGEST or BY_DISTANCE.
+        rows: Into how many rows the queries of each head and sequence are put.
+        columns: Into how many columns the keys; with BY_DISTANCE these are DISTANCES.
+        tokens_q: int32 ``(B, T)``, the token of each query, for the last column of BY_DISTANCE.
+        tokens_k: int32 ``(B, S)``, the token of each key.
+        compute_dtype: As for `reference_attention`.
+
+    Returns:
+        ``(B, H, rows, columns)``, of each sequence in varlen; fp32, or fp64 where the computation
+        is.
+    """
+    dtype = compute_dtype or inputs.q.dtype
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32  # of the result
+    inputs = _without_blocks(inputs, options)._replace(dropout_seed=None)
+    if inputs.cu_seqlens_q is not None:
+        parts = [inputs.q.new_zeros((0, inputs.q.shape[1], rows, columns), dtype=dtype)]
+        for i, q_rows, k_rows in _sequences(inputs):
+            sequence = _sequence(inputs, i, q_rows, k_rows)
+            of_q = None if tokens_q is None else tokens_q[:, q_rows]
+            of_k = None if tokens_k is None else tokens_k[:, k_rows]
+            cells = (kind, rows, columns, of_q, of_k)
+            parts.append(reference_pooled(sequence, options, *cells, compute_dtype=compute_dtype))
+        return torch.cat(parts)
+    plain = options._replace(dropout_p=0.0, stats=0, weights=2)
+    p = reference_attention(inputs, plain, compute_dtype=compute_dtype or dtype).weights
+    assert p is not None
+    if kind == BY_DISTANCE:
+        p = _by_distance(p, positions(inputs, options), tokens_q, tokens_k)
+        return _summed(p, 2, rows).to(dtype)
+    if kind == LARGEST:
+        return _largest(_largest(p, 2, rows), 3, columns).to(dtype)
+    count = _summed(_summed(torch.ones_like(p[:1, :1]), 2, rows), 3, columns)
+    return (_summed(_summed(p, 2, rows), 3, columns) / count.clamp(min=1)).to(dtype)
+
+
+def _by_distance(p: Tensor, t: Tensor, tokens_q: Tensor | None, tokens_k: Tensor | None) -> Tensor:
+    """The columns of BY_DISTANCE for every query, (B, H, T, DISTANCES); ``t`` as of `positions`."""
+    S = p.shape[3]
+    back = t - torch.arange(S, device=p.device)  # [B|1, 1, T, S]
+    power = torch.frexp(back.double().abs())[1] - 1  # floor(log2 |d|)
+    column = torch.where(back > 0, 33 + power, torch.where(back < 0, 31 - power, 32)).long()
+    result = p.new_zeros((*p.shape[:3], DISTANCES)).scatter_add(3, column.expand(p.shape), p)
+    result[..., 64:65] = p[..., :1].sum(3, keepdim=True)
+    if tokens_q is not None and tokens_k is not None:
+        same = (tokens_q[:, None, :, None] == tokens_k[:, None, None, :]) & (back != 0)
+        result[..., 65] = torch.where(same, p, 0).sum(3)
+    return result
+
+
+def _summed(x: Tensor, dim: int, cells: int) -> Tensor:
+    """Sums over what is in each of so many cells of a dimension."""
+    shape = (*x.shape[:dim], cells, *x.shape[dim + 1 :])
+    return x.new_zeros(shape).index_add(dim, _cell_of(x, dim, cells), x)
+
+
+def _largest(x: Tensor, dim: int, cells: int) -> Tensor:
+    """The largest of each cell, or 0."""
+    shape = (*x.shape[:dim], cells, *x.shape[dim + 1 :])
+    cell = _cell_of(x, dim, cells).view(-1, *[1] * (x.dim() - dim - 1)).expand(x.shape)
+    return x.new_zeros(shape).scatter_reduce(dim, cell, x, "amax")
+
+
+def _cell_of(x: Tensor, dim: int, cells: int) -> Tensor:
+    """Of each place n of N in a dimension its cell, which begins at ``cell * N // cells``."""
+    N = x.shape[dim]
+    return ((torch.arange(N, device=x.device) + 1) * cells - 1) // max(N, 1)
+
+
+def _without_blocks(inputs: Inputs, options: Options) -> Inputs:
+    """The call with a block mask as a dense one."""
+    if inputs.block_starts is None:
+        return inputs
+    if inputs.cu_seqlens_q is not None:
+        return with_dense_mask(inputs, options.max_seqlen_q, options.max_seqlen_k)
+    return with_dense_mask(inputs, inputs.q.shape[2], inputs.k.shape[2])
 
 
 def positions(inputs: Inputs, options: Options, row_start: int = 0) -> Tensor:
@@ -269,16 +369,13 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor
 
 def _varlen(inputs: Inputs, options: Options, compute_dtype: torch.dtype | None) -> Outputs:
     """Each sequence as a dense call; then the rows past the last one, which have no keys."""
-    assert inputs.cu_seqlens_q is not None
-    assert inputs.cu_seqlens_k is not None
-    q_ends, k_ends = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
-    parts = []
-    for i in range(len(q_ends) - 1):
-        q_rows, k_rows = slice(q_ends[i], q_ends[i + 1]), slice(k_ends[i], k_ends[i + 1])
+    parts, end = [], 0
+    for i, q_rows, k_rows in _sequences(inputs):
         sequence = _sequence(inputs, i, q_rows, k_rows)
         part = reference_attention(sequence, options, batch_start=i, compute_dtype=compute_dtype)
         parts.append(part)
-    tail = Inputs(inputs.q[:, :, q_ends[-1] :], inputs.k[:, :, :0], inputs.v[:, :, :0])
+        end = q_rows.stop
+    tail = Inputs(inputs.q[:, :, end:], inputs.k[:, :, :0], inputs.v[:, :, :0])
     no_keys = Options(options.scale, stats=options.stats)
     parts.append(reference_attention(tail, no_keys, compute_dtype=compute_dtype))
 
@@ -296,6 +393,15 @@ def _varlen(inputs: Inputs, options: Options, compute_dtype: torch.dtype | None)
     out = _ordered_like(torch.cat([part.out for part in parts], dim=2), inputs.q)
     lse = torch.cat([part.lse for part in parts], dim=-1)
     return Outputs(out, lse, None, stats, received, weights)
+
+
+def _sequences(inputs: Inputs) -> Iterator[tuple[int, slice, slice]]:
+    """The sequences of a varlen call: their numbers, and where their queries and keys lie."""
+    assert inputs.cu_seqlens_q is not None
+    assert inputs.cu_seqlens_k is not None
+    q_ends, k_ends = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
+    for i in range(len(q_ends) - 1):
+        yield i, slice(*q_ends[i : i + 2]), slice(*k_ends[i : i + 2])
 
 
 def _sequence(inputs: Inputs, i: int, q_rows: slice, k_rows: slice) -> Inputs:

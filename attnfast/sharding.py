@@ -24,10 +24,12 @@ from .call import (
     Inputs,
     Options,
     Outputs,
+    Pooling,
     Upstream,
     backward_call,
     decode_call,
     forward_call,
+    pooled_call,
 )
 from .requirements import fail
 from .subclasses import PLAIN, is_dtensor
@@ -43,6 +45,7 @@ _upstream_at: Any = Upstream
 _outputs_at: Any = Outputs
 _gradients_at: Any = Gradients
 _decode_inputs_at: Any = DecodeInputs
+_pooling_at: Any = Pooling
 WHOLE, DECODE_WHOLE = (None,) * len(Options._fields), (None,) * len(DecodeOptions._fields)
 
 
@@ -56,6 +59,7 @@ def register() -> None:
     rules: list[tuple[Any, Any]] = [(ops.SELF_ATTENTION, self_attention_cuts)]
     for each in ops.DEFINED.values():
         rules += [(each.fwd, fwd_cuts), (each.bwd, bwd_cuts), (each.decode, decode_cuts)]
+        rules += [(each.pooled, pooled_cuts)]
     for op, cuts in rules:
         strategy = functools.partial(_strategy, cuts)
         propagator.register_op_strategy(op, strategy, every_argument_matters)
@@ -123,6 +127,17 @@ def decode_cuts(*args: Any) -> Iterable[Cut]:
             mask=_where(cut, inputs.mask),
         )
         yield (cut, cut), (*given, *DECODE_WHOLE)
+
+
+def pooled_cuts(*args: Any) -> Iterable[Cut]:
+    """Of ``NAME_pooled``."""
+    inputs, options, _ = pooled_call(args)
+    for cut in _ways(inputs, options):
+        entries = 0 if cut == BATCH else None
+        given = _pooling_at(
+            norm=cut + 1, tokens_q=entries, tokens_k=entries, kind=None, rows=None, columns=None
+        )
+        yield (cut,), (*_inputs(cut, inputs), *WHOLE, *given)
 
 
 def self_attention_cuts(*args: Any) -> Iterable[Cut]:

@@ -182,6 +182,8 @@ def one_by_one(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         op(*(entry(x, d, i) for x, d in zip(args, in_dims, strict=True)))
         for i in range(max(info.batch_size, 1))
     ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls)[: info.batch_size], 0
     return tuple(torch.stack(x)[: info.batch_size] for x in zip(*calls, strict=True)), 0
 
 

@@ -43,6 +43,13 @@ def check(actual: Results, problem: Trial) -> None:
     assert not faults, "\n".join(["beyond the accuracy rule", *faults])
 
 
+def check_pooled(actual: Tensor, truth: Tensor, baselines: list[Tensor], unit: Tensor) -> None:
+    """Hold one fp32 (or fp64) result to the rule of `check`, of a unit that the caller derives."""
+    dtype = torch.promote_types(actual.dtype, torch.float32)
+    fault = _judge(actual, truth, dtype, baselines, unit).fault
+    assert fault is None, fault
+
+
 def margins(actual: Results, problem: Trial) -> dict[str, float]:
     """By result, the error as a share of what `check` allows, of maximum and mean the larger.
 

@@ -31,7 +31,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
             raise error
 
         first, *others = dispatch.BACKENDS["cpu"]
-        row = first._replace(ops=Ops(operator, operator, operator), workspace=operator)
+        row = first._replace(ops=Ops(*[operator] * len(Ops._fields)), workspace=operator)
         monkeypatch.setitem(dispatch.BACKENDS, "cpu", (row, *others))
 
     return fail

@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     requires_grad: bool = False
     indices: bool = False
     blocks: bool = False  # a block mask
+    pooled: bool = False  # its probabilities are to be pooled
 
 
 class Backend(NamedTuple):
@@ -69,6 +70,11 @@ def other_dtype(problem: Problem, taken: tuple[torch.dtype, ...]) -> str | None:
         return None
     *others, last = map(dtype_name, taken)
     return f"takes {', '.join(others)} and {last}, got {dtype_name(problem.dtype)}"
+
+
+def no_pooling(problem: Problem) -> str | None:
+    """Why a backend without ``NAME_pooled`` refuses a problem, or None."""
+    return "has no kernel that pools probabilities" if problem.pooled else None
 
 
 def too_wide(problem: Problem, most: int) -> str | None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 
 from .. import ops
-from ..call import OPERATORS
-from . import HALF, Backend, Problem, gpus, other_dtype, triton
+from . import HALF, Backend, Problem, gpus, no_pooling, other_dtype, triton
 
 HEAD_DIMS = (64, 128, 256)
 LARGEST_SCALE = 2.0**100  # beyond, scores leave their units of log2
 OPS = ops.define("gluon")
 _LIBRARY = torch.library.Library(ops.NAMESPACE, "IMPL")
 
-for _kind in OPERATORS:
+for _kind in triton.IMPLEMENTED:
     _name = "gluon_fwd" if _kind == "fwd" else _kind
     for _key in ("CPU", "CUDA"):
         _LIBRARY.impl(f"gluon_{_kind}", triton.implementation(_name), _key)
@@ -43,6 +42,7 @@ def unsupported(problem: Problem) -> str | None:
             "takes no options but causal, a bottom-right align and a scale in (0, 2**100]",
         ),
         (problem.S == 0, "needs keys"),
+        (problem.pooled, no_pooling(problem)),
     )
     reason = next((text for holds, text in reasons if holds), None) or triton.unsupported(problem)
     if reason is None and gpus.capability(problem.device.index or 0) not in ((9, 0), (99, 0)):
