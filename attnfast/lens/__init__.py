@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from .balance import BalanceLoss
 from .maps import top_keys
 from .observe import observe
 from .products import apply, apply_transposed
 from .rollout import rollout
 from .seen import Seen, compare, load
 
-__all__ = ["Seen", "apply", "apply_transposed", "compare", "load", "observe", "rollout", "top_keys"]
+__all__ = [
+    "BalanceLoss",
+    "Seen",
+    "apply",
+    "apply_transposed",
+    "compare",
+    "load",
+    "observe",
+    "rollout",
+    "top_keys",
+]

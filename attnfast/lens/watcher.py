@@ -58,8 +58,8 @@ class Watcher:
     def ends(self) -> None:
         """A forward that was looked at has ended."""
 
-    def recomputed(self, layer: str, inputs: Inputs) -> None:
-        """Activation checkpointing runs a call again, in the backward."""
+    def recomputed(self, layer: str | None, inputs: Inputs) -> None:
+        """Activation checkpointing runs a call again, in the backward; None: in no module."""
 
     def start(self) -> None:
         """Begin to watch; once is enough."""
@@ -95,15 +95,19 @@ class Watcher:
 
     @torch.compiler.disable
     def _show(self, call: Call) -> None:
-        if not self.inside:
-            return
-        name, calls = self.inside[-1]
-        self.inside[-1] = name, calls + 1
-        layer = f"{name}#{calls + 1}" if calls else name
+        layer = self._layer()
         if recomputes():
             self.recomputed(layer, call.inputs)
-        else:
+        elif layer is not None:
             self.see(call._replace(layer=layer))
+
+    def _layer(self) -> str | None:
+        """The name of a call that runs now; None outside of the model."""
+        if not self.inside:
+            return None
+        name, calls = self.inside[-1]
+        self.inside[-1] = name, calls + 1
+        return f"{name}#{calls + 1}" if calls else name
 
     def _begin(self, name: str, module: nn.Module, args: Any) -> None:
         if name == "":
