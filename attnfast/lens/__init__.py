@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .balance import BalanceLoss
+from .clip import QKClip
 from .maps import top_keys
 from .observe import observe
 from .products import apply, apply_transposed
@@ -11,6 +12,7 @@ from .seen import Seen, compare, load
 
 __all__ = [
     "BalanceLoss",
+    "QKClip",
     "Seen",
     "apply",
     "apply_transposed",
