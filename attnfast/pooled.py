@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import autograd, checks, dispatch, sharding
@@ -24,6 +25,7 @@ def pooled(
     tokens_q: Tensor | None = None,
     tokens_k: Tensor | None = None,
     norm: Tensor | None = None,
+    real: Tensor | None = None,
     names: tuple[str, ...] = checks.NAMES,
 ) -> Tensor:
     """Choose a backend and pool the probabilities of a checked call, without gradients.
@@ -40,6 +42,7 @@ def pooled(
         tokens_k: See `Pooling`.
         norm: That of the call's ``Outputs``, where it has been run with the same backend: it is not
             run again. None, or empty, where there is none.
+        real: Bool ``(B, H, T)``, the queries that count; of all others p is 0.
         names: Of q, k and v, for messages.
 
     Returns:
@@ -66,12 +69,15 @@ def pooled(
     if inputs.cu_seqlens_q is not None and dispatch.wants_checks(row):
         checks.sequence_values(function, inputs, options)
     if row.ops is None:
-        return reference_pooled(inputs, options, kind, rows, columns, tokens_q, tokens_k)
+        return reference_pooled(inputs, options, kind, rows, columns, tokens_q, tokens_k, real)
     try:
         if norm is None or dispatch.select(problem, backend, function=function) is not row:
             outputs = Outputs(*autograd.call(row.ops.fwd, *inputs, *options))
             assert outputs.norm is not None
             norm = outputs.norm
+        if real is not None:
+            norm = norm.detach().clone()
+            norm[1].masked_fill_(~real, torch.inf)
         cells = Pooling(norm, tokens_q, tokens_k, kind, rows, columns)
         result: Tensor = autograd.call(row.ops.pooled, *inputs, *options, *cells)
     except RuntimeError as error:

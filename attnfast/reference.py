@@ -147,6 +147,7 @@ def reference_pooled(
     columns: int,
     tokens_q: Tensor | None = None,
     tokens_k: Tensor | None = None,
+    real: Tensor | None = None,
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -160,6 +161,7 @@ def reference_pooled(
         columns: Into how many columns the keys; with BY_DISTANCE these are DISTANCES.
         tokens_q: int32 ``(B, T)``, the token of each query, for the last column of BY_DISTANCE.
         tokens_k: int32 ``(B, S)``, the token of each key.
+        real: Bool ``(B, H, T)``, the queries that count; of all others p is 0.
         compute_dtype: As for `reference_attention`.
 
     Returns:
@@ -175,12 +177,15 @@ def reference_pooled(
             sequence = _sequence(inputs, i, q_rows, k_rows)
             of_q = None if tokens_q is None else tokens_q[:, q_rows]
             of_k = None if tokens_k is None else tokens_k[:, k_rows]
-            cells = (kind, rows, columns, of_q, of_k)
+            counted = None if real is None else real[:, :, q_rows]
+            cells = (kind, rows, columns, of_q, of_k, counted)
             parts.append(reference_pooled(sequence, options, *cells, compute_dtype=compute_dtype))
         return torch.cat(parts)
     plain = options._replace(dropout_p=0.0, stats=0, weights=2)
     p = reference_attention(inputs, plain, compute_dtype=compute_dtype or dtype).weights
     assert p is not None
+    if real is not None:
+        p = torch.where(real[..., None], p, 0)
     if kind == BY_DISTANCE:
         p = _by_distance(p, positions(inputs, options), tokens_q, tokens_k)
         return _summed(p, 2, rows).to(dtype)

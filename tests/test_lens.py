@@ -146,6 +146,70 @@ def test_what_is_asked_of_attention_stays_what_it_was() -> None:
     assert torch.equal(weights, same)
 
 
+class Tokens(nn.Module):
+    """An encoder that is given tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, E)
+        self.encoder = encoder(dropout=0.0)
+
+    def forward(self, input_ids: Tensor, padding: Tensor) -> Tensor:
+        out: Tensor = self.encoder(self.table(input_ids), src_key_padding_mask=padding)
+        return out
+
+
+def shares_of(p: Tensor, real: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """Of probabilities (B, H, T, T) in fp64: the mean shares of each head, and by distance."""
+    d = torch.arange(T)[:, None] - torch.arange(T)
+    same = (ids[:, :, None] == ids[:, None]) & (d != 0)
+    first = torch.zeros(T, T, dtype=torch.bool)
+    first[:, 0] = True
+    number = int(real.sum())
+    kept = p * real[:, None, :, None]
+    where = {"self": d == 0, "previous": d == 1, "next": d == -1, "first": first}
+    shares = {n: (kept * x).sum((0, 2, 3)) / number for n, x in where.items()}
+    shares["same"] = (kept * same[:, None]).sum((0, 2, 3)) / number
+    bins = torch.where(d == 0, 32, 32 + d.sign() * (1 + d.abs().clamp(min=1).log2().floor()))
+    shares["distances"] = torch.stack(
+        [(kept * (bins == n)).sum((0, 2, 3)) / number for n in range(64)], 1
+    )
+    return shares
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_shares(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Fused, and by the reference (fp64); padded, over two batches, kept in a file."""
+    model = Tokens().to(dtype).eval()
+    ids, padding = torch.randint(7, (B, T)), torch.zeros(B, T, dtype=torch.bool)
+    padding[0, 15:] = True
+    padding[2, 4:] = True
+    with lens.observe(model, shares=True) as seen:
+        model(ids[:2], padding[:2])
+        model(padding=padding[2:], input_ids=ids[2:])
+    layer = model.encoder.layers[0].self_attn
+    x = model.table(ids)
+    weights = layer(x, x, x, key_padding_mask=padding, average_attn_weights=False)[1]
+    want = shares_of(weights.detach().double(), ~padding, ids)
+    name = "encoder.layers.0.self_attn"
+    table = seen.table()
+    for column in ("self", "previous", "next", "first", "same"):
+        found = torch.tensor(table[table.layer == name][column].to_numpy())
+        torch.testing.assert_close(found, want[column], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen.distances(name), want["distances"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen.distances(name).sum(1), torch.ones(H).double())
+    seen.save(tmp_path / "seen")
+    pd.testing.assert_frame_equal(lens.load(tmp_path / "seen").table(), table)
+    with lens.observe(model, shares=True, tokens=None) as seen:
+        model(ids, padding)
+    assert seen.table()["same"].isna().all()
+    torch.testing.assert_close(seen.distances(name), want["distances"], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"distances: layer must be one of .* got other"):
+        seen.distances("other")
+    with pytest.raises(TypeError, match=r"observe: tokens must be the name of an argument"):
+        lens.observe(model, shares=True, tokens=3)  # type: ignore[arg-type]
+
+
 def test_every_and_checkpointing_and_compile() -> None:
     model = encoder(dropout=0.0)
     x = torch.randn(B, T, E)
@@ -184,7 +248,7 @@ def test_files_and_differences(tmp_path: Path) -> None:
         torch.tensor(both["focus_change"].to_numpy()),
     )
     torch.save({"format": 0}, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"load: path must be a file of Seen.save, of format 1"):
+    with pytest.raises(ValueError, match=r"load: path must be a file of Seen.save, of format 2"):
         lens.load(tmp_path / "other")
     figure = tables[0].plot()
     assert [axis.get_title() for axis in figure.axes[:4]] == [

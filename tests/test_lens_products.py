@@ -144,6 +144,9 @@ def test_wider_dtypes_and_one_x_for_all_heads() -> None:
     ("call", "message"),
     [
         (lambda q, k: lens.top_keys(q, k, 12), "top_keys: n must be at most the number of keys"),
+        (lambda q, k: lens.attention_map(q, k, 0), "attention_map: rows must be from 1 to"),
+        (lambda q, k: lens.attention_map(q, k, reduce="sum"), "attention_map: reduce must be one"),
+        (lambda q, k: lens.attention_map(q, k[0]), "attention_map: k must be (B, H_kv, S, D)"),
         (lambda q, k: lens.top_keys(q, k, 0), "top_keys: n must be from 1 to"),
         (lambda q, k: lens.top_keys(q, 3, 1), "top_keys: k must be a floating-point torch.Tensor"),
         (lambda q, k: lens.apply(q, k, q[:, :1, :5]), "apply: x must be (B, H_kv, S, D_v)"),
@@ -162,6 +165,45 @@ def test_messages(call: Any, message: str) -> None:
         call(q, k)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def pooled_by_hand(p: Tensor, rows: int, columns: int, reduce: str) -> Tensor:
+    """Cells of (B, H, T, S), one by one."""
+    T, S = p.shape[2:]
+    found = torch.zeros(*p.shape[:2], rows, columns, dtype=p.dtype)
+    for r in range(rows):
+        for c in range(columns):
+            cell = p[:, :, r * T // rows : (r + 1) * T // rows]
+            cell = cell[..., c * S // columns : (c + 1) * S // columns].flatten(2)
+            if cell.shape[2]:
+                found[:, :, r, c] = cell.mean(2) if reduce == "mean" else cell.amax(2)
+    return found
+
+
+@pytest.mark.parametrize("case", trials()[::3], ids=str)
+def test_attention_map(case: Case) -> None:
+    trial = problem(replace(case, dtype=fp32, grads=()))
+    q, k = (as_given(trial, x) for x in trial.inputs[:2])
+    wide = in_double(arguments(trial))
+    lengths = case.lengths or ((q.shape[2], k.shape[2]),)
+    for (rows, columns), reduce in (((5, 9), "mean"), ((3, 4), "max")):
+        found = lens.attention_map(q, k, rows, columns, reduce, **arguments(trial))
+        mean = lens.attention_map(q, k, rows, columns, reduce, heads="mean", **arguments(trial))
+        torch.testing.assert_close(mean, found.mean(1))
+        if case.lengths:
+            dense = attnfast.varlen_attention(
+                q.double(), k.double(), k.double(), return_weights=True, **wide
+            )[1]
+            want = [
+                pooled_by_hand(dense[i : i + 1, :, :T, :S], *found.shape[2:], reduce)
+                for i, (T, S) in enumerate(lengths)
+            ]
+        else:
+            dense = attnfast.attention(
+                q.double(), k.double(), k.double(), return_weights=True, **wide
+            )[1]
+            want = [pooled_by_hand(dense, *found.shape[2:], reduce)]
+        torch.testing.assert_close(found.double(), torch.cat(want), atol=2e-5, rtol=2e-5)
 
 
 class Blocks(torch.nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .balance import BalanceLoss
 from .clip import QKClip
-from .maps import top_keys
+from .maps import attention_map, top_keys
 from .observe import observe
 from .products import apply, apply_transposed
 from .rollout import rollout
@@ -16,6 +16,7 @@ __all__ = [
     "Seen",
     "apply",
     "apply_transposed",
+    "attention_map",
     "compare",
     "load",
     "observe",

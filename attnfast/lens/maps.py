@@ -10,14 +10,63 @@ from torch import Tensor
 
 from .. import functional
 from ..block_index import dense
-from ..call import BLOCK_FIELDS, Inputs, Options
-from ..requirements import fail
+from ..call import BLOCK_FIELDS, LARGEST, MEAN, Inputs, Options
+from ..pooled import pooled
+from ..requirements import choice, fail
 from ..requirements import integer as whole_number
 from ..second_order import Block, blocks
 from .calls import canonical, narrow
-from .products import widest
+from .products import HEADS, widest
 
 ELEMENTS, HEIGHT = 1 << 22, 64  # probabilities in one block of rows, and its least rows
+
+
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    rows: int = 512,
+    columns: int = 512,
+    reduce: str = "mean",
+    *,
+    heads: str = "each",
+    **options: Any,
+) -> Tensor:
+    """A picture of the attention matrix: its probabilities pooled in cells, in linear memory.
+
+    Cell (r, c) has the queries ``r * T // rows`` to ``(r + 1) * T // rows`` and the keys
+    ``c * S // columns`` to ``(c + 1) * S // columns``, of each sequence its own T and S. A second
+    pass over the scores, after the forward's.
+
+    Args:
+        q: ``(B, H, T, D)``, see `attnfast.attention`; packed ``(total_q, H, D)`` with
+            ``cu_seqlens_q`` and its like, see `attnfast.varlen_attention`.
+        k: ``(B, H_kv, S, D)``, or ``(total_k, H_kv, D)``.
+        rows: cells along the queries; with more than T, T.
+        columns: cells along the keys; with more than S, S.
+        reduce: "mean" of a cell's probabilities, of which those of masked pairs are 0; or "max".
+        heads: "each", or "mean" for the mean of the heads' cells.
+        options: mask, bias, causal, window, align, scale, softcap, alibi_slopes, sinks, backend,
+            as `attnfast.attention` has them.
+
+    Returns:
+        ``(B, H, rows, columns)`` fp32, or ``(B, rows, columns)``; packed, B is the number of
+        sequences, and T and S are the longest.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or value.
+    """
+    function = "attention_map"
+    inputs, call, backend = canonical(function, q, k, narrow(k), options)
+    T, S = inputs.q.shape[2], inputs.k.shape[2]
+    if inputs.cu_seqlens_q is not None:
+        T, S = call.max_seqlen_q, call.max_seqlen_k
+    rows = min(whole_number(function, "rows", rows, low=1), max(T, 1))
+    columns = min(whole_number(function, "columns", columns, low=1), max(S, 1))
+    kind = choice(function, "reduce", reduce, {"mean": MEAN, "max": LARGEST})
+    mean = choice(function, "heads", heads, HEADS)
+    found = pooled(function, inputs, call, kind, rows, columns, backend)
+    return found.mean(1) if mean else found
 
 
 def top_keys(q: Tensor, k: Tensor, n: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..requirements import fail
 from .running import Running
+from .shares import Shares
 
 STATISTICS = ("breadth", "focus", "reach", "max_logit", "entropy")
 QUANTILES = (0.05, 0.5, 0.95)
-FORMAT = 1  # of files; a reader refuses others
+FORMAT = 2  # of files; a reader refuses others
 
 
 class Seen:
@@ -22,11 +24,17 @@ class Seen:
 
     def __init__(self) -> None:
         self.layers: dict[str, dict[str, Running]] = {}  # in the order in which they ran
+        self.shares: dict[str, Shares] = {}  # of observe(shares=True)
 
     def add(self, layer: str, name: str, found: Running) -> None:
         """Take in a batch."""
         before = self.layers.setdefault(layer, {}).get(name)
         self.layers[layer][name] = found if before is None else before.merged(found)
+
+    def add_shares(self, layer: str, found: Shares) -> None:
+        """Take in a batch."""
+        before = self.shares.get(layer)
+        self.shares[layer] = found if before is None else before.merged(found)
 
     def merged(self, other: Seen) -> Seen:
         """What both have seen."""
@@ -35,6 +43,8 @@ class Seen:
             for layer, statistics in seen.layers.items():
                 for name, found in statistics.items():
                     result.add(layer, name, found)
+            for layer, shares in seen.shares.items():
+                result.add_shares(layer, shares)
         return result
 
     def over_ranks(self, group: Any = None) -> Seen:
@@ -49,11 +59,11 @@ class Seen:
         if not dist.is_initialized():
             fail("over_ranks", "torch.distributed", "initialised: see init_process_group", "not")
         every: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(every, self.layers, group=group)
+        dist.all_gather_object(every, (self.layers, self.shares), group=group)
         result = Seen()
-        for layers in every:
+        for of_rank in every:
             other = Seen()
-            other.layers = layers
+            other.layers, other.shares = of_rank
             result = result.merged(other)
         return result
 
@@ -64,7 +74,10 @@ class Seen:
         breadth, focus, reach, max_logit and entropy the mean under that name, and the standard
         deviation, least, largest and quantiles as ``breadth_sd``, ``_min``, ``_max``, ``_p05``,
         ``_p50`` and ``_p95``, the quantiles within 4%. Units are those of
-        `attnfast.AttentionStats`: keys, probabilities, keys, natural logarithms.
+        `attnfast.AttentionStats`: keys, probabilities, keys, natural logarithms. After
+        ``observe(shares=True)`` there are also the mean probabilities of ``self``, ``previous``,
+        ``next`` and ``first``, positions as causal order counts them, and of ``same``: all other
+        positions of the query's token.
 
         Raises:
             ImportError: There is no pandas.
@@ -87,8 +100,23 @@ class Seen:
                 columns |= {f"{name}_min": found.least, f"{name}_max": found.largest}
                 for q in QUANTILES:
                     columns[f"{name}_p{round(100 * q):02}"] = found.quantile(q)
+            if layer in self.shares:
+                columns |= self.shares[layer].table
             tables.append(pandas.DataFrame(columns))
         return pandas.concat(tables, ignore_index=True)
+
+    def distances(self, layer: str) -> Tensor:
+        """The mean probability of every distance between query and key: ``(H, 64)``, fp64.
+
+        Column 32 is the query's own position; 33 + n has the keys ``2 ** n`` to
+        ``2 ** (n + 1) - 1`` positions before it, 31 - n those after it.
+
+        Raises:
+            ValueError: There is no such layer, or it was observed without ``shares=True``.
+        """
+        if layer not in self.shares:
+            fail("distances", "layer", f"one of {list(self.shares)}, seen with shares=True", layer)
+        return self.shares[layer].distances
 
     def save(self, path: str | Path) -> None:
         """Write a file that `load` reads."""
@@ -96,7 +124,8 @@ class Seen:
             layer: {name: dict(found._asdict()) for name, found in statistics.items()}
             for layer, statistics in self.layers.items()
         }
-        torch.save({"format": FORMAT, "layers": layers}, path)
+        shares = {layer: dict(found._asdict()) for layer, found in self.shares.items()}
+        torch.save({"format": FORMAT, "layers": layers, "shares": shares}, path)
 
     def plot(self, statistics: tuple[str, ...] = ("breadth", "focus", "reach", "max_logit")) -> Any:
         """A matplotlib figure: a map of layers and heads for each statistic's mean.
@@ -159,6 +188,8 @@ def load(path: str | Path) -> Seen:
     for layer, statistics in content["layers"].items():
         for name, found in statistics.items():
             seen.add(layer, name, Running(**found))
+    for layer, found in content["shares"].items():
+        seen.add_shares(layer, Shares(**found))
     return seen
 
 

@@ -21,6 +21,7 @@ class Call(NamedTuple):
     inputs: Inputs
     options: Options
     outputs: Outputs
+    backend: str  # that was asked for
     compute: Callable[[Inputs, Options], Outputs]  # for more of the same, which nobody is shown
 
     @property
@@ -90,7 +91,7 @@ class Watcher:
             return compute(inputs, options, *others)
         outputs = compute(inputs, options._replace(stats=max(options.stats, 1)), *others)
         again = functools.partial(_compute, compute, others)
-        self._show(Call("", inputs, options, outputs, again))
+        self._show(Call("", inputs, options, outputs, others[0], again))
         return outputs
 
     @torch.compiler.disable
