@@ -16,6 +16,7 @@ from . import (
     compare,
     distributed,
     environment,
+    limits,
     report,
     results,
     scaling,
@@ -69,7 +70,12 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--work", choices=WORKS, help="default: forward, then forward+backward")
     one.add_argument("--option", choices=OPTIONS, default="", help="of attention()")
     many = parser.add_argument_group("suites, where no shape is given")
-    many.add_argument("--suite", choices=list(SUITES), action="append", help="default: all")
+    many.add_argument(
+        "--suite",
+        choices=[*SUITES, "limits"],
+        action="append",
+        help="default: all but limits, which are rows of the others with a bar on the CPU",
+    )
     many.add_argument("--size", choices=SIZES, help="default: quick")
     many.add_argument(
         "--minutes", type=positive(float), help="for all suites; default: 9.5 for quick, else all"
@@ -114,7 +120,20 @@ def _run(options: argparse.Namespace) -> int:
             results.save(options.out, facts, rows)
     if rows and not one:
         print("", tables.overview(results.Run(Path("this run"), facts, rows)), sep="\n")
+        if "limits" in (options.suite or ()):
+            print("", limits.page(_kernel(settings), rows), sep="\n")
     return 1 if failed else 0
+
+
+def _kernel(settings: environment.Settings) -> str:
+    """The instruction set whose bars hold.
+
+    Raises:
+        ValueError: Ours are not the CPU's kernels.
+    """
+    if settings.backend != "cpu":
+        raise ValueError(f"bench: --suite limits has bars for the CPU, got {settings.backend}")
+    return environment.architecture("cpu")
 
 
 def _check_question(options: argparse.Namespace) -> None:
@@ -132,7 +151,8 @@ def _chosen(options: argparse.Namespace, settings: environment.Settings) -> list
     """The rows that were asked for."""
     if options.shape is None:
         asked = options.suite or SUITES
-        return [case for suite in asked for case in SUITES[suite](settings.size)]
+        found = [case for x in asked if x in SUITES for case in SUITES[x](settings.size)]
+        return found + (limits.cases(_kernel(settings)) if "limits" in asked else [])
     works = [options.work] if options.work else ["forward", "forward+backward"]
     causal, dtype = options.causal or options.option == "window", options.dtype or "float32"
     cases = [AttentionCase(*options.shape, dtype, causal, x, options.option) for x in works]

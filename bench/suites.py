@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import OURS
+from . import OURS, limits
 from . import ceilings as machine_limits
 from .clock import Clock, clock
 from .environment import Settings, architecture
@@ -29,6 +29,7 @@ from .rivals import attention, decode, layers, sparse, varlen
 
 ENTRIES: dict[type, Callable[..., Entries]] = {
     AttentionCase: attention.entries,
+    limits.StatisticsCase: limits.statistics_entries,
     DecodeCase: decode.entries,
     VarlenCase: varlen.entries,
     SparseCase: sparse.entries,
