@@ -14,6 +14,7 @@ TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MUL
 MAKE_VARIABLES = {"ARGS", "CXX", "PTX", "PYTHON", "RESULTS", "TRITON", "WORKERS"}
 PROGRAM_SOURCES = {  # where a program's options are defined
     "attnfast": "attnfast/__main__.py",
+    "attnfast.lens": "attnfast/lens/__main__.py",
     "bench": "bench",
     "bench.report": "bench",
     "tools.abi": "tools/abi",
@@ -45,7 +46,7 @@ def problem(line: str, switches: set[str]) -> str | None:
         return pip_problem(rest)
     if program in ("python", ".venv/bin/python", "torchrun"):
         return python_problem(rest, torchrun=program == "torchrun")
-    if words in (["pre-commit", "install"], [".ci/run"]):
+    if program == "chromium" or words in (["pre-commit", "install"], [".ci/run"]):
         return None
     return f"no check for {program}: teach {Path(__file__).name}"
 

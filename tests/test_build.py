@@ -381,7 +381,9 @@ def test_the_wheel(tmp_path: Path) -> None:
         assert content.read("attnfast/_native.so") == built.read_bytes()
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "attnfast").rglob("*.py")}
     package |= {f"attnfast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
-    expected = package | {"attnfast/_native.so", "attnfast/py.typed"}
+    expected = package | {
+        f"attnfast/{name}" for name in ("_native.so", "py.typed", "lens/page.html")
+    }
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert wheel.stat().st_size < 100e6, "the registry's limit for one file"
@@ -405,4 +407,5 @@ def test_the_source_distribution_can_be_built_from(tmp_path: Path) -> None:
     }
     assert {"csrc/params.h", "kernels/__init__.py", "tests/cases.py"} <= whole <= names
     files = {"LICENSE", "Makefile", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "setup.py"}
-    assert files | {"pyproject.toml", "attnfast/py.typed"} <= names
+    files |= {"pyproject.toml", "attnfast/py.typed", "attnfast/lens/page.html"}
+    assert files <= names

@@ -33,7 +33,7 @@ KERNELS_VERSION = "0.17.2"  # of the library, with which the tree is tested
 ABI = "".join(map(str, build.OLDEST_TORCH))
 NATIVE = f"torch-stable-abi{ABI}-cpu-{platform.machine()}-linux"
 UNIVERSAL = "torch-universal"
-SUFFIXES = {".py", ".cpp", ".h"}
+SUFFIXES = {".py", ".cpp", ".h", ".html"}
 OFFERED = (
     "\nfrom .integrations.flash_attn import flash_attn_func, flash_attn_varlen_func  # noqa: F401\n"
 )
@@ -81,6 +81,8 @@ def write(
                 target = folder / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(rewritten(inside, path.read_text(), namespace))
+    for path in (ROOT / NAME).rglob("*.html"):
+        shutil.copy2(path, folder / path.relative_to(ROOT / NAME))
     if library:
         shutil.copy2(library, folder / "_native.so")
     metadata = {

@@ -7,6 +7,7 @@ from .clip import QKClip
 from .maps import attention_map, top_keys
 from .observe import observe
 from .products import apply, apply_transposed
+from .report import report
 from .rollout import rollout
 from .seen import Seen, compare, load
 
@@ -20,6 +21,7 @@ __all__ = [
     "compare",
     "load",
     "observe",
+    "report",
     "rollout",
     "top_keys",
 ]
