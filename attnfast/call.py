@@ -34,6 +34,7 @@ class Inputs(NamedTuple):
     cu_seqlens_q: Tensor | None = None  # (sequences + 1,) int32
     cu_seqlens_k: Tensor | None = None  # (sequences + 1,) int32
     indices: Tensor | None = None  # (B, 1|H_kv, T, K) int32: the keys of each query; -1: none
+    windows: Tensor | None = None  # (H, 2) int32: left, right of each head; -1: unbounded
     # A BlockMask, of whose R rows and C columns of blocks see block_mask.py
     block_starts: Tensor | None = None  # (B|1, H|1, 2 R + 1 + 2 C + 1) int32
     block_index: Tensor | None = None  # (4, entries) int32
@@ -54,8 +55,8 @@ class Options(NamedTuple):
     scale: float
     softcap: float = 0.0  # 0: none
     causal: bool = False
-    window_left: Open = -1  # -1: unbounded
-    window_right: Open = -1  # -1: unbounded
+    window_left: Open = -1  # -1: unbounded, or each head has its own
+    window_right: Open = -1  # likewise
     align_offset: Open = 0  # t' = t + align_offset, plus S - T with align_bottom_right
     align_bottom_right: bool = False
     dropout_p: float = 0.0
@@ -129,6 +130,7 @@ class DecodeInputs(NamedTuple):
     alibi_slopes: Tensor | None = None  # (1|B, H) fp32
     sinks: Tensor | None = None  # (H,) float
     mask: Tensor | None = None  # (B|1, H|1, T|1, T|1) bool, of the last T keys
+    windows: Tensor | None = None  # (H, 2) int32: left, right of each head; -1: unbounded
 
     def as_inputs(self, k: Tensor, v: Tensor, align: Tensor | None = None) -> Inputs:
         """Those of a call without a cache and mask, of keys and values ``(B, H_kv, S, D)``."""
@@ -140,6 +142,7 @@ class DecodeInputs(NamedTuple):
             alibi_slopes=self.alibi_slopes,
             sinks=self.sinks,
             align=align,
+            windows=self.windows,
         )
 
 

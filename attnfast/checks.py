@@ -39,7 +39,7 @@ def attention_call(
     mask: Any,
     bias: Tensor | None,
     causal: bool,
-    window: tuple[int | None, int | None] | None,
+    window: tuple[int | None, int | None] | Tensor | None,
     align: str | int | Tensor,
     scores: tuple[float | None, ...],
     alibi_slopes: Tensor | None,
@@ -117,9 +117,9 @@ def attention_call(
     align_tensor, align_offset, bottom_right = None, 0, False
     if not isinstance(align, str) or align != "top_left":
         align_tensor, align_offset, bottom_right = require.alignment(function, align, q, B)
-    window_left = window_right = -1
+    windows, window_left, window_right = None, -1, -1
     if window is not None:
-        window_left, window_right = require.window_sides(function, window)
+        windows, window_left, window_right = require.window(function, window, q, H)
     if causal is not False:
         require.flag(function, "causal", causal, (True, False))
     if type(dropout_p) is not float or dropout_p != 0.0:
@@ -136,6 +136,7 @@ def attention_call(
     if indices is not None:
         others = {names[3]: mask, names[4]: bias, "alibi_slopes": alibi_slopes}
         require.alone_with_indices(function, others, dropout_p, return_stats, return_weights)
+        require.one_window(function, windows)
 
     if sequences is not None:
         q, k, v = (
@@ -157,6 +158,7 @@ def attention_call(
                 cu_seqlens_q,
                 cu_seqlens_k,
                 indices,
+                windows,
                 *blocks,
             )
         ),
@@ -184,7 +186,7 @@ def decode_call(
     v_cache: Tensor,
     cache_seqlens: Tensor,
     page_table: Tensor | None,
-    window: tuple[int | None, int | None] | None,
+    window: tuple[int | None, int | None] | Tensor | None,
     scores: tuple[float | None, ...],
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
@@ -221,9 +223,9 @@ def decode_call(
         alibi_slopes = require.slopes(function, alibi_slopes, q, B, H)
     if sinks is not None:
         sinks = require.sink_logits(function, sinks, q, H)
-    window_left = window_right = -1
+    windows, window_left, window_right = None, -1, -1
     if window is not None:
-        window_left, window_right = require.window_sides(function, window)
+        windows, window_left, window_right = require.window(function, window, q, H)
     if torch.is_grad_enabled():
         given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "bias": bias, "sinks": sinks}
         for name, x in given.items():
@@ -242,6 +244,7 @@ def decode_call(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         mask=mask,
+        windows=windows,
     )
     return inputs, options
 
@@ -378,6 +381,17 @@ def index_values(function: str, inputs: Inputs) -> None:
         b, h, t, j = outside[0].tolist()
         where = f"{int(indices[b, h, t, j])} for query {t} of batch entry {b}"
         raise ValueError(f"{function}: indices must lie in [-1, {S}), got {where}")
+
+
+def window_values(function: str, windows: Tensor | None) -> None:
+    """Check the values of each head's window, where no operator does."""
+    if windows is None or torch.compiler.is_compiling():  # less than -1 is unbounded too
+        return
+    outside = (windows < -1).nonzero()
+    if len(outside):
+        h, side = outside[0].tolist()
+        where = f"{int(windows[h, side])} for head {h}"
+        raise ValueError(f"{function}: window must hold -1, for no bound, or more, got {where}")
 
 
 def cache_values(function: str, inputs: DecodeInputs) -> None:

@@ -178,12 +178,11 @@ def _shapes(p: Problem) -> str:
 def _options(p: Problem) -> str:
     """Every option that is not at its default, as the caller gave it."""
     options = p.options
-    window = tuple(
-        None if side < 0 else side for side in (options.window_left, options.window_right)
-    )
+    sides = (options.window_left, options.window_right)
+    window = None if max(sides) < 0 else tuple(None if side < 0 else side for side in sides)
     align = "bottom_right" if options.align_bottom_right else options.align_offset
     as_given: dict[str, tuple[str, Any]] = {
-        "window_left": ("window", window if window != (None, None) else None),
+        "window_left": ("window", "per head" if p.windows else window),
         "align_offset": ("align", "per batch entry" if p.align else align),
         "weights": ("return_weights", _given(options.weights, checks.WEIGHTS)),
         "stats": ("return_stats", _given(options.stats, checks.STATS)),

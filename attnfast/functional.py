@@ -28,7 +28,7 @@ def attention(
     mask: Tensor | BlockMask | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
+    window: tuple[int | None, int | None] | Tensor | None = None,
     align: str | int | Tensor = "top_left",
     scale: float | None = None,
     softcap: float | None = None,
@@ -77,7 +77,9 @@ def attention(
             Differentiable; -inf masks. A ``torch.nn.attention.bias.CausalBias``, here or as
             ``mask``, is taken as ``causal`` with its alignment.
         causal: attend keys s <= t'.
-        window: ``(left, right)``, attend t' - left <= s <= t' + right; None is unbounded.
+        window: ``(left, right)``, attend t' - left <= s <= t' + right; None is unbounded. Or int32
+            ``(H, 2)`` on q's device: left and right of each query head, -1 is unbounded; int64 is
+            converted. Not with ``indices``.
         align: "top_left" t' = t (as torch), "bottom_right" t' = t + S - T (as flash-attn), an int n
             or an int tensor ``(B,)``: t' = t + n (chunked prefill), up to 2**29 either way.
         scale: factor of ``q k^T``; default ``D ** -0.5``.
@@ -124,7 +126,7 @@ def attention(
     Papers: FlashAttention-2 (arXiv:2307.08691); online softmax (arXiv:1805.02867).
     """
     if has_torch_function_variadic(
-        q, k, v, mask, bias, align, alibi_slopes, sinks, indices, dropout_seed
+        q, k, v, mask, bias, window, align, alibi_slopes, sinks, indices, dropout_seed
     ):
         result = overridden(attention, locals())
         if result is not NotImplemented:
@@ -171,7 +173,7 @@ def varlen_attention(
     mask: Tensor | BlockMask | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
+    window: tuple[int | None, int | None] | Tensor | None = None,
     align: str | int | Tensor = "top_left",
     scale: float | None = None,
     softcap: float | None = None,
@@ -245,6 +247,7 @@ def varlen_attention(
         max_seqlen_k,
         mask,
         bias,
+        window,
         align,
         alibi_slopes,
         sinks,
@@ -291,7 +294,7 @@ def decode_attention(
     *,
     page_table: Tensor | None = None,
     scale: float | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    window: tuple[int | None, int | None] | Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -340,7 +343,7 @@ def decode_attention(
     Paper: PagedAttention (arXiv:2309.06180).
     """
     if has_torch_function_variadic(
-        q, k_cache, v_cache, cache_seqlens, page_table, alibi_slopes, sinks, bias, mask
+        q, k_cache, v_cache, cache_seqlens, page_table, window, alibi_slopes, sinks, bias, mask
     ):
         result = overridden(decode_attention, locals())
         if result is not NotImplemented:
@@ -372,6 +375,7 @@ def decode_attention(
         checks.memory(function, inputs)
     if dispatch.wants_checks(row):
         checks.cache_values(function, inputs)
+        checks.window_values(function, inputs.windows)
     if row.ops is None:
         out, lse = reference_decode(inputs, options)
     else:
@@ -421,6 +425,8 @@ def _run(
         checks.sequence_values(function, inputs, options)
     if inputs.indices is not None and dispatch.wants_checks(row):
         checks.index_values(function, inputs)
+    if inputs.windows is not None and dispatch.wants_checks(row):
+        checks.window_values(function, inputs.windows)
     if row.ops is None:
         return reference_attention(inputs, options)
     try:
@@ -439,7 +445,8 @@ def _in_onnx_export() -> bool:
 
 def attention_problem(inputs: Inputs, options: Options) -> backends.Problem:
     """A call of ``attention`` or ``varlen_attention`` as backends see it."""
-    q, k, v, mask, bias, alibi_slopes, sinks, align, _, cu_seqlens_q, _, indices, *blocks = inputs
+    q, k, v, mask, bias, alibi_slopes, sinks, align, _, cu_seqlens_q, _, *others = inputs
+    indices, windows, blocks, *_ = others
     B, H, T, D = q.shape
     _, H_kv, S, D_v = v.shape
     return backends.Problem(
@@ -469,13 +476,14 @@ def attention_problem(inputs: Inputs, options: Options) -> backends.Problem:
             or (sinks is not None and sinks.requires_grad)
         ),
         indices is not None,
-        blocks[0] is not None,
+        blocks is not None,
+        windows is not None,
     )
 
 
 def decode_problem(inputs: DecodeInputs, options: DecodeOptions) -> backends.Problem:
     """A call of ``decode_attention`` as backends see it."""
-    q, _, v_cache, _, page_table, bias, alibi_slopes, sinks, mask = inputs
+    q, _, v_cache, _, page_table, bias, alibi_slopes, sinks, mask, windows = inputs
     B, H, T, D = q.shape
     _, H_kv, S, D_v = v_cache.shape
     page_size = 0
@@ -499,6 +507,7 @@ def decode_problem(inputs: DecodeInputs, options: DecodeOptions) -> backends.Pro
         alibi=alibi_slopes is not None,
         sinks=sinks is not None,
         page_size=page_size,
+        windows=windows is not None,
     )
 
 

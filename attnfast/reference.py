@@ -135,6 +135,8 @@ def reference_decode(inputs: DecodeInputs, options: DecodeOptions) -> DecodeOutp
         at = place.clamp(0, max(T - 1, 0)).expand(-1, *of_last.shape[1:3], S)
         found = of_last.gather(3, at) if T else at > 0
         whole = whole._replace(mask=((place < 0) | found) & (place < T))
+        if inputs.windows is not None:  # the mask decides to the right
+            whole = whole._replace(windows=F.pad(inputs.windows[:, :1], (0, 1), value=-1))
     outputs = reference_attention(whole, options.as_options(inputs.mask is not None))
     return DecodeOutputs(outputs.out, outputs.lse)
 
@@ -250,8 +252,8 @@ def positions(inputs: Inputs, options: Options, row_start: int = 0) -> Tensor:
 def allowed(inputs: Inputs, options: Options, distance: Tensor) -> Tensor:
     """Which keys each query may attend, bool (B|1, H|1, T, S).
 
-    Causal j <= t', window t' - left <= j <= t' + right, mask, bias above -inf, listed in indices:
-    all must hold.
+    Causal j <= t', window t' - left <= j <= t' + right (of all heads, or of this one), mask, bias
+    above -inf, listed in indices: all must hold.
     ``distance`` is j - t', (B|1, 1, T, S).
     """
     seen = torch.ones_like(distance, dtype=torch.bool)
@@ -261,6 +263,9 @@ def allowed(inputs: Inputs, options: Options, distance: Tensor) -> Tensor:
         seen = seen & (distance >= -options.window_left)
     if options.window_right >= 0:
         seen = seen & (distance <= options.window_right)
+    if inputs.windows is not None:
+        left, right = inputs.windows.long()[..., None, None].unbind(1)  # [H, 1, 1]
+        seen = seen & ((left < 0) | (distance >= -left)) & ((right < 0) | (distance <= right))
     if inputs.mask is not None:
         seen = seen & inputs.mask
     if inputs.bias is not None:
@@ -431,6 +436,7 @@ def _sequence(inputs: Inputs, i: int, q_rows: slice, k_rows: slice) -> Inputs:
         inputs.sinks,
         entry(inputs.align),
         inputs.dropout_seed,
+        windows=inputs.windows,
     )
 
 

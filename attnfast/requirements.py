@@ -402,10 +402,26 @@ def alignment(
     return None, integer(function, "align", align, low=-MAX_OFFSET, high=MAX_OFFSET), False
 
 
+def window(function: str, window: object, q: Tensor, H: int) -> tuple[Tensor | None, int, int]:
+    """``window`` as that of each head (H, 2) int32 or None, and two numbers for all heads."""
+    if isinstance(window, Tensor):
+        return indices(function, "window", window, q, (H, 2), "(H, 2)"), -1, -1
+    return None, *window_sides(function, window)
+
+
+def one_window(function: str, windows: Tensor | None) -> None:
+    """Check that heads have no windows of their own, beside indices."""
+    if windows is not None:
+        requirement = (
+            "(left, right) or None with indices, of which heads that share keys read one list"
+        )
+        fail(function, "window", requirement, "a Tensor")
+
+
 def window_sides(function: str, window: object) -> tuple[int, int]:
     """``window`` as two numbers, -1 where it is unbounded."""
     if not isinstance(window, (tuple, list)):
-        requirement = "None or (left, right), each None or an int"
+        requirement = "None, (left, right), each None or an int, or an int32 Tensor (H, 2)"
         if is_integer(window):
             requirement += f", ({window}, {window}) or ({window}, 0) for example"
         fail(function, "window", requirement, shown(window), TypeError)

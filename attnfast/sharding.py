@@ -125,6 +125,7 @@ def decode_cuts(*args: Any) -> Iterable[Cut]:
             alibi_slopes=_where(cut, inputs.alibi_slopes),
             sinks=heads,
             mask=_where(cut, inputs.mask),
+            windows=heads,
         )
         yield (cut, cut), (*given, *DECODE_WHOLE)
 
@@ -183,6 +184,7 @@ def _inputs(cut: int, x: Inputs) -> Any:
         sinks=heads,
         align=entries,
         indices=_where(cut, x.indices),
+        windows=heads,
         block_starts=_where(cut, x.block_starts),
     )
 

@@ -1,9 +1,9 @@
 """vmap of the raw operators: a mapped dimension joins the batch, or the calls run one by one.
 
 Entries of a batch do not know of each other, so that M mapped calls of B entries are one call of
-M * B, and views where the strides allow it. What a call has only one of cannot join: sinks, a seed
-of dropout (whose mask counts the entries), the boundaries of a varlen call, a pool of pages. Then
-every mapped call is run by itself.
+M * B, and views where the strides allow it. What a call has only one of cannot join: sinks, the
+windows of heads, a seed of dropout (whose mask counts the entries), the boundaries of a varlen
+call, a pool of pages. Then every mapped call is run by itself.
 
 A rule is ``rule(op, info, in_dims, *args) -> (results, out_dims)``, as torch.library.register_vmap
 has it, and is called once for every level of nested transforms.
@@ -69,6 +69,7 @@ class Fold(NamedTuple):
             sinks=x.sinks,
             align=self.optional(x.align, dims.align),
             indices=self.optional(x.indices, dims.indices),
+            windows=x.windows,
             block_starts=self.broadcast(x.block_starts, dims.block_starts),
             block_index=x.block_index,
             block_bits=x.block_bits,
@@ -101,6 +102,7 @@ class Fold(NamedTuple):
             alibi_slopes=self.broadcast(x.alibi_slopes, dims.alibi_slopes),
             sinks=x.sinks,
             mask=self.broadcast(x.mask, dims.mask),
+            windows=x.windows,
         )
 
     def result(self, x: Any, batch: int | None) -> Any:
@@ -169,7 +171,8 @@ def decode_rule(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any
     dims, _ = decode_call(in_dims)
     paged = inputs.page_table is not None
     pool = (dims.k_cache, dims.v_cache)
-    if dims.sinks is not None or (paged and pool != (None, None)):
+    shared = (dims.sinks, dims.windows)
+    if shared != (None, None) or (paged and pool != (None, None)):
         return one_by_one(op, info, in_dims, *args)
     fold = fold_of(info, inputs.q, dims.q)
     results = op(*fold.decode_inputs(inputs, dims), *options)
@@ -202,6 +205,7 @@ def joins(inputs: Inputs, dims: Any, options: Options) -> bool:
         inputs.cu_seqlens_q is None
         and options.dropout_p == 0
         and dims.sinks is None
+        and dims.windows is None
         and dims.dropout_seed is None
         and dims.block_index is None
         and dims.block_bits is None

@@ -61,6 +61,7 @@ struct ScoreOptions {
 #undef ATTNFAST_MEMBER
   int64_t window_left = -1;             // -1: unbounded
   int64_t window_right = -1;            // -1: unbounded
+  const int32_t* windows = nullptr;     // [H][2], likewise: of each head, in place of these
   const float* alibi_slopes = nullptr;  // [B|1, H]
   int64_t alibi_stride_b = 0;
   const float* sinks = nullptr;  // [H] fp32, natural log units

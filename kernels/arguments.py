@@ -44,6 +44,7 @@ class Tensors(NamedTuple):
     block_starts: Any
     block_index: Any
     block_bits: Any
+    windows: Any  # (H, 2) int32: left and right of each head, -1 is unbounded
     key_ends: Any = None  # (B) int32: no key from here on is attended
 
 
@@ -82,7 +83,7 @@ class Values(NamedTuple):
     power: float  # the power of two that is factor or next above
     inner: float  # with a softcap, makes q k^T what tanh is taken of
     softcap: float  # in the units of the scores
-    left: int  # t' - left <= s
+    left: int  # t' - left <= s; the farthest, where heads have windows of their own
     right: int  # s <= t' + right; 0 if causal
     shift: int  # t' = t + shift, plus align[b], plus S - T with BOTTOM_RIGHT
     threshold: int  # dropout keeps what draws at least this, of 65536
@@ -184,7 +185,10 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
     lazy = scale != 0 and softcap == 0 and bias is None and slopes is None and sinks is None
     factor = (abs(scale) if lazy else scale) * unit
     inner = scale / softcap if softcap > 0 else 0.0
-    right = options.window_right
+    windows = None if inputs.windows is None else inputs.windows.contiguous()
+    left, right = (
+        (options.window_left, options.window_right) if windows is None else (FARTHEST,) * 2
+    )
     if options.causal:
         right = 0 if right < 0 else min(right, 0)
     key_bytes = max(rows_k * (q.shape[3] + v.shape[3]) * q.element_size(), 1)
@@ -216,7 +220,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         2.0 ** math.ceil(math.log2(max(factor, 1 / HUGE))),
         max(min(inner, LARGEST), -LARGEST),
         softcap * unit,
-        min(options.window_left, FARTHEST),
+        min(left, FARTHEST),
         min(right, FARTHEST),
         max(min(options.align_offset, FARTHEST), -FARTHEST),
         round(p_drop * 65536),
@@ -227,7 +231,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
     features = Features(
         q.shape[3],
         v.shape[3],
-        options.window_left >= 0,
+        left >= 0,
         right >= 0,
         options.align_bottom_right,
         softcap > 0,
@@ -238,7 +242,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         key_mask,
         tiled,
         size,
-        size > 0 and (options.window_left >= 0 or right >= 0 or varlen),
+        size > 0 and (left >= 0 or right >= 0 or varlen),
         tiled or size > 0,
         p_drop > 0,
         seed is not None and seed.numel() > 2,
@@ -247,7 +251,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
     )
     dense_ones = (dense(y) for y in (sinks, align, seed, cu_q, cu_k))
     blocks = inputs.block_starts, inputs.block_index, inputs.block_bits
-    tensors = Tensors._make((q, k, v, mask, bias, slopes, *dense_ones, *blocks, None))
+    tensors = Tensors._make((q, k, v, mask, bias, slopes, *dense_ones, *blocks, windows, None))
     return Call(tensors, values, features)
 
 

@@ -23,7 +23,7 @@ from .attention_bwd import Given
 from .blocks import EMPTY, slot_at
 from .dropout import kept_by_dropout
 from .gradients import entropy_gradient, score_gradients, weight_gradient
-from .head import key_range, sequence_of
+from .head import key_range, sequence_of, sides_of
 from .launch import Launch, launch
 from .rows import at_head, load_rows, offset, row_at
 from .scores import edit_scores, in_units, norm_of, probabilities, slope_of
@@ -99,14 +99,15 @@ def dbias_kernel(x, g, to, p, f, tile):
         j0 = (own_s + index // to.summed_b // to.summed_h // to.summed_t) * tile.BLOCK_N
         T, S, q_row, k_row, shift = sequence_of(x, p, f, b)
         t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
-        begin, end, _, _ = key_range(t0, t_last, S, shift, p, f)
+        sides = sides_of(x, p, h)
+        begin, end, _, _ = key_range(t0, t_last, S, shift, sides, f)
         visited, slot = (t0 < T) & (j0 < end) & (j0 + tile.BLOCK_N > begin), None
         if f.BLOCKS:
             slot = slot_at(x, p, f, b, h, t0, j0)
             visited &= slot != EMPTY
         if visited:
             total += score_gradient_tile(
-                x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift, begin, end, slot
+                x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift, sides, begin, end, slot
             )
 
     # Store
@@ -129,7 +130,7 @@ def dbias_kernel(x, g, to, p, f, tile):
 
 @triton.jit
 def score_gradient_tile(
-    x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift, begin, end, slot
+    x, g, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift, sides, begin, end, slot
 ):
     """[M, N] of ds."""
     # Setup
@@ -167,6 +168,7 @@ def score_gradient_tile(
         T,
         S,
         shift,
+        sides,
         mask,
         bias,
         slope,

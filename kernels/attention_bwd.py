@@ -34,7 +34,16 @@ from .arguments import Call, Tile, block, row_strides, strides
 from .blocks import block_tile, entries_of, tiles_in
 from .dropout import kept_by_dropout
 from .gradients import before_cap, entropy_gradient, score_gradients, weight_gradient
-from .head import attended_end, key_range, query_range, scheduled, sequence_of, tiles_of
+from .head import (
+    attended_end,
+    key_range,
+    query_range,
+    scheduled,
+    sequence_of,
+    sides_of,
+    tiles_of,
+    widest_sides,
+)
 from .launch import Launch, launch
 from .rows import (
     at_head,
@@ -135,7 +144,8 @@ def row_terms_kernel(x, g, p, f, tile):
         q_base = x.q + offset(b, p.q_b, h, p.q_h, q_row + t0, p.q_t)
         q = load_rows(q_base, row, p.q_t, live_row, f.D, tile.BLOCK_D, f, True)
         t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
-        begin, end, _inner_begin, _inner_end = key_range(t0, t_last, S, shift, p, f)
+        sides = sides_of(x, p, h)
+        begin, end, _inner_begin, _inner_end = key_range(t0, t_last, S, shift, sides, f)
         first, last = begin // tile.BLOCK_N * tile.BLOCK_N, end
         if f.BLOCKS:
             line = t0 // f.BLOCKS
@@ -161,6 +171,7 @@ def row_terms_kernel(x, g, p, f, tile):
                 T,
                 S,
                 shift,
+                sides,
                 mask,
                 bias,
                 slope,
@@ -230,7 +241,8 @@ def dq_kernel(x, g, to, p, f, tile):
 
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
     S = attended_end(x, b, S)
-    begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
+    sides = sides_of(x, p, h)
+    begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, sides, f)
     if f.BLOCKS:
         line = t0 // f.BLOCKS
         entries = entries_of(x, p, f, b, h, line, begin, end, inner_begin, inner_end, False)
@@ -286,6 +298,7 @@ def dq_kernel(x, g, to, p, f, tile):
                         T,
                         S,
                         shift,
+                        sides,
                         mask,
                         bias,
                         slope,
@@ -349,6 +362,7 @@ def dkdv_kernel(x, g, to, p, f, tile):
     rely_on(p.q_t, f)
     rely_on(g.do_t, f)
     H_kv = p.H // p.group
+    APART: tl.constexpr = f.BLOCKS > 0 or x.windows is not None  # heads have ranges of their own
     block, head = scheduled(p.B * H_kv, tl.cdiv(p.S, tile.BLOCK_N), p.section // p.group, False)
     b, h_kv = head // H_kv, head % H_kv
     T, S, q_row, k_row, shift = sequence_of(x, p, f, b)
@@ -360,7 +374,8 @@ def dkdv_kernel(x, g, to, p, f, tile):
     j = j0 + key
     live_key = j < S
     # what no query may attend by position is zero: padded queries would meet NaN there
-    first_key, last_key, _inner_first, _inner_last = key_range(j0 * 0, T - 1, S, shift, p, f)
+    widest = widest_sides(x, p, h_kv)
+    first_key, last_key, _inner_first, _inner_last = key_range(j0 * 0, T - 1, S, shift, widest, f)
     attended = (j >= first_key) & (j < last_key)
     if f.KEY_MASK:  # and dk and dv of what no query attends are zero: no score need be masked
         key_mask = at_head(x.mask, b, p.mask_b, h_kv * 0, p.mask_h)
@@ -376,10 +391,13 @@ def dkdv_kernel(x, g, to, p, f, tile):
 
     j_last = tl.minimum(j0 + tile.BLOCK_N, S) - 1
     T = tl.where(j0 < attended_end(x, b, S), T, 0)  # no query attends any of the keys
-    begin, end, inner_begin, inner_end = query_range(j0, j_last, T, shift, p, f)
-    if f.TILED:  # where the keys end within the block, masks and biases are read by position too
-        inner_end = tl.where(j0 + tile.BLOCK_N <= S, inner_end, 0)
-    for member in tl.range(0, p.group if f.BLOCKS else 1):  # each head has lists of its own
+    for member in tl.range(0, p.group if APART else 1):
+        sides = sides_of(x, p, h_kv * p.group + member)
+        begin, end, inner_begin, inner_end = query_range(j0, j_last, T, shift, sides, f)
+        if (
+            f.TILED
+        ):  # where the keys end within the block, masks and biases are read by position too
+            inner_end = tl.where(j0 + tile.BLOCK_N <= S, inner_end, 0)
         if f.BLOCKS:
             h, line = h_kv * p.group + member, j0 // f.BLOCKS
             entries = entries_of(x, p, f, b, h, line, begin, end, inner_begin, inner_end, True)
@@ -396,7 +414,7 @@ def dkdv_kernel(x, g, to, p, f, tile):
                         part, first, entries, x, p, f, tile.BLOCK_M, True
                     )
                 else:
-                    count = p.group * tl.cdiv(last - first, tile.BLOCK_M)
+                    count = (1 if APART else p.group) * tl.cdiv(last - first, tile.BLOCK_M)
                 for i in tl.range(0, count):
                     # Load
                     if f.BLOCKS:
@@ -464,6 +482,7 @@ def dkdv_kernel(x, g, to, p, f, tile):
                         T,
                         S,
                         shift,
+                        sides,
                         mask,
                         bias,
                         slope,

@@ -28,7 +28,7 @@ from attnfast.ops import empty_in_order
 
 from . import configs
 from .arguments import Call, Tile, block, dense, gather, row_strides, strides
-from .head import narrow
+from .head import narrow, reach
 from .launch import Launch, launch
 from .rows import store_rows, without_dead_rows
 from .scores import edit_scores, in_log2, in_units, natural, rounded_product
@@ -116,6 +116,15 @@ def decode_kernel(x, c, p, f, tile):
     live_row = row < group_rows
     h, t = tl.minimum(h_kv * p.group + row // p.T, p.H - 1), row % p.T
     shift = length.to(tl.int64) - p.T
+    start = first + piece_index * piece
+    end = tl.minimum(start + piece, length)
+    sides = p.left, p.right
+    if x.windows is not None:
+        left = reach(tl.load(x.windows + 2 * h))
+        nearest = tl.min(narrow(shift + t - left), 0)  # key that any of these rows attends
+        begin = tl.maximum(nearest, 0)
+        start = tl.maximum(begin // tile.BLOCK_N * tile.BLOCK_N, start)
+        sides = left[:, None], p.right
     slope = 0.0
     if x.alibi_slopes is not None:
         slope = in_units(tl.load(x.alibi_slopes + b * p.alibi_b + h * p.alibi_h), f)[:, None]
@@ -134,8 +143,6 @@ def decode_kernel(x, c, p, f, tile):
     m = tl.full([tile.BLOCK_M], -float("inf"), tl.float32)
     l = tl.zeros([tile.BLOCK_M], tl.float32)
     acc = tl.zeros([tile.BLOCK_M, tile.BLOCK_DV], tl.float32)
-    start = first + piece_index * piece
-    end = tl.minimum(start + piece, length)
     for j0 in tl.range(start, end, tile.BLOCK_N):
         # Scores
         j = j0 + key
@@ -152,6 +159,7 @@ def decode_kernel(x, c, p, f, tile):
             p.T,
             end,
             shift,
+            sides,
             None,
             bias,
             slope,

@@ -27,7 +27,15 @@ from . import configs
 from .arguments import Call, Tile, block, row_strides
 from .blocks import block_tile, entries_of, tiles_in
 from .dropout import kept_by_dropout
-from .head import attended_end, distances, key_range, scheduled, sequence_of, tiles_of
+from .head import (
+    attended_end,
+    distances,
+    key_range,
+    scheduled,
+    sequence_of,
+    sides_of,
+    tiles_of,
+)
 from .launch import Launch, launch
 from .rows import (
     at_head,
@@ -98,7 +106,8 @@ def attention_fwd_kernel(x, to, p, f, tile):
 
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
     S = attended_end(x, b, S)
-    begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, p, f)
+    sides = sides_of(x, p, h)
+    begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, sides, f)
     if f.BLOCKS:
         line = t0 // f.BLOCKS
         entries = entries_of(x, p, f, b, h, line, begin, end, inner_begin, inner_end, False)
@@ -153,6 +162,7 @@ def attention_fwd_kernel(x, to, p, f, tile):
                         T,
                         S,
                         shift,
+                        sides,
                         mask,
                         bias,
                         slope,

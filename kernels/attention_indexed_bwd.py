@@ -96,8 +96,9 @@ def indexed_dq_kernel(x, lists, g, to, p, f, tile):
         k = gather_rows(k_base, j, p.k_t, live, f.D, tile.BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
         s, tanh_x = edit_scores(
-            s, t, row[:, None], j0, j[None, :], p.T, p.S, shift, None, None, 0.0, x, p, f, False
-        )
+            s, t, row[:, None], j0, j[None, :], p.T, p.S, shift, None,
+            None, None, 0.0, x, p, f, False,
+        )  # fmt: skip
         s = tl.where(live[None, :], s, -float("inf"))
         # Probabilities
         depth, probs = probabilities(s, m[:, None], log2_l[:, None], p, f, True)
@@ -161,8 +162,9 @@ def indexed_terms_kernel(x, lists, g, terms, p, f, tile):
         # Scores, transposed
         s = tl.dot(k, tl.trans(q), input_precision=f.PRECISION)
         s, tanh_x = edit_scores(
-            s, t, row[None, :], j0, j[:, None], p.T, p.S, shift, None, None, 0.0, x, p, f, False
-        )
+            s, t, row[None, :], j0, j[:, None], p.T, p.S, shift, None,
+            None, None, 0.0, x, p, f, False,
+        )  # fmt: skip
         # Probabilities
         depth, probs = probabilities(s, m[None, :], log2_l[None, :], p, f, True)
         # dv

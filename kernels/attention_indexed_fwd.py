@@ -61,8 +61,9 @@ def indexed_fwd_kernel(x, lists, to, p, f, tile):
         k = gather_rows(k_base, j, p.k_t, live, f.D, tile.BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
         s, _tanh_x = edit_scores(
-            s, t, row[:, None], j0, j[None, :], p.T, p.S, shift, None, None, 0.0, x, p, f, False
-        )
+            s, t, row[:, None], j0, j[None, :], p.T, p.S, shift, None,
+            None, None, 0.0, x, p, f, False,
+        )  # fmt: skip
         s = tl.where(live[None, :], s, -float("inf"))
         # Softmax
         m_new = tl.maximum(m, tl.max(s, 1))

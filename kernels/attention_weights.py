@@ -24,7 +24,7 @@ from . import configs
 from .arguments import Call, Tile, block
 from .blocks import EMPTY, block_tile, entries_of, slot_at, tiles_in
 from .dropout import kept_by_dropout
-from .head import query_range, sequence_of
+from .head import query_range, sequence_of, sides_of
 from .launch import Launch, launch
 from .rows import at_head, load_rows, offset, row_at
 from .scores import edit_scores, norm_of, probabilities, slope_of
@@ -67,6 +67,7 @@ def probability_tile(x, to, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift,
     mask = at_head(x.mask, b, p.mask_b, h, p.mask_h)
     bias = at_head(x.bias, b, p.bias_b, h, p.bias_h)
     slope = slope_of(x, p, f, b, h)
+    sides = sides_of(x, p, h)
     m, log2_l = norm_of(to.norm, to.plane, row_at(x, p, b, h, q_row) + t, t < T)
     # Scores
     s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
@@ -79,6 +80,7 @@ def probability_tile(x, to, p, f, tile, b, h, t0, j0, T, S, q_row, k_row, shift,
         T,
         S,
         shift,
+        sides,
         mask,
         bias,
         slope,
@@ -144,7 +146,7 @@ def received_kernel(x, to, p, f, tile):
         return
     total = tl.zeros([tile.BLOCK_N], tl.float32)
     j_last = tl.minimum(j0 + tile.BLOCK_N, S) - 1
-    begin, end, _, _ = query_range(j0, j_last, T, shift, p, f)
+    begin, end, _, _ = query_range(j0, j_last, T, shift, sides_of(x, p, h), f)
     first, last = begin // tile.BLOCK_M * tile.BLOCK_M, end
     if f.BLOCKS:
         line = j0 // f.BLOCKS

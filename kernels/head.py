@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+UNBOUNDED = tl.constexpr(2**31 - 1)  # a window's side
 FARTHEST = tl.constexpr((1 << 30) - 1)  # T, S and the distance between a query and a key are less
 
 
@@ -79,33 +80,63 @@ def distances(t, j, shift):
 
 
 @triton.jit
-def key_range(t_first, t_last, S, shift, p, f):
+def sides_of(x, p, h):
+    """How far before and after t' a head's window reaches; the right side 0 if causal."""
+    left, right = p.left, p.right
+    if x.windows is not None:
+        left = reach(tl.load(x.windows + 2 * h))
+        right = tl.minimum(reach(tl.load(x.windows + 2 * h + 1)), p.right)
+    return left, right
+
+
+@triton.jit
+def widest_sides(x, p, h_kv):
+    """The same of all heads together that share a key head."""
+    left, right = p.left, p.right
+    if x.windows is not None:
+        left, right = h_kv * 0, h_kv * 0
+        for member in range(p.group):
+            left_of_head, right_of_head = sides_of(x, p, h_kv * p.group + member)
+            left, right = tl.maximum(left, left_of_head), tl.maximum(right, right_of_head)
+    return left, right
+
+
+@triton.jit
+def reach(side):
+    """A side of a window; one that is unbounded is as far as any."""
+    return tl.where(side < 0, UNBOUNDED, side)
+
+
+@triton.jit
+def key_range(t_first, t_last, S, shift, sides, f):
     """Which keys the queries t_first .. t_last may attend by position.
 
     Returns begin and end of the keys that some of them may, and of those that all of them may.
     """
+    left, right = sides
     begin = t_first * 0
     inner_begin, end, inner_end = begin, begin + S, begin + S
     if f.HAS_LEFT:
-        begin = tl.maximum(narrow(t_first + shift - p.left), 0)
-        inner_begin = tl.maximum(narrow(t_last + shift - p.left), 0)
+        begin = tl.maximum(narrow(t_first + shift - left), 0)
+        inner_begin = tl.maximum(narrow(t_last + shift - left), 0)
     if f.HAS_RIGHT:
-        end = tl.maximum(tl.minimum(end, narrow(t_last + shift + p.right + 1)), 0)
-        inner_end = tl.maximum(tl.minimum(inner_end, narrow(t_first + shift + p.right + 1)), 0)
+        end = tl.maximum(tl.minimum(end, narrow(t_last + shift + right + 1)), 0)
+        inner_end = tl.maximum(tl.minimum(inner_end, narrow(t_first + shift + right + 1)), 0)
     return begin, end, inner_begin, inner_end
 
 
 @triton.jit
-def query_range(j_first, j_last, T, shift, p, f):
+def query_range(j_first, j_last, T, shift, sides, f):
     """The same for keys: the queries that may attend some of them, and all of them."""
+    left, right = sides
     begin = j_first * 0
     inner_begin, end, inner_end = begin, begin + T, begin + T
     if f.HAS_RIGHT:
-        begin = tl.maximum(narrow(j_first - shift - p.right), 0)
-        inner_begin = tl.maximum(narrow(j_last - shift - p.right), 0)
+        begin = tl.maximum(narrow(j_first - shift - right), 0)
+        inner_begin = tl.maximum(narrow(j_last - shift - right), 0)
     if f.HAS_LEFT:
-        end = tl.maximum(tl.minimum(end, narrow(j_last - shift + p.left + 1)), 0)
-        inner_end = tl.maximum(tl.minimum(inner_end, narrow(j_first - shift + p.left + 1)), 0)
+        end = tl.maximum(tl.minimum(end, narrow(j_last - shift + left + 1)), 0)
+        inner_end = tl.maximum(tl.minimum(inner_end, narrow(j_first - shift + left + 1)), 0)
     return begin, end, inner_begin, inner_end
 
 

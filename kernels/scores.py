@@ -79,6 +79,7 @@ def edit_scores(
     T,
     S,
     shift,
+    sides,
     mask,
     bias,
     slope,
@@ -133,10 +134,11 @@ def edit_scores(
     if BY_POSITION and (f.CUT or not f.BLOCKS):
         attend = j < S
         ahead = j - t
+        left, right = sides
         if f.HAS_LEFT:
-            attend = attend & (ahead >= narrow(shift - p.left))
+            attend = attend & (ahead >= narrow(shift - left))
         if f.HAS_RIGHT:
-            attend = attend & (ahead <= narrow(shift + p.right))
+            attend = attend & (ahead <= narrow(shift + right))
         s = tl.where(attend, s, -float("inf"))
     return s, tanh_x
 

@@ -69,6 +69,7 @@ class Case:
     spread: float = 1.0  # standard deviation of q and k
     indices: int = field(default=0, repr=False)
     apart: bool = field(default=False, repr=False)
+    windows: tuple[tuple[int, int], ...] = field(default=(), repr=False)  # heads take them in turn
 
     def __str__(self) -> str:
         """The test id: shape, dtype, and every field that is not at its default."""
@@ -126,6 +127,9 @@ def problem(case: Case) -> Trial:
         lists = (B, case.H_kv if case.apart else 1, T, case.indices)
         indices = torch.randint(-1, S, lists, generator=rng).int()
         indices[-1:, :, -1:] = -1  # a query without keys
+    windows = None
+    if case.windows:
+        windows = torch.tensor([case.windows[h % len(case.windows)] for h in range(H)]).int()
     blocks = block_mask(case.blocks, B, H, T, S, rng) if case.blocks else None
     alibi = torch.rand(B if "b" in case.alibi else 1, H, generator=rng) if case.alibi else None
     inputs = Inputs(
@@ -139,6 +143,7 @@ def problem(case: Case) -> Trial:
         torch.randint(-9, 40, (B,), generator=rng).int() if case.align == "tensor" else None,
         torch.tensor([2**40 + 12345, 77]) if case.dropout_p > 0 else None,
         indices=indices,
+        windows=windows,
         **varlen,
         **({} if blocks is None else tensors_of(blocks)),
     )
@@ -225,6 +230,7 @@ def arguments_of(inputs: Inputs, options: Options) -> dict[str, Any]:
         align = "bottom_right"
     slopes = inputs.alibi_slopes
     left, right = options.window_left, options.window_right
+    pair = (None if left < 0 else left, None if right < 0 else right)
     indices = inputs.indices
     if indices is not None and indices.shape[1] < inputs.k.shape[1]:
         indices = indices[:, 0]
@@ -241,7 +247,7 @@ def arguments_of(inputs: Inputs, options: Options) -> dict[str, Any]:
         "mask": mask,
         "bias": inputs.bias,
         "causal": options.causal,
-        "window": (None if left < 0 else left, None if right < 0 else right),
+        "window": pair if inputs.windows is None else inputs.windows,
         "align": align,
         "scale": options.scale,
         "softcap": options.softcap or None,
@@ -475,7 +481,25 @@ OPTIONS: tuple[Case, ...] = (
     Case("indices_large", indices=70, B=1, T=11, spread=30.0, stats=1, D=64, H=4,
          grads=("out", "lse")),
     Case("indices_decode", indices=200, T=1, S=300, B=3, H=40, H_kv=1, D=72, D_v=64),
+    Case("windows", windows=((16, -1), (-1, 9), (8, 24), (-1, -1)), H=4),
+    Case("windows_causal", windows=((40, 3), (0, 0), (-1, -1)), causal=True, H=6, T=129),
+    Case("windows_long", windows=((70, 0), (-1, -1), (3, 2), (130, 64)), B=1, H=4, T=300, S=330,
+         align="bottom_right", D=64, D_v=40, sinks=True, grads=("out", "lse")),
+    Case("windows_far", windows=((2**29 + 20, 2**31 - 1), (2**29 - 5, -1)), align=2**29),
+    Case("windows_outside", windows=((3, 0), (300, 0)), align=140, stats=2, weights="per head",
+         grads=("out", "lse", "weights")),
+    Case("windows_padding", windows=((9, -1), (20, 0), (-1, 5), (0, 30)), H=4, mask="bs",
+         align="tensor", dropout_p=0.2, weights="mean", stats=1,
+         grads=("out", "entropy", "weights")),
+    Case("windows_bias", windows=((9, -1), (20, 0), (-1, 5)), H=3, H_kv=1, bias="ts", alibi="bh",
+         softcap=2.0, causal=True),
+    Case("windows_blocks", windows=((90, 20), (5, -1)), blocks="blocks 64", T=129, S=200),
+    Case("windows_varlen", windows=((9, 0), (-1, -1), (64, 3), (20, 5)), H=4,
+         lengths=((5, 70), (130, 9), (66, 67)), causal=True, align="bottom_right", stats=2,
+         weights="per head", grads=("out", "lse", "entropy", "weights")),
     EVERYTHING,
+    replace(EVERYTHING, name="everything_windows", window=(-1, -1),
+            windows=((90, 3), (20, 0), (-1, 9), (0, -1))),
     replace(EVERYTHING, name="everything_mean", weights="mean", align="tensor", dropout_p=0.0),
     replace(EVERYTHING, name="everything_long", T=300, S=192, D=64, D_v=64, B=1, H=2, H_kv=1),
 )  # fmt: skip

@@ -273,6 +273,7 @@ constexpr ScalarType kInt64 = ScalarType::Long;
 struct Inputs {
   Tensor q, k, v;
   OptionalTensor mask, bias, alibi_slopes, sinks, align, dropout_seed, cu_seqlens_q, cu_seqlens_k;
+  OptionalTensor windows;
   double softcap = 0.0, dropout_p = 0.0;
   int64_t weights = 0, stats = 0, max_seqlen_q = 0, max_seqlen_k = 0;
 
@@ -283,6 +284,7 @@ struct Inputs {
         v(tensor(device, kBf16, {2, 2, 130, 64})) {
     if (kind == "options") {
       mask = tensor(device, ScalarType::Bool, {2, 1, 1, 130});
+      windows = tensor(device, kInt64, {4, 2});
       bias = tensor(device, kBf16, {1, 4, 70, 130});
       alibi_slopes = tensor(device, ScalarType::Double, {4});
       sinks = tensor(device, kBf16, {4});
@@ -302,8 +304,8 @@ struct Inputs {
 };
 #define INPUTS(x)                                                                                  \
   x.q, x.k, x.v, x.mask, x.bias, x.alibi_slopes, x.sinks, x.align, x.dropout_seed, x.cu_seqlens_q, \
-      x.cu_seqlens_k, {}, {}, {}, {}, 0.1, x.softcap, true, -1, -1, 0, false, x.dropout_p,         \
-      x.weights, x.stats, true, x.max_seqlen_q, x.max_seqlen_k
+      x.cu_seqlens_k, {}, x.windows, {}, {}, {}, 0.1, x.softcap, true, -1, -1, 0, false,           \
+      x.dropout_p, x.weights, x.stats, true, x.max_seqlen_q, x.max_seqlen_k
 
 void forward(const std::string& kind, int device) {
   const Inputs x(kind, device);
@@ -335,7 +337,7 @@ void decode(const std::string& kind, int device) {
       paged ? tensor(device, kBf16, {40, 16, 2, 64}) : tensor(device, kBf16, {2, 2, 320, 64});
   OptionalTensor table;
   if (paged) table = tensor(device, kInt64, {2, 20});
-  cuda_decode(q, cache, cache, lengths, table, {}, {}, {}, {}, 0.1, 0.0, -1, -1);
+  cuda_decode(q, cache, cache, lengths, table, {}, {}, {}, {}, {}, 0.1, 0.0, -1, -1);
 }
 
 void run(const std::string& call, const std::string& kind, int device) {

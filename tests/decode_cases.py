@@ -37,6 +37,7 @@ class DecodeCase:
     alibi: str = ""
     sinks: bool = False
     bias: str | None = None
+    windows: tuple[tuple[int, int], ...] = ()  # heads take them in turn
     mask: str = ""  # the dimensions of (b, h, t, s) that are not broadcast, or "tree"
 
     def __str__(self) -> str:
@@ -68,6 +69,11 @@ CASES = (
     DecodeCase("window", window=(40, None)),
     DecodeCase("window_outside", window=(0, 0), T=3),
     DecodeCase("window_long", window=(100, 0), lengths=(4000, 50, 101), S=4000, T=2),
+    DecodeCase("windows", windows=((40, -1), (-1, -1), (0, 0), (150, 3)), T=3),
+    DecodeCase("windows_long", windows=((100, 0), (700, -1)), lengths=(4000, 50, 101), S=4000, T=2,
+         H_kv=1),
+    DecodeCase("windows_tree", windows=((9, 0), (-1, 1), (200, 2)), mask="tree", T=20, H=6,
+         sinks=True),
     DecodeCase("alibi", alibi="h", T=2),
     DecodeCase("alibi_batch", alibi="bh"),
     DecodeCase("sinks", sinks=True, lengths=(0, 100, 320)),
@@ -113,6 +119,9 @@ def make(case: DecodeCase, beyond: float = torch.nan) -> Call:
         "softcap": case.softcap,
         "return_lse": True,
     }
+    if case.windows:
+        each = [case.windows[h % len(case.windows)] for h in range(H)]
+        options["window"] = torch.tensor(each).int()
     if case.alibi:
         shape = (B, H) if "b" in case.alibi else (H,)
         options["alibi_slopes"] = torch.rand(shape, generator=rng)
@@ -143,7 +152,8 @@ def judge(results: tuple[Tensor, Tensor], call: Call) -> None:
 def equivalent(call: Call) -> Trial:
     """The same as a problem of `attention`: decoding is causal, with align = length - T."""
     options = call.options
-    left, right = options["window"] or (None, None)
+    windows = options["window"] if isinstance(options["window"], Tensor) else None
+    left, right = (None, None) if windows is not None else options["window"] or (None, None)
     slopes = options.get("alibi_slopes")
     inputs = Inputs(
         call.q,
@@ -159,6 +169,9 @@ def equivalent(call: Call) -> Trial:
     if mask is not None:
         mask = mask.to_dense() if isinstance(mask, BlockMask) else mask
         inputs = inputs._replace(mask=over_the_cache(mask, call))
+        if windows is not None:  # the mask decides to the right
+            windows = torch.stack((windows[:, 0], torch.full_like(windows[:, 1], -1)), 1)
+    inputs = inputs._replace(windows=windows)
     given = Options(
         scale,
         causal=mask is None,

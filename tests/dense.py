@@ -128,6 +128,9 @@ def _batch(
         allowed &= ahead >= -options.window_left
     if options.window_right >= 0:
         allowed &= ahead <= options.window_right
+    for h, (left, right) in enumerate([] if inputs.windows is None else inputs.windows.tolist()):
+        near = (left < 0) | (ahead >= -left)
+        allowed[:, h] &= (near & ((right < 0) | (ahead <= right)))[:, 0]
     if inputs.mask is not None:
         allowed &= inputs.mask
     if inputs.bias is not None:
@@ -310,6 +313,7 @@ def _varlen(inputs: Inputs, options: Options, cotangents: Cotangents) -> dict[st
             inputs.sinks,
             entry(inputs.align),
             inputs.dropout_seed,
+            windows=inputs.windows,
         )
         dW = cotangents.weights
         one_cotangents = Cotangents(

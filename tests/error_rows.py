@@ -363,6 +363,7 @@ OPTIONAL_TENSORS: list[Row] = [
     ),
 ]
 
+WINDOWS = z(4, 2, dtype=INT32)
 OPTIONS: list[Row] = [
     (dense, {"causal": 1}, TypeError, "causal must be True or False, got 1"),
     (dense, {"causal": None}, TypeError, "causal must be True or False, got None"),
@@ -370,14 +371,41 @@ OPTIONS: list[Row] = [
         dense,
         {"window": 5},
         TypeError,
-        "window must be None or (left, right), each None or an int, (5, 5) or (5, 0) for example, "
-        "got 5",
+        "window must be None, (left, right), each None or an int, or an int32 Tensor (H, 2), "
+        "(5, 5) or (5, 0) for example, got 5",
     ),
     (
         dense,
-        {"window": torch.zeros(2, 9)},
+        {"window": "local"},
         TypeError,
-        "window must be None or (left, right), each None or an int, got Tensor of shape (2, 9)",
+        "window must be None, (left, right), each None or an int, or an int32 Tensor (H, 2), got "
+        "'local'",
+    ),
+    (dense, {"window": z(4, 2)}, TypeError, "window must be int32, got torch.float32"),
+    (dense, {"window": WINDOWS[:3]}, ValueError, "window must be (H, 2) = (4, 2), got (3, 2)"),
+    (varlen, {"window": WINDOWS[0]}, ValueError, "window must be (H, 2) = (4, 2), got (2,)"),
+    (decode, {"window": WINDOWS.T}, ValueError, "window must be (H, 2) = (4, 2), got (2, 4)"),
+    (
+        dense,
+        {"window": WINDOWS.to("meta")},
+        ValueError,
+        "window must be on q's device cpu, got meta",
+    ),
+    (
+        dense,
+        {"window": WINDOWS.long() + 2**31},
+        ValueError,
+        "window must be from -2147483648 to 2147483647, got 2147483648",
+    ),
+    *(
+        (
+            call,
+            {"window": WINDOWS.index_fill(0, torch.tensor(2), -2)} | backend,
+            ValueError,
+            "window must hold -1, for no bound, or more, got -2 for head 2",
+        )
+        for call in (dense, varlen, decode)
+        for backend in ({}, {"backend": "reference"})
     ),
     (dense, {"window": (1, 2, 3)}, ValueError, "window must be (left, right), got 3 entries"),
     (
@@ -622,6 +650,13 @@ CHOSEN_KEYS: list[Row] = [
         ValueError,
         "return_stats must be True or False with indices, whose kernels sum nothing by key in"
         " forward, got 'received'",
+    ),
+    (
+        dense,
+        {"indices": LISTS, "window": WINDOWS},
+        ValueError,
+        "window must be (left, right) or None with indices, of which heads that share keys read one"
+        " list, got a Tensor",
     ),
     *(
         (

@@ -204,9 +204,10 @@ CHANGES = (
     "torch.complex({0}, {0}).conj().imag",
 )
 
+WINDOWS = "torch.tensor([[1, 0], [-1, 2], [0, 0], [2**31 - 1, -1]])"
 SCORES = {
     "causal": ("True", "False"),
-    "window": ("None", "(2, None)", "(0, 3)", "(2**31 - 1, 2**31 - 1)"),
+    "window": ("None", "(2, None)", "(0, 3)", "(2**31 - 1, 2**31 - 1)", WINDOWS),
     "align": ("'top_left'", "'bottom_right'", "1", "-3", "2**29", "longs(1, 2)", "ints(-5, 9)"),
     "scale": ("None", "0.3", "-2", "0.0"),
     "softcap": ("None", "5.0", "1e-3"),

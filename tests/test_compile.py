@@ -137,6 +137,18 @@ def test_chosen_keys() -> None:
     assert graphs() == 1
 
 
+def test_windows_of_heads() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, window: Tensor) -> Tensor:
+        return attnfast.attention(q, k, v, window=window, causal=True, align="bottom_right")
+
+    function = compiled(f)
+    for T, S in ((5, 9), (3, 20)):
+        q, k, v = leaves(2, T, S)[:3]
+        window = torch.arange(-1, 2 * q.shape[1] - 1).view(-1, 2)
+        assert_same(function, f, (q, k, v, window))
+    assert graphs() == 1
+
+
 def test_decode() -> None:
     def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         return attnfast.decode_attention(q, k, v, lengths, window=(9, None), return_lse=True)

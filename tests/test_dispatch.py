@@ -300,6 +300,13 @@ def test_explain_tells_the_whole_decision() -> None:
     assert "ATTNFAST_BACKEND unset" in found["environment"]
 
 
+def test_explain_names_windows_of_heads() -> None:
+    window = torch.zeros(4, 2, dtype=torch.int64)
+    for more in ((), (torch.tensor([3, 5]),)):
+        found = lines_of(attnfast.explain(*qkv(), *more, window=window))
+        assert "window=per head" in found["options"].split(", ")
+
+
 @pytest.mark.parametrize(
     ("function", "shapes"),
     [

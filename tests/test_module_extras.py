@@ -380,8 +380,8 @@ def test_statistics_of_a_replaced_model() -> None:
         (
             {"window": 3},
             TypeError,
-            "window must be None or (left, right), each None or an int, (3, 3) or (3, 0) for"
-            " example, got 3",
+            "window must be None, (left, right), each None or an int, or an int32 Tensor (H, 2), "
+            "(3, 3) or (3, 0) for example, got 3",
         ),
         ({"window": (1, 2, 3)}, ValueError, "window must be (left, right), got 3 entries"),
         (

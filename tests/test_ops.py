@@ -81,7 +81,8 @@ def decode_arguments(dtype: torch.dtype = torch.float32, paged: bool = False) ->
         table = torch.tensor([[0, 3, -1], [4, 1, 2]], dtype=torch.int32)
     lengths = torch.tensor([11, 24], dtype=torch.int32)
     bias, slopes, sinks = torch.randn(4, 1, 24)[None], torch.rand(1, 4), torch.randn(4)
-    tensors = (q, k, v, lengths, table, bias, slopes, sinks, None)
+    windows = torch.tensor([[9, 0], [-1, 2], [0, -1], [3, 3]], dtype=torch.int32)
+    tensors = (q, k, v, lengths, table, bias, slopes, sinks, None, windows)
     return *tensors, *DecodeOptions(0.25, 2.0, 9)
 
 

@@ -63,6 +63,18 @@ CASES = {
         stats=1,
         grads=("out", "lse", "entropy"),
     ),
+    "heads with windows of their own": Case(
+        T=6,
+        S=9,
+        D=4,
+        H=4,
+        H_kv=2,
+        windows=((2, 0), (-1, 1), (0, -1), (-1, -1)),
+        align="tensor",
+        sinks=True,
+        stats=1,
+        grads=("out", "lse", "entropy"),
+    ),
     "varlen": Case(
         lengths=((3, 2), (0, 4), (5, 7), (2, 0)),
         H=4,

@@ -173,6 +173,23 @@ def chosen_keys(mesh: DeviceMesh) -> None:
             torch.testing.assert_close(found.full_tensor(), expected)
 
 
+def windows_of_heads(mesh: DeviceMesh) -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    windows, lengths = torch.tensor([[2, 0], [-1, 1], [0, -1], [3, 3]]), torch.tensor([5, 7])
+    expected = attnfast.attention(q, k, k, window=windows)
+    decoded = attnfast.decode_attention(q, k, k, lengths, window=windows)
+    for cut in (BATCH, HEADS):
+        x, y = (distribute_tensor(x, mesh, [cut]) for x in (q, k))
+        own = distribute_tensor(windows, mesh, [Shard(0) if cut == HEADS else WHOLE])
+        of_entries = distribute_tensor(lengths, mesh, [cut if cut == BATCH else WHOLE])
+        found = attnfast.attention(x, y, y, window=own)
+        step = attnfast.decode_attention(x, y, y, of_entries, window=own)
+        for result, whole in ((found, expected), (step, decoded)):
+            assert result.placements == (cut,)
+            torch.testing.assert_close(result.full_tensor(), whole)
+
+
 def self_attention(mesh: DeviceMesh) -> None:
     torch.manual_seed(0)
     packed, mask = torch.randn(2, 5, 24), torch.rand(2, 1, 5, 5) < 0.7
@@ -225,8 +242,8 @@ def two_dimensions(mesh: DeviceMesh) -> None:
             torch.testing.assert_close(y.full_tensor(), z)
 
 
-CHECKS = (by_heads, by_batch, gathered, decoding, sequences, chosen_keys, self_attention, layers,
-          two_dimensions)  # fmt: skip
+CHECKS = (by_heads, by_batch, gathered, decoding, sequences, chosen_keys,
+          windows_of_heads, self_attention, layers, two_dimensions)  # fmt: skip
 
 
 def process(rank: int, rendezvous: str) -> None:

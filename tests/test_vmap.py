@@ -103,6 +103,19 @@ def test_chosen_keys(lists: tuple[int, ...], mapped: bool) -> None:
     assert_as_alone(lambda x: grad(lambda q: function(x | {"q": q}))(x["q"]), x, dims)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_windows_of_heads(mapped: bool) -> None:
+    x = {name: x for name, x in tensors().items() if name in "qkv"}
+    windows = torch.randint(-1, 4, (M, 4, 2))
+    x["window"] = windows if mapped else windows[0]
+    dims = dict.fromkeys(x, 0) | {"window": 0 if mapped else None}
+
+    def function(x: dict[str, Tensor]) -> Tensor:
+        return grad(lambda q: call(x | {"q": q}))(x["q"])
+
+    assert_as_alone(function, x, dims)
+
+
 def test_mapped_dimensions_anywhere() -> None:
     x = tensors()
     del x["sinks"]
@@ -199,7 +212,7 @@ def test_varlen(mapped: str) -> None:
 
 
 @pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("mapped", ["q", "all", "caches", "all but sinks"])
+@pytest.mark.parametrize("mapped", ["q", "all", "caches", "all but what all share"])
 def test_decoding(mapped: str, paged: bool) -> None:
     x = {
         "q": torch.randn(M, 2, 4, 2, 8),
@@ -209,6 +222,7 @@ def test_decoding(mapped: str, paged: bool) -> None:
         "bias": torch.randn(M, 4, 1, 12),
         "sinks": torch.randn(M, 4),
         "alibi_slopes": torch.rand(M, 4),
+        "window": torch.randint(-1, 6, (M, 4, 2)),
     }
     if paged:
         x["page_table"] = torch.randint(0, 5, (M, 2, 2))
@@ -216,7 +230,9 @@ def test_decoding(mapped: str, paged: bool) -> None:
         "q": ("q",),
         "all": tuple(x),
         "caches": ("k_cache", "v_cache"),
-        "all but sinks": tuple(n for n in x if n != "sinks" and not (paged and "_cache" in n)),
+        "all but what all share": tuple(
+            n for n in x if n not in ("sinks", "window") and not (paged and "_cache" in n)
+        ),
     }[mapped]
     dims = {n: 0 if n in which else None for n in x}
     x = {n: t if dims[n] == 0 else t[0] for n, t in x.items()}

@@ -56,6 +56,7 @@ FEATURES: dict[str, list[dict[str, Any]]] = {
     "`indices`, with gradient": [{"indices": True, "requires_grad": True}],
     "`bias`, with gradient": [{"bias": torch.float32, "requires_grad": True}],
     "`causal`, `window`": [options(causal=True), options(window_left=9, window_right=3)],
+    "`window`, one for each head": [{"windows": True, "requires_grad": True}],
     "`align`: corners, an offset, one per entry": [
         options(align_offset=5),
         options(align_bottom_right=True),

@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     requires_grad: bool = False
     indices: bool = False
     blocks: bool = False  # a block mask
+    windows: bool = False  # one for each head
     pooled: bool = False  # its probabilities are to be pooled
 
 

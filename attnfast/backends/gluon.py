@@ -23,6 +23,7 @@ def unsupported(problem: Problem) -> str | None:
     options, D = problem.options, problem.D
     masked = problem.mask or problem.blocks or problem.bias
     tensors = masked or problem.indices or problem.alibi or problem.sinks or problem.align
+    tensors = tensors or problem.windows
     plain = options._replace(scale=1.0, causal=False, deterministic=False, align_bottom_right=False)
     reasons = (
         (

@@ -140,6 +140,8 @@ def whole_sequences(inputs: Inputs, options: Options) -> str | None:
     """What of a call only a rank that has whole sequences computes; None: nothing."""
     if inputs.block_bits is not None:
         return "a BlockMask"
+    if inputs.windows is not None:
+        return "a window for each head"
     if inputs.cu_seqlens_q is not None:
         for name, x in (("mask", inputs.mask), ("bias", inputs.bias)):
             if x is not None:

@@ -25,7 +25,7 @@ def context_parallel_decode(
     *,
     page_table: Tensor | None = None,
     scale: float | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    window: tuple[int | None, int | None] | Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,

@@ -153,9 +153,10 @@ def by_heads(call: Call, outer: dist.ProcessGroup | None = None) -> Outputs:
         place = inputs.dropout_seed.new_tensor([0, 0, 0, first_head, 0, 0])
         inputs = inputs._replace(dropout_seed=inputs.dropout_seed + place)
     slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes[:, own]
+    windows = None if inputs.windows is None else inputs.windows[own]
     mine = inputs._replace(
         q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks,
-        block_starts=of_own(inputs.block_starts),
+        windows=windows, block_starts=of_own(inputs.block_starts),
     )  # fmt: skip
     if not own:  # and yet a part of every exchange
         outputs = of_no_heads(q, k, v, bias, sinks, options)

@@ -146,6 +146,9 @@ def _options(
     if probs:
         requirement = "False (attnfast.attention has return_lse and return_weights)"
         fail(function, "return_attn_probs", requirement, str(probs))
+    if isinstance(window, Tensor):
+        requirement = "(left, right): attnfast.attention's window takes a Tensor"
+        fail(function, "window_size", requirement, "a Tensor", TypeError)
     left, right = (None if side == -1 else side for side in window)
     return {
         "window": None if left is right is None else (left, right),

@@ -102,6 +102,19 @@ void check_indices(const AttentionParams& p) {
   }
 }
 
+// Of each head's window. Returns the farthest that any reaches to the left, -1 if that is unbounded.
+int64_t check_windows(const ScoreOptions& p, int64_t H) {
+  int64_t farthest = 0;
+  for (int64_t i = 0; i < 2 * H; ++i) {
+    STD_TORCH_CHECK(p.windows[i] >= -1,
+                    "attention: window must hold -1, for no bound, or more, got ", p.windows[i],
+                    " for head ", i / 2);
+  }
+  for (int64_t h = 0; h < H && farthest >= 0; ++h)
+    farthest = p.windows[2 * h] < 0 ? -1 : std::max<int64_t>(farthest, p.windows[2 * h]);
+  return farthest;
+}
+
 void check_offset(int64_t align) {
   STD_TORCH_CHECK(align >= -kMaxOffset && align <= kMaxOffset, "attention: align must be from ",
                   -kMaxOffset, " to ", kMaxOffset, ", got ", align);
@@ -145,6 +158,7 @@ void fill(AttentionParams* p, Kept<HostCall>* kept, ATTNFAST_INPUTS) {
   }
   if (p->blocks.starts) check_blocks(p->blocks, *block_starts, *block_index, *block_bits);
   check_indices(*p);
+  if (p->windows) check_windows(*p, p->H);
   check_offset(align_offset);
   for (int64_t b = 0; p->align_per_batch && b < p->B; ++b) check_offset(p->align_per_batch[b]);
   if (dropout_seed) {
@@ -172,8 +186,8 @@ bool is_a_step(const ForwardParams& p) {
   const int64_t position = p.align_offset + (p.align_bottom_right ? p.S - 1 : 0);
   return p.T == 1 && !p.cu_seqlens_q && !p.align_per_batch && !p.mask.data && !p.blocks.starts &&
          !p.has_lists() && p.dropout_p == 0.0 && !p.max_logit && p.weights_mode == Weights::kNone &&
-         p.window_left < 0 && p.window_right < 0 && (!p.causal || position >= p.S - 1) &&
-         (!p.alibi_slopes || position == p.S - 1);
+         !p.windows && p.window_left < 0 && p.window_right < 0 &&
+         (!p.causal || position >= p.S - 1) && (!p.alibi_slopes || position == p.S - 1);
 }
 
 void run_step(const ForwardParams& p) {
@@ -318,6 +332,7 @@ void check_cache(const DecodeParams& p) {
 void fill(DecodeParams* p, Kept<HostCall>* kept, ATTNFAST_DECODE_INPUTS) {
   fill_decode(p, kept, ATTNFAST_DECODE_INPUT_NAMES);
   check_cache(*p);
+  if (p->windows) p->window_left = check_windows(*p, p->H);
   double pairs = 0.0;
   for (int64_t b = 0; b < p->B; ++b) pairs += static_cast<double>(p->cache_seqlens[b]) * p->T;
   share_out(p, pairs);

@@ -85,7 +85,7 @@ template <class Params, class Call>
 void fill_score_options(Params* p, Kept<Call>* kept, const OptionalTensor& alibi_slopes,
                         const OptionalTensor& sinks,
                         ATTNFAST_SCORE_OPTIONS(ATTNFAST_PARAMETER) int64_t window_left,
-                        int64_t window_right) {
+                        int64_t window_right, const OptionalTensor& windows) {
   const bool shared = !alibi_slopes || alibi_slopes->dim() < 2 || alibi_slopes->size(0) == 1;
   check_count(alibi_slopes, "alibi_slopes", shared ? p->H : p->B * p->H);
   check_count(sinks, "sinks", p->H);
@@ -96,6 +96,8 @@ void fill_score_options(Params* p, Kept<Call>* kept, const OptionalTensor& alibi
   ATTNFAST_SCORE_OPTIONS(ATTNFAST_FILL)
 #undef ATTNFAST_FILL
   p->window_left = bounded(window_left), p->window_right = bounded(window_right);
+  check_count(windows, "window", 2 * p->H);
+  p->windows = kept->ints(windows, "window");
 }
 
 // A block mask of scores of these sizes.
@@ -170,6 +172,7 @@ void fill_params(AttentionParams* p, Kept<Call>* kept, bool seeds_have_place, AT
                         indices->size(2) == p->T,
                     "attention: indices must be (B, 1 | H_kv, T, K) = (", p->B, ", 1 | ", p->H_kv,
                     ", ", p->T, ", *), got ", shape_of(*indices));
+    STD_TORCH_CHECK(!windows, "attention: window must be (left, right) with indices");
     p->index_heads = indices->size(1), p->K = indices->size(3);
     p->indices = kept->ints(indices, "indices");
   }
@@ -177,7 +180,7 @@ void fill_params(AttentionParams* p, Kept<Call>* kept, bool seeds_have_place, AT
   p->align_offset = bounded(align_offset), p->align_bottom_right = align_bottom_right;
   p->causal = causal, p->dropout_p = dropout_p;
   fill_score_options(p, kept, alibi_slopes, sinks,
-                     ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left, window_right);
+                     ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left, window_right, windows);
 }
 
 template <class Call>
@@ -202,7 +205,7 @@ void fill_decode(DecodeParams* p, Kept<Call>* kept, ATTNFAST_DECODE_INPUTS) {
   p->bias = read_scores(bias, "bias", {p->B, p->H, p->T, p->S});
   p->mask = read_scores(mask, "mask", {p->B, p->H, p->T, p->T});
   fill_score_options(p, kept, alibi_slopes, sinks,
-                     ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left, window_right);
+                     ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left, window_right, windows);
 }
 
 }  // namespace attnfast::bindings

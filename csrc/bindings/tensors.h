@@ -206,18 +206,19 @@ inline Tensor nothing(const Tensor& like) { return empty(like, like.scalar_type(
 // is handed on.
 #define ATTNFAST_PARAMETER(name, absent) double name,
 #define ATTNFAST_NAME(name, absent) name,
-#define ATTNFAST_INPUTS                                                                           \
-  const Tensor &q, const Tensor &k, const Tensor &v, OptionalTensor mask, OptionalTensor bias,    \
-      OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor align,                    \
-      OptionalTensor dropout_seed, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,      \
-      OptionalTensor indices, OptionalTensor block_starts, OptionalTensor block_index,            \
-      OptionalTensor block_bits, ATTNFAST_SCORE_OPTIONS(ATTNFAST_PARAMETER) bool causal,          \
-      int64_t window_left, int64_t window_right, int64_t align_offset, bool align_bottom_right,   \
-      double dropout_p, int64_t weights, int64_t stats, bool deterministic, int64_t max_seqlen_q, \
+#define ATTNFAST_INPUTS                                                                        \
+  const Tensor &q, const Tensor &k, const Tensor &v, OptionalTensor mask, OptionalTensor bias, \
+      OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor align,                 \
+      OptionalTensor dropout_seed, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,   \
+      OptionalTensor indices, OptionalTensor windows, OptionalTensor block_starts,             \
+      OptionalTensor block_index, OptionalTensor block_bits,                                   \
+      ATTNFAST_SCORE_OPTIONS(ATTNFAST_PARAMETER) bool causal, int64_t window_left,             \
+      int64_t window_right, int64_t align_offset, bool align_bottom_right, double dropout_p,   \
+      int64_t weights, int64_t stats, bool deterministic, int64_t max_seqlen_q,                \
       int64_t max_seqlen_k
 #define ATTNFAST_INPUT_NAMES                                                                 \
   q, k, v, mask, bias, alibi_slopes, sinks, align, dropout_seed, cu_seqlens_q, cu_seqlens_k, \
-      indices, block_starts, block_index, block_bits,                                        \
+      indices, windows, block_starts, block_index, block_bits,                               \
       ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) causal, window_left, window_right, align_offset, \
       align_bottom_right, dropout_p, weights, stats, deterministic, max_seqlen_q, max_seqlen_k
 #define ATTNFAST_UPSTREAM                                                                         \
@@ -229,10 +230,10 @@ inline Tensor nothing(const Tensor& like) { return empty(like, like.scalar_type(
 #define ATTNFAST_DECODE_INPUTS                                                                \
   const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &cache_seqlens, \
       OptionalTensor page_table, OptionalTensor bias, OptionalTensor alibi_slopes,            \
-      OptionalTensor sinks, OptionalTensor mask,                                              \
+      OptionalTensor sinks, OptionalTensor mask, OptionalTensor windows,                      \
       ATTNFAST_SCORE_OPTIONS(ATTNFAST_PARAMETER) int64_t window_left, int64_t window_right
-#define ATTNFAST_DECODE_INPUT_NAMES                                                \
-  q, k_cache, v_cache, cache_seqlens, page_table, bias, alibi_slopes, sinks, mask, \
+#define ATTNFAST_DECODE_INPUT_NAMES                                                         \
+  q, k_cache, v_cache, cache_seqlens, page_table, bias, alibi_slopes, sinks, mask, windows, \
       ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left, window_right
 
 }  // namespace attnfast::bindings

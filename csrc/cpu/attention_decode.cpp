@@ -90,18 +90,21 @@ struct Decode {
                      const Scratch<Element>& scratch) const {
     const Sequence sequence(p, b);
     const Index num_rows = min_of(group_rows - row0, kMaxRows);
-    const Index begin = sequence.begin + piece * sequence.piece;
+    Index begin = sequence.begin + piece * sequence.piece;
     const Index end = min_of(begin + sequence.piece, sequence.length);
     const Index o_stride = sequence.pieces * Partial::size(v_shape);
     float* o = partial(b, h_kv, row0, piece);
     Row rows[kMaxRows];
+    Index first = end;  // key that any row attends
     for (Index i = 0; i < num_rows; ++i) {
       rows[i] = Row(p, sequence, b, h_kv, row0 + i, units.natural);
+      first = min_of(first, rows[i].begin);
       load_query(b, rows[i], scratch.q + i * k_shape.padded);
       memset(o + i * o_stride, 0, v_shape.padded * sizeof(float));
       Partial state(o + i * o_stride, v_shape);
       state.m = -kInfinity, state.l = 0.0f;
     }
+    begin += max_of(first - begin, 0) / block_keys * block_keys;
     KeyBlock<Element> even(scratch.k_copy, scratch.v_copy);
     KeyBlock<Element> odd(scratch.k_copy + kMaxBlock * kLanes, scratch.v_copy + kMaxBlock * kLanes);
     KeyBlock<Element>*block = &odd, *next = &even;
@@ -117,7 +120,7 @@ struct Decode {
         edit_scores(p, units, b, rows[i], block->key, block->n, s);
         exponentiate(units.to_log2, block->n, v_shape, s, Partial(o + i * o_stride, v_shape));
       }
-      if ((p.bias.data || p.mask.data) && has_poison(*block, v_shape)) {
+      if ((p.bias.data || p.mask.data || p.windows) && has_poison(*block, v_shape)) {
         add_attended_values(*block, v_shape, num_rows, scratch.s, o, o_stride);
       } else {
         add_values(*block, *next, p.D, v_shape, num_rows, scratch.s, o, o_stride);

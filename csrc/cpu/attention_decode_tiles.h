@@ -53,7 +53,8 @@ struct Row {
       float natural) {
     h = h_kv * (p.H / p.H_kv) + row / p.T, t = row % p.T;
     position = sequence.length - p.T + t;
-    begin = p.window_left < 0 ? 0 : max_of(position - p.window_left, 0);
+    const Index left = p.windows ? p.windows[2 * h] : p.window_left;
+    begin = left < 0 ? 0 : max_of(position - left, 0);
     end = position + 1;
     if (p.mask.data) {
       mask = static_cast<const bool*>(p.mask.data) + b * p.mask.b + h * p.mask.h + t * p.mask.t;

@@ -63,6 +63,7 @@ struct Head {
   Index T, S;                  // of this sequence
   Index q_begin, k_begin;      // first row of this sequence (varlen), else 0
   Index shift;                 // t' = t + shift
+  Index left, right;           // of the window; -1: unbounded
   Index live_begin, live_end;  // keys outside are padding for every query
   const Element *q, *k, *v;
   const char *mask, *bias;  // at (b, h, 0, 0)
@@ -77,6 +78,8 @@ struct Head {
     S = p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - k_begin : p.S;
     shift = p.align_offset + (p.align_per_batch ? p.align_per_batch[b] : 0);
     if (p.align_bottom_right) shift += S - T;
+    left = p.windows ? p.windows[2 * h] : p.window_left;
+    right = p.windows ? p.windows[2 * h + 1] : p.window_right;
     const Index h_kv = h / (p.H / p.H_kv);
     q = static_cast<const Element*>(p.q.data) + b * p.q.b + h * p.q.h + q_begin * p.q.t;
     k = static_cast<const Element*>(p.k.data) + b * p.k.b + h_kv * p.k.h + k_begin * p.k.t;
@@ -115,13 +118,12 @@ struct Head {
 
   // The keys that query t may attend to by position: key_begin(t) <= s < key_end(t).
   Index key_begin(Index t) const {
-    const Index left = problem.window_left;
     return left < 0 ? live_begin : min_of(max_of(t + shift - left, live_begin), live_end);
   }
   Index key_end(Index t) const {
     Index last = live_end - 1;
     if (problem.causal) last = min_of(last, t + shift);
-    if (problem.window_right >= 0) last = min_of(last, t + shift + problem.window_right);
+    if (right >= 0) last = min_of(last, t + shift + right);
     return max_of(last + 1, live_begin);
   }
 

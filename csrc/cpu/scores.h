@@ -195,8 +195,8 @@ ATTNFAST_NOINLINE void score_tile(const Head<Element>& head, const Column& colum
     for (Index lane = 0; lane < kColumn; lane += kLanes) {
       const IVec t = positions(column, head.shift, lane);
       const int32_t left =
-          p.window_left < 0 ? INT32_MAX : static_cast<int32_t>(min_of(p.window_left, 1 << 30));
-      Index reach = p.window_right < 0 ? 1 << 30 : min_of(p.window_right, 1 << 30);
+          head.left < 0 ? INT32_MAX : static_cast<int32_t>(min_of(head.left, 1 << 30));
+      Index reach = head.right < 0 ? 1 << 30 : min_of(head.right, 1 << 30);
       if (p.causal) reach = 0;
       const int32_t right = static_cast<int32_t>(reach);
       for (Index j = 0; j < n; ++j) {
