@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from .balance import BalanceLoss
+from .callbacks import lightning_callback, trainer_callback
 from .clip import QKClip
 from .maps import attention_map, top_keys
+from .monitor import Monitor
 from .observe import observe
 from .products import apply, apply_transposed
 from .report import report
@@ -13,15 +15,18 @@ from .seen import Seen, compare, load
 
 __all__ = [
     "BalanceLoss",
+    "Monitor",
     "QKClip",
     "Seen",
     "apply",
     "apply_transposed",
     "attention_map",
     "compare",
+    "lightning_callback",
     "load",
     "observe",
     "report",
     "rollout",
     "top_keys",
+    "trainer_callback",
 ]

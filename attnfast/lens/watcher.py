@@ -49,7 +49,7 @@ class Watcher:
         self.hooks: list[Any] = []
 
     def begins(self) -> bool:
-        """Whether to look at a forward of the model, which begins."""
+        """Whether to look at a forward, which begins: the model's, or a part's called alone."""
         raise NotImplementedError
 
     def see(self, call: Call) -> None:
@@ -111,23 +111,23 @@ class Watcher:
         return f"{name}#{calls + 1}" if calls else name
 
     def _begin(self, name: str, module: nn.Module, args: Any) -> None:
-        if name == "":
-            self._root_begins()
+        if not self.inside:
+            self._outermost_begins()
         self.inside.append((name, 0))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.inside:
             self.inside.pop()
-        if module is self.model:
-            self._root_ends()
+        if not self.inside:
+            self._outermost_ends()
 
     @torch.compiler.disable
-    def _root_begins(self) -> None:
+    def _outermost_begins(self) -> None:
         if not recomputes():
             self.looking = self.begins()
 
     @torch.compiler.disable
-    def _root_ends(self) -> None:
+    def _outermost_ends(self) -> None:
         if self.looking and not recomputes():
             self.ends()
 
