@@ -19,8 +19,8 @@ from ..block_index import dense
 from ..call import MEAN, Inputs, Options
 from ..pooled import pooled
 from ..requirements import fail
-from . import heads as kinds
 from .advice import Heads, advice
+from .heads import ALIKE, FAULTS, NAMES, NEAR, faults_of, name_of, near, similar
 from .maps import top_keys
 from .observe import observe
 from .shares import Shares
@@ -43,7 +43,7 @@ METRICS = (
     ("next", "next", "the share of probability on the token after"),
     ("self", "self", "the share of probability on the token itself"),
     ("same", "same token", "the share of probability on the same token elsewhere"),
-    ("near", "near", f"the share of probability within {kinds.NEAR} tokens"),
+    ("near", "near", f"the share of probability within {NEAR} tokens"),
 )
 
 
@@ -108,10 +108,10 @@ def report(
             "heads": facts,
             "labels": labels,
             "text": list(tokens) if by_token else labels,
-            "rules": [{"name": x.name, "says": x.says} for x in (*kinds.NAMES, *kinds.FAULTS)],
+            "rules": [{"name": x.name, "says": x.says} for x in (*NAMES, *FAULTS)],
             "similar": {
-                "says": f"Candidates to prune: the cosine of their maps is at least {kinds.ALIKE}.",
-                "pairs": kinds.similar([x for y in look.pictures.values() for x in y.small]),
+                "says": f"Candidates to prune: the cosine of their maps is at least {ALIKE}.",
+                "pairs": similar([x for y in look.pictures.values() for x in y.small]),
             },
             "advice": advice(look.calls, keep),
         }
@@ -235,14 +235,14 @@ def facts_of(row: dict[str, Any], pictures: Pictures) -> dict[str, Any]:
     h, shares = row["head"], pictures.shares
     facts = {name: float(row[name]) for name in ("breadth", "breadth_p95", "focus", "reach")}
     facts |= {name: float(values[h]) for name, values in shares.table.items()}
-    facts |= {"near": float(kinds.near(shares.distances)[h]), "sink": float(pictures.sinks[h])}
+    facts |= {"near": float(near(shares.distances)[h]), "sink": float(pictures.sinks[h])}
     facts["keys"] = float(pictures.keys[h])
     return {
         "layer": row["layer"],
         "head": h,
         **facts,
-        "name": kinds.name_of(facts),
-        "faults": kinds.faults_of(facts),
+        "name": name_of(facts),
+        "faults": faults_of(facts),
         "sink_token": int(pictures.places[h]),
         "map": pictures.maps[h],
         "received": pictures.received[h],
