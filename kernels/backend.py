@@ -19,6 +19,7 @@ from attnfast.call import (
     backward_call,
     decode_call,
     forward_call,
+    pooled_call,
 )
 from attnfast.ops import empty_in_order, wants_gradient
 from attnfast.requirements import checks_values
@@ -28,6 +29,7 @@ from . import (
     attention_bwd,
     attention_fwd,
     attention_indexed_bwd,
+    attention_pooled,
     attention_weights,
     configs,
     launch,
@@ -123,6 +125,19 @@ def decode(*args: Any) -> DecodeOutputs:
     if checks_values():
         checks.cache_values("decode_attention", inputs)
     return attention_decode(inputs, options, arch=configs.architecture(inputs.q.device))
+
+
+def pooled(*args: Any) -> Tensor:
+    """``triton_pooled``."""
+    inputs, options, pooling = pooled_call(args)
+    check_memory(inputs)
+    check_memory(pooling)
+    check_rows(q=inputs.q, k=inputs.k, v=inputs.v)
+    arch = configs.architecture(inputs.q.device)
+    call = with_key_ends(gather(inputs, options, configs.l2_bytes(arch)))
+    for job in key_ends_launches(call):
+        launch.launch(job)
+    return attention_pooled.pooled_fwd(pooling, call, arch)
 
 
 def workspace(inputs: Any, options: Any) -> tuple[int, int]:

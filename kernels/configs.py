@@ -43,7 +43,8 @@ FAMILIES = {
 }
 OTHERS = "small"  # sm_86, sm_89, sm_120 and whatever is not known: 99 KB
 
-PASSES = ("fwd", "rows", "dq", "dkdv", "dbias", "weights", "received", "decode")
+SECOND_PASSES = ("weights", "received", "cells", "distances")
+PASSES = ("fwd", "rows", "dq", "dkdv", "dbias", *SECOND_PASSES, "decode")
 HEAD_DIMS = (64, 128, 256, 512)  # the largest D and D_v that an entry serves
 
 # family -> pass -> [bytes of an element] -> a Config for each of HEAD_DIMS
@@ -54,7 +55,7 @@ def _entries(*configs: tuple[int, int, int, int]) -> tuple[Config, ...]:
     return tuple(Config(*config) for config in configs)
 
 
-_SECOND_PASSES = {
+_OF_SCORES = {
     2: _entries((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 1), (32, 16, 4, 1)),
     4: _entries((32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
 }
@@ -64,17 +65,33 @@ _FP32_FWD = _entries((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 4, 1), (16, 16, 4,
 _SMALL_FP32_FWD = (Config(32, 32, 8, 1), *_FP32_FWD[1:])
 _FP32_DQ = _entries((64, 32, 8, 1), (32, 16, 8, 1), (32, 16, 4, 1), (16, 16, 4, 1))
 _FP32_DKDV = _entries((32, 32, 8, 1), (16, 32, 8, 1), (32, 16, 4, 1), (16, 16, 4, 1))
-_COMMON = dict.fromkeys(("rows", "weights", "received"), _SECOND_PASSES) | {
+_COMMON = dict.fromkeys(("rows", *SECOND_PASSES), _OF_SCORES) | {
     "dbias": {
         2: _entries((64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
         4: _FP32_DBIAS,
-    }
+    },
+    "cells": {
+        2: _entries((64, 64, 8, 1), (64, 64, 8, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+        4: _entries((32, 32, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    "distances": {
+        2: _OF_SCORES[2],
+        4: _entries((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
 }
 
 TABLE["small"] = _COMMON | {
     "rows": {
-        2: _SECOND_PASSES[2],
-        4: (_SECOND_PASSES[4][0], Config(32, 32, 4, 1), *_SECOND_PASSES[4][2:]),
+        2: _OF_SCORES[2],
+        4: (_OF_SCORES[4][0], Config(32, 32, 4, 1), *_OF_SCORES[4][2:]),
+    },
+    "cells": {
+        2: _COMMON["cells"][2],
+        4: (_COMMON["cells"][4][0], Config(32, 16, 8, 1), *_COMMON["cells"][4][2:]),
+    },
+    "distances": {
+        2: (_OF_SCORES[2][0], Config(64, 32, 4, 1), *_OF_SCORES[2][2:]),
+        4: _COMMON["distances"][4],
     },
     "fwd": {
         2: _entries((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 1), (32, 16, 4, 1)),
@@ -99,6 +116,8 @@ TABLE["small"] = _COMMON | {
 }
 TABLE["ampere"] = TABLE["small"] | {
     "rows": _COMMON["rows"],
+    "cells": _COMMON["cells"],
+    "distances": _COMMON["distances"],
     "dbias": _COMMON["dbias"],
     "fwd": {
         2: _entries((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2), (64, 16, 8, 1)),
@@ -146,12 +165,14 @@ TABLE["blackwell"] = TABLE["hopper"] | {
     },
     "received": {
         2: _entries((64, 128, 8, 1), (64, 64, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
-        4: _SECOND_PASSES[4],
+        4: _OF_SCORES[4],
     },
 }
 # Two stages where plain and causal kernels then neither spill nor leave a SIMD fewer waves.
 TABLE["cdna"] = TABLE["small"] | {
     "rows": _COMMON["rows"],
+    "cells": _COMMON["cells"],
+    "distances": _COMMON["distances"],
     "dbias": _COMMON["dbias"],
     "fwd": {
         2: _entries((128, 64, 4, 2), (128, 64, 4, 1), (64, 32, 4, 2), (32, 16, 4, 1)),

@@ -43,6 +43,7 @@ from attnfast.kernels import (
     attention_fwd_gluon,
     attention_indexed_bwd,
     attention_indexed_fwd,
+    attention_pooled,
     attention_weights,
     configs,
     indexed_lists,
@@ -53,7 +54,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from attnfast.call import Inputs, Options, Upstream
+from attnfast.call import BY_DISTANCE, DISTANCES, MEAN, Inputs, Options, Pooling, Upstream
 from tools import cuda_resources, device_code, device_loops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,6 +232,14 @@ def job(entry: Entry) -> Launch:
     if entry.name == "received":
         received = empty(B, H, T, dtype=torch.float32)
         return attention_weights.received_launch(call, received, norm, entry.arch)
+    if entry.name in ("cells", "distances"):
+        cells, kind, columns = T // 64, MEAN, T // 64
+        if entry.name == "distances":
+            kind, columns = BY_DISTANCE, DISTANCES
+        tokens = empty(B, T, dtype=torch.int32) if everything else None
+        pooling = Pooling(norm, tokens, tokens, kind, max(cells, 1), max(columns, 1))
+        to = empty(B, H, *pooling[-2:], dtype=torch.float32)
+        return attention_pooled.pooled_launch(call, pooling, to, entry.arch)
     if entry.name in ("decode", "combine"):
         lengths, table = empty(B, dtype=torch.int32), None
         if everything:

@@ -20,6 +20,8 @@ KERNELS = {  # by name in the tables: the file in kernels/, the backend, the kin
     "dsinks": ("attention_bias", "triton", "backward"),
     "weights": ("attention_weights", "triton", "weights"),
     "received": ("attention_weights", "triton", "weights"),
+    "cells": ("attention_pooled", "triton", "weights"),
+    "distances": ("attention_pooled", "triton", "weights"),
     "decode": ("attention_decode", "triton", "decode"),
     "combine": ("attention_decode", "triton", "decode"),
     "gluon": ("attention_fwd_gluon", "gluon", "forward"),

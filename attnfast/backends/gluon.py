@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import ops
+from ..call import OPERATORS
 from . import HALF, Backend, Problem, gpus, no_pooling, other_dtype, triton
 
 HEAD_DIMS = (64, 128, 256)
@@ -12,7 +13,7 @@ LARGEST_SCALE = 2.0**100  # beyond, scores leave their units of log2
 OPS = ops.define("gluon")
 _LIBRARY = torch.library.Library(ops.NAMESPACE, "IMPL")
 
-for _kind in triton.IMPLEMENTED:
+for _kind in (kind for kind in OPERATORS if kind != "pooled"):
     _name = "gluon_fwd" if _kind == "fwd" else _kind
     for _key in ("CPU", "CUDA"):
         _LIBRARY.impl(f"gluon_{_kind}", triton.implementation(_name), _key)

@@ -24,7 +24,7 @@ import torch
 
 from .. import ops
 from ..call import OPERATORS
-from . import FUSED_DTYPES, Backend, Problem, gpus, no_pooling, other_dtype, too_wide
+from . import FUSED_DTYPES, Backend, Problem, gpus, other_dtype, too_wide
 
 OLDEST = (3, 6)
 BUILDS_ONCE = (3, 7)  # since it, Triton compiles C for its driver alone, not for each kernel
@@ -43,8 +43,7 @@ def implementation(kind: str) -> Any:
     return run
 
 
-IMPLEMENTED = [kind for kind in OPERATORS if kind != "pooled"]
-for _kind in IMPLEMENTED:
+for _kind in OPERATORS:
     for _key in ("CPU", "CUDA", "XPU"):
         _LIBRARY.impl(f"triton_{_kind}", implementation(_kind), _key)
 
@@ -180,8 +179,7 @@ def may_pass(error: Exception) -> bool:
 
 def unsupported(problem: Problem) -> str | None:
     """Why Triton refuses a problem, or None."""
-    reason = other_dtype(problem, FUSED_DTYPES) or too_wide(problem, MAX_HEAD_DIM)
-    reason = reason or no_pooling(problem) or MISSING
+    reason = other_dtype(problem, FUSED_DTYPES) or too_wide(problem, MAX_HEAD_DIM) or MISSING
     if reason is not None:
         return reason
     if problem.device.type == "cpu" and not gpus.PTX:

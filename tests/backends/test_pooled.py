@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import check_pooled, in_double
-from cases import CASES, Case, problem
+from cases import CASES, Case, bf16, problem
 from dense import Trial, dense
 from torch import Tensor
 
@@ -136,3 +136,17 @@ def test_case(backend: str, case: Case) -> None:
     given = trial(case)
     for cells in cells_of(case):
         check(run(given, cells, backend), given, cells)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_nan_is_nan_in_all_of_its_cells(backend: str, kind: str) -> None:
+    """As in the weights; also in those that position or a mask leaves out."""
+    blocks = {"causal": True, "blocks": "heads 64"} if kind == "largest" else {"window": (20, 5)}
+    given = trial(Case("nan", B=1, H=1, H_kv=1, T=130, S=200, D=16, dtype=bf16, **blocks))
+    given.inputs.q[0, 0, 70, 3] = torch.nan
+    cells = (KINDS[kind], 13, DISTANCES if kind == "by distance" else 9)
+    found = run(given, cells, backend)
+    expected = of_reference(given, cells, torch.float32).isnan()
+    assert expected.any()
+    assert torch.equal(found.isnan(), expected)
+    assert torch.equal(expected[0, 0].any(1).nonzero(), torch.tensor([[7]]))

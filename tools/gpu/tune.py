@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from attnfast.backends import triton
-from attnfast.call import DecodeInputs, DecodeOptions, Inputs, Options, Upstream
+from attnfast.call import (
+    BY_DISTANCE,
+    DISTANCES,
+    MEAN,
+    DecodeInputs,
+    DecodeOptions,
+    Inputs,
+    Options,
+    Pooling,
+    Upstream,
+)
 from bench import ROOT, clock, environment
 
 PATH = ROOT / "kernels" / "tuned.py"
@@ -28,8 +38,9 @@ ROUNDS = 9
 LEAST, MOST = 16, 128  # a tile's queries or keys
 WARPS = (4, 8)
 MOST_STAGES = 4
-PASSES = ("fwd", "rows", "dq", "dkdv", "dbias", "weights", "received", "decode")
-UNPIPELINED = ("rows", "dbias", "weights", "received")  # always one stage, see configs.choose
+SECOND_PASSES = ("weights", "received", "cells", "distances")
+PASSES = ("fwd", "rows", "dq", "dkdv", "dbias", *SECOND_PASSES, "decode")
+UNPIPELINED = ("rows", "dbias", *SECOND_PASSES)  # always one stage, see configs.choose
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 Tile = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, warps, stages
@@ -176,6 +187,12 @@ def call_of(
     if place.name in ("fwd", *asked):
         return lambda: tuple(ops.fwd(*inputs, *options)), T
     out, _, norm, *_ = ops.fwd(*inputs, *options)
+    if place.name == "cells":
+        pooling = Pooling(norm, None, None, MEAN, T // 64, T // 64)
+        return lambda: (ops.pooled(*inputs, *options, *pooling),), T
+    if place.name == "distances":
+        pooling = Pooling(norm, None, None, BY_DISTANCE, T // 256, DISTANCES)
+        return lambda: (ops.pooled(*inputs, *options, *pooling),), T
     grad_out = normal(*out.shape)
     upstream = Upstream.plain(grad_out, out, norm)._replace(need_dbias=place.name == "dbias")
     if place.name == "rows":  # which has products only then
