@@ -380,6 +380,8 @@ WRONG: tuple[tuple[dict[str, Any], str], ...] = (
     ({"align": 2**29}, "align must be at most 268435456 either way, got 536870912"),
     ({"mask": attnfast.BlockMask.strided(8, 8, 2), "method": "ring"},
      "method with a BlockMask must be 'all_to_all', where a rank has whole sequences, got 'ring'"),
+    ({"window": torch.zeros(2, 2).int(), "method": "ring"},
+     "method with a window for each head must be 'all_to_all', where a rank has whole sequences, "),
     ({"indices": torch.zeros(1, 8, 2).int(), "method": "ring"}, "indices must be given with met"),
     ({"return_stats": "received", "method": "ring"}, "return_stats must be True: 'received' needs"),
     ({"mask": torch.ones(1, 1, 4, 8).bool()}, "mask must be broadcastable to (B, H, T, S) = (1, "),

@@ -19,6 +19,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "plain": {},
     "grouped": {"num_kv_heads": 2},
     "window": {"window": (4, 0)},
+    "windows of heads": {"window": torch.tensor([[4, 0], [-1, 1], [0, 0], [9, -1]])},
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": True},
     "alibi": {"alibi": True},

@@ -23,6 +23,10 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "one key head": {"num_kv_heads": 1},
     "window": {"window": (2, 1)},
     "window to the left": {"window": (3, None)},
+    "windows of heads": {
+        "num_kv_heads": 2,
+        "window": torch.tensor([[2, 1], [-1, 0], [0, -1], [-1, -1], [3, 3], [0, 0]]),
+    },
     "softcap": {"softcap": 0.7},
     "sinks": {"sinks": True},
     "alibi": {"alibi": True},
@@ -74,14 +78,13 @@ def dense(
     if module.alibi:
         slopes = 2.0 ** torch.tensor([-2.0, -4.0, -6.0, -8.0, -1.0, -3.0])  # of 6 heads
         scores = scores - slopes[:, None, None] * ahead.abs()
-    left, right = module.window or (None, None)
-    hidden = torch.zeros_like(ahead, dtype=torch.bool)
+    hidden = torch.zeros(module.num_heads, *ahead.shape, dtype=torch.bool)
     if causal:
         hidden |= ahead > 0
-    if left is not None:
-        hidden |= ahead < -left
-    if right is not None:
-        hidden |= ahead > right
+    pair = [-1 if side is None else side for side in module._window or (None, None)]
+    for h, of_head in enumerate(hidden):
+        left, right = pair if module.windows is None else module.windows[h].tolist()
+        of_head |= (left >= 0) & (ahead < -left) | (right >= 0) & (ahead > right)
     scores = scores.masked_fill(hidden, -torch.inf)
     if module.sinks is not None:
         sink = module.sinks[:, None, None].expand(*scores.shape[:3], 1)
@@ -215,6 +218,35 @@ def test_alibi_slopes_stay_exact() -> None:
     assert late.alibi_slopes.device.type == "meta"
     assert torch.equal(late.to_empty(device="cpu").alibi_slopes, slopes)
     assert "alibi_slopes" not in module.state_dict()
+
+
+def test_windows_of_heads_stay_what_they_are() -> None:
+    """Int32 on the parameters' device, also right after a start on the meta device; not saved."""
+    given = EXTRAS["windows of heads"]["window"]
+    module, late = layer(window=given), layer(window=given, device="meta")
+    for changed in (module, module.bfloat16(), copy.deepcopy(module), late.to_empty(device="cpu")):
+        assert changed.window.dtype == torch.int32
+        assert torch.equal(changed.window, given.int())
+    assert module.to("meta").window.is_meta
+    assert "windows" not in module.state_dict()
+
+
+def test_windows_may_change_at_any_time() -> None:
+    given = EXTRAS["windows of heads"]["window"]
+    module, x = layer(), torch.randn(B, T, E, dtype=torch.float64)
+    plain = module(x, x, x)[0]
+    module.window = (1, 1)
+    near = module(x, x, x)[0]
+    module.window = torch.ones_like(given)
+    assert module.extra_repr() == "window='of each head'"
+    torch.testing.assert_close(module(x, x, x)[0], near)
+    module.window[:] = -1
+    torch.testing.assert_close(module(x, x, x)[0], plain)
+    module.window = (1, 1)
+    assert module.windows is None
+    torch.testing.assert_close(module(x, x, x)[0], near)
+    module.window = None
+    assert torch.equal(module(x, x, x)[0], plain)
 
 
 def test_cosine_sees_directions_only() -> None:
@@ -384,6 +416,12 @@ def test_statistics_of_a_replaced_model() -> None:
             "(3, 3) or (3, 0) for example, got 3",
         ),
         ({"window": (1, 2, 3)}, ValueError, "window must be (left, right), got 3 entries"),
+        ({"window": torch.ones(6, 2)}, TypeError, "window must be int32, got torch.float32"),
+        (
+            {"window": torch.ones(4, 2).int()},
+            ValueError,
+            "window must be (H, 2) = (6, 2), got (4, 2)",
+        ),
         (
             {"window": (-1, 0)},
             ValueError,
@@ -449,7 +487,7 @@ def test_restore_removes_what_extras_need() -> None:
     model = nn.ModuleDict({"a": nn.MultiheadAttention(E, H)})
     before = [sorted(vars(m)) for m in model.modules()], [*model.a._parameters], [*model.a._buffers]
     replace(model)
-    model.a.window, model.a.collect_stats = (1, 1), True
+    model.a.window, model.a.collect_stats = torch.ones(H, 2, dtype=torch.int32), True
     x = torch.randn(T, B, E)
     model.a(x, x, x)
     restore(model)

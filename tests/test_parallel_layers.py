@@ -30,6 +30,7 @@ B, T, E, H = 2, 12, 32, 4
 EXTRAS: dict[str, Any] = {
     "num_kv_heads": 2, "sinks": True, "alibi": True, "similarity": "cosine", "window": (5, 3),
 }  # fmt: skip
+OWN_WINDOWS = torch.tensor([[5, 3], [-1, 0], [0, -1], [2, 2]])
 
 
 def layer(**options: Any) -> attnfast.MultiheadAttention:
@@ -80,6 +81,7 @@ def hold_tensor(mesh: DeviceMesh) -> None:
     calls: tuple[tuple[dict[str, Any], dict[str, Any], bool], ...] = (
         ({}, {"is_causal": True, "need_weights": False}, False),
         (EXTRAS, {"key_padding_mask": padding, "need_weights": False}, False),
+        ({"window": OWN_WINDOWS, "num_kv_heads": 2}, {"need_weights": False}, False),
         ({"bias": False}, {"attn_mask": by_head, "average_attn_weights": False}, False),
         ({"collect_stats": True}, {"attn_mask": by_head[0] > 1}, False),
         ({}, {"need_weights": False}, True),
@@ -166,6 +168,7 @@ def hold_context(mesh: DeviceMesh) -> None:
         ({}, {"is_causal": True}, "zigzag"),
         (EXTRAS, {"key_padding_mask": padding}, "contiguous"),
         ({"bias": False}, {"attn_mask": mask}, "zigzag"),
+        ({"window": OWN_WINDOWS, "num_kv_heads": 2}, {"is_causal": True}, "zigzag"),
     ):
         plain = layer(**options)
         cut = parallelize(copy.deepcopy(plain), mesh, context=mesh.mesh_dim_names[0], layout=layout)

@@ -178,12 +178,15 @@ class Parallel(NamedTuple):
         return [self._own(w, 0) for w in whole], biases
 
     def per_head(self, x: Tensor | None) -> Tensor | None:
-        """Of a parameter or buffer ``(H,)``."""
+        """Of a parameter or buffer ``(H, ...)``."""
         return None if x is None else self._own(x, 0)
 
     def asked(self, asked: dict[str, Any]) -> dict[str, Any]:
         """A layer's options, of this rank's heads."""
-        return asked | {name: self.per_head(asked[name]) for name in ("alibi_slopes", "sinks")}
+        own = {name: self.per_head(asked[name]) for name in ("alibi_slopes", "sinks")}
+        if isinstance(asked["window"], Tensor):
+            own["window"] = self.per_head(asked["window"])
+        return asked | own
 
     def lengths(self, q: Tensor, k: Tensor) -> tuple[int, int]:
         """T and S of the whole sequences."""

@@ -79,7 +79,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         num_kv_heads: H_kv, heads of keys and values, each shared by ``H / H_kv`` query heads
             (arXiv:2305.13245); default H. ``in_proj_weight`` then is ``((H + 2 H_kv) D, E)``.
         window: ``(left, right)``: query t attends keys t - left to t + right only; None is
-            unbounded. Not with ``add_bias_kv`` or ``add_zero_attn``, whose keys have no position.
+            unbounded. Or an int tensor ``(H, 2)``, of each head its own, -1 is unbounded: a buffer
+            then, not in the ``state_dict``. May be changed at any time. Not with ``add_bias_kv`` or
+            ``add_zero_attn``, whose keys have no position.
         softcap: c: scores x become ``c * tanh(x / c)`` (arXiv:2408.00118).
         sinks: learn one logit per head, the parameter ``sinks`` ``(H,)``, initially zero, that
             takes part in the softmax's denominator only (arXiv:2309.17453).
@@ -104,7 +106,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     backend: str = "auto"
     deterministic: bool | None = None
-    window: tuple[int | None, int | None] | None = None
+    _window: tuple[int | None, int | None] | None = None
     softcap: float | None = None
     alibi: bool = False
     similarity: str = "dot"
@@ -114,6 +116,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     sinks: nn.Parameter | None
     log_temperature: nn.Parameter | None
     alibi_slopes: Tensor | None
+    windows: Tensor | None
     _has_sinks: bool = False
 
     def __init__(
@@ -131,7 +134,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         dtype: torch.dtype | None = None,
         *,
         num_kv_heads: int | None = None,
-        window: tuple[int | None, int | None] | None = None,
+        window: tuple[int | None, int | None] | Tensor | None = None,
         softcap: float | None = None,
         sinks: bool = False,
         alibi: bool = False,
@@ -165,16 +168,16 @@ class MultiheadAttention(nn.MultiheadAttention):
             dtype,
         )
         appends = add_bias_kv or add_zero_attn
-        extras.check(window, softcap, alibi, similarity, collect_stats, appends)
+        extras.check(num_heads, window, softcap, alibi, similarity, collect_stats, appends)
         self.backend = backend
         self.deterministic = deterministic
-        self.window = window
         self.softcap = softcap
         self.alibi = alibi
         self.similarity = similarity
         self.collect_stats = collect_stats
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         adopt(self)
+        self.window = window
         if num_kv_heads is not None:
             self._share_key_heads(num_kv_heads, made)
         if sinks:
@@ -327,14 +330,28 @@ class MultiheadAttention(nn.MultiheadAttention):
         heads: int = rows * self.num_heads // self.embed_dim
         return heads
 
+    @property
+    def window(self) -> tuple[int | None, int | None] | Tensor | None:
+        """The window of all heads, or those of each, int32 ``(H, 2)``; see the class."""
+        return self._window if self.windows is None else self.windows
+
+    @window.setter
+    def window(self, window: tuple[int | None, int | None] | Tensor | None) -> None:
+        if isinstance(window, Tensor):
+            self._window, self.windows = None, extras.windows_of(self, window)
+        else:
+            self._window, self.windows = window, None
+
     def extra_repr(self) -> str:
         """The extras that are not torch's behaviour."""
         shown: dict[str, Any] = {}
         if self.num_kv_heads != self.num_heads:
             shown["num_kv_heads"] = self.num_kv_heads
+        if self.window is not None:
+            shown["window"] = self._window if self.windows is None else "of each head"
         shown |= {
             name: getattr(self, name)
-            for name in ("window", "softcap", "alibi", "similarity", "collect_stats", "backend")
+            for name in ("softcap", "alibi", "similarity", "collect_stats", "backend")
             if getattr(self, name) != getattr(MultiheadAttention, name)
         }
         if self._has_sinks:
@@ -364,10 +381,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         extras.slopes_of(self)  # no longer on meta, where assign=True has taken the parameters away
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        slopes = extras.slopes_of(self)
+        slopes, windows = extras.slopes_of(self), self.windows
         applied = super()._apply(fn, recurse)
         if slopes is not None and self.alibi_slopes is not None:
             self.alibi_slopes = extras.moved_slopes(self, slopes, self.alibi_slopes.device)
+        if windows is not None and self.windows is not None:  # to_empty brings no values
+            self.windows = windows.to(self.windows.device)
         return applied
 
     def _share_key_heads(self, num_kv_heads: int, made: dict[str, Any]) -> None:
@@ -445,6 +464,7 @@ def adopt(module: nn.MultiheadAttention) -> None:
     ours.register_parameter("sinks", None)
     ours.register_parameter("log_temperature", None)
     ours.register_buffer("alibi_slopes", None, persistent=False)
+    ours.register_buffer("windows", None, persistent=False)
     use_projection_linear(ours.out_proj)
 
 
@@ -455,9 +475,10 @@ def abandon(module: nn.MultiheadAttention) -> None:
         (module._parameters, "sinks"),
         (module._parameters, "log_temperature"),
         (module._buffers, "alibi_slopes"),
+        (module._buffers, "windows"),
     ):
         registered.pop(name, None)
-    module._non_persistent_buffers_set.discard("alibi_slopes")
+    module._non_persistent_buffers_set -= {"alibi_slopes", "windows"}
     for name in MultiheadAttention.__annotations__:
         module.__dict__.pop(name, None)
 

@@ -63,14 +63,20 @@ def decoding(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(
-    window: Any, softcap: Any, alibi: bool, similarity: str, collect_stats: Any, appends: bool
+    num_heads: int,
+    window: Any,
+    softcap: Any,
+    alibi: bool,
+    similarity: str,
+    collect_stats: Any,
+    appends: bool,
 ) -> None:
     """Raise unless the constructor's extras are what `attention` will take.
 
     ``appends`` is whether keys without a position are appended.
     """
     if window is not None:
-        require.window_sides(NAME, window)
+        require.window(NAME, window, window, num_heads)
     if softcap is not None:
         require.softcap_limit(NAME, softcap)
     require.choice(NAME, "similarity", similarity, SIMILARITIES)
@@ -132,6 +138,13 @@ def slopes_of(module: Any) -> Tensor | None:
         if slopes is None or not _is_meta(weight):
             slopes = module.alibi_slopes = alibi_slopes(module.num_heads, weight.device)
     return slopes
+
+
+def windows_of(module: Any, window: Tensor) -> Tensor:
+    """Windows of heads as the kernels take them, int32, where the layer's parameters are."""
+    window = require.indices(NAME, "window", window, window, (None, 2), "(H, 2)")
+    device = projection_weight(module).device
+    return window if device.type == "meta" else window.to(device)
 
 
 def moved_slopes(module: Any, slopes: Tensor, device: torch.device) -> Tensor:
