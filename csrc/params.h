@@ -138,6 +138,19 @@ struct ForwardParams : AttentionParams {
   MutableView weights;  // (B, H, T, S), or (B, T, S) with h = 0; after dropout; the dtype of q
 };
 
+enum class Pooling : int32_t { kMean, kLargest, kByDistance };
+
+// Probabilities in cells: see Pooling in attnfast/call.py.
+struct PooledParams : AttentionParams {
+  const float* norm = nullptr;  // two planes of the forward's
+  int64_t norm_plane = 0, lse_stride_b = 0, lse_stride_h = 0;
+  const int32_t* tokens_q = nullptr;  // [B, T], or of all sequences' queries; null: none
+  const int32_t* tokens_k = nullptr;  // [B, S], likewise
+  Pooling kind = Pooling::kMean;
+  int64_t rows = 1, columns = 1;
+  float* pooled = nullptr;  // [B, H, rows, columns]
+};
+
 struct BackwardParams : AttentionParams {
   View out;                     // (B, H, T, D_v)
   View grad_out;                // (B, H, T, D_v)

@@ -19,7 +19,8 @@ import pytest
 from attnfast import ops
 from csrc import build
 
-FILES = [f"tests/backends/test_{x}.py" for x in ("table", "numerics", "large_scores", "decode")]
+NAMES = ("table", "numerics", "large_scores", "decode", "pooled")
+FILES = [f"tests/backends/test_{x}.py" for x in NAMES]
 
 
 def missing(isa: str) -> list[str]:

@@ -84,6 +84,23 @@ def test_no_matrix_of_scores(name: str) -> None:
 
 
 @sanitized
+@pytest.mark.parametrize("cells", [(0, 512, 512), (1, 1, 8192), (2, 32, 66)], ids=str)
+def test_pooling_holds_cells_alone(cells: tuple[int, int, int]) -> None:
+    run = f"""
+from attnfast.call import Inputs, Options
+from attnfast.pooled import pooled
+def pool(n):
+    inputs = Inputs(*(torch.randn(1, 1, n, D) for _ in "qkv"))
+    return pooled("attention", inputs, Options(0.125, causal=True), *{cells}, "cpu")
+pool(70)
+before = peak()
+pool(N)
+print(peak() - before)
+"""
+    assert growth(run) < MATRIX / 16
+
+
+@sanitized
 @pytest.mark.parametrize("weights", ["'mean'", "True"])
 def test_weights_are_held_once(weights: str) -> None:
     """Averaged over eight heads they take a T x S matrix, not eight; a gradient doubles that."""

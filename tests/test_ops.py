@@ -16,7 +16,19 @@ from torch.autograd import forward_ad
 import attnfast
 from attnfast import ops
 from attnfast.backends import cpu
-from attnfast.call import DecodeOptions, Gradients, Inputs, Options, Outputs, forward_call
+from attnfast.call import (
+    BY_DISTANCE,
+    DISTANCES,
+    LARGEST,
+    MEAN,
+    DecodeOptions,
+    Gradients,
+    Inputs,
+    Options,
+    Outputs,
+    Pooling,
+    forward_call,
+)
 from attnfast.dispatch import BACKENDS
 
 SMALL = Case(B=2, H=4, H_kv=2, T=5, S=7, D=16, D_v=8, causal=True)
@@ -89,6 +101,20 @@ def decode_arguments(dtype: torch.dtype = torch.float32, paged: bool = False) ->
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_opcheck_of_forward(case: Case) -> None:
     torch.library.opcheck(ops.CPU.fwd, forward_arguments(case))
+
+
+def pooled_arguments(case: Case, kind: int = BY_DISTANCE) -> tuple[Any, ...]:
+    inputs, options, _ = problem(case)
+    norm = Outputs(*ops.CPU.fwd(*inputs, *options)).norm
+    tokens = (torch.zeros(x.shape[0], x.shape[2], dtype=torch.int32) for x in inputs[:2])
+    columns = DISTANCES if kind == BY_DISTANCE else 4
+    return *inputs, *options, *Pooling(norm, *tokens, kind, 3, columns)
+
+
+@pytest.mark.parametrize("kind", [MEAN, LARGEST, BY_DISTANCE])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_opcheck_of_pooled(case: Case, kind: int) -> None:
+    torch.library.opcheck(ops.CPU.pooled, pooled_arguments(case, kind))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -261,6 +287,7 @@ REFUSED = {
     "cpu_fwd": (ops.CPU.fwd, forward_arguments(EVERYTHING), (5,)),
     "cpu_bwd": (ops.CPU.bwd, backward_arguments(EVERYTHING), (4, 5, 6, 14)),
     "cpu_decode": (ops.CPU.decode, decode_arguments(), (0, 1, 2, 5, 6, 7)),
+    "cpu_pooled": (ops.CPU.pooled, pooled_arguments(EVERYTHING), (0, 1, 2, 4, 5, 6)),
     "cpu_self_attention": (ops.SELF_ATTENTION, self_attention_arguments(), (0, 4)),
 }
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn, vmap
 from torch.func import functional_call, grad, jacrev, stack_module_state
 
 import attnfast
+from attnfast.call import MEAN, Inputs, Options
+from attnfast.pooled import pooled
 
 M = 3
 NAMES = ("q", "k", "v", "bias", "sinks")
@@ -237,6 +239,16 @@ def test_decoding(mapped: str, paged: bool) -> None:
     dims = {n: 0 if n in which else None for n in x}
     x = {n: t if dims[n] == 0 else t[0] for n, t in x.items()}
     assert_as_alone(lambda x: attnfast.decode_attention(**x, return_lse=True), x, dims)
+
+
+def test_pooling() -> None:
+    q, k = torch.randn(M, 2, 4, 5, 8), torch.randn(2, 2, 12, 8)
+
+    def pool(q: Tensor) -> Tensor:
+        return pooled("attention", Inputs(q, k, k), Options(0.3, causal=True), MEAN, 2, 3, "cpu")
+
+    assert torch.equal(vmap(pool)(q), torch.stack([pool(x) for x in q]))
+    assert vmap(pool)(q[:0]).shape == (0, 2, 4, 2, 3)
 
 
 def test_no_calls_at_all() -> None:

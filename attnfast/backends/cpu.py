@@ -7,14 +7,14 @@ import functools
 import torch
 
 from .. import ops
-from . import FUSED_DTYPES, Backend, Problem, no_pooling, other_dtype
+from . import FUSED_DTYPES, Backend, Problem, other_dtype
 
 MISSING = ops.MISSING
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why a problem is refused, or None."""
-    return no_pooling(problem) or other_dtype(problem, FUSED_DTYPES) or MISSING
+    return other_dtype(problem, FUSED_DTYPES) or MISSING
 
 
 def details() -> str:

@@ -23,6 +23,7 @@ using attnfast::DType;
 using attnfast::Footprint;
 using attnfast::ForwardParams;
 using attnfast::MutableView;
+using attnfast::PooledParams;
 using attnfast::ScoreOptions;
 using attnfast::View;
 using attnfast::Weights;
@@ -287,6 +288,16 @@ BackwardTensors cpu_bwd(ATTNFAST_UPSTREAM, ATTNFAST_INPUTS) {
   return results;
 }
 
+Tensor cpu_pooled(ATTNFAST_INPUTS, ATTNFAST_POOLING) {
+  PooledParams p;
+  HostCall call;
+  Kept kept(&call);
+  fill(&p, &kept, ATTNFAST_INPUT_NAMES);
+  Tensor result = pooled_result(&p, &kept, ATTNFAST_POOLING_NAMES, ATTNFAST_INPUT_NAMES);
+  run(attnfast::cpu::kernels().attention_pooled, p, "attention: no memory for the pooling's");
+  return result;
+}
+
 // The most scratch that a call's forward and backward hold, in bytes: what their kernels say.
 std::tuple<int64_t, int64_t> cpu_workspace(ATTNFAST_INPUTS, bool need_dbias) {
   ForwardParams forward;
@@ -369,6 +380,7 @@ STABLE_TORCH_LIBRARY_IMPL(ATTNFAST_OPERATORS, CPU, m) {
   m.impl("cpu_fwd", ATTNFAST_BOX(cpu_fwd));
   m.impl("cpu_bwd", ATTNFAST_BOX(cpu_bwd));
   m.impl("cpu_decode", ATTNFAST_BOX(cpu_decode));
+  m.impl("cpu_pooled", ATTNFAST_BOX(cpu_pooled));
   m.impl("cpu_self_attention", ATTNFAST_BOX(cpu_self_attention));
   m.impl("cpu_workspace", ATTNFAST_BOX(cpu_workspace));
   m.impl("cpu_decode_workspace", ATTNFAST_BOX(cpu_decode_workspace));

@@ -124,6 +124,36 @@ BackwardTensors backward_results(BackwardParams* p, Kept<Call>* kept, bool slack
   return {dq, dk, dv, dbias, dsinks};
 }
 
+// What pooling reads beside the problem, and its result.
+template <class Call>
+Tensor pooled_result(PooledParams* p, Kept<Call>* kept, ATTNFAST_POOLING, ATTNFAST_INPUTS) {
+  constexpr int64_t kDistances = 66;
+  const int64_t H = p->H, T = q.size(2);
+  STD_TORCH_CHECK(!indices, "attention: indices must be left out where probabilities are pooled");
+  STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Pooling::kByDistance),
+                  "attention: kind must be 0, 1 or 2, got ", kind);
+  p->kind = static_cast<Pooling>(kind);
+  STD_TORCH_CHECK(rows >= 1 && columns >= 1 && rows <= kMaxRows && columns <= kMaxRows,
+                  "attention: rows and columns must be from 1 to ", kMaxRows, ", got ", rows,
+                  " and ", columns);
+  STD_TORCH_CHECK(p->kind != Pooling::kByDistance || columns == kDistances,
+                  "attention: columns must be ", kDistances, " for distances, got ", columns);
+  STD_TORCH_CHECK(norm.dim() == 4 && norm.size(0) == 2 && norm.numel() == 2 * q.size(0) * H * T,
+                  "attention: norm must be what the forward returned");
+  check_count(tokens_q, "tokens_q", q.size(0) * T);
+  check_count(tokens_k, "tokens_k", k.size(0) * k.size(2));
+  STD_TORCH_CHECK(tokens_q.has_value() == tokens_k.has_value(),
+                  "attention: tokens_q and tokens_k must be given together");
+  p->norm = kept->floats(norm, "norm");
+  p->lse_stride_b = H * T, p->lse_stride_h = T, p->norm_plane = q.size(0) * H * T;
+  p->tokens_q = kept->ints(tokens_q, "tokens_q"), p->tokens_k = kept->ints(tokens_k, "tokens_k");
+  p->rows = rows, p->columns = columns;
+  Tensor pooled = empty(q, ScalarType::Float, {p->B, H, rows, columns});
+  kept->call->writes(pooled, "pooled");
+  p->pooled = floats(pooled);
+  return pooled;
+}
+
 // x in another type, if it is not of that.
 inline Tensor converted(const Tensor& x, ScalarType type) {
   if (x.scalar_type() == type) return x;

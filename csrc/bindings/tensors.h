@@ -227,6 +227,10 @@ inline Tensor nothing(const Tensor& like) { return empty(like, like.scalar_type(
       bool need_dbias, bool need_dsinks
 #define ATTNFAST_UPSTREAM_NAMES \
   grad_out, grad_lse, grad_entropy, grad_weights, out, norm, entropy, need_dbias, need_dsinks
+#define ATTNFAST_POOLING                                                              \
+  const Tensor &norm, OptionalTensor tokens_q, OptionalTensor tokens_k, int64_t kind, \
+      int64_t rows, int64_t columns
+#define ATTNFAST_POOLING_NAMES norm, tokens_q, tokens_k, kind, rows, columns
 #define ATTNFAST_DECODE_INPUTS                                                                \
   const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &cache_seqlens, \
       OptionalTensor page_table, OptionalTensor bias, OptionalTensor alibi_slopes,            \

@@ -65,8 +65,8 @@ struct BackwardRows : BackwardTiles<Element> {
   }
 
   // m and log2 l of a block's queries found anew, into two planes of `norm`, where the scores are
-  // so large that it matters how they are rounded, or in the units of the decoding kernel. Of an
-  // lse alone (norm_plane 0) the others too.
+  // so large that it matters how they are rounded, or on pairs the decoding kernel's. Of an lse alone
+  // (norm_plane 0) the others too.
   void find_norm(const Head<Element>& head, Index t0, Index n, float* norm, Index plane,
                  BackwardScratch& s) const {
     load_block(head, t0, n, s, false);

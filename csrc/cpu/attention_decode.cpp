@@ -128,7 +128,7 @@ struct Decode {
     }
   }
 
-  // One query row's pieces, in order, become its output, lse and norm.
+  // One query row's pieces, in order, become its output, lse and norm, in the units of heads.
   void combine(Index b, Index h, Index t) const {
     const Index pieces = Sequence(p, b).pieces, group = p.H / p.H_kv;
     const auto piece = [&](Index i) {
@@ -151,7 +151,9 @@ struct Decode {
                 top = m == sink ? sink_natural : m * units.to_natural;
     p.lse[at] = l == 0.0f ? -kInfinity : top + log2_l * kLn2;
     if (p.norm) {
-      p.norm[at] = base;
+      const float slope = p.alibi_slopes ? p.alibi_slopes[b * p.alibi_stride_b + h] : 0.0f;
+      const bool edited = p.softcap > 0.0f || units.after || slope != 0.0f || p.bias.data;
+      p.norm[at] = units.keeps_products<Element>(edited) ? base / units.factor : base;
       p.norm[p.B * p.H * p.T + at] = l == 0.0f ? kInfinity : log2_l;
     }
 

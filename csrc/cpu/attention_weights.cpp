@@ -14,8 +14,7 @@
 #include "blocks.h"
 #include "dropout.h"
 #include "kernels.h"
-#include "probabilities.h"
-#include "segments.h"
+#include "probability_tiles.h"
 #include "team.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
@@ -42,29 +41,6 @@ struct Scratch {
   }
 };
 
-// scratch.s[key][lane] = p before dropout, for keys key .. key + n - 1.
-template <class Element>
-void probability_tile(const Head<Element>& head, const Column& column, const Norm& norm, Index key,
-                      Index n, const float* k, Index k_row, const Scratch& scratch) {
-  DeadKeys dead;
-  scores_of(head, column, key, n, k, k_row, scratch.q_t, scratch.s, nullptr, nullptr, &dead);
-  norm.exponentiate(n, head.units.to_log2, scratch.s);
-}
-
-// Calls f(column, key, n) for the tiles of [key_begin, key_end) that the queries from t on attend.
-// A row that is NaN anywhere is NaN at all of its keys, as softmax would have it.
-template <class Element, class Function>
-void each_tile(const Head<Element>& head, Index t, Index rows, const Norm& norm, Index key_begin,
-               Index key_end, Function f) {
-  Segments segments(head, t, key_begin, key_end, norm.has_nan);
-  for (Segment segment; segments.next(&segment);) {
-    const Column column(head, t, rows, segment);
-    const Index begin = max_of(key_begin, norm.has_nan ? segment.begin : column.begin);
-    const Index end = min_of(key_end, norm.has_nan ? segment.end : column.end);
-    for (Index key = begin; key < end; key += kMaxKeys) f(column, key, min_of(kMaxKeys, end - key));
-  }
-}
-
 // sum[key - key_begin][lane] += weights of one head's column over [key_begin, key_end).
 template <class Element>
 void add_weights(const ForwardParams& p, const Head<Element>& head, Index t, Index rows,
@@ -75,7 +51,8 @@ void add_weights(const ForwardParams& p, const Head<Element>& head, Index t, Ind
   load_queries(head, t, rows, scratch.q_t);
   const float keep_scale = keep_scale_of(p);
   each_tile(head, t, rows, norm, key_begin, key_end, [&](const Column& column, Index key, Index n) {
-    probability_tile(head, column, norm, key, n, k + (key - key_begin) * k_row, k_row, scratch);
+    probability_tile(head, column, norm, key, n, k + (key - key_begin) * k_row, k_row, scratch.q_t,
+                     scratch.s);
     if (p.dropout_p > 0.0) dropout_tile(head, column, key, n, keep_scale, scratch.z);
     float* out = sum + (key - key_begin) * kColumn;
     for (Index i = 0; i < n * kColumn; i += kLanes) {
@@ -154,20 +131,21 @@ void received_item(const ForwardParams& p, const Head<Element>& head, Index key0
     norm.load_rows(p, head, t, rows);
     if (scratch.worker->stops(kColumn * keys)) return;
     bool loaded = false;
-    each_tile(
-        head, t, rows, norm, key0, key0 + keys, [&](const Column& column, Index key, Index n) {
-          if (!loaded) load_queries(head, t, rows, scratch.q_t);
-          loaded = true;
-          probability_tile(head, column, norm, key, n, k + (key - key0) * k_row, k_row, scratch);
-          for (Index j = 0; j < n; ++j) {
-            float* sum = scratch.sum + (key - key0 + j) * kLanes;
-            Vec total = load(sum);
-            ATTNFAST_UNROLL for (Index lane = 0; lane < kColumn; lane += kLanes) {
-              total += load(scratch.s + j * kColumn + lane);
-            }
-            store(sum, total);
-          }
-        });
+    each_tile(head, t, rows, norm, key0, key0 + keys,
+              [&](const Column& column, Index key, Index n) {
+                if (!loaded) load_queries(head, t, rows, scratch.q_t);
+                loaded = true;
+                probability_tile(head, column, norm, key, n, k + (key - key0) * k_row, k_row,
+                                 scratch.q_t, scratch.s);
+                for (Index j = 0; j < n; ++j) {
+                  float* sum = scratch.sum + (key - key0 + j) * kLanes;
+                  Vec total = load(sum);
+                  ATTNFAST_UNROLL for (Index lane = 0; lane < kColumn; lane += kLanes) {
+                    total += load(scratch.s + j * kColumn + lane);
+                  }
+                  store(sum, total);
+                }
+              });
   }
   float* out = p.received + (p.cu_seqlens_k ? 0 : head.b * p.received_stride_b) +
                head.h * p.received_stride_h + head.k_begin + key0;

@@ -43,8 +43,9 @@ bool has_f16c() {
 
 // Best first, of those that the build has.
 const Row* table(int* count) {
-#define ATTNFAST_ROW(isa) \
-  {{#isa, isa::attention_fwd, isa::attention_bwd, isa::attention_decode}, runs_##isa()},
+#define ATTNFAST_ROW(isa)                                                                        \
+  {{#isa, isa::attention_fwd, isa::attention_bwd, isa::attention_decode, isa::attention_pooled}, \
+   runs_##isa()},
   static const Row rows[] = {ATTNFAST_ISAS(ATTNFAST_ROW)};
 #undef ATTNFAST_ROW
   *count = sizeof rows / sizeof *rows;

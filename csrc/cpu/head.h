@@ -38,6 +38,12 @@ struct Scaling : Units {
     if (after) factor = 1.0f;
   }
 
+  // Whether scores stay products: on pairs, where nothing edits them.
+  template <class Element>
+  bool keeps_products(bool edits_scores) const {
+    return kPlanesOf<Element> == 1 && !edits_scores && factor > 1.0f / kHuge;
+  }
+
   // Scores of n vectors from their products; dcapped: null, or d capped / d uncapped.
   void finish(Index n, float* s, float* dcapped) const {
     if (after) {
@@ -87,8 +93,7 @@ struct Head {
     mask = at_head(p.mask);
     bias = at_head(p.bias);
     slope = p.alibi_slopes ? p.alibi_slopes[b * p.alibi_stride_b + h] * units.natural : 0.0f;
-    if (kPlanesOf<Element> == 1 && !edits_scores() && units.factor > 1.0f / Scaling::kHuge)
-      units.keep_products();
+    if (units.template keeps_products<Element>(edits_scores())) units.keep_products();
     sink = p.sinks ? p.sinks[h] : -kInfinity;
     if (sink > -kInfinity) sink = clamp_finite(sink / units.to_natural);
     live_begin = 0, live_end = S;

@@ -9,6 +9,7 @@ struct Kernels {
   void (*attention_fwd)(const ForwardParams&);
   void (*attention_bwd)(const BackwardParams&);
   void (*attention_decode)(const DecodeParams&);
+  void (*attention_pooled)(const PooledParams&);
 };
 
 // An attention_*.cpp is compiled for one set, ATTNFAST_ISA; what is compiled once is told all that
@@ -18,6 +19,7 @@ struct Kernels {
   void attention_fwd(const ForwardParams&);   \
   void attention_bwd(const BackwardParams&);  \
   void attention_decode(const DecodeParams&); \
+  void attention_pooled(const PooledParams&); \
   void weights_fwd(const ForwardParams&);     \
   void received_fwd(const ForwardParams&);    \
   void indexed_fwd(const ForwardParams&);     \

@@ -30,6 +30,7 @@ ONE_IN = {
         "test_decode": 2,
         "test_determinism": 5,
         "test_large_scores": 9,
+        "test_pooled": 3,
     },
     "cuda": {  # the last has files of its own
         "test_numerics": 3,
@@ -38,6 +39,7 @@ ONE_IN = {
         "test_varlen": 3,
         "test_determinism": 4,
         "test_large_scores": 9,
+        "test_pooled": 3,
     },
 }
 # Where their PTX is executed: Triton takes seconds to compile a case.
@@ -51,6 +53,7 @@ ONE_IN_PTX = {
         "test_decode": 6,
         "test_determinism": 8,
         "test_large_scores": 12,
+        "test_pooled": 8,
     },
     "cuda": {
         "test_table": 2,
@@ -60,6 +63,7 @@ ONE_IN_PTX = {
         "test_varlen": 3,
         "test_determinism": 4,
         "test_large_scores": 9,
+        "test_pooled": 6,
     },
 }
 

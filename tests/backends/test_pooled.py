@@ -150,3 +150,63 @@ def test_a_row_of_nan_is_nan_in_all_of_its_cells(backend: str, kind: str) -> Non
     assert expected.any()
     assert torch.equal(found.isnan(), expected)
     assert torch.equal(expected[0, 0].any(1).nonzero(), torch.tensor([[7]]))
+
+
+LONG = Case("long", lengths=((5, 70), (700, 300), (300, 5), (0, 3)), H=3, H_kv=1, causal=True,
+            align="bottom_right", sinks=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_rows_of_many_queries(backend: str, rows: int, kind: str) -> None:
+    """More than a block has, in some of the sequences."""
+    given = trial(LONG)
+    cells = (KINDS[kind], rows, DISTANCES if kind == "by distance" else 4)
+    check(run(given, cells, backend), given, cells)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_query_that_does_not_count_may_be_nan(backend: str, kind: str) -> None:
+    given = trial(Case("nan", causal=True, dtype=bf16, T=100, S=100))
+    expected = run(given, (KINDS[kind], 10, DISTANCES), backend)
+    q = given.inputs.q.clone()
+    q[1, 0, 40] = torch.nan
+    given = given._replace(inputs=given.inputs._replace(q=q))
+    tokens = tokens_of(given) if kind == "by distance" else (None, None)
+    found = pooled("attention", *given[:2], KINDS[kind], 10, DISTANCES, backend,
+                   tokens_q=tokens[0], tokens_k=tokens[1], real=~q.isnan().any(3))  # fmt: skip
+    same = (found == expected).all(3)
+    assert found.isfinite().all()
+    assert not same[1, 0, 4]
+    assert same.sum() == same.numel() - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 30])
+def test_any_number_of_threads(backend: str, rows: int, kind: str) -> None:
+    given = trial(Case("threads", B=1, T=1500, S=1500, causal=True))
+    cells = (KINDS[kind], rows, DISTANCES if kind == "by distance" else 7)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = run(given, cells, backend)
+        torch.set_num_threads(2)
+        assert torch.equal(run(given, cells, backend), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("T", "S"), [(0, 5), (4, 0), (0, 0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing(backend: str, kind: str, T: int, S: int) -> None:
+    given = trial(Case(T=T, S=S))
+    columns = DISTANCES if kind == "by distance" else 3
+    found = run(given, (KINDS[kind], 2, columns), backend)
+    assert torch.equal(found, torch.zeros(2, 2, 2, columns))
+
+
+def test_indices_are_refused(backend: str) -> None:
+    given = trial(Case(indices=3))
+    message = "attention: indices must be left out where probabilities are pooled, got a list of 3"
+    with pytest.raises(ValueError, match=message):
+        run(given, (MEAN, 1, 1), backend)
