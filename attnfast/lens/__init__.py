@@ -12,6 +12,7 @@ from .products import apply, apply_transposed
 from .report import report
 from .rollout import rollout
 from .seen import Seen, compare, load
+from .windows import apply_windows
 
 __all__ = [
     "BalanceLoss",
@@ -20,6 +21,7 @@ __all__ = [
     "Seen",
     "apply",
     "apply_transposed",
+    "apply_windows",
     "attention_map",
     "compare",
     "lightning_callback",
