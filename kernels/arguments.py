@@ -45,7 +45,7 @@ class Tensors(NamedTuple):
     block_index: Any
     block_bits: Any
     windows: Any  # (H, 2) int32: left and right of each head, -1 is unbounded
-    key_ends: Any = None  # (B) int32: no key from here on is attended
+    key_ends: Any = None  # (B, 3) int32: see key_ends.py
 
 
 class Values(NamedTuple):
@@ -111,7 +111,7 @@ class Features(NamedTuple):
     KEY_MASK: bool  # the mask is the same for all queries and heads
     TILED: bool  # any other mask, or a bias: a tile of it is loaded
     BLOCKS: int  # the side of a block mask's blocks, or 0
-    CUT: bool  # its full blocks may be cut, by position or by a sequence's end
+    CUT: bool  # its full blocks may be cut, by position, a sequence's end or a mask of keys
     HOLED: bool  # keys that no query attends are seen in scores or bits only
     DROPOUT: bool
     PLACED: bool  # the call is a part of another, in which dropout counts
@@ -242,7 +242,7 @@ def gather(inputs: Inputs, options: Options, l2_bytes: int, *others: Tensor | No
         key_mask,
         tiled,
         size,
-        size > 0 and (left >= 0 or right >= 0 or varlen),
+        size > 0 and (left >= 0 or right >= 0 or varlen or key_mask),
         tiled or size > 0,
         p_drop > 0,
         seed is not None and seed.numel() > 2,

@@ -35,7 +35,7 @@ from .blocks import block_tile, entries_of, tiles_in
 from .dropout import kept_by_dropout
 from .gradients import before_cap, entropy_gradient, score_gradients, weight_gradient
 from .head import (
-    attended_end,
+    attended_range,
     key_range,
     query_range,
     scheduled,
@@ -240,9 +240,9 @@ def dq_kernel(x, g, to, p, f, tile):
     dq = tl.zeros([tile.BLOCK_M, tile.BLOCK_D], tl.float32)
 
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
-    S = attended_end(x, b, S)
     sides = sides_of(x, p, h)
     begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, sides, f)
+    begin, end, inner_begin, inner_end = attended_range(x, b, begin, end, inner_begin, inner_end)
     if f.BLOCKS:
         line = t0 // f.BLOCKS
         entries = entries_of(x, p, f, b, h, line, begin, end, inner_begin, inner_end, False)
@@ -251,7 +251,7 @@ def dq_kernel(x, g, to, p, f, tile):
             # 0 * NaN may have let out a k that no query attends: then zeros in its place
             again = holds_nan(dq)
             dq = tl.where(again, 0.0, dq)
-        for part in tl.static_range(0 if f.HAS_LEFT and not f.BLOCKS else 1, 3):
+        for part in tl.static_range(1 if f.BLOCKS or not (f.HAS_LEFT or f.KEY_MASK) else 0, 3):
             if f.BLOCKS:
                 first, last = t0 * 0, tiles_in(part, entries, f, tile.BLOCK_N)
             else:
@@ -276,17 +276,13 @@ def dq_kernel(x, g, to, p, f, tile):
                         start = start_of(j0, last)
                     j = j0 + key
                     live = (j >= begin) & (j < end)
-                    if f.KEY_MASK:  # what no query attends is not even read
-                        live = live & attended_keys(mask, start, key, S, p, part != 1)
+                    if f.KEY_MASK and part != 1:  # what no query attends is not even read
+                        live = live & attended_keys(mask, start, key, S, p)
                     tile_row = k_row + start
                     k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, tile_row, p.k_t)
-                    k = load_rows(
-                        k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1 or f.KEY_MASK
-                    )
+                    k = load_rows(k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1)
                     v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, tile_row, p.v_t)
-                    v = load_rows(
-                        v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1 or f.KEY_MASK
-                    )
+                    v = load_rows(v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1)
                     # Scores
                     s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
                     s, tanh_x = edit_scores(
@@ -323,11 +319,7 @@ def dq_kernel(x, g, to, p, f, tile):
                     if f.DROPOUT:
                         kept = kept_by_dropout(x, p, f, b, h, t0, j0, tile.BLOCK_M, tile.BLOCK_N)
                     # ds
-                    holes = (
-                        part != 1
-                        or (careful == 1 and f.TILED)
-                        or (f.KEY_MASK and g.grad_weights is not None)
-                    )
+                    holes = part != 1 or (careful == 1 and f.TILED)
                     ds = score_gradients(
                         depth,
                         probs,
@@ -379,7 +371,7 @@ def dkdv_kernel(x, g, to, p, f, tile):
     attended = (j >= first_key) & (j < last_key)
     if f.KEY_MASK:  # and dk and dv of what no query attends are zero: no score need be masked
         key_mask = at_head(x.mask, b, p.mask_b, h_kv * 0, p.mask_h)
-        attended = attended & attended_keys(key_mask, j0, key, S, p, True)
+        attended = attended & attended_keys(key_mask, j0, key, S, p)
 
     # Load
     k_base = x.k + offset(b, p.k_b, h_kv, p.k_h, k_row + j0, p.k_t)
@@ -390,7 +382,9 @@ def dkdv_kernel(x, g, to, p, f, tile):
     dv = tl.zeros([tile.BLOCK_N, tile.BLOCK_DV], tl.float32)
 
     j_last = tl.minimum(j0 + tile.BLOCK_N, S) - 1
-    T = tl.where(j0 < attended_end(x, b, S), T, 0)  # no query attends any of the keys
+    if f.KEY_MASK:
+        first_key, last_key, _inner_first, _inner_last = attended_range(x, b, j0 * 0, S, j0, S)
+        T = tl.where((j_last >= first_key) & (j0 < last_key), T, 0)  # no query attends any key
     for member in tl.range(0, p.group if APART else 1):
         sides = sides_of(x, p, h_kv * p.group + member)
         begin, end, inner_begin, inner_end = query_range(j0, j_last, T, shift, sides, f)

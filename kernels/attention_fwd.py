@@ -28,7 +28,7 @@ from .arguments import Call, Tile, block, row_strides
 from .blocks import block_tile, entries_of, tiles_in
 from .dropout import kept_by_dropout
 from .head import (
-    attended_end,
+    attended_range,
     distances,
     key_range,
     scheduled,
@@ -105,9 +105,9 @@ def attention_fwd_kernel(x, to, p, f, tile):
     distance_sum = tl.zeros([tile.BLOCK_M], tl.float32)  # of e^(s - m) |j - t'|
 
     t_last = tl.minimum(t0 + tile.BLOCK_M, T) - 1
-    S = attended_end(x, b, S)
     sides = sides_of(x, p, h)
     begin, end, inner_begin, inner_end = key_range(t0, t_last, S, shift, sides, f)
+    begin, end, inner_begin, inner_end = attended_range(x, b, begin, end, inner_begin, inner_end)
     if f.BLOCKS:
         line = t0 // f.BLOCKS
         entries = entries_of(x, p, f, b, h, line, begin, end, inner_begin, inner_end, False)
@@ -120,7 +120,7 @@ def attention_fwd_kernel(x, to, p, f, tile):
             acc = tl.where(again, 0.0, acc)
             depth_sum = tl.where(again, 0.0, depth_sum)
             distance_sum = tl.where(again, 0.0, distance_sum)
-        for part in tl.static_range(0 if f.HAS_LEFT and not f.BLOCKS else 1, 3):
+        for part in tl.static_range(1 if f.BLOCKS or not (f.HAS_LEFT or f.KEY_MASK) else 0, 3):
             if f.BLOCKS:
                 first, last = t0 * 0, tiles_in(part, entries, f, tile.BLOCK_N)
             else:
@@ -145,13 +145,11 @@ def attention_fwd_kernel(x, to, p, f, tile):
                         start = start_of(j0, last)
                     j = j0 + key
                     live = (j >= begin) & (j < end)
-                    if f.KEY_MASK:  # what no query attends is not even read
-                        live = live & attended_keys(mask, start, key, S, p, part != 1)
+                    if f.KEY_MASK and part != 1:  # what no query attends is not even read
+                        live = live & attended_keys(mask, start, key, S, p)
                     tile_row = k_row + start
                     k_tile = x.k + offset(b, p.k_b, h_kv, p.k_h, tile_row, p.k_t)
-                    k = load_rows(
-                        k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1 or f.KEY_MASK
-                    )
+                    k = load_rows(k_tile, key, p.k_t, live, f.D, tile.BLOCK_D, f, part != 1)
                     s = tl.dot(q, tl.trans(k), input_precision=f.PRECISION)
                     s, _tanh_x = edit_scores(
                         s,
@@ -198,9 +196,7 @@ def attention_fwd_kernel(x, to, p, f, tile):
                         probs = tl.where(kept, probs, 0.0)
                     # Output
                     v_tile = x.v + offset(b, p.v_b, h_kv, p.v_h, tile_row, p.v_t)
-                    v = load_rows(
-                        v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1 or f.KEY_MASK
-                    )
+                    v = load_rows(v_tile, key, p.v_t, live, f.D_V, tile.BLOCK_DV, f, part != 1)
                     if careful and (part != 1 or f.TILED):
                         v = without_dead_rows(
                             v, tl.max((depth != -float("inf")).to(tl.int32), 0) == 0

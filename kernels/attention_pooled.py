@@ -24,7 +24,7 @@ from . import configs
 from .arguments import Call, block
 from .attention_weights import probability_tile
 from .blocks import EMPTY, slot_at
-from .head import attended_end, key_range, sequence_of, sides_of
+from .head import attended_range, key_range, sequence_of, sides_of
 from .launch import Launch, launch
 from .rows import row_at
 
@@ -93,7 +93,7 @@ def reached_keys(x, to, p, f, b, h, at, own, t_first, t_last, S, shift):
     log2_l = tl.load(to.norm + to.plane + at, mask=own, other=0.0)
     has_nan = tl.max((log2_l != log2_l).to(tl.int32), 0) > 0
     begin, end, _, _ = key_range(t_first, t_last, S, shift, sides_of(x, p, h), f)
-    end = tl.minimum(end, attended_end(x, b, S))
+    begin, end, _, _ = attended_range(x, b, begin, end, begin, end)
     return tl.where(has_nan, 0, begin), tl.where(has_nan, S, end), has_nan
 
 

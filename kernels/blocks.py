@@ -69,7 +69,7 @@ def entries_of(
     inner, after, partial = first, end_full, end_full
     if f.CUT:
         blocks = blocks_from(x, p, COLUMN)
-        if f.HAS_RIGHT if COLUMN else f.HAS_LEFT:
+        if f.HAS_RIGHT if COLUMN else f.HAS_LEFT or f.KEY_MASK:
             first = search(blocks, first, end_full, begin // f.BLOCKS)
             inner = search(blocks, first, end_full, tl.cdiv(inner_begin, f.BLOCKS))
             partial = search(blocks, partial, last, begin // f.BLOCKS)

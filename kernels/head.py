@@ -50,12 +50,15 @@ def sequence_of(x, p, f, b):
 
 
 @triton.jit
-def attended_end(x, b, S):
-    """Where the keys end that a mask of keys lets pass; S without one."""
+def attended_range(x, b, begin, end, inner_begin, inner_end):
+    """A `key_range`, cut to the keys that a mask of keys lets pass, the inner one to their run."""
     if x.key_ends is not None:
-        return tl.minimum(S, tl.load(x.key_ends + b))
-    else:
-        return S
+        first, run_end, last = x.key_ends + 3 * b, x.key_ends + 3 * b + 1, x.key_ends + 3 * b + 2
+        begin = tl.maximum(begin, tl.load(first))
+        inner_begin = tl.maximum(inner_begin, tl.load(first))
+        inner_end = tl.minimum(inner_end, tl.load(run_end))
+        end = tl.minimum(end, tl.load(last))
+    return begin, end, inner_begin, inner_end
 
 
 @triton.jit

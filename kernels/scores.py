@@ -92,8 +92,9 @@ def edit_scores(
 ):
     """Scores from q k^T: factor, softcap, ALiBi, bias, and -inf where t may not attend j.
 
-    Of queries t0 + row and keys j0 + key; without BY_POSITION all of these keys exist. Unless
-    CAREFUL a score of NaN or inf is NaN where the bias is -inf.
+    Of queries t0 + row and keys j0 + key; without BY_POSITION all of these keys exist, and a mask
+    of keys lets all of them pass. Unless CAREFUL a score of NaN or inf is NaN where the bias is
+    -inf.
 
     Returns the scores, still q k^T where the features are LAZY, and the softcap's tanh(x), for its
     derivative. ``mask`` and ``bias`` are at their (b, h, 0, 0), ``slot`` is where the bits of a
@@ -120,18 +121,19 @@ def edit_scores(
             s = tl.where(added == -float("inf"), added, s + added)
         else:
             s += added
-    if mask is not None:
-        if f.KEY_MASK:
-            attend = attended_keys(mask, j0, key, S, p, BY_POSITION)
-        else:
-            attend = load_scores(
-                mask, t0, row, p.mask_t, j0, key, p.mask_s, T, S, False, f, BY_POSITION
-            )
+    if f.KEY_MASK:  # without BY_POSITION all of these keys are attended
+        if BY_POSITION and mask is not None:
+            s = tl.where(attended_keys(mask, j0, key, S, p), s, -float("inf"))
+    elif mask is not None:
+        attend = load_scores(
+            mask, t0, row, p.mask_t, j0, key, p.mask_s, T, S, False, f, BY_POSITION
+        )
         s = tl.where(attend, s, -float("inf"))
     if f.BLOCKS and BY_POSITION:
         attend = attended_scores(x, f, slot, t0, row, j0, key)
         s = tl.where(attend, s, -float("inf"))
-    if BY_POSITION and (f.CUT or not f.BLOCKS):
+    HIDDEN: tl.constexpr = f.KEY_MASK and mask is not None  # what lies behind the end is, already
+    if BY_POSITION and (f.CUT or not f.BLOCKS) and (f.HAS_LEFT or f.HAS_RIGHT or not HIDDEN):
         attend = j < S
         ahead = j - t
         left, right = sides
@@ -144,13 +146,10 @@ def edit_scores(
 
 
 @triton.jit
-def attended_keys(mask, j0, key, S, p, MASKED: tl.constexpr):
+def attended_keys(mask, j0, key, S, p):
     """Which of the keys j0 + key a mask that is the same for all queries lets pass."""
     at = mask + j0.to(tl.int64) * p.mask_s + key.to(tl.int64) * p.mask_s
-    if MASKED:
-        attend = tl.load(at, mask=(j0 + key).to(tl.int32) < S, other=False)
-    else:
-        attend = tl.load(at)
+    attend = tl.load(at, mask=(j0 + key).to(tl.int32) < S, other=False)
     # A maximum of one: Triton lays out mma's operands for the narrowest number loaded on their way
     return tl.max(attend.to(tl.int32)[:, None], 1) > 0
 

@@ -53,19 +53,55 @@ def test_gives_the_bits_of_a_mask_of_all_scores(options: dict[str, Any]) -> None
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("entries", [1, 3])
-@pytest.mark.parametrize("length", [1, 300, 2500])
-def test_where_keys_end(entries: int, length: int) -> None:
-    """After the last that is attended; 0 where none is. A mask may be shared by all entries."""
-    mask = torch.zeros(length, entries, dtype=torch.bool).t()[:, None, None]  # strided
-    last = torch.tensor([length - 1, length // 2, 0])[:entries]
-    mask[range(entries), 0, 0, last] = True
-    mask[:1, 0, 0, 0] = True
-    if entries == 3:
-        mask[2] = False
-    q = torch.zeros(3, 2, length, 16)
+@pytest.mark.parametrize(
+    ("hidden", "options"), [(64, {}), (90, {"causal": True}), (90, {"bias": True})], ids=str
+)
+def test_gives_these_bits_where_keys_begin_late(hidden: int, options: dict[str, Any]) -> None:
+    """Padding on the left; in one entry with a hole behind it, in one of them a single key."""
+    S = 256
+    q, k, v = (torch.randn(3, heads, S, D) for heads in (2, 1, 1))
+    mask = torch.ones(3, 1, 1, S, dtype=torch.bool)
+    mask[0, ..., :hidden] = False
+    mask[1, ..., 200:203], mask[1, ..., :10] = False, False
+    mask[2], mask[2, ..., hidden + 1] = False, True
+    if "bias" in options:
+        options = {"bias": torch.randn(1, 1, 1, S)}
+    expected = results(mask.expand(3, 1, S, S).contiguous(), q, k, v, **options)
+    for x in (k, v):
+        x[0, :, :hidden], x[1, :, 200:203], x[1, :, :10] = torch.nan, torch.inf, -torch.inf
+        x[2, :, hidden + 2 :] = torch.nan
+    for x, y in zip(results(mask, q, k, v, **options), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+ENDS = {  # which keys are attended, of 2,500: the first, the end of their run, the end
+    "all": ([(0, 2500)], [0, 2500, 2500]),
+    "right padding": ([(0, 1300)], [0, 1300, 1300]),
+    "left padding": ([(1100, 2500)], [1100, 2500, 2500]),
+    "one": ([(1024, 1025)], [1024, 1025, 1025]),
+    "the last": ([(2499, 2500)], [2499, 2500, 2500]),
+    "a hole": ([(3, 1024), (1025, 2048)], [3, 1024, 2048]),
+    "in another tile": ([(3, 4), (2048, 2049)], [3, 4, 2049]),
+    "none": ([], [2500, 0, 0]),
+}
+
+
+def test_where_keys_begin_and_end() -> None:
+    mask = torch.zeros(2500, len(ENDS), dtype=torch.bool).t()[:, None, None]  # strided
+    for row, (attended, _) in zip(mask, ENDS.values(), strict=True):
+        for begin, end in attended:
+            row[..., begin:end] = True
+    q = torch.zeros(len(ENDS), 2, 2500, 16)
+    assert ends_of(mask, q) == [ends for _, ends in ENDS.values()]
+
+
+def test_where_the_keys_of_one_mask_for_all_end() -> None:
+    q = torch.zeros(3, 2, 7, 16)
+    assert ends_of(torch.arange(7)[None, None, None] < 5, q) == [[0, 5, 5]] * 3
+
+
+def ends_of(mask: Tensor, q: Tensor) -> list[list[int]]:
     call = with_key_ends(gather(Inputs(q, q, q, mask=mask), Options(1.0), 1 << 20))
     for job in key_ends_launches(call):
         launch(job)
-    expected = [length] * 3 if entries == 1 else [length, length // 2 + 1, 0]
-    assert call.x.key_ends.tolist() == expected
+    return call.x.key_ends.tolist()
