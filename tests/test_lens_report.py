@@ -156,6 +156,45 @@ def test_a_long_text_is_shown_by_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(page) < 3e6
 
 
+T = 30
+CALLS: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "window": {"window": (3, 2), "scale": 1.5},
+    "a window a head": {"window": torch.tensor([[3, 0], [-1, 2], [0, 0], [-1, -1]])},
+    "mask": {"mask": torch.ones(T, T, dtype=torch.bool).triu(-4), "softcap": 2.0},
+    "blocks": {"mask": attnfast.BlockMask.from_mask_mod(lambda b, h, q, k: q >= k, 1, 1, T, T)},
+    "bias": {"bias": torch.linspace(-2, 2, T), "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4])},
+    "sinks": {"sinks": torch.zeros(4), "align": 2, "causal": True},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_option_of_a_call(name: str) -> None:
+    class Model(nn.Module):
+        def forward(self, ids: Tensor) -> Any:
+            return attnfast.attention(q, k, k, **CALLS[name])
+
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, T, 16), torch.randn(1, 2, T, 16)
+    ids, tokens = text_of(T)
+    heads_found = content_of(lens.report(Model(), ids, tokens))["heads"]
+    double = [x.double() for x in (q, k, k)]
+    options = dict(CALLS[name])
+    maps = attnfast.attention(*double, return_weights=True, **options)[1][0]
+    equal = attnfast.attention(*(0 * x for x in double), return_lse=True, **strip(options))[1]
+    for head, right, keys in zip(heads_found, maps, equal[0].exp().mean(1), strict=True):
+        held(unpacked(head["map"]).reshape(T, T), right)
+        best = right.topk(8)
+        codes = unpacked(head["top"])[2 * T * 8 : 3 * T * 8].reshape(T, 8)
+        held(codes, best.values)
+        assert head["keys"] == pytest.approx(float(keys), rel=1e-4)
+
+
+def strip(options: dict[str, Any]) -> dict[str, Any]:
+    """Without what changes the scores of keys that may be attended."""
+    return {x: y for x, y in options.items() if x not in ("bias", "alibi_slopes", "sinks")}
+
+
 class Planted(nn.Module):
     """Heads that do what their biases say."""
 
@@ -180,7 +219,7 @@ def test_names_faults_and_pairs() -> None:
         "previous": 20.0 * (distance == 1),
         "next": 20.0 * (distance == -1),
         "sink": 7.0 * (t == 40).expand(T, T) + torch.randn(T, T),
-        "copy": 6.0 * same,
+        "copy": 2.0 * same,
         "broad": 0.8 * torch.randn(T, T),
         "local": torch.where(distance.abs() < 6, 3.0 + torch.randn(T, T), -2.0),
         "": 2.6 * torch.randn(T, T),

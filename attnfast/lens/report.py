@@ -205,12 +205,15 @@ def as_asked(inputs: Inputs, options: Options) -> dict[str, Any]:
         T = inputs.q.shape[2]
         blocks = inputs.block_starts, inputs.block_index, inputs.block_bits
         mask = dense(*blocks, slice(0, T), T)
-    window = (options.window_left, options.window_right)
+    window: Any = inputs.windows
+    if window is None:
+        sides = options.window_left, options.window_right
+        window = tuple(None if size < 0 else size for size in sides)
     return {
         "mask": mask,
         "bias": inputs.bias,
         "causal": options.causal,
-        "window": tuple(None if size < 0 else size for size in window),
+        "window": window,
         "align": options.align_offset if inputs.align is None else inputs.align,
         "scale": options.scale,
         "softcap": options.softcap or None,
