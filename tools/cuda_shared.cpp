@@ -38,6 +38,8 @@ void say_all() {
   for (const char* name : {"attention_weights", "attention_received", "attention_weight_rows"}) {
     say<ProbabilityShape<kD>>(name, kD);
   }
+  say<CellShape<kD>>("attention_cells", kD);
+  say<DistanceShape<kD>>("attention_distances", kD);
   say_backward<kD, Form::kPlain, false>(", plain");
   say_backward<kD, Form::kOptions, false>(", options");
   say_backward<kD, Form::kBlocks, false>(", blocks");

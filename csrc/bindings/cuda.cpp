@@ -15,6 +15,7 @@ using namespace attnfast::bindings;
 using attnfast::BackwardParams;
 using attnfast::DecodeParams;
 using attnfast::ForwardParams;
+using attnfast::PooledParams;
 using attnfast::cuda::DeviceSeed;
 
 DeviceSeed seed_of(const OptionalTensor& dropout_seed, DeviceCall* call) {
@@ -58,6 +59,16 @@ BackwardTensors cuda_bwd(ATTNFAST_UPSTREAM, ATTNFAST_INPUTS) {
                                 call.stream());
   if (need_dsinks) std::get<4>(results) = converted(std::get<4>(results), sinks->scalar_type());
   return results;
+}
+
+Tensor cuda_pooled(ATTNFAST_INPUTS, ATTNFAST_POOLING) {
+  PooledParams p;
+  DeviceCall call(q);
+  Kept kept(&call);
+  fill_params(&p, &kept, false, ATTNFAST_INPUT_NAMES);
+  Tensor result = pooled_result(&p, &kept, ATTNFAST_POOLING_NAMES, ATTNFAST_INPUT_NAMES);
+  attnfast::cuda::attention_pooled(p, q.size(2), k.size(2), call.stream());
+  return result;
 }
 
 // The scratch of a call's forward and backward, in bytes, as the launches take it.
@@ -115,6 +126,7 @@ STABLE_TORCH_LIBRARY_IMPL(ATTNFAST_OPERATORS, CUDA, m) {
   m.impl("cuda_fwd", ATTNFAST_BOX(cuda_fwd));
   m.impl("cuda_bwd", ATTNFAST_BOX(cuda_bwd));
   m.impl("cuda_decode", ATTNFAST_BOX(cuda_decode));
+  m.impl("cuda_pooled", ATTNFAST_BOX(cuda_pooled));
   m.impl("cuda_workspace", ATTNFAST_BOX(cuda_workspace));
   m.impl("cuda_decode_workspace", ATTNFAST_BOX(cuda_decode_workspace));
 }

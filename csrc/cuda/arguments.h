@@ -94,6 +94,14 @@ struct DecodeArguments {
   bool q_aligned = false, k_aligned = false, v_aligned = false;
 };
 
+struct PooledArguments {
+  PooledParams p;
+  Scaling units;
+  int64_t rows_q, rows_k;
+  int64_t row_cells = 1, column_cells = 1;  // of a block
+  bool q_aligned = false, k_aligned = false;
+};
+
 // What a kernel serves. Plain calls have no option but positions, rows that are aligned, and a
 // positive scale; masked ones also masks, biases, sinks and any scale. The last two have a block
 // mask, beside what plain calls have and beside options.
@@ -114,6 +122,9 @@ void run_attention_bwd(const BackwardArguments& a, Form form, Stream stream);
 // The weights and what keys receive, where wanted, after the forward.
 template <int kHeadDim>
 void run_attention_weights(const ForwardArguments& a, Stream stream);
+// Their probabilities in cells, or by distance.
+template <int kHeadDim>
+void run_attention_pooled(const PooledArguments& a, Stream stream);
 // The bias's gradient, as a part of the backward.
 template <int kHeadDim>
 void run_attention_bias(const BackwardArguments& a, Stream stream);
@@ -135,6 +146,8 @@ void run_attention_bwd_sinks(const BackwardArguments& a, Stream stream);
   void run_attention_bwd<kHeadDim>(const BackwardArguments&, Form, Stream); \
   template <>                                                               \
   void run_attention_weights<kHeadDim>(const ForwardArguments&, Stream);    \
+  template <>                                                               \
+  void run_attention_pooled<kHeadDim>(const PooledArguments&, Stream);      \
   template <>                                                               \
   void run_attention_bias<kHeadDim>(const BackwardArguments&, Stream);      \
   template <>                                                               \

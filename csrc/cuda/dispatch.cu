@@ -73,6 +73,13 @@ void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t ro
   });
 }
 
+void attention_pooled(const PooledParams& p, int64_t rows_q, int64_t rows_k, Stream stream) {
+  refuse_on_turing(p, false, stream);
+  PooledArguments a{p, Scaling(p), rows_q, rows_k};
+  a.q_aligned = aligned(p.q, p.D), a.k_aligned = aligned(p.k, p.D);
+  with_head_dim(p, [&](auto head_dim) { run_attention_pooled<head_dim()>(a, stream); });
+}
+
 namespace {
 
 bool aligned(const BackwardParams& p) {

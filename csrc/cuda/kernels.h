@@ -27,6 +27,9 @@ std::string built_for();
 void attention_fwd(const ForwardParams& p, const DeviceSeed& dropout, int64_t rows_q,
                    int64_t rows_k, Stream stream);
 
+// Probabilities, of the forward's norm, in cells or by distance.
+void attention_pooled(const PooledParams& p, int64_t rows_q, int64_t rows_k, Stream stream);
+
 // dq, dk, dv and, where wanted, dbias of these sizes (1 where it broadcasts) and dsinks. `scratch`
 // holds backward_scratch(p, stream) floats.
 void attention_bwd(const BackwardParams& p, const DeviceSeed& dropout, int64_t rows_q,

@@ -21,6 +21,24 @@ struct BiasShape : ProbabilityShape<kD> {
   static constexpr int kSharedBytes = 2 * ProbabilityShape<kD>::kSharedBytes;
 };
 
+// Cells' sums lie where the tiles were, place by place, and behind them those of rows of cells.
+template <int kD>
+struct CellShape : ProbabilityShape<kD> {
+  using Of = ProbabilityShape<kD>;
+  static constexpr int kTotals = Of::kM * Of::kN * 4;
+  static constexpr int kSharedBytes = max_of(Of::kSharedBytes, 2 * kTotals);
+};
+
+// Distances have sums of bins beside the tiles.
+constexpr int kBins = 64, kDistances = 66;  // two columns follow the bins
+
+template <int kD>
+struct DistanceShape : ProbabilityShape<kD> {
+  using Of = ProbabilityShape<kD>;
+  static constexpr int kTiles = Of::kSharedBytes;
+  static constexpr int kSharedBytes = kTiles + Of::kM * kBins * 4;
+};
+
 // The norm of a lane's two queries; 0 and inf where there is no key, or no query.
 struct OwnNorms {
   float m[2] = {}, log2_l[2] = {kInfinity, kInfinity};

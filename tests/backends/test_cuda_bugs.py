@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import decode_cases
 import pytest
+import test_pooled
 import torch
 from cases import EVERYTHING, Case, bf16, fp16, fp32
 from emulation import (
@@ -20,6 +21,8 @@ from emulation import (
     sabotage,
     schedule,
 )
+
+from attnfast.call import BY_DISTANCE, DISTANCES, LARGEST, MEAN
 
 # Of each small kernel of csrc/emulator/selftest.cpp, the bugs it can have and what is said of them.
 SMALL = {
@@ -210,6 +213,20 @@ def check_on_turing() -> None:
 
 REAL["turing"] = check_on_turing
 
+
+def check_pooled(*kinds: test_pooled.Cells) -> None:
+    check_case(POOLED)  # the forward, whose norm it takes
+    given = test_pooled.trial(POOLED)
+    for cells in kinds:
+        test_pooled.check(test_pooled.run(given, cells, "cuda"), given, cells)
+
+
+POOLED = Case("pooled", B=1, H=1, H_kv=1, T=70, S=70, D=32, dtype=bf16, grads=())
+REAL |= {  # several rows of cells, or columns, to a block, and more than one tile for them
+    "cells": functools.partial(check_pooled, (MEAN, 1, 20), (LARGEST, 10, 2)),
+    "distances": functools.partial(check_pooled, (BY_DISTANCE, 3, DISTANCES)),
+}
+
 DECODE = decode_cases.DecodeCase(
     "decode", lengths=(129, 300), H=6, T=3, D_v=40, alibi="h", sinks=True, bias="bhts", dtype=fp16
 )
@@ -251,6 +268,8 @@ HARMLESS = {  # what makes no wrong result there
     ("one bias", "flip", "store_shared"),
     ("one bias", "flip", "load_shared"),
     ("one bias", "shift", "load_shared"),
+    # All that it may clear is cleared.
+    ("distances", "flip", "store_shared"),
 }
 
 
