@@ -88,13 +88,15 @@ def row_of(place, first, begin, BLOCK: tl.constexpr):
 def reached_keys(x, to, p, f, b, h, at, own, t_first, t_last, S, shift):
     """The keys that some of these queries may attend by position; and whether any row is NaN.
 
-    Such a row is NaN at all keys, so then these are all.
+    Such a row is NaN at all keys, so then these are all. Returns also the queries that count: those
+    whose log2 l is not inf, whatever else they hold.
     """
     log2_l = tl.load(to.norm + to.plane + at, mask=own, other=0.0)
     has_nan = tl.max((log2_l != log2_l).to(tl.int32), 0) > 0
     begin, end, _, _ = key_range(t_first, t_last, S, shift, sides_of(x, p, h), f)
     begin, end, _, _ = attended_range(x, b, begin, end, begin, end)
-    return tl.where(has_nan, 0, begin), tl.where(has_nan, S, end), has_nan
+    counts = own & (log2_l != float("inf"))
+    return tl.where(has_nan, 0, begin), tl.where(has_nan, S, end), has_nan, counts
 
 
 @triton.jit
@@ -121,7 +123,9 @@ def cells_kernel(x, to, p, f, tile):
         t = t0 + row
         own = (t >= t_begin) & (t < t_end)
         low, high = tl.maximum(t0, t_begin), tl.minimum(t0 + tile.BLOCK_M, t_end) - 1
-        begin, end, has_nan = reached_keys(x, to, p, f, b, h, norm_at + t, own, low, high, S, shift)
+        begin, end, has_nan, own = reached_keys(
+            x, to, p, f, b, h, norm_at + t, own, low, high, S, shift
+        )
         begin = tl.maximum(begin, j_begin) - j_first
         begin = j_first + begin // tile.BLOCK_N * tile.BLOCK_N
         for j0 in range(begin, tl.minimum(end, j_end), tile.BLOCK_N):
@@ -199,7 +203,9 @@ def distances_kernel(x, to, p, f, tile):
         t = t0 + row
         own = (t >= t_begin) & (t < t_end)
         low, high = tl.maximum(t0, t_begin), tl.minimum(t0 + tile.BLOCK_M, t_end) - 1
-        begin, end, has_nan = reached_keys(x, to, p, f, b, h, norm_at + t, own, low, high, S, shift)
+        begin, end, has_nan, own = reached_keys(
+            x, to, p, f, b, h, norm_at + t, own, low, high, S, shift
+        )
         if to.tokens_q is not None:
             at = to.tokens_q + batch.to(tl.int64) * p.rows_q + q_row
             token = tl.load(at + t, mask=own, other=0)
