@@ -340,10 +340,22 @@ void decode(const std::string& kind, int device) {
   cuda_decode(q, cache, cache, lengths, table, {}, {}, {}, {}, {}, 0.1, 0.0, -1, -1);
 }
 
+void pooled(const std::string& kind, int device) {
+  const bool distances = kind == "distances";
+  const Inputs x(distances ? "packed" : "options", device);
+  const Tensor norm = tensor(device, kFp32, {2, x.q.size(0), 4, 70});
+  OptionalTensor tokens_q, tokens_k;
+  if (distances) {
+    tokens_q = tensor(device, kInt64, {1, 70}), tokens_k = tensor(device, kInt64, {1, 130});
+  }
+  cuda_pooled(INPUTS(x), norm, tokens_q, tokens_k, distances ? 2 : 0, 3, distances ? 66 : 5);
+}
+
 void run(const std::string& call, const std::string& kind, int device) {
   if (call == "forward") return forward(kind, device);
   if (call == "backward") return backward(kind, device);
   if (call == "decode") return decode(kind, device);
+  if (call == "pooled") return pooled(kind, device);
   if (call == "unusable") {
     std::printf("said %s\n", cuda_unusable(device).c_str());
   } else if (call == "registered") {

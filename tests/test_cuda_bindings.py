@@ -168,6 +168,8 @@ KERNELS = {
     ("backward", "short"): ["attention_bwd_short"],
     ("decode", "contiguous"): ["attention_decode", "decode_combine"],
     ("decode", "paged"): ["attention_decode", "decode_combine"],
+    ("pooled", "cells"): ["attention_cells"],
+    ("pooled", "distances"): ["attention_distances"],
 }  # fmt: skip
 TWO_PASSES = ["attention_bwd_rows", "attention_bwd_keys", "attention_bwd_queries"]
 each_call = pytest.mark.parametrize(("call", "kind"), KERNELS)
@@ -218,7 +220,7 @@ def test_nothing_is_called_that_waits_or_that_a_capture_forbids(
     copies = [event for event in events if event.name == "aten::copy_"]
     assert len(copies) == len([event for event in events if event.name == "from"])
     wanted = {"plain": 0, "short": 0, "contiguous": 1, "paged": 2, "packed": 2}
-    assert len(copies) == wanted.get(kind, {"forward": 3, "backward": 6}.get(call))
+    assert len(copies) == wanted.get(kind, {"forward": 4, "backward": 7, "pooled": 4}.get(call))
 
 
 def test_only_one_file_calls_cudas_runtime() -> None:
@@ -290,6 +292,7 @@ def test_the_operators_are_registered_for_gpus(recorder: Recorder) -> None:
         "CUDA cuda_fwd",
         "CUDA cuda_bwd",
         "CUDA cuda_decode",
+        "CUDA cuda_pooled",
         "CUDA cuda_workspace",
         "CUDA cuda_decode_workspace",
     ]
