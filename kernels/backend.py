@@ -51,8 +51,10 @@ def fwd(*args: Any) -> Outputs:
     inputs, options = forward_call(args)
     check_memory(inputs)
     check_rows(q=inputs.q, k=inputs.k, v=inputs.v)
-    if checks_values() and inputs.cu_seqlens_q is not None:
-        checks.sequence_values("varlen_attention", inputs, options)
+    if checks_values():
+        checks.window_values("attention", inputs.windows)
+        if inputs.cu_seqlens_q is not None:
+            checks.sequence_values("varlen_attention", inputs, options)
     arch = configs.architecture(inputs.q.device)
     call = with_key_ends(gather(inputs, options, configs.l2_bytes(arch)))
     if inputs.indices is not None:
@@ -124,6 +126,7 @@ def decode(*args: Any) -> DecodeOutputs:
     check_rows(q=inputs.q, k_cache=inputs.k_cache, v_cache=inputs.v_cache)
     if checks_values():
         checks.cache_values("decode_attention", inputs)
+        checks.window_values("decode_attention", inputs.windows)
     return attention_decode(inputs, options, arch=configs.architecture(inputs.q.device))
 
 

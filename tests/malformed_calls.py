@@ -278,7 +278,7 @@ BUILT_OPTIONS = {
     "vdim": ("None", "12"),
     "batch_first": ("True", "False"),
     "num_kv_heads": ("None", "2"),
-    "window": ("None", "(2, 0)"),
+    "window": ("None", "(2, 0)", WINDOWS),
     "softcap": ("None", "3.0"),
     "sinks": ("True", "False"),
     "alibi": ("True", "False"),

@@ -23,8 +23,6 @@ def unsupported(problem: Problem) -> str | None:
     reason = other_dtype(problem, HALF) or too_wide(problem, MAX_HEAD_DIM)
     if reason is None and problem.indices:
         reason = "takes no indices: Triton's and the CPU's kernels gather keys"
-    if reason is None and problem.windows:
-        reason = "takes one window for all heads: the CPU's kernels take one for each"
     if reason is not None:
         return reason
     if problem.device.type == "cpu":

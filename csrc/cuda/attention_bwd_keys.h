@@ -31,8 +31,10 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kForm, true, kSmall>::
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
   const int s0 = s_block + warp * kRowTiles * 16;  // the warp's first key
   const int s_last = min_of(s_block + kStay, head.S) - 1;
-  const int query_begin = head.first_query(s_block) / kMove * kMove;
-  const int query_end = head.end_query(s_last);
+  const bool differ = !kPlain && p.windows;  // heads in what they reach
+  const Head all = differ ? head.with_next(p, static_cast<int>(group) - 1) : head;
+  const int query_begin = all.first_query(s_block) / kMove * kMove;
+  const int query_end = all.end_query(s_last);
   const int end_head = query_begin < query_end ? head.h + static_cast<int>(group) : head.h;
   Philox philox(p, arguments.dropout, head.b, head.h);
   const float keep_scale = arguments.dropout.keep_scale;
@@ -42,6 +44,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kForm, true, kSmall>::
   const uint32_t own = warp * kRowTiles * 16 * kD * 2;  // the warp's rows of k_tile and v_tile
   // Fetches the tile of queries from t0 on of head.h into a stage.
   const auto fetch = [&](uint32_t stage, int t0) {
+    if (differ) head.look(p);
     const uint32_t terms = stage + 2 * Shape::kMoveBytes;
     const bool all = kPlain && !kBlocks && !crosses_edge(head, t0, kMove, s_block, kStay);
     load_tile<kD, kMove, kThreads, !kPlain>(
@@ -76,9 +79,9 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kForm, true, kSmall>::
   if constexpr (kBlocks) t0 = or_of_next_heads(t0);
   if (head.h < end_head) {
     load_tile<kD, kStay, kThreads, !kPlain>(
-        k_tile, head.keys_of<Element>(p.k, p.D, arguments.k_aligned), s_block);
+        k_tile, all.keys_of<Element>(p.k, p.D, arguments.k_aligned), s_block);
     load_tile<kD, kStay, kThreads, !kPlain>(
-        v_tile, head.keys_of<Element>(p.v, p.D_v, arguments.v_aligned), s_block);
+        v_tile, all.keys_of<Element>(p.v, p.D_v, arguments.v_aligned), s_block);
     fetch(ring, t0);
   }
   commit_copies();
@@ -111,6 +114,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kForm, true, kSmall>::
       const uint32_t q_rows = stage, do_rows = q_rows + Shape::kMoveBytes;
       const uint32_t term_rows = do_rows + Shape::kMoveBytes;
       head.h = h;
+      if (differ) head.look(p);
       const ScoreEdits edits(arguments, head);
       const bool edge = crosses_edge(head, t0, kMove, s0, kRowTiles * 16);
       float s[kRowTiles][kMove / 8][4] = {}, dp[kRowTiles][kMove / 8][4] = {};

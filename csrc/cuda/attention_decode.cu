@@ -83,8 +83,15 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
   const int64_t part = keys_per_split(length), first = split * part;
   if (first >= length) return;
   const int shift = length - T;  // query t stands at t + shift
-  const int reach_begin =
-      p.window_left < 0 ? 0 : static_cast<int>(max_of<int64_t>(shift - p.window_left, 0));
+  int64_t left = p.window_left;
+  if (p.windows) {  // the farthest of these rows' heads
+    const int last_row = min_of(row_block + kRows, group * T) - 1;
+    for (int h = row_block / T, first_h = h; h <= last_row / T; ++h) {
+      const int64_t own = load_global(p.windows + 2 * (h_kv * group + h));
+      left = h == first_h ? own : left < 0 || own < 0 ? -1 : max_of(left, own);
+    }
+  }
+  const int reach_begin = left < 0 ? 0 : static_cast<int>(max_of<int64_t>(shift - left, 0));
   const int key_begin = max_of(static_cast<int>(first), reach_begin / kKeys * kKeys);
   const int key_end = static_cast<int>(min_of<int64_t>(first + part, length));
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
@@ -103,13 +110,16 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
   const auto v = cached<Element>(p, p.v, b, h_kv, reach_begin, length, p.D_v, a.v_aligned);
 
   const Scaling& units = a.units;
-  int t[2];  // of the lane's two rows
+  int t[2];          // of the lane's two rows
+  int row_begin[2];  // the first keys that they attend
   float slope[2] = {};
   int64_t bias_at[2], mask_at[2];
   ATTNFAST_UNROLL for (int r = 0; r < 2; ++r) {
     const int row = min_of(row_block + r * 8 + lane / 4, group * T - 1);
     const int h = h_kv * group + row / T;
     t[r] = row % T;
+    const int64_t reach = p.windows ? load_global(p.windows + 2 * h) : p.window_left;
+    row_begin[r] = reach < 0 ? 0 : static_cast<int>(max_of<int64_t>(t[r] + shift - reach, 0));
     if (p.alibi_slopes) {
       slope[r] = units.natural * load_global(p.alibi_slopes + b * p.alibi_stride_b + h);
     }
@@ -148,7 +158,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((DecodeShape<kD, kSmall>::kThreads), 1)
             p.mask.data ? key >= shift && key < length &&
                               !load_global(mask + mask_at[r] + (key - shift) * p.mask.d)
                         : ahead > 0;
-        if (key >= key_end || out_of_reach || (p.window_left >= 0 && ahead < -p.window_left)) {
+        if (key >= key_end || out_of_reach || key < row_begin[r]) {
           x = -kInfinity;
         } else if (p.bias.data) {
           const float addend = load_addend(p.bias, bias_at[r] + key * p.bias.d);

@@ -46,6 +46,25 @@ struct Head {
     low = p.window_left < 0 ? INT32_MIN : saturate(by - p.window_left);
     high = p.window_right < 0 ? INT32_MAX : saturate(by + p.window_right);
     if (p.causal) high = min_of(high, saturate(by));
+    if (p.windows) look(p);
+  }
+
+  // As far as head h does, where each has its own window.
+  ATTNFAST_DEVICE void look(const AttentionParams& p) {
+    const int left = load_global(p.windows + 2 * h), right = load_global(p.windows + 2 * h + 1);
+    low = left < 0 ? INT32_MIN : saturate(int64_t{shift} - left);
+    high = right < 0 ? INT32_MAX : saturate(int64_t{shift} + right);
+    if (p.causal) high = min_of(high, shift);
+  }
+  // As far as this head or any of the next `others` ones.
+  ATTNFAST_DEVICE Head with_next(const AttentionParams& p, int others) const {
+    Head all = *this, next = *this;
+    for (; others > 0; --others) {
+      ++next.h;
+      next.look(p);
+      all.low = min_of(all.low, next.low), all.high = max_of(all.high, next.high);
+    }
+    return all;
   }
 
   // Query t may attend to keys first_key(t) <= s < end_key(t), if that is a range at all.

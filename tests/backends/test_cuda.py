@@ -384,9 +384,10 @@ def test_nan_in_queries_of_partial_blocks(softcap: float | None) -> None:
         assert torch.equal(clean, spoilt)
 
 
-def fragments(mask: BlockMask, **options: Any) -> int:
-    """How many fragments of tiles a call with a block mask loads, forward and backward."""
-    q = torch.randn(1, 1, mask.shape[2], 32, dtype=bf16, requires_grad=True)
+def fragments(mask: BlockMask | None, *, H: int = 1, T: int = 0, **options: Any) -> int:
+    """How many fragments of tiles a call loads, forward and backward."""
+    T = T if mask is None else mask.shape[2]
+    q = torch.randn(1, H, T, 32, dtype=bf16, requires_grad=True)
 
     def call() -> None:
         attnfast.attention(q, q, q, mask=mask, backend="cuda", **options).sum().backward()
@@ -412,6 +413,14 @@ def test_only_blocks_that_are_left_are_walked(size: int, partial: bool) -> None:
     near = BlockMask.from_mask((ahead == 0) | (ahead == 1), size) & some(T)
     window = {"causal": True, "window": (size - 1, None)}
     assert fragments(some(T), **window) == fragments(near, **window) < fragments(some(T))
+
+
+def test_each_head_walks_its_own_window() -> None:
+    T, pairs = 330, ((40, 0), (None, None), (100, 64))
+    apart = [fragments(None, T=T, window=pair) for pair in pairs]
+    window = torch.tensor([[-1 if side is None else side for side in pair] for pair in pairs])
+    assert fragments(None, H=3, T=T, window=window) == sum(apart)
+    assert apart[0] < apart[2] < apart[1]
 
 
 @pytest.mark.parametrize("case", [PLAIN, OPTIONS], ids=str)
