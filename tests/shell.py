@@ -19,6 +19,7 @@ PROGRAM_SOURCES = {  # where a program's options are defined
     "bench.report": "bench",
     "tools.abi": "tools/abi",
     "tools.transformers_sweep": "tools/transformers_sweep",
+    "demo.collapse": "demo/collapse.py",
     "demo.search": "demo",
     "demo.sentences": "demo",
     "demo.translation": "demo",
