@@ -44,7 +44,7 @@ ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   LD_PRELOAD="$(foreach l,asan ubsan,$$($(COMPILER) -print-file-name=lib$(l).so))"
 ASAN_TESTS := $(patsubst %,tests/backends/test_%.py,table layouts decode)
 
-.PHONY: help demo translate test test-cuda test-triton test-ptx test-distributed distributed aot lint bench gpu wheel hub test-abi docs asan venv build emulator ptx cuda clean
+.PHONY: help demo translate lens test test-cuda test-triton test-ptx test-distributed distributed aot lint bench gpu wheel hub test-abi docs asan venv build emulator ptx cuda clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -57,6 +57,10 @@ demo: build $(DEMO)  ## semantic search with a trained encoder, then a translati
 
 translate: build $(DEMO)  ## the second half of the demo alone; ARGS="--lang fr" passes arguments to it
 	$(PY) -m demo.translation $(ARGS)
+
+lens: build $(TEST) $(DEMO) $(BENCH)  ## a report of MiniLM's heads, what windows on them do, and a training that goes wrong, plain and steered
+	$(PY) -m demo.lens $(ARGS)
+	$(PY) -m demo.collapse
 
 test: build emulator $(TEST) $(DEMO) $(BENCH) $(TRITON_LATEST)  ## run the tests; ARGS="-k varlen" passes arguments to pytest
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

@@ -20,6 +20,7 @@ PROGRAM_SOURCES = {  # where a program's options are defined
     "tools.abi": "tools/abi",
     "tools.transformers_sweep": "tools/transformers_sweep",
     "demo.collapse": "demo/collapse.py",
+    "demo.lens": "demo",
     "demo.search": "demo",
     "demo.sentences": "demo",
     "demo.translation": "demo",
