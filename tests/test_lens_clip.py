@@ -230,6 +230,15 @@ def test_models_of_transformers(kind: str) -> None:
     torch.testing.assert_close(after[before <= limit], before[before <= limit])
 
 
+class Other(Tensor):
+    """Parameters that are not plain, as those that are cut over ranks or quantised."""
+
+
+class Alone(nn.Module):
+    def forward(self, q: Tensor) -> Tensor:
+        return attnfast.attention(q, q, q)
+
+
 def test_what_cannot_be_clipped_is_named() -> None:
     refused = pytest.raises(
         ValueError, match=r"QKClip: cannot clip '0' \(MultiheadAttention\): its"
@@ -241,19 +250,20 @@ def test_what_cannot_be_clipped_is_named() -> None:
     nn.utils.parametrizations.orthogonal(made, "q_proj_weight")
     with pytest.raises(ValueError, match=r"its projections are parametrized"):
         lens.QKClip(made)
+    made = layer()
+    made.in_proj_weight = nn.Parameter(Other(made.in_proj_weight.detach()))
+    with pytest.raises(ValueError, match=r"its parameters are of the type Other"):
+        lens.QKClip(made)
     model, x = layer(softcap=30.0), torch.randn(B, T, E)
     optimizer = torch.optim.SGD(model.parameters(), **STILL)
     capped = pytest.raises(ValueError, match=r"'' \(MultiheadAttention\): its softcap, 30, bounds")
     with lens.QKClip(model, 20.0).attach(optimizer), capped:
         model(x, x, x)
 
-    class Other(nn.Module):
-        def forward(self, q: Tensor) -> Tensor:
-            return attnfast.attention(q, q, q)
-
-    other = pytest.raises(ValueError, match=r"cannot clip '' \(Other\): its projections are none")
-    with lens.QKClip(Other()).attach(optimizer), other:
-        Other.__call__(watching.now[0].model, torch.randn(B, H, T, 8))
+    alone = Alone()
+    other = pytest.raises(ValueError, match=r"cannot clip '' \(Alone\): its projections are none")
+    with lens.QKClip(alone).attach(optimizer), other:
+        alone(torch.randn(B, H, T, 8))
     for error, said, options in (
         (ValueError, "limit must be a number above 0, got 0", {"limit": 0}),
         (ValueError, "alpha must be a number from 0 to 1, got 2", {"alpha": 2}),

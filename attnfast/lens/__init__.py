@@ -12,13 +12,14 @@ from .products import apply, apply_transposed
 from .report import report
 from .rollout import rollout
 from .seen import Seen, compare, load
-from .windows import apply_windows
+from .windows import Windowed, apply_windows
 
 __all__ = [
     "BalanceLoss",
     "Monitor",
     "QKClip",
     "Seen",
+    "Windowed",
     "apply",
     "apply_transposed",
     "apply_windows",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 LINEARS = (("q_proj", "k_proj"), ("query", "key"), ("q", "k"), ("q_lin", "k_lin"))
@@ -53,8 +52,9 @@ def unscalable(module: nn.Module) -> str | None:
         if not isinstance(linear, nn.Linear):
             told = f"{type(linear).__module__.partition('.')[0]}'s {type(linear).__name__}"
             return f"its projection is {told} and no nn.Linear: merge adapters first"
-    if any(isinstance(x, DTensor) for x in module.parameters()):
-        return "its parameters are cut over ranks (DTensor)"
+    for x in module.parameters():
+        if type(x) not in (Tensor, nn.Parameter):  # DTensor, quantised ones
+            return f"its parameters are of the type {type(x).__name__}"
     return None
 
 

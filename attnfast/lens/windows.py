@@ -18,13 +18,21 @@ UNBOUNDED = 2**31 - 1
 
 
 class Windowed(NamedTuple):
-    """A head that was made local."""
+    """A head that was made local.
+
+    Attributes:
+        layer: its name in the model.
+        head: which of the layer's.
+        left: how many keys before the query it may still attend; -1 is all.
+        right: the same of keys behind it.
+        left_out: the mean probability that it gave to other keys.
+    """
 
     layer: str
     head: int
-    left: int  # keys before the query that it may still attend; -1: all
-    right: int  # and behind it
-    left_out: float  # the mean probability that it gave to other keys
+    left: int
+    right: int
+    left_out: float
 
 
 def apply_windows(model: nn.Module, seen: Seen, keep: float = 0.99) -> list[Windowed]:
