@@ -153,10 +153,12 @@ class DecodeOptions(NamedTuple):
     softcap: float = 0.0
     window_left: Open = -1
     window_right: Open = -1
+    received: bool = False  # column sums are wanted
 
     def as_options(self, masked: bool = False) -> Options:
         """Those of a call without a cache: decoding is causal, unless a mask decides."""
-        options = Options(causal=True, **self._asdict())
+        given = self._asdict()
+        options = Options(causal=True, stats=2 if given.pop("received") else 0, **given)
         return options._replace(causal=False, window_right=-1) if masked else options
 
 
@@ -165,6 +167,7 @@ class DecodeOutputs(NamedTuple):
 
     out: Tensor  # (B, H, T, D_v), the dtype and stride order of q
     lse: Tensor  # (B, H, T) fp32, natural log
+    received: Tensor | None = None  # (B, H, S) fp32, of the cache's capacity S
 
 
 # What a cell of pooled probabilities holds; DISTANCES are the columns of the last.

@@ -192,6 +192,7 @@ def decode_call(
     sinks: Tensor | None,
     bias: Tensor | None,
     mask: Any,
+    return_received: bool = False,
 ) -> tuple[DecodeInputs, DecodeOptions]:
     """The canonical form of a call of ``decode_attention``.
 
@@ -233,7 +234,8 @@ def decode_call(
                 why = "decoding has none (detach it, or run under torch.no_grad())"
                 require.without_gradient(function, name, x, why)
     numbers = require.score_options(function, D, scores)
-    options = DecodeOptions(*numbers, window_left, window_right)
+    require.flag(function, "return_received", return_received, (True, False))
+    options = DecodeOptions(*numbers, window_left, window_right, return_received)
     inputs = DecodeInputs(
         q=dense_rows(q, function, "q"),
         k_cache=dense_rows(k_cache, function, "k_cache"),

@@ -301,6 +301,7 @@ def decode_attention(
     bias: Tensor | None = None,
     mask: Tensor | BlockMask | None = None,
     return_lse: bool = False,
+    return_received: bool = False,
     backend: str = "auto",
     **other: Any,
 ) -> Any:
@@ -328,11 +329,14 @@ def decode_attention(
             last T keys each query attends, in place of s <= t' (drafted trees, arXiv:2305.09781:
             `BlockMask.from_tree`). All keys before them are attended as without it.
         return_lse: also return lse, float32 ``(B, H, T)``.
+        return_received: also return received, float32 ``(B, H, S)``: per key the sum over the T
+            queries of its probabilities, which may add up to less than T where there are sinks; 0
+            past ``cache_seqlens``. What cache eviction by heavy hitters adds up (arXiv:2306.14048).
         backend: see `attention`.
         other: none, see `attention`.
 
     Returns:
-        out ``(B, H, T, D_v)``, or (out, lse).
+        out ``(B, H, T, D_v)``, or a tuple in the order out, lse, received of what was asked for.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
@@ -366,6 +370,7 @@ def decode_attention(
         sinks,
         bias,
         mask,
+        return_received,
     )
     row = dispatch.select(decode_problem(inputs, options), backend, function=function)
     if _in_onnx_export():
@@ -377,15 +382,17 @@ def decode_attention(
         checks.cache_values(function, inputs)
         checks.window_values(function, inputs.windows)
     if row.ops is None:
-        out, lse = reference_decode(inputs, options)
+        out, lse, received = reference_decode(inputs, options)
     else:
         try:
-            out, lse = autograd.call(row.ops.decode, *inputs, *options)
+            out, lse, received = autograd.call(row.ops.decode, *inputs, *options)
         except RuntimeError as error:
             if (refused := checks.complaint(function, error)) is None:
                 raise
             raise refused from None
-    return (out, lse) if return_lse else out
+    if not (return_lse or options.received):
+        return out
+    return (out, *(lse,) * return_lse, *(received,) * options.received)
 
 
 def run(

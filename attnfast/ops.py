@@ -133,9 +133,12 @@ def _bwd_fake(*args: Any) -> Gradients:
 
 
 def _decode_fake(*args: Any) -> DecodeOutputs:
-    (q, _, v_cache, *_), _ = decode_call(args)
-    out = empty_in_order(q, v_cache.shape[3])
-    return DecodeOutputs(out, q.new_empty(q.shape[:3], dtype=torch.float32))
+    inputs, options = decode_call(args)
+    q, k, v, table = inputs.q, inputs.k_cache, inputs.v_cache, inputs.page_table
+    S = k.shape[2] if table is None else table.shape[1] * k.shape[1]
+    fp32 = functools.partial(q.new_empty, dtype=torch.float32)
+    received = fp32((*q.shape[:2], S) if options.received else (0,))
+    return DecodeOutputs(empty_in_order(q, v.shape[3]), fp32(q.shape[:3]), received)
 
 
 def _pooled_fake(*args: Any) -> Tensor:

@@ -138,7 +138,11 @@ def reference_decode(inputs: DecodeInputs, options: DecodeOptions) -> DecodeOutp
         if inputs.windows is not None:  # the mask decides to the right
             whole = whole._replace(windows=F.pad(inputs.windows[:, :1], (0, 1), value=-1))
     outputs = reference_attention(whole, options.as_options(inputs.mask is not None))
-    return DecodeOutputs(outputs.out, outputs.lse)
+    received = outputs.received
+    if received is not None:  # a row with NaN is NaN at the keys in the cache
+        slots = torch.arange(k.shape[2], device=k.device)
+        received = torch.where(slots < inputs.cache_seqlens.view(-1, 1, 1), received, 0)
+    return DecodeOutputs(outputs.out, outputs.lse, received)
 
 
 def reference_pooled(

@@ -109,7 +109,7 @@ def bwd_cuts(*args: Any) -> Iterable[Cut]:
 
 def decode_cuts(*args: Any) -> Iterable[Cut]:
     """Of ``NAME_decode``."""
-    inputs, _ = decode_call(args)
+    inputs, options = decode_call(args)
     for cut in (BATCH, HEADS):
         cache: int | None = cut
         if inputs.page_table is not None:  # (P, page, H_kv, D)
@@ -127,7 +127,8 @@ def decode_cuts(*args: Any) -> Iterable[Cut]:
             mask=_where(cut, inputs.mask),
             windows=heads,
         )
-        yield (cut, cut), (*given, *DECODE_WHOLE)
+        received = cut if options.received else None
+        yield (cut, cut, received), (*given, *DECODE_WHOLE)
 
 
 def pooled_cuts(*args: Any) -> Iterable[Cut]:

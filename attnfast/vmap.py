@@ -176,7 +176,8 @@ def decode_rule(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any
         return one_by_one(op, info, in_dims, *args)
     fold = fold_of(info, inputs.q, dims.q)
     results = op(*fold.decode_inputs(inputs, dims), *options)
-    return tuple(map(fold.apart, results)), (0, 0)
+    out_dims = (0, 0, 0 if options.received else None)
+    return tuple(map(fold.result, results, out_dims)), out_dims
 
 
 def one_by_one(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:

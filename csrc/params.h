@@ -181,9 +181,10 @@ struct DecodeParams : ScoreOptions {
   const int32_t* cache_seqlens = nullptr;  // [B]
   const int32_t* page_table = nullptr;     // [B, pages_per_sequence]; null: contiguous
   int64_t page_size = 0, pages_per_sequence = 0, num_pages = 0;
-  MutableView out;        // (B, H, T, D_v)
-  float* lse = nullptr;   // (B, H, T)
-  float* norm = nullptr;  // (2, B, H, T), null unless wanted
+  MutableView out;            // (B, H, T, D_v)
+  float* lse = nullptr;       // (B, H, T)
+  float* norm = nullptr;      // (2, B, H, T), null unless wanted
+  float* received = nullptr;  // (B, H, S), null unless wanted
   int num_threads = 1;
   bool (*interrupted)() = nullptr;  // asked by the calling thread: whether to end; null: never
   Footprint* footprint = nullptr;   // given: nothing is computed, scratch is only counted

@@ -3,14 +3,16 @@
 (Flash-Decoding, Dao et al., 2023)
 
     o = softmax(scale * q k^T, causal, windowed, biased, capped) v    lse = logsumexp of the scores
+    received = sum over the queries of the softmax
 
 Query t stands at cache_seqlens[b] - T + t and attends the keys up to there, or
 those of the last T that a mask lets pass, and all before them.
 
 Grid:    batch * key head * blocks of the T * H / H_kv query rows that share its keys * pieces of
-         the keys; then one program per query row, to combine the pieces in their order
+         the keys; then one program per query row, to combine the pieces in their order; for column
+         sums, batch * head * blocks of keys
 Memory:  q, acc, m, l in registers; k and v tiles in shared memory, from a contiguous cache or from
-         pages, key by key; per row and piece m, l and acc in fp32
+         pages, key by key; per row and piece m, l and acc in fp32; for column sums all scores
 Rows:    how keys are cut depends on the sequence's own length alone, and so do the results
 """
 
@@ -36,6 +38,7 @@ from .scores import edit_scores, in_log2, in_units, natural, rounded_product
 MIN_PIECE = tl.constexpr(256)  # keys
 MAX_PIECES = tl.constexpr(128)  # that a sequence's keys are cut into
 AT_ONCE = tl.constexpr(16)  # pieces that are combined together
+SUMMED_KEYS = 256  # of one program
 
 
 class Cache(NamedTuple):
@@ -60,6 +63,11 @@ class Cache(NamedTuple):
     mask_h: int = 0
     mask_t: int = 0
     mask_s: int = 0
+    # For column sums
+    scores: Any = None  # (B, H, T, S) fp32, -inf where no query looks
+    base: Any = None  # (B, H, T) fp32: their largest
+    total: Any = None  # (B, H, T) fp32: the softmax's denominator
+    received: Any = None  # (B, H, S) fp32
 
 
 @triton.jit
@@ -172,6 +180,10 @@ def decode_kernel(x, c, p, f, tile):
             last = (j - (length - p.T))[None, :]
             passes = tl.load(mask + last * c.mask_s, mask=(last >= 0) & live[None, :], other=True)
             s = tl.where(passes, s, -float("inf"))
+        if c.scores is not None:
+            rows = ((b * p.H + h).to(tl.int64) * p.T + t) * p.S
+            inside = live_row[:, None] & live[None, :]
+            tl.store(c.scores + rows[:, None] + j[None, :], s, mask=inside)
         # Softmax
         m_new = tl.maximum(m, tl.max(s, 1))
         base = tl.where(m_new == -float("inf"), 0.0, m_new)
@@ -228,6 +240,9 @@ def combine_kernel(x, c, p, f, tile):
     # Statistics
     lse = tl.where(total == 0.0, -float("inf"), highest + tl.log(total))
     tl.store(c.lse + pid, lse)
+    if c.scores is not None:
+        tl.store(c.base + pid, base)
+        tl.store(c.total + pid, tl.where(total == 0.0, float("inf"), total))
 
     # Output
     dims = tl.arange(0, tile.BLOCK_DV)
@@ -247,6 +262,24 @@ def combine_kernel(x, c, p, f, tile):
     tl.store(out + dims, acc.to(c.out.dtype.element_ty), mask=dims < f.D_V)
 
 
+@triton.jit
+def received_kernel(x, c, p, f, tile):
+    """Column sums of a block of keys of one head, query by query in their order."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(p.S, tile.BLOCK_N)
+    head = pid // blocks
+    j = pid % blocks * tile.BLOCK_N + tl.arange(0, tile.BLOCK_N)
+    length = tl.minimum(tl.maximum(tl.load(c.lengths + head // p.H), 0), p.S)
+    total = tl.zeros([tile.BLOCK_N], tl.float32)
+    for t in range(p.T):
+        row = head.to(tl.int64) * p.T + t
+        s = tl.load(c.scores + row * p.S + j, mask=j < length, other=-float("inf"))
+        probs = tl.exp2(in_log2(s - tl.load(c.base + row), p, f))
+        total += probs / tl.load(c.total + row)
+    total = tl.where(j < length, total, 0.0)  # of a row with NaN too
+    tl.store(c.received + head.to(tl.int64) * p.S + j, total, mask=j < p.S)
+
+
 def attention_decode(inputs: DecodeInputs, options: DecodeOptions, *, arch: str) -> DecodeOutputs:
     """Run decoding, see ``attnfast.decode_attention``; all arguments checked.
 
@@ -256,10 +289,11 @@ def attention_decode(inputs: DecodeInputs, options: DecodeOptions, *, arch: str)
     for job in jobs:
         launch(job)
     cache = jobs[0].tensors[1]
-    return DecodeOutputs(cache.out, cache.lse)
+    received = cache.lse.new_empty(0) if cache.received is None else cache.received
+    return DecodeOutputs(cache.out, cache.lse, received)
 
 
-def decode_jobs(inputs: DecodeInputs, options: DecodeOptions, arch: str) -> tuple[Launch, Launch]:
+def decode_jobs(inputs: DecodeInputs, options: DecodeOptions, arch: str) -> tuple[Launch, ...]:
     """What a call launches."""
     k, v, table = inputs.k_cache, inputs.v_cache, inputs.page_table
     if table is not None:  # pages (P, page, H_kv, D) as (P, H_kv, page, D)
@@ -269,9 +303,14 @@ def decode_jobs(inputs: DecodeInputs, options: DecodeOptions, arch: str) -> tupl
     S = k.shape[2] if table is None else k.shape[2] * table.shape[1]
     S = S if k.shape[0] else 0  # without pages, none is the nearest to a wrong one
     call = call._replace(p=call.p._replace(S=S))
+    sums: tuple[Tensor, ...] = ()
+    if options.received:
+        B, H, T, _ = inputs.q.shape
+        scores = inputs.q.new_full((B, H, T, S), -float("inf"), dtype=torch.float32)
+        sums = (scores, *scores.new_empty((2, B, H, T)), scores.new_empty((B, H, S)))
     if table is not None and table.stride(1) != 1:
         table = table.contiguous()
-    return decode_launches(call, dense(inputs.cache_seqlens), table, arch, inputs.mask)
+    return decode_launches(call, dense(inputs.cache_seqlens), table, arch, inputs.mask, sums)
 
 
 def decode_launches(
@@ -280,8 +319,9 @@ def decode_launches(
     page_table: Tensor | None,
     arch: str,
     mask: Tensor | None = None,
-) -> tuple[Launch, Launch]:
-    """The two kernels, and memory for the pieces and the results."""
+    sums: tuple[Tensor, ...] = (),
+) -> tuple[Launch, ...]:
+    """The kernels, two or with column sums three, and memory for the pieces and the results."""
     x, p, f = call
     q, group_rows = x.q, p.group * p.T
     config = configs.choose(
@@ -308,11 +348,17 @@ def decode_launches(
         *row_strides(out, False),
         mask,
         *strides(mask),
+        *sums,
     )
     tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
     grid = p.B * H_kv * pieces * -(-group_rows // config.BLOCK_M)
     combine = config._replace(num_warps=4, num_stages=1)
-    return (
+    jobs = (
         Launch(decode_kernel, grid, (x, cache), p, f, tile, config),
         Launch(combine_kernel, p.B * p.H * p.T, (x, cache), p, f, tile, combine),
     )
+    if not sums:
+        return jobs
+    tile = tile._replace(BLOCK_N=SUMMED_KEYS)
+    blocks = -(-p.S // SUMMED_KEYS)
+    return *jobs, Launch(received_kernel, p.B * p.H * blocks, (x, cache), p, f, tile, combine)

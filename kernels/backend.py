@@ -150,7 +150,8 @@ def workspace(inputs: Any, options: Any) -> tuple[int, int]:
     inputs = inputs._make(None if x is None else x.detach().to("meta") for x in inputs)
     if isinstance(inputs, DecodeInputs):
         cache = decode_jobs(inputs, options, arch)[0].tensors[1]
-        return nbytes(cache.acc, cache.m, cache.l), 0
+        sums = (cache.scores, cache.base, cache.total)
+        return nbytes(cache.acc, cache.m, cache.l, *(x for x in sums if x is not None)), 0
     rows = inputs.q.new_empty((2, *inputs.q.shape[:3]), dtype=torch.float32)
     out = empty_in_order(inputs.q, inputs.v.shape[3])
     given = attention_bwd.given(Upstream.plain(out, out, rows), inputs.cu_seqlens_q is not None)

@@ -43,7 +43,7 @@ def check(actual: Results, problem: Trial) -> None:
     assert not faults, "\n".join(["beyond the accuracy rule", *faults])
 
 
-def check_pooled(actual: Tensor, truth: Tensor, baselines: list[Tensor], unit: Tensor) -> None:
+def check_one(actual: Tensor, truth: Tensor, baselines: list[Tensor], unit: Tensor) -> None:
     """Hold one fp32 (or fp64) result to the rule of `check`, of a unit that the caller derives."""
     dtype = torch.promote_types(actual.dtype, torch.float32)
     fault = _judge(actual, truth, dtype, baselines, unit).fault

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from accuracy import check
+from accuracy import check, check_one, in_double, reference_results
 from cases import fp32
-from dense import Cotangents, Trial
+from dense import Cotangents, Trial, dense
 from torch import Tensor
 
 import attnfast
@@ -38,6 +38,7 @@ class DecodeCase:
     sinks: bool = False
     bias: str | None = None
     windows: tuple[tuple[int, int], ...] = ()  # heads take them in turn
+    received: bool = False
     mask: str = ""  # the dimensions of (b, h, t, s) that are not broadcast, or "tree"
 
     def __str__(self) -> str:
@@ -118,6 +119,7 @@ def make(case: DecodeCase, beyond: float = torch.nan) -> Call:
         "window": case.window,
         "softcap": case.softcap,
         "return_lse": True,
+        "return_received": case.received,
     }
     if case.windows:
         each = [case.windows[h % len(case.windows)] for h in range(H)]
@@ -143,10 +145,16 @@ def make(case: DecodeCase, beyond: float = torch.nan) -> Call:
     return Call(q, k, v, lengths, options)
 
 
-def judge(results: tuple[Tensor, Tensor], call: Call) -> None:
+def judge(results: tuple[Tensor, ...], call: Call) -> None:
     """By the accuracy rule."""
-    out, lse = results
-    check({"out": out, "lse": lse}, equivalent(call))
+    out, lse, *received = results
+    trial = equivalent(call)
+    check({"out": out, "lse": lse}, trial)
+    if received:
+        trial = trial._replace(options=trial.options._replace(stats=2))
+        truth = reference_results(in_double(trial), torch.float64)["received"]
+        eager = reference_results(trial, torch.float32)["received"]
+        check_one(received[0], truth, [eager], dense(trial)["received"].unit)
 
 
 def equivalent(call: Call) -> Trial:

@@ -367,6 +367,7 @@ WINDOWS = z(4, 2, dtype=INT32)
 OPTIONS: list[Row] = [
     (dense, {"causal": 1}, TypeError, "causal must be True or False, got 1"),
     (dense, {"causal": None}, TypeError, "causal must be True or False, got None"),
+    (decode, {"return_received": 1}, TypeError, "return_received must be True or False, got 1"),
     (
         dense,
         {"window": 5},

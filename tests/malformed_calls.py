@@ -255,6 +255,7 @@ PAGED = {
 STEP = {name: SCORES[name] for name in ("scale", "window", "softcap", "alibi_slopes", "sinks")}
 STEP |= {"mask": ("None", "b(2, 2)", "b(2, 1, 2, 2)", "BlockMask.from_tree(longs(-1, 0))")}
 STEP |= {"bias": ("None", "f(4, 1, 1)"), "return_lse": ("True", "False")}
+STEP |= {"return_received": ("True", "False")}
 STEP |= {"backend": SCORES["backend"]}
 TORCH = {
     "query": ("f(2, 4, 6, 8)", "f(6, 8)"),

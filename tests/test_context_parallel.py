@@ -240,6 +240,8 @@ def hold_decode(group: dist.ProcessGroup) -> None:
     torch.testing.assert_close(found, expected, atol=0.04, rtol=0.04)
     with pytest.raises(ValueError, match="page_table must be None with more than one query"):
         context_parallel_decode(q, *pages, lengths, group, page_table=table[:, :6], window=(3, 0))
+    with pytest.raises(ValueError, match="return_received must be False: a rank's column sums are"):
+        context_parallel_decode(q, *pages, lengths, group, return_received=True)
     with pytest.raises(ValueError, match=r"cache_seqlens must be in \[0, 48\], got \[49\]"):
         context_parallel_decode(q[:1], k[:1, :, own], v[:1, :, own], lengths[-1:] + 1, group)
 

@@ -84,7 +84,9 @@ def backward_arguments(case: Case, *, bias: bool = True, sinks: bool = True) -> 
     )
 
 
-def decode_arguments(dtype: torch.dtype = torch.float32, paged: bool = False) -> tuple[Any, ...]:
+def decode_arguments(
+    dtype: torch.dtype = torch.float32, paged: bool = False, received: bool = False
+) -> tuple[Any, ...]:
     q = torch.randn(2, 3, 4, 16, dtype=dtype).transpose(1, 2)
     k, v = torch.randn(2, 2, 24, 16, dtype=dtype), torch.randn(2, 2, 24, 8, dtype=dtype)
     table = None
@@ -95,7 +97,7 @@ def decode_arguments(dtype: torch.dtype = torch.float32, paged: bool = False) ->
     bias, slopes, sinks = torch.randn(4, 1, 24)[None], torch.rand(1, 4), torch.randn(4)
     windows = torch.tensor([[9, 0], [-1, 2], [0, -1], [3, 3]], dtype=torch.int32)
     tensors = (q, k, v, lengths, table, bias, slopes, sinks, None, windows)
-    return *tensors, *DecodeOptions(0.25, 2.0, 9)
+    return *tensors, *DecodeOptions(0.25, 2.0, 9, received=received)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -123,8 +125,9 @@ def test_opcheck_of_backward(case: Case) -> None:
 
 
 @pytest.mark.parametrize("paged", [False, True])
-def test_opcheck_of_decode(paged: bool) -> None:
-    torch.library.opcheck(ops.CPU.decode, decode_arguments(paged=paged))
+@pytest.mark.parametrize("received", [False, True])
+def test_opcheck_of_decode(paged: bool, received: bool) -> None:
+    torch.library.opcheck(ops.CPU.decode, decode_arguments(paged=paged, received=received))
 
 
 def test_the_schema_is_inputs_then_options() -> None:

@@ -132,17 +132,21 @@ def decoding(mesh: DeviceMesh) -> None:
         (caches, None, {BATCH: BATCH, HEADS: HEADS}),
         (pages, table, {BATCH: WHOLE, HEADS: Shard(2)}),
     ):
-        expected = attnfast.decode_attention(q, *held, lengths, page_table=given, sinks=sinks)
+        expected, sums = attnfast.decode_attention(
+            q, *held, lengths, page_table=given, sinks=sinks, return_received=True
+        )
         for cut, place in places.items():
-            found = attnfast.decode_attention(
+            found, received = attnfast.decode_attention(
                 distribute_tensor(q, mesh, [cut]),
                 *(distribute_tensor(x, mesh, [place]) for x in held),
                 distribute_tensor(lengths, mesh, whole),
                 page_table=None if given is None else distribute_tensor(given, mesh, whole),
                 sinks=distribute_tensor(sinks, mesh, whole),
+                return_received=True,
             )
-            assert found.placements == (cut,)
+            assert found.placements == received.placements == (cut,)
             torch.testing.assert_close(found.full_tensor(), expected)
+            torch.testing.assert_close(received.full_tensor(), sums)
 
 
 def sequences(mesh: DeviceMesh) -> None:

@@ -238,7 +238,8 @@ def test_decoding(mapped: str, paged: bool) -> None:
     }[mapped]
     dims = {n: 0 if n in which else None for n in x}
     x = {n: t if dims[n] == 0 else t[0] for n, t in x.items()}
-    assert_as_alone(lambda x: attnfast.decode_attention(**x, return_lse=True), x, dims)
+    wanted = {"return_lse": True, "return_received": True}
+    assert_as_alone(lambda x: attnfast.decode_attention(**x, **wanted), x, dims)
 
 
 def test_pooling() -> None:

@@ -87,6 +87,10 @@ CALLS = {  # the function, its arguments, its options; what requires gradients i
         "decode_attention,"
         " [of(4, 32, 1, 128), of(4, 8, 4096, 128), of(4, 8, 4096, 128), lengths], {}"
     ),
+    "decode, received": (
+        "decode_attention, [of(4, 8, 2, 64), of(4, 8, 4096, 64), of(4, 8, 4096, 64), lengths],"
+        " dict(return_received=True)"
+    ),
     "one query": "attention, [leaf(4, 8, 1, 64), leaf(4, 8, 1000, 64), leaf(4, 8, 1000, 64)], {}",
 }
 

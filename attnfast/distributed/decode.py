@@ -31,6 +31,7 @@ def context_parallel_decode(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
     return_lse: bool = False,
+    return_received: bool = False,
     backend: str = "auto",
 ) -> Any:
     """`attnfast.decode_attention` over a cache of which every rank has an equal part.
@@ -55,6 +56,7 @@ def context_parallel_decode(
         sinks: see `attnfast.attention`.
         bias: broadcastable to ``(B, H, T, S / P)``, of this rank's keys.
         return_lse: also return lse, float32 ``(B, H, T)``.
+        return_received: refused: a rank's column sums are relative to its own keys.
         backend: see `attnfast.attention`.
 
     Returns:
@@ -65,6 +67,9 @@ def context_parallel_decode(
         ValueError: An argument has the wrong shape, device or value, or requires a gradient.
     """
     return_lse = truth(FUNCTION, "return_lse", return_lse)
+    if return_received is not False:
+        requirement = "False: a rank's column sums are relative to its own keys"
+        fail(FUNCTION, "return_received", requirement, return_received)
     group = group_of(FUNCTION, mesh)
     inputs, _ = checks.decode_call(
         FUNCTION,

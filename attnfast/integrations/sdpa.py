@@ -143,7 +143,7 @@ class _Kernels:
             q, k, v = inputs.q, inputs.k, inputs.v
             lengths = torch.full((q.shape[0],), k.shape[2], dtype=torch.int32)
             step = DecodeInputs(q, k, v, lengths, bias=inputs.bias)
-            out, lse = ops.CPU.decode(*step, *DecodeOptions(options.scale))
+            out, lse, _ = ops.CPU.decode(*step, *DecodeOptions(options.scale))
         else:
             out, lse, *_ = ops.CPU.fwd(*inputs, *options)
         return out, lse.transpose(1, 2).contiguous().transpose(1, 2)  # with torch's strides

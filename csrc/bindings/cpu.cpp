@@ -354,7 +354,7 @@ DecodeTensors cpu_decode(ATTNFAST_DECODE_INPUTS) {
   HostCall call;
   Kept kept(&call);
   fill(&p, &kept, ATTNFAST_DECODE_INPUT_NAMES);
-  DecodeTensors results = decode_results(&p, &call, q);
+  DecodeTensors results = decode_results(&p, &call, q, received);
   run(attnfast::cpu::kernels().attention_decode, p,
       "decode_attention: no memory for the decoding's");
   return results;
@@ -366,7 +366,9 @@ int64_t cpu_decode_workspace(ATTNFAST_DECODE_INPUTS) {
   Kept kept(&call);
   fill(&p, &kept, ATTNFAST_DECODE_INPUT_NAMES);
   Footprint footprint;
+  float wanted;  // stands for a result, which is not written
   p.footprint = &footprint;
+  if (received) p.received = &wanted;
   run(attnfast::cpu::kernels().attention_decode, p, "");
   return footprint.most;
 }

@@ -14,7 +14,7 @@ namespace attnfast::bindings {
 
 using ForwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BackwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using DecodeTensors = std::tuple<Tensor, Tensor>;
+using DecodeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -163,12 +163,17 @@ inline Tensor converted(const Tensor& x, ScalarType type) {
 }
 
 template <class Call>
-DecodeTensors decode_results(DecodeParams* p, Call* call, const Tensor& q) {
+DecodeTensors decode_results(DecodeParams* p, Call* call, const Tensor& q, bool received) {
   Tensor out = empty_in_order(q, p->D_v);
   Tensor lse = empty(q, ScalarType::Float, {p->B, p->H, p->T});
-  call->writes(out, "out"), call->writes(lse, "lse");
+  Tensor sums = received ? empty(q, ScalarType::Float, {p->B, p->H, p->S}) : nothing(lse);
+  call->writes(out, "out"), call->writes(lse, "lse"), call->writes(sums, "received");
   p->out = write(out), p->lse = floats(lse);
-  return {out, lse};
+  if (received) {
+    p->received = floats(sums);
+    if (p->T == 0) torch::stable::zero_(sums);
+  }
+  return {out, lse, sums};
 }
 
 }  // namespace attnfast::bindings

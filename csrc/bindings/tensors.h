@@ -235,9 +235,10 @@ inline Tensor nothing(const Tensor& like) { return empty(like, like.scalar_type(
   const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &cache_seqlens, \
       OptionalTensor page_table, OptionalTensor bias, OptionalTensor alibi_slopes,            \
       OptionalTensor sinks, OptionalTensor mask, OptionalTensor windows,                      \
-      ATTNFAST_SCORE_OPTIONS(ATTNFAST_PARAMETER) int64_t window_left, int64_t window_right
+      ATTNFAST_SCORE_OPTIONS(ATTNFAST_PARAMETER) int64_t window_left, int64_t window_right,   \
+      bool received
 #define ATTNFAST_DECODE_INPUT_NAMES                                                         \
   q, k_cache, v_cache, cache_seqlens, page_table, bias, alibi_slopes, sinks, mask, windows, \
-      ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left, window_right
+      ATTNFAST_SCORE_OPTIONS(ATTNFAST_NAME) window_left, window_right, received
 
 }  // namespace attnfast::bindings

@@ -5,13 +5,15 @@
 // that a mask lets pass and all before them:
 //
 //   o = softmax(scale * q k^T, causal, windowed, biased, capped) v
-//   lse = logsumexp of the scores
+//   lse = logsumexp of the scores    received = sum over the queries of p
 //
 // Work: one item per (batch entry, key head, at most kMaxRows of the T * H / H_kv query rows that
-// share its keys, piece of the keys); then one per query row, to combine the pieces in order.
+// share its keys, piece of the keys); then one per query row, to combine the pieces in order; then,
+// where column sums are wanted, one per (batch entry, head, some keys).
 //
-// Memory: per item m, l and o of its rows; per thread the item's q and one block of scores. Keys
-// and values are read once, where they lie, and converted in registers.
+// Memory: per item m, l and o of its rows; per thread the item's q and one block of scores; for
+// column sums all scores. Keys and values are read once, where they lie, and converted in
+// registers.
 //
 // Threads: how keys are cut into pieces depends on the sequence's own length alone, and so do the
 // results.
@@ -24,6 +26,8 @@
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 namespace {
+
+constexpr Index kSummedKeys = 4096;  // whose column sums are one item
 
 // One thread's memory.
 template <class Element>
@@ -50,6 +54,9 @@ struct Decode {
   const Scaling units;
   const Blocks pieces;        // of H_kv * chunks heads
   float* partials = nullptr;  // of each sequence [H_kv][group_rows][its pieces][Partial::size]
+  Index longest = 0;          // sequence
+  float* scores = nullptr;    // for column sums: [B][H][T][longest], of a row's keys in its units
+  float* norm = nullptr;      // and m and log2 l: [2][B][H][T]
 
   explicit Decode(const DecodeParams& params)
       : p(params),
@@ -75,6 +82,8 @@ struct Decode {
     return partials +
            (before + (h_kv * group_rows + row) * pieces.of(b) + piece) * Partial::size(v_shape);
   }
+
+  Index row_of(Index b, Index h, Index t) const { return (b * p.H + h) * p.T + t; }
 
   // The query row in fp32, vector by vector as RowShape says, each element in one vector only.
   void load_query(Index b, const Row& row, float* q) const {
@@ -118,6 +127,10 @@ struct Decode {
       for (Index i = 0; i < num_rows; ++i) {
         float* s = scratch.s + i * kMaxBlock;
         edit_scores(p, units, b, rows[i], block->key, block->n, s);
+        if (scores) {
+          memcpy(scores + row_of(b, rows[i].h, rows[i].t) * longest + block->key, s,
+                 block->n * sizeof(float));
+        }
         exponentiate(units.to_log2, block->n, v_shape, s, Partial(o + i * o_stride, v_shape));
       }
       if ((p.bias.data || p.mask.data || p.windows) && has_poison(*block, v_shape)) {
@@ -146,7 +159,7 @@ struct Decode {
       rescale[i] = exp2_of((piece(i).m - base) * units.to_log2);
       l += piece(i).l * rescale[i];
     }
-    const Index at = (b * p.H + h) * p.T + t;
+    const Index at = row_of(b, h, t);
     const float log2_l = log2(broadcast(l))[0],
                 top = m == sink ? sink_natural : m * units.to_natural;
     p.lse[at] = l == 0.0f ? -kInfinity : top + log2_l * kLn2;
@@ -157,12 +170,37 @@ struct Decode {
       p.norm[p.B * p.H * p.T + at] = l == 0.0f ? kInfinity : log2_l;
     }
 
+    if (norm) norm[at] = base, norm[p.B * p.H * p.T + at] = l == 0.0f ? kInfinity : log2_l;
+
     const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
     Element* out = static_cast<Element*>(p.out.data) + b * p.out.b + h * p.out.h + t * p.out.t;
     for (Index d = 0; d < p.D_v; d += kLanes) {
       Vec o = zeros();
       for (Index i = 0; i < pieces; ++i) o += load(piece(i).o + d) * rescale[i];
       store_some(out + v_shape.at(d), o * inverse, min_of(p.D_v, kLanes));
+    }
+  }
+
+  // received of the keys key0 .. of one head, query by query in their order.
+  void sum_keys(Index b, Index h, Index key0) const {
+    const Index keys = min_of(p.S - key0, kSummedKeys), group = p.H / p.H_kv;
+    float* sums = p.received + (b * p.H + h) * p.S + key0;
+    memset(sums, 0, keys * sizeof(float));
+    const Sequence sequence(p, b);
+    for (Index t = 0; t < p.T; ++t) {
+      const Index at = row_of(b, h, t);
+      const float m = norm[at], log2_l = norm[p.B * p.H * p.T + at];
+      const bool is_nan = log2_l != log2_l;  // at all keys, as softmax would have it
+      const Row row(p, sequence, b, h / group, h % group * p.T + t, units.natural);
+      const Index begin = max_of(is_nan ? 0 : row.begin, key0);
+      const Index end = min_of(is_nan ? sequence.length : row.end, key0 + keys);
+      const float* s = scores + at * longest;
+      for (Index j = begin; j < end; j += kLanes) {
+        const Index n = min_of(end - j, kLanes);
+        const Vec x = is_nan ? broadcast(log2_l) : load_some(s + j, n);
+        store_some(sums + j - key0,
+                   load_some(sums + j - key0, n) + exp2((x - m) * units.to_log2 - log2_l), n);
+      }
     }
   }
 };
@@ -172,6 +210,14 @@ void decode(const DecodeParams& p) {
   const Index rows = p.B * p.H * p.T;
   if (rows == 0) return;
   Decode<Element> decode(p);
+  for (Index b = 0; p.received && b < p.B; ++b)
+    decode.longest = max_of(decode.longest, p.cache_seqlens[b]);
+  const Arena sums((decode.longest + 2 * (p.received != nullptr)) * rows * sizeof(float),
+                   p.footprint);
+  if (p.received && !p.footprint) {
+    decode.norm = reinterpret_cast<float*>(sums.data());
+    decode.scores = decode.norm + 2 * rows;
+  }
   const Arena partials(decode.partials_size() * sizeof(float), p.footprint);
   decode.partials = reinterpret_cast<float*>(partials.data());
   const auto prepare = [&](Parts& parts) { return Scratch<Element>(parts, decode.k_shape); };
@@ -189,6 +235,14 @@ void decode(const DecodeParams& p) {
   parallel(
       p, rows, share, [](Parts&) { return Nothing(); },
       [&](Index row, Nothing&) { decode.combine(row / p.T / p.H, row / p.T % p.H, row % p.T); });
+  if (!p.received) return;
+  const Index parts = (p.S + kSummedKeys - 1) / kSummedKeys;
+  parallel(
+      p, p.B * p.H * parts, 1, [](Parts&) { return Nothing(); },
+      [&](Index item, Nothing&) {
+        const Index head = item / parts;
+        decode.sum_keys(head / p.H, head % p.H, item % parts * kSummedKeys);
+      });
 }
 
 }  // namespace

@@ -30,6 +30,32 @@ def test_every_option(backend: str, case: DecodeCase, dtype: torch.dtype, way: s
     judge(WAYS[way](call, backend), call)
 
 
+@pytest.mark.reference(5)
+@EVERY
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_received(backend: str, case: DecodeCase, way: str) -> None:
+    dtype = DTYPES[CASES.index(case) % 3]
+    call = make(replace(case, received=True, dtype=dtype))
+    results = WAYS[way](call, backend)
+    judge(results, call)
+    slots = torch.arange(case.S) >= call.lengths.view(-1, 1, 1)
+    assert not torch.where(slots, results[2], 0).any()
+    without = call._replace(options=call.options | {"return_received": False})
+    assert all(map(torch.equal, WAYS[way](without, backend), results[:2]))
+
+
+@pytest.mark.reference(1)
+@EVERY
+def test_received_of_a_row_with_nan(backend: str, way: str) -> None:
+    """NaN at the keys that are there, as softmax has it, and 0 past them."""
+    call = make(DecodeCase("nan", T=2, received=True, window=(40, None), dtype=torch.bfloat16))
+    call.q[0, 1, 1, 3] = torch.nan
+    received = WAYS[way](call, backend)[2]
+    assert torch.equal(received[0, 1].isnan(), torch.arange(320) < 129)
+    assert received.isnan().sum() == 129
+    assert not received[:, :, 300:].any()
+
+
 @pytest.mark.parametrize("page", [1, 2, 5, 64, 320])
 def test_any_page_size(backend: str, page: int) -> None:
     call = make(DecodeCase("pages", lengths=(129, 320, 0, 64)))
@@ -43,7 +69,7 @@ def test_unused_slots_may_hold_anything(
     backend: str, dtype: torch.dtype, value: float, way: str
 ) -> None:
     """The results are bitwise those of zeros in their place."""
-    case = DecodeCase("unused", lengths=(129, 300, 64, 0, 1), dtype=dtype, T=2)
+    case = DecodeCase("unused", lengths=(129, 300, 64, 0, 1), dtype=dtype, T=2, received=True)
     results, clean = (WAYS[way](make(case, beyond), backend) for beyond in (value, 0.0))
     for result, expected in zip(results, clean, strict=True):
         assert torch.equal(result, expected)
@@ -129,7 +155,7 @@ def test_the_same_as_attention(backend: str) -> None:
 @EVERY
 def test_nothing_of_something(backend: str, way: str) -> None:
     for changes in ({"T": 0}, {"lengths": ()}, {"S": 0, "lengths": (0, 0)}):
-        call = make(replace(CASES[0], **changes))
+        call = make(replace(CASES[0], received=True, **changes))
         judge(WAYS[way](call, backend), call)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import check_pooled, in_double
+from accuracy import check_one, in_double
 from cases import CASES, Case, bf16, problem
 from dense import Trial, dense
 from torch import Tensor
@@ -114,7 +114,7 @@ def check(found: Tensor, given: Trial, cells: Cells) -> None:
         **{name: getattr(given.inputs, name).float() for name in "qkv"}))  # fmt: skip
     unit = by_hand(dense(in_fp32)["weights"].unit, given, cells, tokens_of(given))
     truth = of_reference(in_double(given), cells, torch.float64)
-    check_pooled(found, truth, [of_reference(given, cells, torch.float32)], unit)
+    check_one(found, truth, [of_reference(given, cells, torch.float32)], unit)
 
 
 TAKEN = [case for case in CASES if not case.indices]
@@ -127,7 +127,7 @@ def test_reference(case: Case) -> None:
     weights = dense(wide)["weights"]
     for cells in cells_of(case):
         truth, unit = (by_hand(x, wide, cells, tokens_of(wide)) for x in weights)
-        check_pooled(of_reference(wide, cells, torch.float64), truth, [], unit)
+        check_one(of_reference(wide, cells, torch.float64), truth, [], unit)
 
 
 @pytest.mark.reference(7)

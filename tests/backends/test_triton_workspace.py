@@ -84,11 +84,13 @@ def test_a_mask_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("paged", [False, True])
-def test_decode(paged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("received", [False, True])
+def test_decode(paged: bool, received: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = torch.tensor([100, 1500], dtype=torch.int32)
     cache = torch.zeros(9, 300, 2, 64) if paged else torch.zeros(2, 2, 2000, 64)
     table = torch.zeros(2, 5, dtype=torch.int32) if paged else None
     inputs = DecodeInputs(torch.zeros(2, 8, 1, 64), cache, cache, lengths, table)
-    said = backend.workspace(inputs, DecodeOptions(1.0))
-    assert said == (taken(backend.decode, (*inputs, *DecodeOptions(1.0)), monkeypatch), 0)
+    options = DecodeOptions(1.0, received=received)
+    said = backend.workspace(inputs, options)
+    assert said == (taken(backend.decode, (*inputs, *options), monkeypatch), 0)
     assert said[0] > 0
