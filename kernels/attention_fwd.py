@@ -297,7 +297,8 @@ def results(inputs: Inputs, options: Options) -> ForwardResults:
 def forward_launch(call: Call, to: ForwardResults, arch: str) -> Launch:
     """The forward's kernel, grid and tiles."""
     x, p, f = call
-    config = configs.choose(arch, "fwd", x.q.element_size(), f.D, f.D_V, f.TILED, f.BLOCKS)
+    alone = not (f.DROPOUT or f.SOFTCAP or x.alibi_slopes is not None or to.stats is not None)
+    config = configs.choose(arch, "fwd", x.q.element_size(), f.D, f.D_V, f.TILED, f.BLOCKS, alone)
     tile = Tile(config.BLOCK_M, config.BLOCK_N, block(f.D), block(f.D_V))
     grid = p.B * p.H * -(-p.T // config.BLOCK_M)
     return Launch(attention_fwd_kernel, grid, (x, to), p, f, tile, config, "BLOCK_N")

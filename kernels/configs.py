@@ -223,7 +223,14 @@ def of_group(arch: str, name: str, size: int, D: int, D_v: int, group: int) -> C
 
 
 def choose(
-    arch: str, name: str, size: int, D: int, D_v: int, extras: bool, side: int = 0
+    arch: str,
+    name: str,
+    size: int,
+    D: int,
+    D_v: int,
+    extras: bool,
+    side: int = 0,
+    alone: bool = False,
 ) -> Config:
     """The tile of a pass.
 
@@ -236,6 +243,7 @@ def choose(
         extras: Whether tiles of a mask, a bias or weights' gradients are loaded too. Their loads
             are pipelined in two stages up to D 64: more of them would not fit into shared memory.
         side: Of a block mask's blocks, in one of which a tile lies; 0 without one.
+        alone: Whether nothing else that takes registers is done to the scores.
     """
     if name in trial:
         config = trial[name]
@@ -250,7 +258,10 @@ def choose(
     if not extras:
         return config
     if name == "fwd" and 64 < max(D, D_v) <= 128:
-        return config._replace(BLOCK_N=max(config.BLOCK_N // 2, 16), num_stages=1)
+        # Blackwell's products lie in tensor memory and leave registers.
+        if not (alone and size == 2 and FAMILIES.get(arch) == "blackwell"):
+            config = config._replace(BLOCK_N=max(config.BLOCK_N // 2, 16))
+        return config._replace(num_stages=1)
     return config._replace(num_stages=min(config.num_stages, 2 if max(D, D_v) <= 64 else 1))
 
 
