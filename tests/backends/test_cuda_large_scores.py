@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import attnfast
 from attnfast import ops
-from attnfast.call import DecodeOptions, Inputs, Options
+from attnfast.call import DecodeInputs, DecodeOptions, Inputs, Options
 
 fp64 = torch.float64
 LOWEST = torch.finfo(fp32).min
@@ -291,13 +291,14 @@ def test_integers_beyond_int32_are_not_wrapped() -> None:
         for x in (ends, cut)
     ]
     assert torch.equal(*results)
-    rest = (*(None,) * 4, *DecodeOptions(0.2))
     for lengths in ((2**32 + 3, 20), (-(2**32) + 3, 0)):
-        found = [ops.CUDA.decode(q, k, v, torch.tensor([x]), None, *rest)[0] for x in lengths]
+        caches = [DecodeInputs(q, k, v, torch.tensor([x])) for x in lengths]
+        found = [ops.CUDA.decode(*x, *DecodeOptions(0.2))[0] for x in caches]
         assert torch.equal(*found)
     pages = k[0].reshape(2, 5, 4, 32).permute(1, 2, 0, 3).contiguous()
     tables = (torch.tensor([[2**32 + 1, -(2**32) + 1]]), torch.tensor([[4, 0]]))
-    found = [ops.CUDA.decode(q, pages, pages, torch.tensor([8]), x, *rest)[0] for x in tables]
+    caches = [DecodeInputs(q, pages, pages, torch.tensor([8]), x) for x in tables]
+    found = [ops.CUDA.decode(*x, *DecodeOptions(0.2))[0] for x in caches]
     assert torch.equal(*found)
 
 
