@@ -191,6 +191,14 @@ class AttentionCase(NamedTuple):
         return rows * factor
 
 
+class StatisticsCase(AttentionCase):
+    """Ours with statistics, whose rival is ours without."""
+
+    def __str__(self) -> str:
+        """The row's name, which says so."""
+        return f"{super().__str__()}-statistics"
+
+
 class DecodeCase(NamedTuple):
     """One row of the decode suite: one new token per sequence, over a cache."""
 

@@ -7,29 +7,18 @@ A share is that of a row's limit, see `bench.ceilings`; a ratio the fastest riva
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
 from . import OURS
-from .grid import AttentionCase, Case, DecodeCase
-from .race import Entries
+from .grid import AttentionCase, Case, DecodeCase, StatisticsCase
 from .results import Row
-from .rivals.attention import entries
 from .tables import geometric_mean, table
 
 LONG = ((2, 16, 1024), (1, 16, 4096), (1, 8, 8192))  # B, H, T
 SHORT = ((8, 12, 50, 64), (8, 12, 128, 64), (8, 12, 197, 64), (512, 4, 64, 16))  # B, H, T, D
 WORKS = ("forward", "forward+backward")
-PLAIN = "without statistics"
-
-
-class StatisticsCase(AttentionCase):
-    """Ours with statistics, whose rival is ours without."""
-
-    def __str__(self) -> str:
-        """The row's name, which says so."""
-        return f"{super().__str__()}-statistics"
 
 
 class Bar(NamedTuple):
@@ -90,19 +79,6 @@ def bars(kernel: str) -> list[Bar]:
 def cases(kernel: str) -> list[Case]:
     """The rows of all bars, each once."""
     return list(dict.fromkeys(case for bar in bars(kernel) for case in bar.cases))
-
-
-def statistics_entries(case: AttentionCase, *arguments: Any, **options: Any) -> Entries:
-    """Ours with statistics and ours without, of which the output is compared."""
-    plain = AttentionCase(*case)
-    with_statistics = entries(plain._replace(option="statistics"), *arguments, **options)
-    without = entries(plain, *arguments, **options)
-
-    def kept(call: Any) -> Any:
-        return lambda: {name: x for name, x in call().items() if name != "entropy"}
-
-    calls = {OURS: with_statistics.calls[OURS], PLAIN: without.calls[OURS]}
-    return Entries({name: [kept(call) for call in found] for name, found in calls.items()}, {})
 
 
 def verdicts(kernel: str, rows: list[Row]) -> pd.DataFrame:

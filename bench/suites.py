@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import OURS, limits
+from . import OURS
 from . import ceilings as machine_limits
 from .clock import Clock, clock
 from .environment import Settings, architecture
@@ -22,6 +22,7 @@ from .grid import (
     EncoderCase,
     LayerCase,
     SparseCase,
+    StatisticsCase,
     VarlenCase,
 )
 from .race import Entries, Limits, Race
@@ -29,7 +30,7 @@ from .rivals import attention, decode, layers, sparse, varlen
 
 ENTRIES: dict[type, Callable[..., Entries]] = {
     AttentionCase: attention.entries,
-    limits.StatisticsCase: limits.statistics_entries,
+    StatisticsCase: attention.statistics_entries,
     DecodeCase: decode.entries,
     VarlenCase: varlen.entries,
     SparseCase: sparse.entries,

@@ -7,7 +7,8 @@ import torch
 from test_bench import run
 
 from bench import OURS, limits
-from bench.grid import describe
+from bench.grid import StatisticsCase, describe
+from bench.rivals.attention import PLAIN
 from bench.suites import ENTRIES
 
 KERNELS = ("amx", "avx512_bf16", "avx2")
@@ -56,9 +57,9 @@ def test_verdicts() -> None:
 
 @pytest.mark.parametrize("work", limits.WORKS)
 def test_statistics_race_against_ours_without(work: str) -> None:
-    case = limits.StatisticsCase(1, 2, 40, 40, 16, "float32", True, work)
+    case = StatisticsCase(1, 2, 40, 40, 16, "float32", True, work)
     found = ENTRIES[type(case)](case, "cpu", torch.device("cpu"), 1, full=False)
-    assert list(found.calls) == [OURS, limits.PLAIN]
+    assert list(found.calls) == [OURS, PLAIN]
     ours, plain = (found.calls[name][0]() for name in found.calls)
     assert ours.keys() == plain.keys() >= {"out"}
     assert str(case).endswith("-statistics")

@@ -180,8 +180,9 @@ def pooled_by_hand(p: Tensor, rows: int, columns: int, reduce: str) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("case", trials()[::3], ids=str)
+@pytest.mark.parametrize("case", [x for x in trials()[::3] if "large" not in x.name], ids=str)
 def test_attention_map(case: Case) -> None:
+    """Small scores, which fp32 holds to its last digits: test_pooled.py has the accuracy rule."""
     trial = problem(replace(case, dtype=fp32, grads=()))
     q, k = (as_given(trial, x) for x in trial.inputs[:2])
     wide = in_double(arguments(trial))

@@ -419,7 +419,7 @@ def test_decode_is_dense(paged: bool) -> None:
         table = order.int()
         table[1, 1:], table[2] = -1, 2**30
     seqlens = torch.tensor(lengths, dtype=torch.int32)
-    out, lse = reference_decode(
+    out, lse, _ = reference_decode(
         DecodeInputs(q, *caches, seqlens, table, bias, slopes, sinks), DecodeOptions(**DECODE)
     )
     assert_close(out, torch.cat([x.out for x in expected]))

@@ -25,6 +25,7 @@ from . import flex, lacking, onnx_runtime
 
 EAGER_LIMIT = 1 << 31  # bytes of scores beyond which nobody would compute them whole
 QUICK_LIMIT = 1 << 26  # and beyond which the quick suites do not wait for it
+PLAIN = "without statistics"
 GPU_ONLY = (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
@@ -239,3 +240,16 @@ def entries(
                 p.dropout_p = DROPOUT_P
 
     return Entries(calls, absent, ready, compiled=(flex.NAME,))
+
+
+def statistics_entries(case: AttentionCase, *arguments: Any, **options: Any) -> Entries:
+    """Ours with statistics and ours without, of which the output is compared."""
+    plain = AttentionCase(*case)
+    with_statistics = entries(plain._replace(option="statistics"), *arguments, **options)
+    without = entries(plain, *arguments, **options)
+
+    def kept(call: Any) -> Any:
+        return lambda: {name: x for name, x in call().items() if name != "entropy"}
+
+    calls = {OURS: with_statistics.calls[OURS], PLAIN: without.calls[OURS]}
+    return Entries({name: [kept(call) for call in found] for name, found in calls.items()}, {})
