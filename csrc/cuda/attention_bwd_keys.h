@@ -26,7 +26,7 @@ ATTNFAST_KERNEL ATTNFAST_LAUNCH_BOUNDS((BackwardShape<kD, kForm, true, kSmall>::
   // Setup
   const int64_t group = p.H / p.H_kv, bh = block_index() / arguments.blocks;
   const int s_block = static_cast<int>(block_index() % arguments.blocks) * kStay;
-  Head head(p, arguments.rows_q, arguments.rows_k, bh / p.H_kv, bh % p.H_kv * group);
+  Head head(p, arguments.rows_q, arguments.rows_k, bh / p.H_kv, bh % p.H_kv * group, !kPlain);
   if (s_block >= head.S) return;
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
   const int s0 = s_block + warp * kRowTiles * 16;  // the warp's first key

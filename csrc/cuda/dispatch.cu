@@ -88,8 +88,7 @@ bool aligned(const BackwardParams& p) {
          aligned(p.dv, p.D_v);
 }
 bool simple(const BackwardParams& p) {
-  const bool heads_differ = p.windows && p.H > p.H_kv;  // that share keys, in what they reach
-  return plain(p) && !heads_differ && !p.grad_entropy && !p.grad_weights.data && aligned(p);
+  return plain(p) && !p.windows && !p.grad_entropy && !p.grad_weights.data && aligned(p);
 }
 
 // What a backward's scratch holds, in this order; without parts, dk and dv are one kernel's and dq

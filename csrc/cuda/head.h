@@ -34,8 +34,9 @@ struct Head {
   int shift;             // t' = t + shift, from -kFarthest to kFarthest
   int low, high;         // query t may attend to key s if low <= s - t <= high
 
+  // With windows = false, heads have none of their own.
   ATTNFAST_DEVICE Head(const AttentionParams& p, int64_t rows_q, int64_t rows_k, int64_t b_,
-                       int64_t h_)
+                       int64_t h_, bool windows = true)
       : b(static_cast<int>(b_)), h(static_cast<int>(h_)) {
     const Range q(p.cu_seqlens_q, b, rows_q, p.T), k(p.cu_seqlens_k, b, rows_k, p.S);
     h_kv = static_cast<int>(h_ / (p.H / p.H_kv));
@@ -43,10 +44,13 @@ struct Head {
     int64_t by = p.align_offset + (p.align_per_batch ? load_global(p.align_per_batch + b) : 0);
     if (p.align_bottom_right) by += S - T;
     shift = static_cast<int>(min_of<int64_t>(max_of<int64_t>(by, -kFarthest), kFarthest));
-    low = p.window_left < 0 ? INT32_MIN : saturate(by - p.window_left);
-    high = p.window_right < 0 ? INT32_MAX : saturate(by + p.window_right);
+    int64_t left = p.window_left, right = p.window_right;
+    if (windows && p.windows) {
+      left = load_global(p.windows + 2 * h), right = load_global(p.windows + 2 * h + 1);
+    }
+    low = left < 0 ? INT32_MIN : saturate(by - left);
+    high = right < 0 ? INT32_MAX : saturate(by + right);
     if (p.causal) high = min_of(high, saturate(by));
-    if (p.windows) look(p);
   }
 
   // As far as head h does, where each has its own window.
