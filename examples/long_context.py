@@ -92,7 +92,8 @@ def main(length: int = 32768, steps: int = 20) -> dict[str, object]:
     took = time.perf_counter() - start
     print(
         f"rank {rank} of {ranks}: {len(tokens) - 1} tokens, {steps} steps in {took:.1f} s, loss"
-        f" {losses[0]:.4f} to {losses[-1]:.4f}, {peak() - before:.0f} MB more at the peak"
+        f" {losses[0]:.4f} to {losses[-1]:.4f}, {peak() - before:.0f} MB more at the peak\n",
+        end="",  # in one write with its newline: lines of several ranks never run together
     )
     apart = 0.0
     if mesh is not None:

@@ -95,7 +95,7 @@ def test_long_context(capsys: pytest.CaptureFixture[str]) -> None:
         [*command, "--length", "300", "--steps", "3"], capture_output=True, text=True, check=True
     ).stdout
     losses = re.findall(r"rank \d of 2: .*loss ([\d.]+ to [\d.]+)", told)
-    assert len(losses) == 2
+    assert len(losses) == 2, told
     assert losses[0] == losses[1]
     assert "a layer's method: ring" in told
     assert "alone: losses differ by at most" in told

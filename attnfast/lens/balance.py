@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -92,10 +91,9 @@ class BalanceLoss(Watcher):
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
+    def stop(self) -> None:
+        """Watch no longer, and forget what was found."""
+        super().stop()
         self.found.clear()
 
     def __call__(self) -> Tensor:

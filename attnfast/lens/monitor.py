@@ -6,7 +6,6 @@ import logging
 import math
 import warnings
 from collections import Counter
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -78,11 +77,6 @@ class Monitor(Watcher):
     def __enter__(self) -> Monitor:
         self.start()
         return self
-
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def begins(self) -> bool:
         """Every so many-th forward with gradients is looked at."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,11 +72,6 @@ class Observation(Watcher):
                 self.model.register_forward_pre_hook(self._keep_tokens, with_kwargs=True)
             )
         return self.seen
-
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def begins(self) -> bool:
         """Every so many-th forward is looked at."""

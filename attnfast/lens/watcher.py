@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +83,11 @@ class Watcher:
         self.hooks.clear()
         self.inside.clear()
         self.looking = False
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
 
     def run(
         self, compute: Callable[..., Outputs], inputs: Inputs, options: Options, *others: Any
