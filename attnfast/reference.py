@@ -89,7 +89,8 @@ def reference_attention(
     q = torch.where(has_nan, 0, q)
 
     with without_autocast(q.device.type):
-        s = (scores(q, k, inputs, options, distance) + poison).masked_fill(~seen, NEG_INF)
+        s = scores(q @ k.transpose(-2, -1), inputs, options, distance)
+        s = (s + poison).masked_fill(~seen, NEG_INF)
         p, lse, entropy = probabilities(s, inputs.sinks)
         w = p
         if options.dropout_p > 0:
@@ -288,9 +289,9 @@ def chosen(indices: Tensor, H: int, S: int) -> Tensor:
     return seen if heads == 1 else seen.repeat_interleave(H // heads, dim=1)
 
 
-def scores(q: Tensor, k: Tensor, inputs: Inputs, options: Options, distance: Tensor) -> Tensor:
-    """Scores s = softcap(scale * q k^T) + bias - slope * |j - t'|, not masked; (B, H, T, S)."""
-    s: Tensor = (q @ k.transpose(-2, -1)) * options.scale
+def scores(products: Tensor, inputs: Inputs, options: Options, distance: Tensor) -> Tensor:
+    """Scores s = softcap(scale * products) + bias - slope * |j - t'|, not masked."""
+    s = products * options.scale
     if options.softcap > 0:
         s = options.softcap * torch.tanh(s / options.softcap)
     if inputs.bias is not None:

@@ -157,8 +157,10 @@ class Block(NamedTuple):
         return {name: results[name] for name in wanted}
 
 
-def blocks(inputs: Inputs, options: Options, elements: int = 0, least: int = 1) -> Iterator[Block]:
-    """Cut a call into blocks of rows of about so many scores, by default BLOCK_ELEMENTS."""
+def blocks(
+    inputs: Inputs, options: Options, height: Callable[[int], int] | None = None
+) -> Iterator[Block]:
+    """Cut a call into blocks of ``height(S)`` rows, by default those of BLOCK_ELEMENTS scores."""
     B, H, T, _ = inputs.q.shape
     q_ends, k_ends = [0, T], [0, inputs.k.shape[2]]
     if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
@@ -167,8 +169,8 @@ def blocks(inputs: Inputs, options: Options, elements: int = 0, least: int = 1) 
         T, S = q_ends[i + 1] - q_start, k_ends[i + 1] - k_start
         offset = options.align_offset + (S - T if options.align_bottom_right else 0)
         aligned = options._replace(align_offset=offset, align_bottom_right=False)
-        height = max(least, (elements or BLOCK_ELEMENTS) // max(1, B * H * S))
-        for row in range(0, T, height):
+        step = height(S) if height else max(1, BLOCK_ELEMENTS // max(1, B * H * S))
+        for row in range(0, T, step):
             sequence = None if inputs.cu_seqlens_q is None else i
-            rows, k_rows = slice(row, min(row + height, T)), slice(k_start, k_start + S)
+            rows, k_rows = slice(row, min(row + step, T)), slice(k_start, k_start + S)
             yield Block(inputs, aligned, sequence, q_start, k_rows, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import attnfast
 from attnfast import lens
+from attnfast.lens import maps
 
 fp32, bf16 = torch.float32, torch.bfloat16
 TAKEN = [
@@ -87,8 +89,9 @@ def in_double(given: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", trials(), ids=str)
-def test_top_keys(case: Case) -> None:
+def test_top_keys(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """All keys, put where they belong, are the weights; a few are the first of all."""
+    monkeypatch.setattr(maps, "CELL", 1 << 20)
     trial = problem(replace(case, dtype=fp32, weights="per head", grads=()))
     q, k = (as_given(trial, x) for x in trial.inputs[:2])
     S = trial.options.max_seqlen_k or trial.inputs.k.shape[2]
@@ -96,8 +99,18 @@ def test_top_keys(case: Case) -> None:
     assert bool((probabilities.diff(dim=-1) <= 0).all())
     assert bool(((indices < 0) == (probabilities == 0)).all())
     torch.testing.assert_close(left_out, torch.zeros_like(left_out), atol=1e-6, rtol=0)
-    weights = torch.zeros(*indices.shape[:-1], S + 1)
-    weights.scatter_(-1, torch.where(indices < 0, S, indices), probabilities)
+    hold_weights(case, trial, indices, probabilities)
+    few = lens.top_keys(q, k, min(3, S), **arguments(trial))
+    assert torch.equal(few[1], probabilities[..., :3])
+    torch.testing.assert_close(few[2], probabilities[..., 3:].sum(-1), atol=1e-6, rtol=1e-5)
+
+
+def hold_weights(case: Case, trial: Trial, *found: Tensor) -> None:
+    """The accuracy rule for weights: of the pairs (indices, probabilities) the last count."""
+    S = trial.options.max_seqlen_k or trial.inputs.k.shape[2]
+    weights = torch.zeros(*found[0].shape[:-1], S + 1)  # the last column is of what is no key
+    for indices, probabilities in zip(found[::2], found[1::2], strict=True):
+        weights.scatter_(-1, torch.where(indices < 0, S, indices), probabilities)
     weights = weights[..., :S]
     if case.lengths:
         by_sequence = torch.zeros(len(case.lengths), case.H, trial.options.max_seqlen_q, S)
@@ -107,20 +120,34 @@ def test_top_keys(case: Case) -> None:
             start += T
         weights = by_sequence
     hold({"weights": weights}, trial)
-    few = lens.top_keys(q, k, min(3, S), **arguments(trial))
-    assert torch.equal(few[1], probabilities[..., :3])
-    torch.testing.assert_close(few[2], probabilities[..., 3:].sum(-1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", trials(), ids=str)
+def test_top_keys_of_many(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sought in a few cells they are those that are found among all."""
+    trial = problem(replace(case, dtype=fp32, weights="per head", grads=()))
+    q, k = (as_given(trial, x) for x in trial.inputs[:2])
+    S = trial.options.max_seqlen_k or trial.inputs.k.shape[2]
+    every = lens.top_keys(q, k, S, **arguments(trial))
+    monkeypatch.setattr(maps, "CELL", 2)
+    monkeypatch.setattr(maps, "likely_keys", sought := Mock(wraps=maps.likely_keys))
+    indices, probabilities, left_out = lens.top_keys(q, k, 2, **arguments(trial))
+    assert sought.called == (S >= 16)
+    hold_weights(case, trial, *every[:2], indices, probabilities)  # of the keys that are named
+    likeliest = every[0][..., :2]
+    hold_weights(case, trial, *every[:2], likeliest, probabilities)
+    lse = run(trial, "cpu")["lse"].nan_to_num(neginf=0).view(left_out.shape)
+    bound = 1e-6 + 2**-20 * lse.abs()  # of a score's rounding errors in fp32
+    assert bool(((left_out - every[1][..., 2:].sum(-1)).abs() <= bound).all())
 
 
 def test_blocks_of_rows_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows cut into several blocks, with options that stand by position."""
-    from attnfast.lens import maps
-
     monkeypatch.setattr(maps, "ELEMENTS", 1)
     monkeypatch.setattr(maps, "HEIGHT", 7)
     for name in ("align_tensor", "everything", "bottom_right_wide", "causal"):
         case = next(c for c in TAKEN if c.name == name)
-        test_top_keys(case)
+        test_top_keys(case, monkeypatch)
 
 
 def test_wider_dtypes_and_one_x_for_all_heads() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,13 +12,15 @@ from .. import functional
 from ..block_index import dense
 from ..call import BLOCK_FIELDS, LARGEST, MEAN, Inputs, Options
 from ..pooled import pooled
+from ..reference import allowed, positions, scores, without_autocast
 from ..requirements import choice, fail
 from ..requirements import integer as whole_number
 from ..second_order import Block, blocks
 from .calls import canonical, narrow
 from .products import HEADS, widest
 
-ELEMENTS, HEIGHT = 1 << 22, 64  # probabilities in one block of rows, and its least rows
+ELEMENTS, HEIGHT = 1 << 22, 64  # numbers in one block of rows, and its least rows
+CELL = 16  # keys among which the largest probability is found first
 
 
 def attention_map(
@@ -73,7 +75,8 @@ def top_keys(q: Tensor, k: Tensor, n: int, **options: Any) -> tuple[Tensor, Tens
     """For every query the keys that it attends most, in memory linear in T and S.
 
     The probabilities are computed in fp32 (fp64 for fp64 inputs), a block of at least 64 rows at a
-    time, and their largest found by ``torch.topk``.
+    time. Of many keys a second pass over the scores, after the forward's, finds the largest in
+    every 16; the n likeliest are among the n times 16 where these are largest.
 
     Args:
         q: ``(B, H, T, D)``, see `attnfast.attention`; packed ``(total_q, H, D)`` with
@@ -104,26 +107,87 @@ def top_keys(q: Tensor, k: Tensor, n: int, **options: Any) -> tuple[Tensor, Tens
     indices = torch.full((B, H, T, n), -1, device=q.device)
     probabilities = inputs.q.new_zeros((B, H, T, n))
     left_out = inputs.q.new_zeros((B, H, T))
+
+    def height(S: int) -> int:
+        numbers = S if all_keys(n, S) else max(S // CELL, n * CELL * inputs.q.shape[3])
+        return max(HEIGHT, ELEMENTS // max(B * H * numbers, 1))
+
     with torch.no_grad():
-        for block, part, part_options in row_blocks(inputs, call):
-            weights = functional.run("top_keys", part, part_options, backend).weights
-            assert weights is not None
-            if not weights.shape[3]:
+        for block, part, part_options in row_blocks(inputs, call, height):
+            S = part.k.shape[2]
+            if not S:
                 continue
-            top, place = weights.topk(min(n, weights.shape[3]), 3)
+            if all_keys(n, S):
+                weights = functional.run(
+                    "top_keys", part, part_options._replace(weights=2), backend
+                ).weights
+                assert weights is not None
+                keys, attended = None, weights.sum(3)
+            else:
+                outputs = functional.run("top_keys", part, part_options, backend)
+                keys = likely_keys(part, part_options, n, backend, outputs.norm)
+                weights = probabilities_of(part, part_options, keys, outputs.lse)
+                attended = without_sink(outputs.lse, part.sinks)
+            top, place = weights.topk(min(n, S), 3)
+            if keys is not None:
+                place = keys.gather(3, place)
             rows = block.part("out", indices)
             found = (*rows, slice(top.shape[3]))
             indices[found] = torch.where(top == 0, -1, place)
             probabilities[found] = top
-            left_out[rows] = (weights.sum(3) - top.sum(3)).clamp(min=0)
+            left_out[rows] = (attended - top.sum(3)).clamp(min=0)
     if inputs.cu_seqlens_q is not None:
         return indices[0], probabilities[0], left_out[0]
     return indices, probabilities, left_out
 
 
-def row_blocks(inputs: Inputs, options: Options) -> Iterator[tuple[Block, Inputs, Options]]:
-    """A call cut into calls of a block of rows each, dense ones, that return their weights."""
-    for block in blocks(inputs, options, ELEMENTS, HEIGHT):
+def all_keys(n: int, S: int) -> bool:
+    """Whether so many of S keys are rather sought among all."""
+    return 4 * n * CELL > S
+
+
+def likely_keys(
+    inputs: Inputs, options: Options, n: int, backend: str, norm: Tensor | None
+) -> Tensor:
+    """The keys of the n cells with the largest probabilities, (B, H, T, n * CELL); -1: none."""
+    T, S = inputs.q.shape[2], inputs.k.shape[2]
+    columns = -(-S // CELL)
+    largest = pooled("top_keys", inputs, options, LARGEST, T, columns, backend, norm=norm)
+    cell = largest.topk(n, 3, sorted=False).indices[..., None]
+    keys = cell * S // columns + torch.arange(CELL, device=cell.device)
+    return torch.where(keys < (cell + 1) * S // columns, keys, -1).flatten(3)
+
+
+def probabilities_of(inputs: Inputs, options: Options, keys: Tensor, lse: Tensor) -> Tensor:
+    """The probabilities of a few keys of each query, (B, H, T, K) as the keys, 0 where it is -1."""
+    q, k = inputs.q, inputs.k
+    (B, H, T, _), (_, H_kv, S, _) = q.shape, k.shape
+    listed, keys = keys >= 0, keys.clamp(min=0)
+    distance = keys - positions(inputs, options)
+
+    def at(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.expand(B, H, T, S).gather(3, keys)
+
+    inputs = inputs._replace(mask=at(inputs.mask), bias=at(inputs.bias))
+    entry = torch.arange(B, device=k.device).view(-1, 1, 1, 1)
+    head = torch.arange(H, device=k.device).view(-1, 1, 1) * H_kv // H
+    with without_autocast(q.device.type):
+        products = (k[entry, head, keys] @ q[..., None]).squeeze(4)
+    p = (scores(products, inputs, options, distance) - lse[..., None]).exp()
+    return torch.where(listed & allowed(inputs, options, distance), p, 0)
+
+
+def without_sink(lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """What all keys have together, (B, H, T): all that a sink leaves, and 0 where no key is."""
+    sink = lse.new_zeros(()) if sinks is None else (sinks.to(lse)[:, None] - lse).exp()
+    return torch.where(lse == -torch.inf, 0, 1 - sink)
+
+
+def row_blocks(
+    inputs: Inputs, options: Options, height: Callable[[int], int]
+) -> Iterator[tuple[Block, Inputs, Options]]:
+    """A call cut into dense calls of a block of ``height(S)`` rows each."""
+    for block in blocks(inputs, options, height):
         tensors = {
             name: x[block.part(name, x)]
             for name, x in inputs._asdict().items()
@@ -145,5 +209,5 @@ def row_blocks(inputs: Inputs, options: Options) -> Iterator[tuple[Block, Inputs
         yield (
             block,
             Inputs(**tensors),
-            block.options._replace(align_offset=offset, weights=2, max_seqlen_q=0, max_seqlen_k=0),
+            block.options._replace(align_offset=offset, max_seqlen_q=0, max_seqlen_k=0),
         )
