@@ -124,10 +124,8 @@ def top_keys(q: Tensor, k: Tensor, n: int, **options: Any) -> tuple[Tensor, Tens
                 assert weights is not None
                 keys, attended = None, weights.sum(3)
             else:
-                outputs = functional.run("top_keys", part, part_options, backend)
-                keys = likely_keys(part, part_options, n, backend, outputs.norm)
-                weights = probabilities_of(part, part_options, keys, outputs.lse)
-                attended = without_sink(outputs.lse, part.sinks)
+                keys, largest = likely_keys(part, part_options, n, backend)
+                weights, attended = probabilities_of(part, part_options, keys, largest)
             top, place = weights.topk(min(n, S), 3)
             if keys is not None:
                 place = keys.gather(3, place)
@@ -146,20 +144,37 @@ def all_keys(n: int, S: int) -> bool:
     return 4 * n * CELL > S
 
 
-def likely_keys(
-    inputs: Inputs, options: Options, n: int, backend: str, norm: Tensor | None
-) -> Tensor:
-    """The keys of the n cells with the largest probabilities, (B, H, T, n * CELL); -1: none."""
+def likely_keys(inputs: Inputs, options: Options, n: int, backend: str) -> tuple[Tensor, Tensor]:
+    """The keys of the n cells with the largest probabilities, -1: none; and the largest of all.
+
+    (B, H, T, n * CELL), and (B, H, T, 1).
+    """
     T, S = inputs.q.shape[2], inputs.k.shape[2]
     columns = -(-S // CELL)
-    largest = pooled("top_keys", inputs, options, LARGEST, T, columns, backend, norm=norm)
-    cell = largest.topk(n, 3, sorted=False).indices[..., None]
+    cells = pooled("top_keys", inputs, options, LARGEST, T, columns, backend)
+    cell = cells.topk(n, 3, sorted=False).indices[..., None]
     keys = cell * S // columns + torch.arange(CELL, device=cell.device)
-    return torch.where(keys < (cell + 1) * S // columns, keys, -1).flatten(3)
+    keys = torch.where(keys < (cell + 1) * S // columns, keys, -1).flatten(3)
+    return keys, cells.amax(3, keepdim=True)
 
 
-def probabilities_of(inputs: Inputs, options: Options, keys: Tensor, lse: Tensor) -> Tensor:
-    """The probabilities of a few keys of each query, (B, H, T, K) as the keys, 0 where it is -1."""
+def probabilities_of(
+    inputs: Inputs, options: Options, keys: Tensor, largest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The probabilities of a few keys of each query, and what all keys have together.
+
+    Of a query's keys the likeliest is among these: the others follow from its probability by what
+    their scores are less, as a norm of all scores, in fp32, would be lost beside a large constant.
+
+    Args:
+        inputs: Those of a dense call.
+        options: Its options.
+        keys: (B, H, T, K), -1: none.
+        largest: The largest probability of each query, (B, H, T, 1).
+
+    Returns:
+        (B, H, T, K), 0 where a key is none, and (B, H, T).
+    """
     q, k = inputs.q, inputs.k
     (B, H, T, _), (_, H_kv, S, _) = q.shape, k.shape
     listed, keys = keys >= 0, keys.clamp(min=0)
@@ -173,14 +188,13 @@ def probabilities_of(inputs: Inputs, options: Options, keys: Tensor, lse: Tensor
     head = torch.arange(H, device=k.device).view(-1, 1, 1) * H_kv // H
     with without_autocast(q.device.type):
         products = (k[entry, head, keys] @ q[..., None]).squeeze(4)
-    p = (scores(products, inputs, options, distance) - lse[..., None]).exp()
-    return torch.where(listed & allowed(inputs, options, distance), p, 0)
-
-
-def without_sink(lse: Tensor, sinks: Tensor | None) -> Tensor:
-    """What all keys have together, (B, H, T): all that a sink leaves, and 0 where no key is."""
-    sink = lse.new_zeros(()) if sinks is None else (sinks.to(lse)[:, None] - lse).exp()
-    return torch.where(lse == -torch.inf, 0, 1 - sink)
+    seen = listed & allowed(inputs, options, distance)
+    s = scores(products, inputs, options, distance).masked_fill(~seen, -torch.inf)
+    m = s.amax(3, keepdim=True)
+    p = torch.where(seen, largest * (s - m).exp(), 0)
+    sinks = m.new_tensor([-torch.inf]) if inputs.sinks is None else inputs.sinks.to(m)
+    left = 1 - largest * (sinks[:, None, None] - m).exp()  # by the sink
+    return p, torch.where(largest == 0, 0, left).squeeze(3)
 
 
 def row_blocks(
