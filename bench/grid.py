@@ -377,6 +377,17 @@ class EncoderCase(NamedTuple):
         return ENCODER_LAYERS * one * (3 if self.mode == "step" else 1)
 
 
+class WatchedCase(EncoderCase):
+    """A step of our encoder under `lens.observe`, whose rival is the step without.
+
+    ``layer`` is what is collected: "statistics", or "shares" too.
+    """
+
+    def __str__(self) -> str:
+        """The row's name, which says so."""
+        return f"observed-{super().__str__()}"
+
+
 Case = AttentionCase | DecodeCase | VarlenCase | SparseCase | LayerCase | EncoderCase
 
 

@@ -12,12 +12,21 @@ from typing import NamedTuple
 import pandas as pd
 
 from . import OURS
-from .grid import AttentionCase, Case, DecodeCase, StatisticsCase
+from .grid import (
+    AttentionCase,
+    Case,
+    DecodeCase,
+    StatisticsCase,
+    WatchedCase,
+    encoder_cases,
+    layer_cases,
+)
 from .results import Row
 from .tables import geometric_mean, table
 
 LONG = ((2, 16, 1024), (1, 16, 4096), (1, 8, 8192))  # B, H, T
 SHORT = ((8, 12, 50, 64), (8, 12, 128, 64), (8, 12, 197, 64), (512, 4, 64, 16))  # B, H, T, D
+WATCHED = ((8, 512, 768, 12), (8, 128, 768, 12), (64, 32, 256, 8), (2, 2048, 768, 12))  # B, T, E, H
 WORKS = ("forward", "forward+backward")
 
 
@@ -59,20 +68,29 @@ def bars(kernel: str) -> list[Bar]:
     )
     for wanted, of in ((1.5, "mean"), (1.0, "least")):
         found.append(Bar("T = 50 to 197: times the fastest rival", wanted, "ratio", of, few))
-    steps = tuple(
+    decoded = tuple(
         DecodeCase(B, 32, 32 // group, S, 128, dtype, False)
         for B, S, group, dtype in itertools.product(
             (1, 16), (4096, 65536), (1, 4, 8), ("float32", "bfloat16")
         )
     )
-    steps = tuple(case for case in steps if case.bytes <= 1 << 31)
-    found.append(Bar("decoding: of the bandwidth of copying", 0.85, "share", "least", steps))
+    decoded = tuple(case for case in decoded if case.bytes <= 1 << 31)
+    found.append(Bar("decoding: of the bandwidth of copying", 0.85, "share", "least", decoded))
     watched = tuple(
         StatisticsCase(1, 16, 2048, 2048, 64, dtype, True, work)
         for dtype, work in itertools.product(("float32", "bfloat16"), WORKS)
     )
     name = "with statistics: of the speed without"
     found.append(Bar(name, 1 / 1.06, "ratio", "least", watched))
+    for layer, most in (("statistics", 1.06), ("shares", 1.15)):
+        steps = tuple(WatchedCase(layer, *sizes, "float32", "step", False) for sizes in WATCHED)
+        name = f"a training step with lens.observe, {layer}: of the speed without"
+        found.append(Bar(name, 1 / most, "ratio", "least", steps))
+    modules = (*layer_cases("full"), *encoder_cases("full"))
+    found.append(Bar("layers and encoders: times torch's", 1.0, "ratio", "least", modules))
+    long_ones = tuple(case for case in modules if case.T >= 512 and case.dtype == "float32")
+    name = "layers and encoders, T >= 512, fp32: times torch's"
+    found.append(Bar(name, 1.3, "ratio", "least", long_ones))
     return found
 
 

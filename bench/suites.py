@@ -24,6 +24,7 @@ from .grid import (
     SparseCase,
     StatisticsCase,
     VarlenCase,
+    WatchedCase,
 )
 from .race import Entries, Limits, Race
 from .rivals import attention, decode, layers, sparse, varlen
@@ -36,6 +37,7 @@ ENTRIES: dict[type, Callable[..., Entries]] = {
     SparseCase: sparse.entries,
     LayerCase: layers.layer_entries,
     EncoderCase: layers.encoder_entries,
+    WatchedCase: layers.watched_entries,
 }
 PART = 4  # a row takes at most what its suite has left over this, or one round
 LEAST_FLOP = 1e8  # smaller rows are mostly overhead, and say nothing of larger ones

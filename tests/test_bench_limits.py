@@ -7,8 +7,9 @@ import torch
 from test_bench import run
 
 from bench import OURS, limits
-from bench.grid import StatisticsCase, describe
+from bench.grid import StatisticsCase, WatchedCase, describe
 from bench.rivals.attention import PLAIN
+from bench.rivals.layers import UNOBSERVED
 from bench.suites import ENTRIES
 
 KERNELS = ("amx", "avx512_bf16", "avx2")
@@ -18,7 +19,8 @@ KERNELS = ("amx", "avx512_bf16", "avx2")
 def test_rows_have_names_of_their_own(kernel: str) -> None:
     cases = limits.cases(kernel)
     assert len({str(case) for case in cases}) == len(cases)
-    assert any("bfloat16" in str(c) and c.flop > 1e11 for c in cases) == (kernel == "amx")
+    large = [c for c in cases if type(c) is limits.AttentionCase and c.flop > 1e11]
+    assert any(c.dtype == "bfloat16" for c in large) == (kernel == "amx")
 
 
 def row(case: limits.Case, seconds: float, ratio: float) -> dict:
@@ -63,6 +65,16 @@ def test_statistics_race_against_ours_without(work: str) -> None:
     ours, plain = (found.calls[name][0]() for name in found.calls)
     assert ours.keys() == plain.keys() >= {"out"}
     assert str(case).endswith("-statistics")
+
+
+@pytest.mark.parametrize("layer", ["statistics", "shares"])
+def test_an_observed_step_races_against_the_step(layer: str) -> None:
+    case = WatchedCase(layer, 2, 12, 16, 2, "float32", "step", True)
+    found = ENTRIES[type(case)](case, "cpu", torch.device("cpu"), 1, full=False)
+    assert list(found.calls) == [OURS, UNOBSERVED]
+    ours, plain = (found.calls[name][0]() for name in found.calls)
+    torch.testing.assert_close(ours, plain)
+    assert str(case).startswith(f"observed-{layer}-")
 
 
 def test_bars_are_the_cpus() -> None:

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnfast
+from attnfast import lens
 
 from .. import OURS
 from ..clock import Call, Results
-from ..grid import DTYPES, ENCODER_LAYERS, EncoderCase, LayerCase, padding_mask
+from ..grid import DTYPES, ENCODER_LAYERS, EncoderCase, LayerCase, WatchedCase, padding_mask
 from ..race import Entries
 
 BY_HAND = "linear + torch.sdpa"
+UNOBSERVED = "attnfast, not observed"
 Forward = Callable[[Tensor], Results]
 
 
@@ -100,19 +102,43 @@ def encoder_entries(
 
     Inference, or a whole training step: forward, backward and AdamW.
     """
-    block = nn.TransformerEncoderLayer(
-        case.E, case.H, 4 * case.E, dropout=0.0, activation="gelu", batch_first=True, device=device
-    )
-    stock = nn.TransformerEncoder(block, ENCODER_LAYERS).train(case.mode == "step")
     models: dict[str, nn.Module] = {}
+    stock, xs, mask = _encoder(case, device, copies)
     if backend is not None:
         models[OURS] = copy.deepcopy(stock)
         attnfast.replace(models[OURS], backend=backend, verbose=False)
     models["nn.TransformerEncoder"] = stock
-    xs = [torch.randn(case.B, case.T, case.E, device=device) for _ in range(copies)]
-    mask = padding_mask(case.B, case.T, device) if case.padding else None
     make = _steps if case.mode == "step" else _inferences
     return Entries({name: make(model, case, xs, mask) for name, model in models.items()}, {})
+
+
+def watched_entries(
+    case: WatchedCase, backend: str, device: torch.device, copies: int, *, full: bool
+) -> Entries:
+    """A training step of our encoder, observed and not; arguments as before."""
+    plain, xs, mask = _encoder(case, device, copies)
+    attnfast.replace(plain, backend=backend, verbose=False)
+    watched = copy.deepcopy(plain)
+
+    def observed(step: Call) -> Results:
+        with lens.observe(watched, shares=case.layer == "shares"):
+            return step()
+
+    steps = _steps(watched, case, xs, mask)
+    ours = [lambda step=step: observed(step) for step in steps]
+    return Entries({OURS: ours, UNOBSERVED: _steps(plain, case, xs, mask)}, {})
+
+
+def _encoder(
+    case: EncoderCase, device: torch.device, copies: int
+) -> tuple[nn.Module, list[Tensor], Tensor | None]:
+    """Torch's encoder, as many inputs, and the mask of their padding."""
+    block = nn.TransformerEncoderLayer(
+        case.E, case.H, 4 * case.E, dropout=0.0, activation="gelu", batch_first=True, device=device
+    )
+    stock = nn.TransformerEncoder(block, ENCODER_LAYERS).train(case.mode == "step")
+    xs = [torch.randn(case.B, case.T, case.E, device=device) for _ in range(copies)]
+    return stock, xs, padding_mask(case.B, case.T, device) if case.padding else None
 
 
 def _kept(case: EncoderCase, mask: Tensor | None, device: torch.device) -> Tensor:
