@@ -32,16 +32,16 @@ constexpr Index kSummedKeys = 4096;  // whose column sums are one item
 // One thread's memory.
 template <class Element>
 struct Scratch {
-  float* q;                  // [kMaxRows][padded D]
+  float* q;                  // [kMaxRows][vectors of a row], on pairs of bf16
   float* s;                  // [kMaxRows][kMaxBlock]
-  Element *k_copy, *v_copy;  // [2][kMaxBlock][kLanes]
+  Element *k_copy, *v_copy;  // [2][kMaxBlock][kRowStep]
   Worker* worker = nullptr;
 
   Scratch(Parts& parts, const RowShape& k)
       : q(parts.take<float>(kMaxRows * k.padded)),
         s(parts.take<float>(kMaxRows * kMaxBlock)),
-        k_copy(parts.take<Element>(2 * kMaxBlock * kLanes)),
-        v_copy(parts.take<Element>(2 * kMaxBlock * kLanes)) {}
+        k_copy(parts.take<Element>(2 * kMaxBlock * kRowStep<Element>)),
+        v_copy(parts.take<Element>(2 * kMaxBlock * kRowStep<Element>)) {}
 };
 
 template <class Element>
@@ -60,7 +60,7 @@ struct Decode {
 
   explicit Decode(const DecodeParams& params)
       : p(params),
-        k_shape(p.D),
+        k_shape(p.D, kRowStep<Element>),
         v_shape(p.D_v),
         group_rows(p.T * (p.H / p.H_kv)),
         chunks((group_rows + kMaxRows - 1) / kMaxRows),
@@ -85,13 +85,19 @@ struct Decode {
 
   Index row_of(Index b, Index h, Index t) const { return (b * p.H + h) * p.T + t; }
 
-  // The query row in fp32, vector by vector as RowShape says, each element in one vector only.
+  // The query row, vector by vector as RowShape says, each element in one vector only: times
+  // factor in fp32, or as it is on pairs.
   void load_query(Index b, const Row& row, float* q) const {
     const Element* from =
         static_cast<const Element*>(p.q.data) + b * p.q.b + row.h * p.q.h + row.t * p.q.t;
     for (Index d = 0; d < k_shape.padded; ++d) {
-      const Index i = k_shape.at(d / kLanes * kLanes) + d % kLanes;
-      q[d] = i < p.D && i >= d / kLanes * kLanes ? to_float(from[i]) * units.factor : 0.0f;
+      const Index begin = d / k_shape.step * k_shape.step, i = k_shape.at(begin) + d - begin;
+      const bool first = i < p.D && i >= begin;
+      if constexpr (kOnPairs<Element>) {
+        reinterpret_cast<Element*>(q)[d] = first ? from[i] : Element{};
+      } else {
+        q[d] = first ? to_float(from[i]) * units.factor : 0.0f;
+      }
     }
   }
 
@@ -108,14 +114,15 @@ struct Decode {
     for (Index i = 0; i < num_rows; ++i) {
       rows[i] = Row(p, sequence, b, h_kv, row0 + i, units.natural);
       first = min_of(first, rows[i].begin);
-      load_query(b, rows[i], scratch.q + i * k_shape.padded);
+      load_query(b, rows[i], scratch.q + i * (k_shape.padded / k_shape.step * kLanes));
       memset(o + i * o_stride, 0, v_shape.padded * sizeof(float));
       Partial state(o + i * o_stride, v_shape);
       state.m = -kInfinity, state.l = 0.0f;
     }
     begin += max_of(first - begin, 0) / block_keys * block_keys;
     KeyBlock<Element> even(scratch.k_copy, scratch.v_copy);
-    KeyBlock<Element> odd(scratch.k_copy + kMaxBlock * kLanes, scratch.v_copy + kMaxBlock * kLanes);
+    constexpr Index kCopy = kMaxBlock * kRowStep<Element>;
+    KeyBlock<Element> odd(scratch.k_copy + kCopy, scratch.v_copy + kCopy);
     KeyBlock<Element>*block = &odd, *next = &even;
     next->move_to(p, b, h_kv, begin, min_of(block_keys, end - begin));
     while (next->n > 0) {
@@ -123,7 +130,8 @@ struct Decode {
       std::swap(block, next);
       const Index key = block->key + block->n;
       next->move_to(p, b, h_kv, key, min_of(block_keys, end - key));
-      dot_block(*block, k_shape, scratch.q, num_rows, scratch.s, p.D_v);
+      dot_block(*block, k_shape, scratch.q, num_rows, kOnPairs<Element> ? units.factor : 1.0f,
+                scratch.s, p.D_v);
       for (Index i = 0; i < num_rows; ++i) {
         float* s = scratch.s + i * kMaxBlock;
         edit_scores(p, units, b, rows[i], block->key, block->n, s);

@@ -4,6 +4,8 @@
 // are [row][key]; a row's options are constants of its pass over a block, its positions a range of
 // keys, and its bias one stretch of memory. What the two share is Scaling.
 #pragma once
+#include <type_traits>
+
 #include "blocks.h"
 #include "scores.h"
 
@@ -14,7 +16,14 @@ constexpr Index kMaxBlock = 128;         // keys whose scores are held at once
 constexpr Index kBlockBytes = 16 << 10;  // of k or v rows in one block: half of a first-level cache
 constexpr Index kMinPiece = 512;         // keys of one item
 constexpr Index kMaxPieces = 64;         // items that a sequence's keys are cut into
-constexpr Index kValueKeys = 4;          // keys added to o at once
+constexpr int kValueRows = 4;            // rows and vectors of o that stay in registers
+constexpr int kValueVecs = kLanes == 16 ? 4 : 2;
+
+// Whether products are on pairs of bf16: of a row's elements with q, and of two keys' with p.
+template <class Element>
+constexpr bool kOnPairs = kHasPairs && std::is_same_v<Element, BFloat16>;
+template <class Element>
+constexpr Index kRowStep = kOnPairs<Element> ? 2 * kLanes : kLanes;  // elements of a vector of k
 
 // The keys of one batch entry that any of its queries attends to, and how they are cut.
 struct Sequence {
@@ -28,16 +37,14 @@ struct Sequence {
   }
 };
 
-// A row of D elements is read as `padded / kLanes` vectors; the last one ends with the row and so
+// A row of D elements is read as `padded / step` vectors; the last one ends with the row and so
 // overlaps the one before. Rows shorter than a vector are copied and padded first.
 struct RowShape {
-  Index D, padded, last;
+  Index D, step, padded, last;
 
-  explicit RowShape(Index d)
-      : D(d), padded(max_of(round_up(d, kLanes), kLanes)), last(max_of(d - kLanes, 0)) {}
-  Index at(Index i) const {
-    return min_of(i, last);
-  }  // where the vector i .. i + kLanes - 1 starts
+  explicit RowShape(Index d, Index step = kLanes)
+      : D(d), step(step), padded(max_of(round_up(d, step), step)), last(max_of(d - step, 0)) {}
+  Index at(Index i) const { return min_of(i, last); }  // where the vector i .. i + step - 1 starts
 };
 
 // One query row of an item and what it may attend to.
@@ -109,19 +116,19 @@ template <class Element>
 struct KeyBlock {
   Index key = 0, n = 0;
   const Element *k[kMaxBlock], *v[kMaxBlock];
-  Element *k_copy, *v_copy;  // [kMaxBlock][kLanes], for rows shorter than a vector
+  Element *k_copy, *v_copy;  // [kMaxBlock][step], for rows shorter than a vector
 
   KeyBlock(Element* k_memory, Element* v_memory) : k_copy(k_memory), v_copy(v_memory) {}
 
   void move_to(const DecodeParams& p, Index b, Index h_kv, Index first, Index count) {
     key = first, n = count;
     if (n == 0) return;
-    find_rows(p, p.k, b, h_kv, p.D, k_copy, k);
-    find_rows(p, p.v, b, h_kv, p.D_v, v_copy, v);
+    find_rows(p, p.k, b, h_kv, p.D, kRowStep<Element>, k_copy, k);
+    find_rows(p, p.v, b, h_kv, p.D_v, kLanes, v_copy, v);
   }
 
  private:
-  void find_rows(const DecodeParams& p, const View& view, Index b, Index h_kv, Index D,
+  void find_rows(const DecodeParams& p, const View& view, Index b, Index h_kv, Index D, Index step,
                  Element* copy, const Element** rows) const {
     const Element* head = static_cast<const Element*>(view.data) + h_kv * view.h;
     if (!p.page_table) {
@@ -134,10 +141,10 @@ struct KeyBlock {
         rows[i] = head + *page * view.b + row * view.t;
       }
     }
-    if (D < kLanes) {
+    if (D < step) {
       for (Index i = 0; i < n; ++i) {
-        Element* to = copy + i * kLanes;
-        memset(to, 0, kLanes * sizeof(Element));
+        Element* to = copy + i * step;
+        memset(to, 0, step * sizeof(Element));
         memcpy(to, rows[i], D * sizeof(Element));
         rows[i] = to;
       }
@@ -154,29 +161,38 @@ ATTNFAST_INLINE void prefetch_rows(const Element* const* rows, Index n, Index D)
   }
 }
 
-// s[row][key] = q[row] . k[key] for kRows rows and kLanes keys, kLanes products at a time.
+// q or k as the products of scores take them.
+template <class Element>
+ATTNFAST_INLINE Vec load_factors(const Element* p) {
+  if constexpr (kOnPairs<Element>) {
+    return load(reinterpret_cast<const float*>(p));
+  } else {
+    return load(p);
+  }
+}
+
+// s[row][key] = factor q[row] . k[key] for kRows rows and kLanes keys, kLanes products at a time.
 template <int kRows, class Element>
 ATTNFAST_NOINLINE void dot_rows(const Element* const* k, const RowShape& shape, const float* q,
-                                float* s) {
+                                Index q_row, float factor, float* s) {
   constexpr int kKeys = kLanes / kRows;
   for (Index j = 0; j < kLanes; j += kKeys) {
     Vec sums[kLanes];
     ATTNFAST_UNROLL for (int i = 0; i < kLanes; ++i) sums[i] = zeros();
-    for (Index d = 0; d < shape.padded; d += kLanes) {
+    for (Index d = 0, i = 0; d < shape.padded; d += shape.step, i += kLanes) {
       const Index at = shape.at(d);
       Vec qv[kRows];
-      ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
-        qv[row] = load(q + row * shape.padded + d);
-      }
+      ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) qv[row] = load(q + row * q_row + i);
       ATTNFAST_UNROLL for (int key = 0; key < kKeys; ++key) {
-        const Vec kv = load(k[j + key] + at);
+        const Vec kv = load_factors(k[j + key] + at);
         ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
-          sums[row * kKeys + key] = kv * qv[row] + sums[row * kKeys + key];
+          Vec& sum = sums[row * kKeys + key];
+          sum = kOnPairs<Element> ? multiply_add_pairs(kv, qv[row], sum) : kv * qv[row] + sum;
         }
       }
     }
     float products[kLanes];
-    store(products, sum_each(sums));
+    store(products, sum_each(sums) * factor);
     ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
       memcpy(s + row * kMaxBlock + j, products + row * kKeys, kKeys * sizeof(float));
     }
@@ -186,11 +202,12 @@ ATTNFAST_NOINLINE void dot_rows(const Element* const* k, const RowShape& shape, 
 // The dot products of all rows with a block's keys, while the block's values are on their way.
 template <class Element>
 void dot_block(const KeyBlock<Element>& block, const RowShape& shape, const float* q, Index rows,
-               float* s, Index D_v) {
+               float factor, float* s, Index D_v) {
+  const Index q_row = shape.padded / shape.step * kLanes;
   for (Index j = 0; j < block.n; j += kLanes) {
     prefetch_rows(block.v + j, kLanes, D_v);
     const auto run = [&](auto dot_function, Index row) {
-      dot_function(block.k + j, shape, q + row * shape.padded, s + row * kMaxBlock + j);
+      dot_function(block.k + j, shape, q + row * q_row, q_row, factor, s + row * kMaxBlock + j);
     };
     Index row = 0;
     for (; row + 4 <= rows; row += 4) run(dot_rows<4, Element>, row);
@@ -288,50 +305,98 @@ inline void exponentiate(float to_log2, Index n, const RowShape& v, float* s, Pa
   partial.l += sum_lanes(l);
 }
 
-// o[row] += p[row][key] v[key] for kVecs vectors of kKeys keys and all rows.
-template <int kKeys, int kVecs, class Element>
-ATTNFAST_INLINE void add_value_vectors(const Element* const* v, Index d, const RowShape& shape,
-                                       Index rows, const float* p, float* o, Index o_stride) {
-  Vec value[kKeys][kVecs];
-  ATTNFAST_UNROLL for (int key = 0; key < kKeys; ++key) {
-    ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) value[key][i] =
-        load(v[key] + shape.at(d + i * kLanes));
-  }
-  for (Index row = 0; row < rows; ++row, p += kMaxBlock, o += o_stride) {
-    Vec sum[kVecs];
-    ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) sum[i] = load(o + d + i * kLanes);
-    ATTNFAST_UNROLL for (int key = 0; key < kKeys; ++key) {
-      const Vec weight = broadcast(p[key]);
-      ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) sum[i] = weight * value[key][i] + sum[i];
-    }
-    ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) store(o + d + i * kLanes, sum[i]);
-  }
-}
+// Rows of which one is asked for with every key that is added.
+template <class Element>
+struct Ahead {
+  const Element* const* rows;
+  Index n, D;
 
-// The same for all vectors of a row.
-template <int kKeys, class Element>
-ATTNFAST_INLINE void add_value_rows(const Element* const* v, const RowShape& shape, Index rows,
-                                    const float* p, float* o, Index o_stride) {
-  Index d = 0;
-  for (; d + 2 * kLanes <= shape.padded; d += 2 * kLanes)
-    add_value_vectors<kKeys, 2>(v, d, shape, rows, p, o, o_stride);
-  if (d < shape.padded) add_value_vectors<kKeys, 1>(v, d, shape, rows, p, o, o_stride);
+  ATTNFAST_INLINE void ask(Index i) const {
+    if (i < n) prefetch_rows(rows + i, 1, D);
+  }
+};
+
+// o[row] += p[row] v over n keys, for kRows rows and kVecs vectors from element d on.
+template <int kRows, int kVecs, class Element>
+ATTNFAST_NOINLINE void add_value_tile(const Element* const* v, Index n, const RowShape& shape,
+                                      Index d, const float* p, float* o, Index o_stride,
+                                      const Ahead<Element>& ahead) {
+  Vec sums[kRows][kVecs];
+  Index at[kVecs];
+  ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) {
+    at[i] = shape.at(d + i * kLanes);
+    ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) sums[row][i] =
+        load(o + row * o_stride + d + i * kLanes);
+  }
+  const auto add = [&](const auto& value_of, const auto& weight_of) {
+    Vec value[kVecs];
+    ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) value[i] = value_of(at[i]);
+    ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
+      const Vec weight = weight_of(p + row * kMaxBlock);
+      ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) {
+        Vec& sum = sums[row][i];
+        sum =
+            kOnPairs<Element> ? multiply_add_pairs(value[i], weight, sum) : weight * value[i] + sum;
+      }
+    }
+  };
+  if constexpr (kOnPairs<Element>) {
+    static const BFloat16 none[kLanes] = {};  // no key twice: 0 * Inf would be NaN
+    for (Index j = 0; j < n; j += 2) {
+      ahead.ask(j), ahead.ask(j + 1);
+      const bool both = j + 1 < n;
+      add([&](Index d) { return pairs_of_rows(v[j] + d, both ? v[j + 1] + d : none); },
+          [&](const float* p) { return broadcast(p[j / 2]); });
+    }
+  } else {
+    for (Index j = 0; j < n; ++j) {
+      ahead.ask(j);
+      add([&](Index d) { return load(v[j] + d); }, [&](const float* p) { return broadcast(p[j]); });
+    }
+  }
+  ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
+    ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i)
+        store(o + row * o_stride + d + i * kLanes, sums[row][i]);
+  }
 }
 
 // o[row] += p[row] v over the keys of a block, while the next block's keys are on their way.
+// On pairs p is left as pairs of keys.
 template <class Element>
-ATTNFAST_NOINLINE void add_values(const KeyBlock<Element>& block, const KeyBlock<Element>& next,
-                                  Index D, const RowShape& shape, Index rows, const float* p,
-                                  float* o, Index o_stride) {
-  for (Index j = 0; j < block.n; j += kValueKeys) {
-    if (j < next.n) prefetch_rows(next.k + j, min_of(next.n - j, kValueKeys), D);
-    if (j + kValueKeys <= block.n) {
-      add_value_rows<kValueKeys>(block.v + j, shape, rows, p + j, o, o_stride);
-      continue;
+void add_values(const KeyBlock<Element>& block, const KeyBlock<Element>& next, Index D,
+                const RowShape& shape, Index rows, float* p, float* o, Index o_stride) {
+  if constexpr (kOnPairs<Element>) {
+    for (Index row = 0; row < rows; ++row) {
+      float* s = p + row * kMaxBlock;
+      const Index width = round_up(block.n, kLanes);
+      for (Index j = 0; j < width; j += 2 * kLanes) {
+        const Vec second = j + kLanes < width ? load(s + j + kLanes) : zeros();
+        store(s + j / 2, row_of_bf16(load(s + j), second));
+      }
     }
-    for (Index last = j; last < block.n; ++last)  // no key twice: 0 * Inf would be NaN
-      add_value_rows<1>(block.v + last, shape, rows, p + last, o, o_stride);
   }
+  const Index passes = max_of((rows + kValueRows - 1) / kValueRows *
+                                  ((shape.padded / kLanes + kValueVecs - 1) / kValueVecs),
+                              1);
+  Ahead<Element> ahead{next.k, 0, D};
+  Index asked = 0, pass = 0;
+  const auto add_tile = [&](auto tile, Index row, Index d) {
+    const Index end = min_of(++pass * next.n / passes, next.n);
+    ahead.rows = next.k + asked, ahead.n = end - asked, asked = end;
+    tile(block.v, block.n, shape, d, p + row * kMaxBlock, o + row * o_stride, o_stride, ahead);
+  };
+  const auto add_rows = [&](auto count, Index row) {
+    constexpr int kRows = decltype(count)::value;
+    Index d = 0;
+    for (; d + kValueVecs * kLanes <= shape.padded; d += kValueVecs * kLanes)
+      add_tile(add_value_tile<kRows, kValueVecs, Element>, row, d);
+    for (; d < shape.padded; d += kLanes) add_tile(add_value_tile<kRows, 1, Element>, row, d);
+  };
+  Index row = 0;
+  for (; row + kValueRows <= rows; row += kValueRows)
+    add_rows(std::integral_constant<int, kValueRows>(), row);
+  for (; row + 2 <= rows; row += 2) add_rows(std::integral_constant<int, 2>(), row);
+  for (; row < rows; ++row) add_rows(std::integral_constant<int, 1>(), row);
 }
 
 // The same where values that a bias masks are NaN or Inf: 0 * v must not let them out.

@@ -140,6 +140,23 @@ ATTNFAST_INLINE Vec pair_of(Vec even, Vec odd) {
   return bit_cast<Vec>(_mm512_permutexvar_epi16(interleaved, halves));
 #endif
 }
+
+// The pairs of two rows of bf16, of the first the even ones.
+ATTNFAST_INLINE Vec pairs_of_rows(const void* even, const void* odd) {
+#if defined(ATTNFAST_EMULATED_TILES)
+  const UVec low = __builtin_convertvector(*static_cast<const HalfBitsUnaligned*>(even), UVec);
+  const UVec high = __builtin_convertvector(*static_cast<const HalfBitsUnaligned*>(odd), UVec);
+  return bit_cast<Vec>(low | high << 16);
+#else
+  const __m512i interleave =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i rows = _mm512_inserti64x4(
+      _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(even))),
+      _mm256_loadu_si256(static_cast<const __m256i*>(odd)), 1);
+  return bit_cast<Vec>(_mm512_permutexvar_epi16(interleave, rows));
+#endif
+}
 #else
 constexpr bool kHasPairs = false;
 
@@ -148,6 +165,7 @@ ATTNFAST_INLINE Vec multiply_add_pairs(Vec, Vec, Vec acc) { return acc; }
 Vec high_half(Vec x);
 Vec pair_of(Vec even, Vec odd);
 Vec pair_of_high_halves(Vec even, Vec odd);
+Vec pairs_of_rows(const void* even, const void* odd);
 Vec row_of_bf16(Vec first, Vec second);
 Vec row_of_high_halves(Vec first, Vec second);
 #endif
