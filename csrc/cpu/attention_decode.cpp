@@ -131,7 +131,7 @@ struct Decode {
       const Index key = block->key + block->n;
       next->move_to(p, b, h_kv, key, min_of(block_keys, end - key));
       dot_block(*block, k_shape, scratch.q, num_rows, kOnPairs<Element> ? units.factor : 1.0f,
-                scratch.s, p.D_v);
+                scratch.s);
       for (Index i = 0; i < num_rows; ++i) {
         float* s = scratch.s + i * kMaxBlock;
         edit_scores(p, units, b, rows[i], block->key, block->n, s);
@@ -144,7 +144,7 @@ struct Decode {
       if ((p.bias.data || p.mask.data || p.windows) && has_poison(*block, v_shape)) {
         add_attended_values(*block, v_shape, num_rows, scratch.s, o, o_stride);
       } else {
-        add_values(*block, *next, p.D, v_shape, num_rows, scratch.s, o, o_stride);
+        add_values(*block, *next, v_shape, num_rows, scratch.s, o, o_stride);
       }
     }
   }

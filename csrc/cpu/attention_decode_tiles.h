@@ -18,7 +18,6 @@ constexpr Index kMinPiece = 512;         // keys of one item
 constexpr Index kMaxPieces = 64;         // items that a sequence's keys are cut into
 constexpr int kValueRows = 4;            // rows and vectors of o that stay in registers
 constexpr int kValueVecs = kLanes == 16 ? 4 : 2;
-
 // Whether products are on pairs of bf16: of a row's elements with q, and of two keys' with p.
 template <class Element>
 constexpr bool kOnPairs = kHasPairs && std::is_same_v<Element, BFloat16>;
@@ -127,6 +126,9 @@ struct KeyBlock {
     find_rows(p, p.v, b, h_kv, p.D_v, kLanes, v_copy, v);
   }
 
+  // Whether each of its rows has one at its place in the next block.
+  bool leads(const KeyBlock& next) const { return n > 0 && next.n >= n; }
+
  private:
   void find_rows(const DecodeParams& p, const View& view, Index b, Index h_kv, Index D, Index step,
                  Element* copy, const Element** rows) const {
@@ -153,14 +155,6 @@ struct KeyBlock {
   }
 };
 
-template <class Element>
-ATTNFAST_INLINE void prefetch_rows(const Element* const* rows, Index n, Index D) {
-  constexpr Index kLine = 64 / sizeof(Element);
-  for (Index i = 0; i < n; ++i) {
-    for (Index d = 0; d < D; d += kLine) __builtin_prefetch(rows[i] + d, 0, 3);
-  }
-}
-
 // q or k as the products of scores take them.
 template <class Element>
 ATTNFAST_INLINE Vec load_factors(const Element* p) {
@@ -171,23 +165,36 @@ ATTNFAST_INLINE Vec load_factors(const Element* p) {
   }
 }
 
-// s[row][key] = factor q[row] . k[key] for kRows rows and kLanes keys, kLanes products at a time.
-template <int kRows, class Element>
-ATTNFAST_NOINLINE void dot_rows(const Element* const* k, const RowShape& shape, const float* q,
-                                Index q_row, float factor, float* s) {
-  constexpr int kKeys = kLanes / kRows;
+// Asks for the cache line of the element at `at` of a row of which all vectors are asked for so.
+template <Index kStep, class Element>
+ATTNFAST_INLINE void ask(const Element* row, Index at) {
+  constexpr Index kLine = 64 / sizeof(Element);
+  if (kStep >= kLine || at % kLine == 0) __builtin_prefetch(row + at, 0, 3);
+}
+
+// s[row][key] = factor q[row] . k[key] for kRows rows and kLanes keys, kLanes products at a time;
+// with every vector of k the one at its place in `ahead` is asked for, evenly among the products:
+// a burst of requests would wait for one another, and the products for them.
+template <int kRows, bool kAhead, class Element>
+ATTNFAST_NOINLINE void dot_rows(const Element* const* k, const Element* const* ahead,
+                                const RowShape& shape, const float* q, Index q_row, float factor,
+                                float* s) {
+  constexpr int kKeys = kLanes / kRows, kAtOnce = kKeys < 4 ? kKeys : 4;
   for (Index j = 0; j < kLanes; j += kKeys) {
     Vec sums[kLanes];
     ATTNFAST_UNROLL for (int i = 0; i < kLanes; ++i) sums[i] = zeros();
-    for (Index d = 0, i = 0; d < shape.padded; d += shape.step, i += kLanes) {
-      const Index at = shape.at(d);
-      Vec qv[kRows];
-      ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) qv[row] = load(q + row * q_row + i);
-      ATTNFAST_UNROLL for (int key = 0; key < kKeys; ++key) {
-        const Vec kv = load_factors(k[j + key] + at);
-        ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
-          Vec& sum = sums[row * kKeys + key];
-          sum = kOnPairs<Element> ? multiply_add_pairs(kv, qv[row], sum) : kv * qv[row] + sum;
+    ATTNFAST_UNROLL for (int first = 0; first < kKeys; first += kAtOnce) {
+      for (Index d = 0, i = 0; d < shape.padded; d += shape.step, i += kLanes) {
+        const Index at = shape.at(d);
+        Vec qv[kRows];
+        ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) qv[row] = load(q + row * q_row + i);
+        ATTNFAST_UNROLL for (int key = first; key < first + kAtOnce; ++key) {
+          const Vec kv = load_factors(k[j + key] + at);
+          if (kAhead) ask<kRowStep<Element>>(ahead[j + key], at);
+          ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
+            Vec& sum = sums[row * kKeys + key];
+            sum = kOnPairs<Element> ? multiply_add_pairs(kv, qv[row], sum) : kv * qv[row] + sum;
+          }
         }
       }
     }
@@ -199,20 +206,22 @@ ATTNFAST_NOINLINE void dot_rows(const Element* const* k, const RowShape& shape, 
   }
 }
 
-// The dot products of all rows with a block's keys, while the block's values are on their way.
+// The dot products of all rows with a block's keys, while its values are on their way.
 template <class Element>
 void dot_block(const KeyBlock<Element>& block, const RowShape& shape, const float* q, Index rows,
-               float factor, float* s, Index D_v) {
+               float factor, float* s) {
   const Index q_row = shape.padded / shape.step * kLanes;
   for (Index j = 0; j < block.n; j += kLanes) {
-    prefetch_rows(block.v + j, kLanes, D_v);
-    const auto run = [&](auto dot_function, Index row) {
-      dot_function(block.k + j, shape, q + row * q_row, q_row, factor, s + row * kMaxBlock + j);
+    const auto run = [&](auto asking, auto not_asking, Index row) {
+      const auto dot = row == 0 ? asking : not_asking;
+      dot(block.k + j, block.v + j, shape, q + row * q_row, q_row, factor, s + row * kMaxBlock + j);
     };
     Index row = 0;
-    for (; row + 4 <= rows; row += 4) run(dot_rows<4, Element>, row);
-    for (; row + 2 <= rows; row += 2) run(dot_rows<2, Element>, row);
-    for (; row < rows; ++row) run(dot_rows<1, Element>, row);
+    for (; row + 4 <= rows; row += 4)
+      run(dot_rows<4, true, Element>, dot_rows<4, false, Element>, row);
+    for (; row + 2 <= rows; row += 2)
+      run(dot_rows<2, true, Element>, dot_rows<2, false, Element>, row);
+    for (; row < rows; ++row) run(dot_rows<1, true, Element>, dot_rows<1, false, Element>, row);
   }
 }
 
@@ -305,22 +314,12 @@ inline void exponentiate(float to_log2, Index n, const RowShape& v, float* s, Pa
   partial.l += sum_lanes(l);
 }
 
-// Rows of which one is asked for with every key that is added.
-template <class Element>
-struct Ahead {
-  const Element* const* rows;
-  Index n, D;
-
-  ATTNFAST_INLINE void ask(Index i) const {
-    if (i < n) prefetch_rows(rows + i, 1, D);
-  }
-};
-
-// o[row] += p[row] v over n keys, for kRows rows and kVecs vectors from element d on.
-template <int kRows, int kVecs, class Element>
-ATTNFAST_NOINLINE void add_value_tile(const Element* const* v, Index n, const RowShape& shape,
-                                      Index d, const float* p, float* o, Index o_stride,
-                                      const Ahead<Element>& ahead) {
+// o[row] += p[row] v over n keys, for kRows rows and kVecs vectors from element d on; `ahead` as in
+// dot_rows.
+template <int kRows, int kVecs, bool kAhead, class Element>
+ATTNFAST_NOINLINE void add_value_tile(const Element* const* v, const Element* const* ahead, Index n,
+                                      const RowShape& shape, Index d, const float* p, float* o,
+                                      Index o_stride) {
   Vec sums[kRows][kVecs];
   Index at[kVecs];
   ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) {
@@ -340,17 +339,21 @@ ATTNFAST_NOINLINE void add_value_tile(const Element* const* v, Index n, const Ro
       }
     }
   };
+  const auto ask_for = [&](Index j) {
+    ATTNFAST_UNROLL for (int i = 0; kAhead && i < kVecs; ++i) ask<kLanes>(ahead[j], at[i]);
+  };
   if constexpr (kOnPairs<Element>) {
     static const BFloat16 none[kLanes] = {};  // no key twice: 0 * Inf would be NaN
     for (Index j = 0; j < n; j += 2) {
-      ahead.ask(j), ahead.ask(j + 1);
       const bool both = j + 1 < n;
+      ask_for(j);
+      if (both) ask_for(j + 1);
       add([&](Index d) { return pairs_of_rows(v[j] + d, both ? v[j + 1] + d : none); },
           [&](const float* p) { return broadcast(p[j / 2]); });
     }
   } else {
     for (Index j = 0; j < n; ++j) {
-      ahead.ask(j);
+      ask_for(j);
       add([&](Index d) { return load(v[j] + d); }, [&](const float* p) { return broadcast(p[j]); });
     }
   }
@@ -360,10 +363,13 @@ ATTNFAST_NOINLINE void add_value_tile(const Element* const* v, Index n, const Ro
   }
 }
 
-// o[row] += p[row] v over the keys of a block, while the next block's keys are on their way.
-// On pairs p is left as pairs of keys.
+template <int kCount>
+using Count = std::integral_constant<int, kCount>;
+
+// o[row] += p[row] v over the keys of a block, while the next block's keys are on their way. On pairs
+// p is left as pairs of keys.
 template <class Element>
-void add_values(const KeyBlock<Element>& block, const KeyBlock<Element>& next, Index D,
+void add_values(const KeyBlock<Element>& block, const KeyBlock<Element>& next,
                 const RowShape& shape, Index rows, float* p, float* o, Index o_stride) {
   if constexpr (kOnPairs<Element>) {
     for (Index row = 0; row < rows; ++row) {
@@ -375,28 +381,27 @@ void add_values(const KeyBlock<Element>& block, const KeyBlock<Element>& next, I
       }
     }
   }
-  const Index passes = max_of((rows + kValueRows - 1) / kValueRows *
-                                  ((shape.padded / kLanes + kValueVecs - 1) / kValueVecs),
-                              1);
-  Ahead<Element> ahead{next.k, 0, D};
-  Index asked = 0, pass = 0;
-  const auto add_tile = [&](auto tile, Index row, Index d) {
-    const Index end = min_of(++pass * next.n / passes, next.n);
-    ahead.rows = next.k + asked, ahead.n = end - asked, asked = end;
-    tile(block.v, block.n, shape, d, p + row * kMaxBlock, o + row * o_stride, o_stride, ahead);
+  const auto add_tile = [&](auto asking, auto not_asking, Index row, Index d) {
+    const auto add = row == 0 && block.leads(next) ? asking : not_asking;
+    add(block.v, next.k, block.n, shape, d, p + row * kMaxBlock, o + row * o_stride, o_stride);
   };
   const auto add_rows = [&](auto count, Index row) {
     constexpr int kRows = decltype(count)::value;
     Index d = 0;
-    for (; d + kValueVecs * kLanes <= shape.padded; d += kValueVecs * kLanes)
-      add_tile(add_value_tile<kRows, kValueVecs, Element>, row, d);
-    for (; d < shape.padded; d += kLanes) add_tile(add_value_tile<kRows, 1, Element>, row, d);
+    const auto add_vectors = [&](auto vectors) {
+      constexpr int kVecs = decltype(vectors)::value;
+      for (; d + kVecs * kLanes <= shape.padded; d += kVecs * kLanes)
+        add_tile(add_value_tile<kRows, kVecs, true, Element>,
+                 add_value_tile<kRows, kVecs, false, Element>, row, d);
+    };
+    if (kRows == 1) add_vectors(Count<2 * kValueVecs>());
+    add_vectors(Count<kValueVecs>());
+    add_vectors(Count<1>());
   };
   Index row = 0;
-  for (; row + kValueRows <= rows; row += kValueRows)
-    add_rows(std::integral_constant<int, kValueRows>(), row);
-  for (; row + 2 <= rows; row += 2) add_rows(std::integral_constant<int, 2>(), row);
-  for (; row < rows; ++row) add_rows(std::integral_constant<int, 1>(), row);
+  for (; row + kValueRows <= rows; row += kValueRows) add_rows(Count<kValueRows>(), row);
+  for (; row + 2 <= rows; row += 2) add_rows(Count<2>(), row);
+  for (; row < rows; ++row) add_rows(Count<1>(), row);
 }
 
 // The same where values that a bias masks are NaN or Inf: 0 * v must not let them out.
