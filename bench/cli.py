@@ -97,7 +97,8 @@ def _run(options: argparse.Namespace) -> int:
     _check_question(options)
     settings = environment.available_settings(**{**given, "size": "full"} if one else given)
     chosen = _chosen(options, settings)
-    facts = environment.facts("timing", settings)
+    kind = "limits" if options.suite == ["limits"] else "timing"
+    facts = environment.facts(kind, settings)
     rows = _kept(options.out, facts) if options.resume else []
     done = {(row["suite"], row["id"]) for row in rows}
     waiting = [case for case in chosen if (case.suite, str(case)) not in done]

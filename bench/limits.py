@@ -7,11 +7,12 @@ A share is that of a row's limit, see `bench.ceilings`; a ratio the fastest riva
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
-from . import OURS
+from . import OURS, ROOT
 from .grid import (
     AttentionCase,
     Case,
@@ -21,7 +22,8 @@ from .grid import (
     encoder_cases,
     layer_cases,
 )
-from .results import Row
+from .pages import fill, provenance
+from .results import Row, Run
 from .tables import geometric_mean, table
 
 LONG = ((2, 16, 1024), (1, 16, 4096), (1, 8, 8192))  # B, H, T
@@ -140,3 +142,9 @@ def page(kernel: str, rows: list[Row]) -> str:
     """The verdicts as a Markdown table; nothing where no row is of a bar."""
     found = verdicts(kernel, rows)
     return "" if found.empty else table(found, text=True)
+
+
+def write(run: Run, root: Path = ROOT) -> list[Path]:
+    """Fill docs/cpu.md."""
+    text = f"{provenance(run)}\n\n{page(run.facts['kernel'], run.rows)}"
+    return [fill(root / "docs" / "cpu.md", text)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import OURS, ROOT, distributed, plots, results, scaling
+from . import OURS, ROOT, distributed, limits, plots, results, scaling
 from .grid import DTYPE_NAMES
 from .pages import device_title, fill, provenance
 from .results import Run
@@ -157,7 +157,8 @@ def report(files: list[Path], root: Path = ROOT) -> tuple[list[Path], Run]:
     folder = root / "bench" / "results"
     runs = [results.load(path, "timing") for path in files] or newest(folder)
     written = write(runs, root)
-    for kind, study in (("scaling", scaling), ("distributed", distributed)):
+    studies = (("scaling", scaling), ("distributed", distributed), ("limits", limits))
+    for kind, study in studies:
         if found := results.found(kind, folder):
             written += study.write(found[0], root)
     return written, runs[0]

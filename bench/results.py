@@ -5,6 +5,7 @@ date, device, machine, settings, versions, commit with its dirty flag, digest of
 sources). ``kind`` says what ``rows`` hold:
 
     timing      rows of `race.Race.row`, and ``ceilings``
+    limits      the same, of the suite of that name alone
     evidence    rows of `tools.gpu.evidence.record`
     crosscheck  rows of `tools.gpu.crosscheck.run`
     scaling     points of `scaling.measure`
@@ -23,8 +24,10 @@ from . import RESULTS
 
 SCHEMA = 2  # a reader refuses what it does not know
 FACTS = ("kind", "date", "device", "machine", "settings", "versions", "kernel", "sources", "commit")
+TIMED = ("id", "suite", "case", "contestants", "ratio")
 FIELDS = {  # by kind, what readers need of a row
-    "timing": ("id", "suite", "case", "contestants", "ratio"),
+    "timing": TIMED,
+    "limits": TIMED,
     "evidence": ("backend", "kind", "dtype", "architecture", "stage"),
     "crosscheck": ("id", "dtype", "failure", "margin"),
     "scaling": ("series", "seconds"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_bench import run
 
-from bench import OURS, limits
+from bench import OURS, environment, limits, results
 from bench.grid import StatisticsCase, WatchedCase, describe
 from bench.rivals.attention import PLAIN
 from bench.rivals.layers import UNOBSERVED
@@ -55,6 +57,22 @@ def test_verdicts() -> None:
     assert found.loc["T = 50 to 197: times the fastest rival, least", "met"] == "no"
     assert len(found) == 3
     assert limits.page("avx2", []) == ""
+
+
+def test_the_page(tmp_path: Path) -> None:
+    """The suite alone is a kind of its own, which `report` puts into docs/cpu.md."""
+    out = tmp_path / "bench" / "results" / "here" / "limits.json"
+    bar = next(bar for bar in limits.bars("avx2") if bar.measure == "share")
+    facts = environment.facts("limits", environment.settings({}, size="quick"))
+    facts |= {"kernel": "avx2", "torch_isa": "AVX2", "load": None}
+    results.save(out, facts, [row(case, 1 / 0.5, 2.0) | {"clock": "wall"} for case in bar.cases])
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "cpu.md").write_text(
+        "Of the limit\n<!-- bench:begin -->\n<!-- bench:end -->\n"
+    )
+    [page] = limits.write(results.load(out, "limits"), tmp_path)
+    assert f"| {bar.name}, least" in page.read_text()
+    assert "| 0.50 " in page.read_text()
 
 
 @pytest.mark.parametrize("work", limits.WORKS)
