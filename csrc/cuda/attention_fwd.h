@@ -23,8 +23,8 @@ template <int kD, Form kForm>
 struct ForwardShape {
   static constexpr bool kPlain = kIsPlain<kForm>, kBlocks = kHasBlocks<kForm>;
   static constexpr int kRowTiles =
-      kD <= 128 && !kHasOptions<kForm> && !kBlocks ? 2 : 1;  // of 16 rows, per warp
-  static constexpr int kWarps = kD > 128 || kRowTiles == 2 || kBlocks ? 4 : 8;
+      !kHasOptions<kForm> && kD <= (kBlocks ? 64 : 128) ? 2 : 1;  // of 16 rows, per warp
+  static constexpr int kWarps = kBlocks ? 4 / kRowTiles : kD > 128 || kRowTiles == 2 ? 4 : 8;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kM = kWarps * kRowTiles * 16;
   // The most with which hardly anything spills.
