@@ -44,12 +44,12 @@ ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   LD_PRELOAD="$(foreach l,asan ubsan,$$($(COMPILER) -print-file-name=lib$(l).so))"
 ASAN_TESTS := $(patsubst %,tests/backends/test_%.py,table layouts decode)
 
-.PHONY: help demo translate lens test test-cuda test-triton test-ptx test-distributed distributed aot lint bench gpu wheel hub test-abi docs asan venv build emulator ptx cuda clean
+.PHONY: help demo translate lens test test-cuda test-triton test-ptx aarch64 test-distributed distributed aot lint bench gpu wheel hub test-abi docs asan venv build emulator ptx cuda clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:  ## list these commands
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
 
 demo: build $(DEMO)  ## semantic search with a trained encoder, then a translation Transformer: torch's attention and ours
 	$(PY) -m demo.search $(ARGS)
@@ -75,6 +75,12 @@ test-ptx: build emulator ptx $(TEST) $(TRITON_LATEST)  ## the compiled kernels, 
 	@for arch in $(PTX); do echo "the PTX for sm_$$arch"; \
 	  OMP_NUM_THREADS=1 ATTNFAST_PTX=$$arch $(PY) -m pytest -n $(WORKERS) --dist worksteal \
 	    --backend triton --backend cuda tests/backends $(ARGS) || exit 1; done
+
+aarch64: build $(TEST)  ## the CPU kernels compiled for aarch64, and every case run by each of its instruction sets in qemu
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || { \
+	  echo "attnfast: no $$tool: install it (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user)" >&2; exit 1; }; done
+	@CXX=aarch64-linux-gnu-g++ ATTNFAST_ISAS=all $(PY) setup.py -q build_recorded
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -o timeout=3600 --every-case tests/test_aarch64.py $(ARGS)
 
 test-distributed: build emulator $(TEST) $(TRITON_LATEST)  ## the case table over 2 and 4 processes, by every method and layout, and layers over them
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal --every-case \

@@ -5,6 +5,7 @@
     python setup.py build_emulator          build/emulator/_emulator.so: the CUDA kernels on the CPU
     python setup.py build_cuda              build/native/_native_cuda.so: with the CUDA kernels
     python setup.py build_ptx               build/ptx/: the CUDA kernels as nvcc compiles them
+    python setup.py build_recorded          build/MACHINE/recorded_cases: the CPU kernels, no torch
 
 Environment: MAX_JOBS, CXX and ATTNFAST_CXXFLAGS (appended; both are words for a shell),
 ATTNFAST_ISAS ("all", "native" for those that this machine runs, which compiles in a third of the
@@ -82,6 +83,16 @@ class BuildPtx(Build):
         build.ptx()
 
 
+class BuildRecorded(Build):
+    """Builds recorded_cases: the CPU kernels for the compiler's machine, without torch."""
+
+    description = "build the CPU kernels with what runs recorded cases, for tests"
+
+    def run(self) -> None:
+        """Build, or say why not."""
+        build.recorded()
+
+
 class BuildNative(build_ext):
     """Has the one library built and puts it where setuptools expects an extension."""
 
@@ -121,6 +132,7 @@ if sys.platform == "linux":
             "build_cuda": BuildCuda,
             "build_emulator": BuildEmulator,
             "build_ptx": BuildPtx,
+            "build_recorded": BuildRecorded,
             "bdist_wheel": NativeWheel,
         },
     )

@@ -62,6 +62,13 @@ X86_ISAS = {
     "avx512_bf16": Isa("avx512_bf16", f"{AVX512} -mavx512bf16"),
     "amx": Isa("amx_tile amx_bf16", f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"),
 }
+AARCH64_ISAS = {
+    "neon": Isa("", MAYBE),
+    "neon_bf16": Isa("bf16", f"-march=armv8.2-a+bf16 {MAYBE}"),
+    # Vectors of 256 bits, and no others: of Neoverse V1.
+    "sve": Isa("sve svebf16", f"-march=armv8.2-a+sve+bf16 -msve-vector-bits=256 {MAYBE}"),
+}
+ISAS = {"x86_64": X86_ISAS, "aarch64": AARCH64_ISAS}  # by what the compiler's code runs on
 # With sanitizers, in place of AVX-512 its shape, 16 lanes and 12 rows, and in place of AMX its tile
 # registers in plain C++: every access is checked, and every machine runs them.
 LANES16 = f"{AVX2} -DATTNFAST_16_LANES -Wno-psabi"
@@ -107,31 +114,39 @@ def build_folder() -> Path:
 
 
 def on_x86() -> bool:
-    """Whether this machine has instruction sets to choose from."""
+    """Whether this machine runs the emulator."""
     return platform.machine() in ("x86_64", "AMD64")
 
 
+def target() -> str:
+    """The machine that the compiler's code runs on: x86_64, aarch64."""
+    try:
+        done = subprocess.run([*compiler(), "-dumpmachine"], capture_output=True, text=True)
+    except OSError:
+        return platform.machine()
+    return done.stdout.partition("-")[0] or platform.machine()
+
+
 def instruction_sets() -> dict[str, str]:
-    """The flags of each set that ATTNFAST_ISAS asks for; portable is always among them."""
-    if not on_x86():
-        return {"portable": ""}
+    """The flags of each set that ATTNFAST_ISAS asks for; the lowest is always among them."""
+    isas = ISAS.get(target(), {"portable": Isa("", "")})
+    names = list(isas)
     if sanitized():
-        return SANITIZED_ISAS
+        return SANITIZED_ISAS if isas is X86_ISAS else {names[0]: ""}
     asked = os.environ.get("ATTNFAST_ISAS") or "all"
-    names = list(X86_ISAS)
     if asked == "native":
         info = Path("/proc/cpuinfo")
         has = set(re.findall(r"\w+", info.read_text())) if info.exists() else set()
-        runs = [set(isa.needs.split()) <= has for isa in X86_ISAS.values()]
+        runs = [set(isa.needs.split()) <= has for isa in isas.values()]
         names = names[: runs.index(False) if False in runs else None] if has else names
     elif asked != "all":
-        names = ["portable", *asked.replace(",", " ").split()]
-        if unknown := set(names) - set(X86_ISAS):
+        names = [names[0], *asked.replace(",", " ").split()]
+        if unknown := set(names) - set(isas):
             sys.exit(
                 "attnfast: ATTNFAST_ISAS must be all, native or names out of"
-                f" {' '.join(X86_ISAS)}, got '{' '.join(sorted(unknown))}'"
+                f" {' '.join(isas)}, got '{' '.join(sorted(unknown))}'"
             )
-    return {name: isa.flags for name, isa in X86_ISAS.items() if name in names}
+    return {name: isa.flags for name, isa in isas.items() if name in names}
 
 
 def compiler() -> list[str]:
@@ -262,27 +277,46 @@ def native_file(nvcc: str | None = None, operators: str | None = None) -> str:
     """
     mode, ldflags = (SANITIZED, "") if sanitized() else (OPTIMISED, "-Wl,-z,defs")
     build = Ninja(build_folder(), mode, ldflags)
-    isas = instruction_sets()
     bindings = CSRC / "bindings" / "cpu.cpp"
     if operators:
         objects = [build.compile(bindings, ".hub", f"$torchflags -DATTNFAST_OPERATORS={operators}")]
         objects.append(build.compile(CSRC / "bindings" / "old_libc.cpp"))
     else:
         objects = [build.compile(bindings, extra="$torchflags")]
-    cpu = sorted((CSRC / "cpu").glob("*.cpp"))
-    kernels = [source for source in cpu if source.name.startswith("attention_")]
-    best_first = " ".join(f"X({isa})" for isa in reversed(isas))
-    present = quoted(f"-DATTNFAST_ISAS(X)={best_first}")
-    objects += [build.compile(source, extra=present) for source in cpu if source not in kernels]
-    for isa, flags in isas.items():
-        extra = f"-DATTNFAST_ISA={isa} {flags}"
-        objects += [build.compile(source, f".{isa}", extra) for source in kernels]
+    objects += cpu_objects(build)
     links = [build.link("_native_hub.so" if operators else "_native.so", objects)]
     if nvcc:
         objects += cuda_objects(build, nvcc)
         runtime = f"{quoted(f'-L{cuda_libraries(nvcc)}')} -lcudart_static -ldl -lrt -lpthread"
         links.append(build.link("_native_cuda.so", objects, runtime))
     return build.text(*links)
+
+
+def cpu_objects(build: Ninja) -> list[str]:
+    """Have the CPU kernels compiled."""
+    isas = instruction_sets()
+    cpu = sorted((CSRC / "cpu").glob("*.cpp"))
+    kernels = [source for source in cpu if source.name.startswith("attention_")]
+    best_first = " ".join(f"X({isa})" for isa in reversed(isas))
+    present = quoted(f"-DATTNFAST_ISAS(X)={best_first}")
+    objects = [build.compile(source, extra=present) for source in cpu if source not in kernels]
+    for isa, flags in isas.items():
+        extra = f"-DATTNFAST_ISA={isa} {flags}"
+        objects += [build.compile(source, f".{isa}", extra) for source in kernels]
+    return objects
+
+
+def recorded_file(folder: Path) -> str:
+    """How recorded_cases is built: the CPU kernels and their bindings, without torch's library."""
+    build = Ninja(folder, OPTIMISED, "")
+    build.lines += [
+        "rule program",
+        "  command = $cxx $cxxflags $in -o $out -ldl",
+        "  description = link $out",
+    ]
+    objects = [build.compile(CSRC / "bindings" / "recorded_cases.cpp", extra="$torchflags")]
+    objects += cpu_objects(build)
+    return build.text(f"build {folder / 'recorded_cases'}: program {' '.join(objects)}")
 
 
 def emulator_file() -> str:
@@ -455,6 +489,12 @@ def hub(operators: str) -> Path:
     """Bring the library of the Hub's tree up to date: the CPU's kernels, under a namespace."""
     library = build_folder() / "_native_hub.so"
     return run_ninja(library, native_file(operators=operators), "the native library")
+
+
+def recorded() -> None:
+    """Bring recorded_cases up to date, for the machine that the compiler compiles for."""
+    folder = Path("build", target())
+    run_ninja(folder / "recorded_cases", recorded_file(folder), "recorded_cases")
 
 
 def cuda() -> None:

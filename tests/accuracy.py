@@ -38,16 +38,14 @@ def check(actual: Results, problem: Trial) -> None:
     Raises:
         AssertionError: one line for each result that fails, with errors and bounds.
     """
-    verdicts = _verdicts(actual, problem)
+    hold(actual, expected(problem))
+
+
+def hold(actual: Results, wanted: dict[str, Expected]) -> None:
+    """The same of results of which it is known what the rule wants."""
+    verdicts = _verdicts(actual, wanted)
     faults = [f"{name}: {verdict.fault}" for name, verdict in verdicts.items() if verdict.fault]
     assert not faults, "\n".join(["beyond the accuracy rule", *faults])
-
-
-def check_one(actual: Tensor, truth: Tensor, baselines: list[Tensor], unit: Tensor) -> None:
-    """Hold one fp32 (or fp64) result to the rule of `check`, of a unit that the caller derives."""
-    dtype = torch.promote_types(actual.dtype, torch.float32)
-    fault = _judge(actual, truth, dtype, baselines, unit).fault
-    assert fault is None, fault
 
 
 def margins(actual: Results, problem: Trial) -> dict[str, float]:
@@ -55,7 +53,7 @@ def margins(actual: Results, problem: Trial) -> dict[str, float]:
 
     Infinite where shape, dtype, NaN or Inf are wrong; 0 where there is nothing to compare.
     """
-    return {name: verdict.margin for name, verdict in _verdicts(actual, problem).items()}
+    return {name: verdict.margin for name, verdict in _verdicts(actual, expected(problem)).items()}
 
 
 def check_formulas(actual: Results, problem: Trial) -> None:
@@ -63,7 +61,7 @@ def check_formulas(actual: Results, problem: Trial) -> None:
     faults = []
     for name, (value, unit) in dense(problem).items():
         if name in actual:
-            fault = _judge(actual[name], value, actual[name].dtype, [], unit).fault
+            fault = _judge(actual[name], expected_one(value, actual[name].dtype, [], unit)).fault
             faults += [f"{name}: {fault}"] if fault else []
     assert not faults, "\n".join(["beyond the formulas' rounding errors", *faults])
 
@@ -113,54 +111,40 @@ def differentiate(outputs: Outputs, leaves: dict[str, Tensor], problem: Trial) -
     return results
 
 
-class _Verdict(NamedTuple):
-    """What is wrong with a result, or None; and its error as a share of the bound."""
+class Expected(NamedTuple):
+    """What the rule of `check` holds a result to."""
 
-    fault: str | None
-    margin: float
+    truth: Tensor  # fp64; where its dtype has NaN or Inf, that
+    dtype: torch.dtype
+    bound_max: float  # of errors where truth is finite, as the next
+    bound_mean: float
 
 
-def _verdicts(actual: Results, problem: Trial) -> dict[str, _Verdict]:
+def expected(problem: Trial) -> dict[str, Expected]:
+    """Of every output and gradient of a call, by name."""
     inputs = problem.inputs
     truth = reference_results(in_double(problem), torch.float64)
     eager = reference_results(problem, inputs.q.dtype)
     eager32 = reference_results(problem, torch.float32)
     sums = dense(problem)
-    assert set(actual) == set(truth), f"results {sorted(actual)}, expected {sorted(truth)}"
-    verdicts = {}
-    for name, result in actual.items():
+    want = torch.promote_types(inputs.q.dtype, torch.float32)
+    results = {}
+    for name, value in truth.items():
         baselines = [eager32[name]] if name in FP32_RESULTS else [eager[name], eager32[name]]
-        want = torch.promote_types(inputs.q.dtype, torch.float32)
         dtype = want if name in FP32_RESULTS else _dtype(name, inputs)
-        verdicts[name] = _judge(result, truth[name], dtype, baselines, sums[name].unit)
-    return verdicts
+        results[name] = expected_one(value, dtype, baselines, sums[name].unit)
+    return results
 
 
-def _judge(
-    result: Tensor,
-    truth: Tensor,
-    dtype: torch.dtype,
-    baselines: list[Tensor],
-    unit: Tensor,
-) -> _Verdict:
-    if result.shape != truth.shape or result.dtype != dtype:
-        got = f"{result.dtype} {tuple(result.shape)}"
-        return _Verdict(f"{got}, expected {dtype} {tuple(truth.shape)}", torch.inf)
+def expected_one(
+    truth: Tensor, dtype: torch.dtype, baselines: list[Tensor], unit: Tensor
+) -> Expected:
+    """Of one result, of a unit that the caller derives; of the baselines the first with digits."""
     rounded = truth.to(dtype)
     special = ~rounded.isfinite()
-    same = torch.where(
-        special, result.eq(rounded) | result.isnan() & rounded.isnan(), result.isfinite()
-    )
-    if not same.all():
-        where = tuple((~same).nonzero()[0].tolist())
-        fault = (
-            f"{(~same).sum()} NaN or Inf out of place, first at {where}: {result[where]}, "
-            f"expected {rounded[where]}"
-        )
-        return _Verdict(fault, torch.inf)
+    marked = torch.where(special, rounded.double(), truth)
     if special.all():
-        return _Verdict(None, 0.0)
-    error = _error(result, truth, special)
+        return Expected(marked, dtype, 0.0, 0.0)
     info = torch.finfo(dtype)
     rounding = info.eps * truth.abs() / 12**0.5  # of the result itself
     unit = torch.hypot(unit, rounding)[~special] + info.eps * info.smallest_normal
@@ -170,7 +154,41 @@ def _judge(
         if eager.max() <= truth[~special].abs().max() / 4:
             bound_max, bound_mean = bound_max + 2 * eager.max(), bound_mean + 2 * eager.mean()
             break
-    margin = max(float(error.max() / bound_max), float(error.mean() / bound_mean))
+    return Expected(marked, dtype, float(bound_max), float(bound_mean))
+
+
+class _Verdict(NamedTuple):
+    """What is wrong with a result, or None; and its error as a share of the bound."""
+
+    fault: str | None
+    margin: float
+
+
+def _verdicts(actual: Results, wanted: dict[str, Expected]) -> dict[str, _Verdict]:
+    assert set(actual) == set(wanted), f"results {sorted(actual)}, expected {sorted(wanted)}"
+    return {name: _judge(result, wanted[name]) for name, result in actual.items()}
+
+
+def _judge(result: Tensor, wanted: Expected) -> _Verdict:
+    truth, dtype, bound_max, bound_mean = wanted
+    if result.shape != truth.shape or result.dtype != dtype:
+        got = f"{result.dtype} {tuple(result.shape)}"
+        return _Verdict(f"{got}, expected {dtype} {tuple(truth.shape)}", torch.inf)
+    special = ~truth.isfinite()
+    same = torch.where(
+        special, result.eq(truth) | result.isnan() & truth.isnan(), result.isfinite()
+    )
+    if not same.all():
+        where = tuple((~same).nonzero()[0].tolist())
+        fault = (
+            f"{(~same).sum()} NaN or Inf out of place, first at {where}: {result[where]}, "
+            f"expected {truth[where]}"
+        )
+        return _Verdict(fault, torch.inf)
+    if special.all():
+        return _Verdict(None, 0.0)
+    error = _error(result, truth, special)
+    margin = max(float(error.max()) / bound_max, float(error.mean()) / bound_mean)
     if error.max() <= bound_max and error.mean() <= bound_mean:
         return _Verdict(None, margin)
     fault = (

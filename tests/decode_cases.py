@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from accuracy import check, check_one, in_double, reference_results
+from accuracy import Expected, expected, expected_one, hold, in_double, reference_results
 from cases import fp32
 from dense import Cotangents, Trial, dense
 from torch import Tensor
@@ -147,14 +147,20 @@ def make(case: DecodeCase, beyond: float = torch.nan) -> Call:
 
 def judge(results: tuple[Tensor, ...], call: Call) -> None:
     """By the accuracy rule."""
-    out, lse, *received = results
+    hold(dict(zip(("out", "lse", "received"), results, strict=False)), expected_of(call))
+
+
+def expected_of(call: Call) -> dict[str, Expected]:
+    """What the accuracy rule wants of a call's results."""
     trial = equivalent(call)
-    check({"out": out, "lse": lse}, trial)
-    if received:
+    wanted = expected(trial)
+    if call.options["return_received"]:
         trial = trial._replace(options=trial.options._replace(stats=2))
         truth = reference_results(in_double(trial), torch.float64)["received"]
         eager = reference_results(trial, torch.float32)["received"]
-        check_one(received[0], truth, [eager], dense(trial)["received"].unit)
+        unit = dense(trial)["received"].unit
+        wanted["received"] = expected_one(truth, torch.float32, [eager], unit)
+    return wanted
 
 
 def equivalent(call: Call) -> Trial:

@@ -10,7 +10,7 @@ import attnfast
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSIGNMENT = re.compile(r"([A-Z][A-Z_]*)=(.*)")
-TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 MAKE_VARIABLES = {"ARGS", "CXX", "PTX", "PYTHON", "RESULTS", "TRITON", "WORKERS"}
 PROGRAM_SOURCES = {  # where a program's options are defined
     "attnfast": "attnfast/__main__.py",

@@ -72,7 +72,7 @@ struct Row {
 
 // Lane i of the result is the sum of r[i]'s lanes.
 ATTNFAST_INLINE Vec sum_each(const Vec* r) {
-#if defined(__AVX512F__) || defined(ATTNFAST_16_LANES)
+#if ATTNFAST_LANES == 16
   Vec a[8], b[4], c[2];
   ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
     a[i] =
@@ -91,7 +91,7 @@ ATTNFAST_INLINE Vec sum_each(const Vec* r) {
   }
   return shuffle<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(c[0], c[1]) +
          shuffle<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(c[0], c[1]);
-#elif defined(__AVX2__)
+#elif ATTNFAST_LANES == 8
   Vec a[4], b[2];
   ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
     a[i] = shuffle<0, 8, 1, 9, 4, 12, 5, 13>(r[2 * i], r[2 * i + 1]) +

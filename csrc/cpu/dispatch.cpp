@@ -5,6 +5,9 @@
 #include <string>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#include <sys/prctl.h>
 #endif
 
 #include "kernels.h"
@@ -39,6 +42,19 @@ bool has_f16c() {
 // In sanitizer builds only, in AVX2 instructions: the shapes of avx512 and of amx.
 [[maybe_unused]] bool runs_lanes16() { return runs_avx2(); }
 [[maybe_unused]] bool runs_tiles16() { return runs_avx2(); }
+#elif defined(__aarch64__)
+[[maybe_unused]] bool runs_neon() { return true; }
+#if defined(__linux__)
+[[maybe_unused]] bool runs_neon_bf16() { return getauxval(AT_HWCAP2) & HWCAP2_BF16; }
+[[maybe_unused]] bool runs_sve() {  // compiled for vectors of 32 bytes
+  return runs_neon_bf16() && (getauxval(AT_HWCAP) & HWCAP_SVE) &&
+         (getauxval(AT_HWCAP2) & HWCAP2_SVEBF16) &&
+         (prctl(PR_SVE_GET_VL) & PR_SVE_VL_LEN_MASK) == 32;
+}
+#else
+[[maybe_unused]] bool runs_neon_bf16() { return false; }
+[[maybe_unused]] bool runs_sve() { return false; }
+#endif
 #endif
 
 // Best first, of those that the build has.

@@ -31,6 +31,8 @@ ATTNFAST_INLINE Vec load(const BFloat16* p) {
   // g++ 12 spends five instructions on the conversion below.
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return bit_cast<Vec>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+#elif defined(ATTNFAST_SVE)
+  return bit_cast<Vec>(UVec(svld1uh_u32(svptrue_b32(), &p->bits)) << 16);
 #else
   const HalfBits h = *reinterpret_cast<const HalfBitsUnaligned*>(p);
   return bit_cast<Vec>(__builtin_convertvector(h, UVec) << 16);
@@ -42,6 +44,11 @@ ATTNFAST_INLINE Vec load(const Float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__) && !defined(ATTNFAST_16_LANES)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(ATTNFAST_SVE)
+  const svuint32_t h = svld1uh_u32(svptrue_b32(), &p->bits);
+  return svcvt_f32_f16_x(svptrue_b32(), svreinterpret_f16_u32(h));
+#elif defined(ATTNFAST_NEON)
+  return vcvt_f32_f16(bit_cast<float16x4_t>(vld1_u16(&p->bits)));
 #else
   Vec v;
   for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
@@ -76,6 +83,11 @@ ATTNFAST_INLINE void store(Float16* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__) && !defined(ATTNFAST_16_LANES)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(ATTNFAST_SVE)
+  const svfloat16_t h = svcvt_f16_f32_x(svptrue_b32(), x);
+  svst1h_u32(svptrue_b32(), &p->bits, svreinterpret_u32_f16(h));
+#elif defined(ATTNFAST_NEON)
+  vst1_u16(&p->bits, bit_cast<uint16x4_t>(vcvt_f16_f32(x)));
 #else
   for (int i = 0; i < kLanes; ++i) p[i].bits = to_float16_bits(x[i]);
 #endif

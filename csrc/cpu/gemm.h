@@ -8,7 +8,7 @@
 // With kPairs the numbers of A and B are pairs of bf16 (simd.h): K counts pairs, and each step
 // multiplies two of them.
 #pragma once
-#include "simd.h"
+#include "pair_vectors.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 

@@ -1,8 +1,8 @@
 // Products of pairs of bf16, and fp32 numbers in three bf16 planes.
 //
-// With AMX's tiles, or row by row where there is only vdpbf16ps:
+// With AMX's tiles, or row by row where there is only vdpbf16ps or bfdot:
 //
-//   C[rows][columns] (+)= A B      A: rows of pairs, in panels of 16; B: rows of pairs
+//   C[rows][columns] (+)= A B      A: rows of pairs, in panels of kLanes; B: rows of pairs
 //
 // One plane holds bf16 numbers. Three planes hold fp32 numbers exactly, x = high + middle + low,
 // each the leading 8 bits of what is left (Henry, Tang, Heinecke, "Leveraging the bfloat16
@@ -12,6 +12,7 @@
 #pragma once
 #include "elements.h"
 #include "gemm.h"
+#include "pair_vectors.h"
 #include "tile_registers.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
@@ -19,7 +20,7 @@ namespace attnfast::cpu::ATTNFAST_ISA {
 // Queries of a key head from which on three planes are worth their making.
 constexpr Index kFewestQueries = 256;
 
-constexpr Index kPanelPairs = 16;
+constexpr Index kPanelPairs = kLanes;      // with tiles, what their rows hold
 constexpr Index kPanel = 2 * kPanelPairs;  // numbers of a row of a panel
 
 // How many planes the products of an element use; 0: they are not on pairs.

@@ -10,6 +10,10 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_SVE)
+#include <arm_sve.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../params.h"
@@ -18,7 +22,7 @@
 #error "attnfast's CPU kernels need g++ 12 or clang 14, or newer"
 #endif
 #ifndef ATTNFAST_ISA
-#error "compile with -DATTNFAST_ISA=portable|avx2|avx512|avx512_bf16|amx|lanes16|tiles16"
+#error "compile with -DATTNFAST_ISA=portable|avx2|avx512|avx512_bf16|amx|neon|neon_bf16|..."
 #endif
 
 #define ATTNFAST_INLINE inline __attribute__((always_inline))
@@ -30,15 +34,25 @@ namespace attnfast::cpu::ATTNFAST_ISA {
 using Index = int64_t;
 
 #if defined(__AVX512F__) || defined(ATTNFAST_16_LANES)
-constexpr int kLanes = 16;
+#define ATTNFAST_LANES 16
 constexpr int kTileRows = 12;  // rows of the register tile: 12 x 2 accumulators of 32 registers
 #elif defined(__AVX2__)
-constexpr int kLanes = 8;
+#define ATTNFAST_LANES 8
 constexpr int kTileRows = 6;  // 6 x 2 accumulators of 16 registers
+#elif defined(__ARM_FEATURE_SVE)
+static_assert(__ARM_FEATURE_SVE_BITS == 256, "compile with -msve-vector-bits=256");
+#define ATTNFAST_SVE
+#define ATTNFAST_LANES 8
+constexpr int kTileRows = 10;  // as NEON's
+#elif defined(__aarch64__)
+#define ATTNFAST_NEON
+#define ATTNFAST_LANES 4
+constexpr int kTileRows = 10;  // 10 x 2 of 32: with more, g++ 12 spills
 #else
-constexpr int kLanes = 4;
+#define ATTNFAST_LANES 4
 constexpr int kTileRows = 6;
 #endif
+constexpr int kLanes = ATTNFAST_LANES;
 constexpr int kTileVecs = 2;                 // vectors side by side in the register tile
 constexpr int kColumn = kTileVecs * kLanes;  // queries that one column of a block holds
 
@@ -73,6 +87,10 @@ ATTNFAST_INLINE Vec broadcast(float x) {
   return _mm512_set1_ps(x);
 #elif defined(__AVX2__) && !defined(ATTNFAST_16_LANES)
   return _mm256_set1_ps(x);
+#elif defined(ATTNFAST_SVE)
+  return svdup_n_f32(x);
+#elif defined(ATTNFAST_NEON)
+  return vdupq_n_f32(x);
 #else
   Vec v;
   for (int i = 0; i < kLanes; ++i) v[i] = x;
@@ -81,94 +99,6 @@ ATTNFAST_INLINE Vec broadcast(float x) {
 }
 
 ATTNFAST_INLINE Vec zeros() { return Vec{}; }
-
-// Vectors of pairs: two bf16 in the bits of each lane, the even one in the lower half.
-#if defined(__AVX512BF16__) || defined(ATTNFAST_EMULATED_TILES)
-constexpr bool kHasPairs = true;
-
-ATTNFAST_INLINE Vec high_half(Vec x) { return bit_cast<Vec>(bit_cast<UVec>(x) & 0xffff0000u); }
-
-// acc + a.even * b.even + a.odd * b.odd, the products exact.
-ATTNFAST_INLINE Vec multiply_add_pairs(Vec a, Vec b, Vec acc) {
-#if defined(ATTNFAST_EMULATED_TILES)
-  const Vec a_even = bit_cast<Vec>(bit_cast<UVec>(a) << 16);
-  const Vec b_even = bit_cast<Vec>(bit_cast<UVec>(b) << 16);
-  return high_half(a) * high_half(b) + (a_even * b_even + acc);
-#else
-  return _mm512_dpbf16_ps(acc, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
-#endif
-}
-
-// Two fp32 vectors as pairs, cut to bf16 (exact where the numbers are bf16 already).
-ATTNFAST_INLINE Vec pair_of_high_halves(Vec even, Vec odd) {
-  return bit_cast<Vec>(bit_cast<UVec>(even) >> 16 | (bit_cast<UVec>(odd) & 0xffff0000u));
-}
-
-// Two fp32 vectors as one row of bf16, `first` before `second`, cut likewise.
-ATTNFAST_INLINE Vec row_of_high_halves(Vec first, Vec second) {
-  typedef uint16_t Halves __attribute__((vector_size(kLanes * 4)));
-  const Halves a = bit_cast<Halves>(first), b = bit_cast<Halves>(second);
-  return bit_cast<Vec>(
-      __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,  //
-                              33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63));
-}
-
-#if defined(ATTNFAST_EMULATED_TILES)
-ATTNFAST_INLINE Vec rounded_to_bf16(Vec x) {
-  const UVec bits = bit_cast<UVec>(x);
-  return x == x ? bit_cast<Vec>(bits + 0x7fffu + ((bits >> 16) & 1u)) : x;
-}
-#endif
-
-// The same, rounded to nearest even.
-ATTNFAST_INLINE Vec row_of_bf16(Vec first, Vec second) {
-#if defined(ATTNFAST_EMULATED_TILES)
-  return row_of_high_halves(rounded_to_bf16(first), rounded_to_bf16(second));
-#else
-  return bit_cast<Vec>(_mm512_cvtne2ps_pbh(second, first));
-#endif
-}
-
-ATTNFAST_INLINE Vec pair_of(Vec even, Vec odd) {
-#if defined(ATTNFAST_EMULATED_TILES)
-  return pair_of_high_halves(rounded_to_bf16(even), rounded_to_bf16(odd));
-#else
-  const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
-  const __m512i interleaved =
-      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return bit_cast<Vec>(_mm512_permutexvar_epi16(interleaved, halves));
-#endif
-}
-
-// The pairs of two rows of bf16, of the first the even ones.
-ATTNFAST_INLINE Vec pairs_of_rows(const void* even, const void* odd) {
-#if defined(ATTNFAST_EMULATED_TILES)
-  const UVec low = __builtin_convertvector(*static_cast<const HalfBitsUnaligned*>(even), UVec);
-  const UVec high = __builtin_convertvector(*static_cast<const HalfBitsUnaligned*>(odd), UVec);
-  return bit_cast<Vec>(low | high << 16);
-#else
-  const __m512i interleave =
-      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i rows = _mm512_inserti64x4(
-      _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(even))),
-      _mm256_loadu_si256(static_cast<const __m256i*>(odd)), 1);
-  return bit_cast<Vec>(_mm512_permutexvar_epi16(interleave, rows));
-#endif
-}
-#else
-constexpr bool kHasPairs = false;
-
-// Named by templates that are not used.
-ATTNFAST_INLINE Vec multiply_add_pairs(Vec, Vec, Vec acc) { return acc; }
-Vec high_half(Vec x);
-Vec pair_of(Vec even, Vec odd);
-Vec pair_of_high_halves(Vec even, Vec odd);
-Vec pairs_of_rows(const void* even, const void* odd);
-Vec row_of_bf16(Vec first, Vec second);
-Vec row_of_high_halves(Vec first, Vec second);
-#endif
 
 ATTNFAST_INLINE IVec broadcast_int(int32_t x) { return IVec{} + x; }
 
@@ -196,6 +126,8 @@ ATTNFAST_INLINE bool any(IVec mask) {
   return _mm512_test_epi32_mask(bit_cast<__m512i>(mask), bit_cast<__m512i>(mask)) != 0;
 #elif defined(__AVX2__) && !defined(ATTNFAST_16_LANES)
   return _mm256_testz_si256(bit_cast<__m256i>(mask), bit_cast<__m256i>(mask)) == 0;
+#elif defined(ATTNFAST_NEON)
+  return vmaxvq_u32(bit_cast<uint32x4_t>(mask)) != 0;
 #else
   int32_t seen = 0;
   for (int i = 0; i < kLanes; ++i) seen |= mask[i];
@@ -229,6 +161,12 @@ ATTNFAST_INLINE void multiply_wide(UVec a, uint32_t b, UVec* high, UVec* low) {
   const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), m);
   *high = bit_cast<UVec>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
   *low = bit_cast<UVec>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
+#elif defined(ATTNFAST_NEON)
+  const uint32x4_t x = bit_cast<uint32x4_t>(a);
+  const uint32x4_t first = bit_cast<uint32x4_t>(vmull_n_u32(vget_low_u32(x), b));
+  const uint32x4_t second = bit_cast<uint32x4_t>(vmull_high_n_u32(x, b));
+  *high = bit_cast<UVec>(vuzp2q_u32(first, second));
+  *low = bit_cast<UVec>(vuzp1q_u32(first, second));
 #else
   for (int i = 0; i < kLanes; ++i) {
     const uint64_t product = static_cast<uint64_t>(a[i]) * b;
@@ -246,7 +184,7 @@ ATTNFAST_INLINE Vec shuffle(Vec a, Vec b) {
 
 ATTNFAST_INLINE void transpose_tile(Vec* r) {
   Vec t[kLanes];
-#if defined(__AVX512F__) || defined(ATTNFAST_16_LANES)
+#if ATTNFAST_LANES == 16
   ATTNFAST_UNROLL for (int i = 0; i < 8; ++i) {
     t[2 * i] =
         shuffle<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(r[2 * i], r[2 * i + 1]);
@@ -272,7 +210,7 @@ ATTNFAST_INLINE void transpose_tile(Vec* r) {
     r[i] = shuffle<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(t[i], t[8 + i]);
     r[8 + i] = shuffle<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(t[i], t[8 + i]);
   }
-#elif defined(__AVX2__)
+#elif ATTNFAST_LANES == 8
   ATTNFAST_UNROLL for (int i = 0; i < 4; ++i) {
     t[2 * i] = shuffle<0, 8, 1, 9, 4, 12, 5, 13>(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = shuffle<2, 10, 3, 11, 6, 14, 7, 15>(r[2 * i], r[2 * i + 1]);

@@ -3,7 +3,7 @@
 // Sanitizer builds carry the same operations in plain C++ (ATTNFAST_EMULATED_TILES), so that every
 // load and store is checked, and every machine can run them.
 #pragma once
-#include "simd.h"
+#include "pair_vectors.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import check_one, in_double
+from accuracy import Expected, expected_one, hold, in_double
 from cases import CASES, Case, bf16, problem
 from dense import Trial, dense
 from torch import Tensor
@@ -109,12 +109,18 @@ def run(given: Trial, cells: Cells, backend: str) -> Tensor:
 
 
 def check(found: Tensor, given: Trial, cells: Cells) -> None:
-    """The accuracy rule; errors of p are those of the weights that are not rounded to a half."""
+    """The accuracy rule."""
+    hold({"pooled": found}, {"pooled": expected_of(given, cells)})
+
+
+def expected_of(given: Trial, cells: Cells) -> Expected:
+    """What the rule wants; errors of p are those of the weights that are not rounded to a half."""
     in_fp32 = given._replace(inputs=given.inputs._replace(
         **{name: getattr(given.inputs, name).float() for name in "qkv"}))  # fmt: skip
     unit = by_hand(dense(in_fp32)["weights"].unit, given, cells, tokens_of(given))
     truth = of_reference(in_double(given), cells, torch.float64)
-    check_one(found, truth, [of_reference(given, cells, torch.float32)], unit)
+    baseline = of_reference(given, cells, torch.float32)
+    return expected_one(truth, torch.float32, [baseline], unit)
 
 
 TAKEN = [case for case in CASES if not case.indices]
@@ -127,7 +133,8 @@ def test_reference(case: Case) -> None:
     weights = dense(wide)["weights"]
     for cells in cells_of(case):
         truth, unit = (by_hand(x, wide, cells, tokens_of(wide)) for x in weights)
-        check_one(of_reference(wide, cells, torch.float64), truth, [], unit)
+        found = of_reference(wide, cells, torch.float64)
+        hold({"pooled": found}, {"pooled": expected_one(truth, torch.float64, [], unit)})
 
 
 @pytest.mark.reference(7)
