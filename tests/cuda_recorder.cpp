@@ -337,7 +337,8 @@ void decode(const std::string& kind, int device) {
       paged ? tensor(device, kBf16, {40, 16, 2, 64}) : tensor(device, kBf16, {2, 2, 320, 64});
   OptionalTensor table;
   if (paged) table = tensor(device, kInt64, {2, 20});
-  cuda_decode(q, cache, cache, lengths, table, {}, {}, {}, {}, {}, 0.1, 0.0, -1, -1, false);
+  const bool received = kind == "received";
+  cuda_decode(q, cache, cache, lengths, table, {}, {}, {}, {}, {}, 0.1, 0.0, -1, -1, received);
 }
 
 void pooled(const std::string& kind, int device) {

@@ -168,6 +168,7 @@ KERNELS = {
     ("backward", "short"): ["attention_bwd_short"],
     ("decode", "contiguous"): ["attention_decode", "decode_combine"],
     ("decode", "paged"): ["attention_decode", "decode_combine"],
+    ("decode", "received"): ["attention_decode", "attention_decode_received", "decode_combine"],
     ("pooled", "cells"): ["attention_cells"],
     ("pooled", "distances"): ["attention_distances"],
 }  # fmt: skip
@@ -219,7 +220,7 @@ def test_nothing_is_called_that_waits_or_that_a_capture_forbids(
     assert {event.name for event in events} <= CUDA_CALLS | TORCH_CALLS
     copies = [event for event in events if event.name == "aten::copy_"]
     assert len(copies) == len([event for event in events if event.name == "from"])
-    wanted = {"plain": 0, "short": 0, "contiguous": 1, "paged": 2, "packed": 2}
+    wanted = {"plain": 0, "short": 0, "contiguous": 1, "received": 1, "paged": 2, "packed": 2}
     assert len(copies) == wanted.get(kind, {"forward": 4, "backward": 7, "pooled": 4}.get(call))
 
 

@@ -81,6 +81,7 @@ FORMS = {
     "attention_bwd_keys": [FORM, KEYS, VALUES, SMALL],
     "attention_bwd_queries": [FORM, SMALL],
     "attention_decode": [SMALL],
+    "attention_decode_received": [SMALL],
 }
 ORDER = (*FORM_NAMES, "small", "dk", "dv")
 

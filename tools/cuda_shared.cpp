@@ -53,8 +53,10 @@ void say_all() {
   say<BiasShape<kD>>("attention_bwd_bias", kD);
   if constexpr (kD <= 128) say<ShortShape<kD>>("attention_bwd_short", kD);
   if constexpr (kD == 64 || kD == 128) say<FusedShape<kD>>("attention_bwd_fused", kD);
-  say<DecodeShape<kD, false>>("attention_decode", kD);
-  say<DecodeShape<kD, true>>("attention_decode", kD, ", small");
+  for (const char* name : {"attention_decode", "attention_decode_received"}) {
+    say<DecodeShape<kD, false>>(name, kD);
+    say<DecodeShape<kD, true>>(name, kD, ", small");
+  }
 }
 
 }  // namespace attnfast::cuda

@@ -78,12 +78,6 @@ def no_pooling(problem: Problem) -> str | None:
     return "has no kernel that pools probabilities" if problem.pooled else None
 
 
-def no_received(problem: Problem) -> str | None:
-    """Why a backend whose decoding sums nothing by key refuses a problem, or None."""
-    wanted = problem.kind == "decode" and problem.options.stats == 2
-    return "returns no column sums of decoding" if wanted else None
-
-
 def too_wide(problem: Problem, most: int) -> str | None:
     """Why a backend of head dims up to this refuses a problem, or None."""
     widest = max(problem.D, problem.D_v)

@@ -8,7 +8,7 @@ import torch
 
 from .. import ops
 from ..requirements import environment
-from . import HALF, Backend, Problem, gpus, no_received, other_dtype, too_wide
+from . import HALF, Backend, Problem, gpus, other_dtype, too_wide
 
 MAX_HEAD_DIM = 256
 OLDEST, AMPERE = (7, 5), (8, 0)  # between them: no bf16 products, less shared memory
@@ -20,7 +20,7 @@ _unusable: dict[int, str | None] = {}  # by the GPU's index; answers that last
 
 def unsupported(problem: Problem) -> str | None:
     """The first reason that holds; whether the kernels are there at all comes last."""
-    reason = other_dtype(problem, HALF) or too_wide(problem, MAX_HEAD_DIM) or no_received(problem)
+    reason = other_dtype(problem, HALF) or too_wide(problem, MAX_HEAD_DIM)
     if reason is None and problem.indices:
         reason = "takes no indices: Triton's and the CPU's kernels gather keys"
     if reason is not None:

@@ -86,7 +86,6 @@ DecodeTensors cuda_decode(ATTNFAST_DECODE_INPUTS) {
   DeviceCall call(q);
   Kept kept(&call);
   fill_decode(&p, &kept, ATTNFAST_DECODE_INPUT_NAMES);
-  STD_TORCH_CHECK(!received, "decode_attention: received must be False for the CUDA kernels");
   DecodeTensors results = decode_results(&p, &call, q, received);
   Tensor scratch = empty(q, ScalarType::Float, {attnfast::cuda::decode_scratch(p)});
   call.writes(scratch, "scratch");

@@ -131,6 +131,9 @@ void run_attention_bias(const BackwardArguments& a, Stream stream);
 
 template <int kHeadDim>
 void run_attention_decode(const DecodeArguments& a, Stream stream);
+// What keys receive, after it.
+template <int kHeadDim>
+void run_attention_decode_received(const DecodeArguments& a, Stream stream);
 void run_decode_combine(const DecodeArguments& a, Stream stream);
 
 int64_t padded_rows(int64_t T);
@@ -151,7 +154,9 @@ void run_attention_bwd_sinks(const BackwardArguments& a, Stream stream);
   template <>                                                               \
   void run_attention_bias<kHeadDim>(const BackwardArguments&, Stream);      \
   template <>                                                               \
-  void run_attention_decode<kHeadDim>(const DecodeArguments&, Stream);
+  void run_attention_decode<kHeadDim>(const DecodeArguments&, Stream);      \
+  template <>                                                               \
+  void run_attention_decode_received<kHeadDim>(const DecodeArguments&, Stream);
 ATTNFAST_HEAD_DIMS(ATTNFAST_DECLARE)
 #undef ATTNFAST_DECLARE
 

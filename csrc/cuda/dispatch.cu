@@ -152,7 +152,10 @@ void attention_decode(const DecodeParams& p, float* scratch, Stream stream) {
   DecodeArguments a{p, Scaling(p), splits, 0, scratch + 2 * splits * rows, softmax};
   a.q_aligned = aligned(p.q, p.D), a.k_aligned = aligned(p.k, p.D);
   a.v_aligned = aligned(p.v, p.D_v);
-  with_head_dim(p, [&](auto head_dim) { run_attention_decode<head_dim()>(a, stream); });
+  with_head_dim(p, [&](auto head_dim) {
+    run_attention_decode<head_dim()>(a, stream);
+    if (p.received && rows) run_attention_decode_received<head_dim()>(a, stream);
+  });
   run_decode_combine(a, stream);
 }
 

@@ -36,7 +36,8 @@ void attention_bwd(const BackwardParams& p, const DeviceSeed& dropout, int64_t r
                    int64_t rows_k, const int64_t (&bias_sizes)[4], float* scratch, Stream stream);
 int64_t backward_scratch(const BackwardParams& p, Stream stream);
 
-// out and lse of a few queries over a cache. `scratch` holds decode_scratch(p) floats.
+// out, lse and, where wanted, received of a few queries over a cache. `scratch` holds
+// decode_scratch(p) floats.
 void attention_decode(const DecodeParams& p, float* scratch, Stream stream);
 int64_t decode_scratch(const DecodeParams& p);
 

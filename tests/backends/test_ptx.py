@@ -41,7 +41,7 @@ def test_option(backend: str, case: Case) -> None:
 @pytest.mark.parametrize("i", range(len(DECODE_CASES)), ids=lambda i: DECODE_CASES[i].name)
 def test_decode(backend: str, way: str, i: int) -> None:
     """In a 16-bit dtype, fp32 being the table's."""
-    call = make(replace(DECODE_CASES[i], dtype=HALF[i % len(HALF)]))
+    call = make(replace(DECODE_CASES[i], received=True, dtype=HALF[i % len(HALF)]))
     judge(WAYS[way](call, backend), call)
 
 

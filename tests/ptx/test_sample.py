@@ -41,7 +41,14 @@ TRITON = {
     ),
 }
 CUDA = (*CALLS, f"{PLANTED}[cuda-80-no barrier after copies]")
-FILES = "attention_fwd.64", "attention_bwd.64", "attention_decode.64", "decode_combine", "row_terms"
+FILES = (
+    "attention_fwd.64",
+    "attention_bwd.64",
+    "attention_decode.64",
+    "attention_decode_received.64",
+    "decode_combine",
+    "row_terms",
+)
 
 
 def run(backend: str, arch: str, tests: tuple[str, ...]) -> None:
