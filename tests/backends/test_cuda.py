@@ -615,7 +615,9 @@ def test_checks_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("D", [64, 256])
 def test_decode_on_turing(D: int) -> None:
     """Where the cache's tiles are half as large, for its shared memory."""
-    case = decode_cases.DecodeCase("turing", lengths=(129, 300), D=D, D_v=D, dtype=fp16)
+    case = decode_cases.DecodeCase(
+        "turing", lengths=(129, 300), D=D, D_v=D, dtype=fp16, received=True
+    )
     call = decode_cases.make(case)
     with architecture(75):
         decode_cases.judge(decode_cases.decode_paged(call, "cuda"), call)
