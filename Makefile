@@ -36,7 +36,12 @@ install = @echo "installing $(1)" && $(PIP) $(2) 2> $(VENV)/pip.log || { \
     "(is there a network? pip's messages are in $(VENV)/pip.log)" >&2; exit 1; }
 done = @rm -f $(VENV)/.$(1)-* && touch $@
 
+# What cross-compiling needs is there.
+cross = @for tool in $(1); do command -v $$tool > /dev/null || { \
+  echo "attnfast: no $$tool: install it (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user)" >&2; exit 1; }; done
+
 BUILD := $(PY) -m build --no-isolation
+FROM_TORCH := $(foreach l,libtorch*.so libc10*.so libgomp.so.1 libcuda.so.1,--exclude '$(l)')
 PLATFORM := manylinux_2_34_$(shell uname -m)
 
 ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
@@ -44,7 +49,7 @@ ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   LD_PRELOAD="$(foreach l,asan ubsan,$$($(COMPILER) -print-file-name=lib$(l).so))"
 ASAN_TESTS := $(patsubst %,tests/backends/test_%.py,table layouts decode)
 
-.PHONY: help demo translate lens test test-cuda test-triton test-ptx aarch64 test-distributed distributed aot lint bench gpu wheel hub test-abi docs asan venv build emulator ptx cuda clean
+.PHONY: help demo translate lens test test-cuda test-triton test-ptx aarch64 test-distributed distributed aot lint bench gpu wheel wheel-aarch64 hub test-abi docs asan venv build emulator ptx cuda clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -77,8 +82,7 @@ test-ptx: build emulator ptx $(TEST) $(TRITON_LATEST)  ## the compiled kernels, 
 	    --backend triton --backend cuda tests/backends $(ARGS) || exit 1; done
 
 aarch64: build $(TEST)  ## the CPU kernels compiled for aarch64, and every case run by each of its instruction sets in qemu
-	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || { \
-	  echo "attnfast: no $$tool: install it (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user)" >&2; exit 1; }; done
+	$(call cross,aarch64-linux-gnu-g++ qemu-aarch64)
 	@CXX=aarch64-linux-gnu-g++ ATTNFAST_ISAS=all $(PY) setup.py -q build_recorded
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -o timeout=3600 --every-case tests/test_aarch64.py $(ARGS)
 
@@ -117,9 +121,22 @@ wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, and the so
 	$(BUILD) --wheel --outdir build/wheel
 	$(BUILD) --sdist --outdir dist
 	PATH="$(BIN):$$PATH" $(PY) -m auditwheel repair --wheel-dir dist --plat $(PLATFORM) \
-	  $(foreach l,libtorch*.so libc10*.so libgomp.so.1 libcuda.so.1,--exclude '$(l)') build/wheel/*.whl
+	  $(FROM_TORCH) build/wheel/*.whl
 	@$(PIP) --no-deps --target build/wheel/installed dist/*.whl
 	cd build/wheel && PYTHONPATH=installed ../../$(PY) -m attnfast --check
+
+wheel-aarch64: $(WHEEL) build/torch-aarch64/.installed  ## the wheel for aarch64, cross-compiled, into dist/
+	$(call cross,aarch64-linux-gnu-g++)
+	@rm -rf build/lib* build/bdist* build/wheel-aarch64
+	CXX=aarch64-linux-gnu-g++ ATTNFAST_ISAS=all ATTNFAST_CUDA=0 PYTHONPATH="$$PWD/build/torch-aarch64" \
+	  $(PY) setup.py -q bdist_wheel --plat-name linux_aarch64 --dist-dir build/wheel-aarch64
+	PATH="$(BIN):$$PATH" $(PY) -m auditwheel repair --wheel-dir dist --plat auto $(FROM_TORCH) build/wheel-aarch64/*.whl
+
+# The headers and libraries of a torch for aarch64, of which nothing runs here.
+build/torch-aarch64/.installed: | $(RUNTIME)
+	$(call install,torch for aarch64,--no-deps --only-binary=:all: --platform manylinux_2_28_aarch64 --target build/torch-aarch64 \
+	  torch==$$($(PY) -c 'import torch; print(torch.__version__.partition("+")[0])'))
+	@touch $@
 
 hub: export ATTNFAST_ISAS = all
 hub: build $(TEST) build/hub-check/.installed  ## the tree that Hugging Face's kernels library loads, in build/hub/, and loads it

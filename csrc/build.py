@@ -109,8 +109,10 @@ def sanitized() -> bool:
 
 
 def build_folder() -> Path:
-    """The native library's folder in the root; nothing is shared with the sanitizers'."""
-    return Path("build", "native-asan" if sanitized() else "native")
+    """The native library's folder in the root: one for sanitizers, one for each other machine."""
+    if sanitized():
+        return Path("build", "native-asan")
+    return Path("build", "native" if target() == platform.machine() else target())
 
 
 def on_x86() -> bool:
