@@ -300,14 +300,15 @@ def decode_jobs(inputs: DecodeInputs, options: DecodeOptions, arch: str) -> tupl
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     of_call = options.as_options(inputs.mask is not None)
     call = gather(inputs.as_inputs(k, v), of_call, configs.l2_bytes(arch))
-    S = k.shape[2] if table is None else k.shape[2] * table.shape[1]
-    S = S if k.shape[0] else 0  # without pages, none is the nearest to a wrong one
+    capacity = k.shape[2] if table is None else k.shape[2] * table.shape[1]
+    S = capacity if k.shape[0] else 0  # without pages, none is the nearest to a wrong one
     call = call._replace(p=call.p._replace(S=S))
     sums: tuple[Tensor, ...] = ()
     if options.received:
         B, H, T, _ = inputs.q.shape
         scores = inputs.q.new_full((B, H, T, S), -float("inf"), dtype=torch.float32)
-        sums = (scores, *scores.new_empty((2, B, H, T)), scores.new_empty((B, H, S)))
+        received = (scores.new_empty if S else scores.new_zeros)((B, H, capacity))
+        sums = (scores, *scores.new_empty((2, B, H, T)), received)
     if table is not None and table.stride(1) != 1:
         table = table.contiguous()
     return decode_launches(call, dense(inputs.cache_seqlens), table, arch, inputs.mask, sums)
