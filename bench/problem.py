@@ -93,7 +93,7 @@ def problem(case: AttentionCase, device: torch.device | str = "cpu") -> Workload
         made.softcap = SOFTCAP
     with torch.no_grad():
         made.grads = {
-            name: torch.randn(x.shape, device=device).to(x.dtype) / x[0].numel() ** 0.5
+            name: torch.randn(x.shape, device=device).to(x.dtype)
             for name, x in result_shapes(case, device).items()
         }
     return made
