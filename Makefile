@@ -42,7 +42,7 @@ cross = @for tool in $(1); do command -v $$tool > /dev/null || { \
 
 BUILD := $(PY) -m build --no-isolation
 FROM_TORCH := $(foreach l,libtorch*.so libc10*.so libgomp.so.1 libcuda.so.1,--exclude '$(l)')
-PLATFORM := manylinux_2_34_$(shell uname -m)
+PLATFORM := manylinux_2_28_$(shell uname -m)
 
 ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

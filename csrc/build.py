@@ -34,6 +34,11 @@ OPTIMISED = "-O3 -DNDEBUG"
 SANITIZED = (
     "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 )
+# Where bindings/old_libc.cpp finds what it asks for: glibc's own libraries until 2.34, empty since.
+OLD_LIBC = (
+    "-Wl,--gc-sections,--no-as-needed -l:libpthread.so.0 -l:libdl.so.2 -l:librt.so.1"
+    " -Wl,--as-needed"
+)
 
 
 class Isa(NamedTuple):
@@ -278,18 +283,18 @@ def native_file(nvcc: str | None = None, operators: str | None = None) -> str:
     for the operators, how _native_hub.so is instead.
     """
     mode, ldflags = (SANITIZED, "") if sanitized() else (OPTIMISED, "-Wl,-z,defs")
-    build = Ninja(build_folder(), mode, ldflags)
+    build = Ninja(build_folder(), mode, f"{ldflags} {OLD_LIBC}")
     bindings = CSRC / "bindings" / "cpu.cpp"
     if operators:
         objects = [build.compile(bindings, ".hub", f"$torchflags -DATTNFAST_OPERATORS={operators}")]
-        objects.append(build.compile(CSRC / "bindings" / "old_libc.cpp"))
     else:
         objects = [build.compile(bindings, extra="$torchflags")]
+    objects.append(build.compile(CSRC / "bindings" / "old_libc.cpp"))
     objects += cpu_objects(build)
     links = [build.link("_native_hub.so" if operators else "_native.so", objects)]
     if nvcc:
         objects += cuda_objects(build, nvcc)
-        runtime = f"{quoted(f'-L{cuda_libraries(nvcc)}')} -lcudart_static -ldl -lrt -lpthread"
+        runtime = f"{quoted(f'-L{cuda_libraries(nvcc)}')} -lcudart_static"
         links.append(build.link("_native_cuda.so", objects, runtime))
     return build.text(*links)
 

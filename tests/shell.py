@@ -66,7 +66,7 @@ def make_problem(words: list[str], switches: set[str]) -> str | None:
 
 def pip_problem(words: list[str]) -> str | None:
     """Only what exists can be installed: this folder, torch, or the wheel that make wheel names."""
-    wheel = f"attnfast-{attnfast.__version__}-py3-none-manylinux_2_34_x86_64.whl"
+    wheel = f"attnfast-{attnfast.__version__}-py3-none-manylinux_2_28_x86_64.whl"
     for word in words[1:]:
         if not word.startswith("-") and word not in (".", "torch", wheel, f"dist/{wheel}"):
             return f"pip cannot install {word}"

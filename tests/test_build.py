@@ -26,6 +26,7 @@ LIBRARY = ROOT / "attnfast" / "_native.so"
 SOURCES = {".py", ".h", ".hpp", ".inc", ".cpp", ".cu", ".cuh", ".md", ".txt", ".json", ".png"}
 OBJECTS = ROOT / "build" / "native" / "cpu"
 ODD = 'a b (c) ü\'d $HOME & co #1 "`q`" ;100%'  # a folder's name; a colon is made apart
+OLD_LIBC = "csrc/bindings/old_libc.cpp"
 SIMD = ("csrc/cpu/simd.h", "csrc/params.h")  # what the compiler is tried with
 MAKE_NEEDS = ("Makefile", "setup.py", "pyproject.toml", *SIMD)
 
@@ -195,10 +196,10 @@ def test_make_without_network(tmp_path: Path) -> None:
 
 
 def small_checkout(folder: Path) -> Path:
-    """A tree with two small sources that setup.py can build."""
+    """A tree with two small sources, and one of ours, that setup.py can build."""
     for name in ("cpu", "bindings"):
         (folder / "csrc" / name).mkdir(parents=True)
-    for name in ("setup.py", "csrc/build.py", "csrc/hooks.py", *SIMD):
+    for name in ("setup.py", "csrc/build.py", "csrc/hooks.py", OLD_LIBC, *SIMD):
         shutil.copy(ROOT / name, folder / name)
     (folder / "csrc" / "cpu" / "attention_a.cpp").write_text(
         '#include "cpu/simd.h"\n'
@@ -248,7 +249,7 @@ def test_folders_may_have_any_name(tmp_path: Path) -> None:
     commands = json.loads((clone / "build" / "native" / "compile_commands.json").read_text())
     compiled = {command["file"]: command["directory"] for command in commands}
     assert compiled == dict.fromkeys(
-        ("csrc/bindings/cpu.cpp", "csrc/cpu/attention_a.cpp"), str(clone)
+        ("csrc/bindings/cpu.cpp", OLD_LIBC, "csrc/cpu/attention_a.cpp"), str(clone)
     )
     assert "no work to do" in built()
     with (clone / "csrc" / "cpu" / "simd.h").open("a") as header:
