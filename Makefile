@@ -42,7 +42,7 @@ cross = @for tool in $(1); do command -v $$tool > /dev/null || { \
 
 BUILD := $(PY) -m build --no-isolation
 FROM_TORCH := $(foreach l,libtorch*.so libc10*.so libgomp.so.1 libcuda.so.1,--exclude '$(l)')
-REPAIR := PATH="$(BIN):$$PATH" $(PY) -m auditwheel repair --wheel-dir dist $(FROM_TORCH) --only-plat --plat manylinux_2_28_
+REPAIR := PATH="$(BIN):$$PATH" $(PY) -m auditwheel repair --wheel-dir dist $(FROM_TORCH) --only-plat --plat
 
 ASAN_ENV = ATTNFAST_NATIVE=build/native-asan/_native.so PYTHONMALLOC=malloc \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -120,7 +120,7 @@ wheel: $(WHEEL)  ## one wheel for every Python 3.10+ and torch 2.10+, and the so
 	@rm -rf build/lib* build/bdist* build/wheel dist *.egg-info
 	$(BUILD) --wheel --outdir build/wheel
 	$(BUILD) --sdist --outdir dist
-	$(REPAIR)$(shell uname -m) build/wheel/*.whl
+	$(REPAIR) manylinux_2_28_$(shell uname -m) build/wheel/*.whl
 	@$(PIP) --no-deps --target build/wheel/installed dist/*.whl
 	cd build/wheel && PYTHONPATH=installed ../../$(PY) -m attnfast --check
 
@@ -129,7 +129,7 @@ wheel-aarch64: $(WHEEL) build/torch-aarch64/.installed  ## the wheel for aarch64
 	@rm -rf build/lib* build/bdist* build/wheel-aarch64
 	CXX=aarch64-linux-gnu-g++ ATTNFAST_ISAS=all ATTNFAST_CUDA=0 PYTHONPATH="$$PWD/build/torch-aarch64" \
 	  $(PY) setup.py -q bdist_wheel --plat-name linux_aarch64 --dist-dir build/wheel-aarch64
-	$(REPAIR)aarch64 build/wheel-aarch64/*.whl
+	$(REPAIR) auto build/wheel-aarch64/*.whl
 
 # The headers and libraries of a torch for aarch64, of which nothing runs here.
 build/torch-aarch64/.installed: | $(RUNTIME)
