@@ -1,5 +1,7 @@
 #include "arena.h"
 
+#include <dlfcn.h>
+#include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -41,6 +43,17 @@ void give_back(Header* header, int threads) {
   }
   free(header);
 }
+
+// Before a fork OpenMP's threads end, and begin anew where they are wanted: the child would wait for
+// ever for those of its parent, in torch's operators too.
+void end_threads() {
+  constexpr int kSoft = 1;  // omp_pause_soft
+  static const auto end =
+      reinterpret_cast<int (*)(int)>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"));
+  if (end) end(kSoft);
+}
+
+[[maybe_unused]] const int registered = pthread_atfork(end_threads, nullptr, nullptr);
 
 }  // namespace
 

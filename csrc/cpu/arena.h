@@ -65,8 +65,8 @@ class Parts {
   size_t bytes_ = 0;
 };
 
-// How many threads a parallel region may have: `wanted`, or one in a forked child, where OpenMP's
-// threads of the parent no longer exist.
+// How many threads a parallel region may have: `wanted`, or one in a child that was forked after a
+// call, beside which there are others.
 int usable_threads(int wanted);
 
 }  // namespace attnfast::cpu
