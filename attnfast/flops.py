@@ -24,6 +24,7 @@ def register() -> None:
         for kind, formula in FORMULAS.items():
             register_flop_formula(getattr(packets, f"{backend}_{kind}"), get_raw=True)(formula)
     register_flop_formula(packets.cpu_self_attention, get_raw=True)(self_attention)
+    register_flop_formula(packets.cpu_self_attention_bwd, get_raw=True)(self_attention_backward)
 
 
 def forward(*args: Any, out_val: Any = None) -> int:
@@ -63,6 +64,12 @@ def self_attention(packed: Tensor, heads: int, *args: Any, out_val: Any = None) 
     B, T = packed.shape[:2] if batch_first else (packed.shape[1], packed.shape[0])
     count: int = 4 * B * T * T * (packed.shape[2] // 3)
     return count
+
+
+def self_attention_backward(*args: Any, out_val: Any = None) -> int:
+    """Five products of the same size."""
+    _, _, _, *forward = args
+    return self_attention(*forward) // 2 * 5
 
 
 def pairs(inputs: Inputs, options: Options) -> int:

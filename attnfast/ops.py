@@ -157,34 +157,49 @@ FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
+# A layer's self-attention on the CPU, see attnfast/nn/fast_path.py: the operators' arguments.
+_LAYER = (
+    "Tensor packed, int heads, bool batch_first, Tensor? mask, Tensor? bias, bool causal,"
+    " float dropout_p, Tensor? dropout_seed"
+)
+
+
 def _self_attention_fake(
-    packed: Tensor,
-    heads: int,
-    batch_first: bool,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    weights: int,
-) -> tuple[Tensor, Tensor]:
+    packed: Tensor, heads: int, batch_first: bool, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     first, second, width = packed.shape
     B, T = (first, second) if batch_first else (second, first)
-    shape = ((0,), (B, T, T), (B, heads, T, T))[weights]
-    return packed.new_empty((first, second, width // 3)), packed.new_empty(shape)
-
-
-def _define_self_attention() -> Callable[..., Any]:
-    """The CPU's operator for a layer without gradients, see attnfast/nn/fast_path.py."""
-    schema = (
-        "(Tensor packed, int heads, bool batch_first, Tensor? mask, Tensor? bias,"
-        " bool causal, int weights) -> (Tensor out, Tensor weights)"
+    weights = ((0,), (B, T, T), (B, heads, T, T))[args[-1]]
+    return (
+        packed.new_empty((first, second, width // 3)),
+        packed.new_empty((3, B, heads, T), dtype=torch.float32),
+        packed.new_empty(weights),
     )
-    op: Callable[..., Any] = _define("cpu_self_attention", schema, _self_attention_fake)
+
+
+def _self_attention_bwd_fake(
+    grad_out: Tensor, out: Tensor, norm: Tensor, packed: Tensor, *args: Any
+) -> Tensor:
+    return packed.new_empty(packed.shape)
+
+
+def _define_for_layers(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    op: Callable[..., Any] = _define(name, schema, fake)
     _transform(op, autograd.refusing_kernel(op), vmap.one_by_one)
     return op
 
 
 CPU = define("cpu")
-SELF_ATTENTION = _define_self_attention()
+SELF_ATTENTION = _define_for_layers(
+    "cpu_self_attention",
+    f"({_LAYER}, int weights) -> (Tensor out, Tensor norm, Tensor weights)",
+    _self_attention_fake,
+)
+SELF_ATTENTION_BWD = _define_for_layers(
+    "cpu_self_attention_bwd",
+    f"(Tensor grad_out, Tensor out, Tensor norm, {_LAYER}) -> Tensor",
+    _self_attention_bwd_fake,
+)
 CUDA = define("cuda")
 _LIBRARY.define("cpu_isa() -> str")
 _LIBRARY.define("cpu_isas() -> str")

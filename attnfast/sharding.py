@@ -56,7 +56,10 @@ def register() -> None:
 
     propagator = DTensor._op_dispatcher.sharding_propagator
     every_argument_matters = RuntimeSchemaInfo(0)
-    rules: list[tuple[Any, Any]] = [(ops.SELF_ATTENTION, self_attention_cuts)]
+    rules: list[tuple[Any, Any]] = [
+        (ops.SELF_ATTENTION, self_attention_cuts),
+        (ops.SELF_ATTENTION_BWD, self_attention_bwd_cuts),
+    ]
     for each in ops.DEFINED.values():
         rules += [(each.fwd, fwd_cuts), (each.bwd, bwd_cuts), (each.decode, decode_cuts)]
         rules += [(each.pooled, pooled_cuts)]
@@ -144,10 +147,25 @@ def pooled_cuts(*args: Any) -> Iterable[Cut]:
 
 def self_attention_cuts(*args: Any) -> Iterable[Cut]:
     """Of the layer's operator, whose heads lie packed."""
-    _, _, batch_first, mask, bias, _, weights = args
-    batch = 0 if batch_first else 1
-    given = [batch, None, None, _where(BATCH, mask), _where(BATCH, bias), None, None]
-    yield [batch, 0 if weights else None], given
+    *layer, weights = args
+    for batch, given in _layer_ways(*layer):
+        yield (batch, BATCH + 1, BATCH if weights else None), (*given, None)
+
+
+def self_attention_bwd_cuts(*args: Any) -> Iterable[Cut]:
+    """Of its backward."""
+    _, _, _, *layer = args
+    for batch, given in _layer_ways(*layer):
+        yield (batch,), (batch, batch, BATCH + 1, *given)
+
+
+def _layer_ways(*layer: Any) -> Iterable[tuple[int, tuple[Any, ...]]]:
+    """Where the batch stands in a layer's tensors, and the cut of its operators' own arguments."""
+    _, _, batch_first, mask, bias, _, dropout_p, _ = layer
+    if dropout_p == 0:
+        batch = 0 if batch_first else 1
+        shared = _where(BATCH, mask), _where(BATCH, bias)
+        yield batch, (batch, None, None, *shared, None, None, None)
 
 
 def needs_operator(function: str, q: Tensor) -> None:

@@ -88,8 +88,11 @@ def test_layers_count_as_their_projections_and_attention(batch_first: bool) -> N
         with context():
             assert count(lambda: ours(x, x, x)) == projections + sdpa_flop_count(head, head, head)
     packed = torch.randn(3, 5, 48)
-    raw = lambda: ops.SELF_ATTENTION(packed, 4, batch_first, None, None, False, 0)  # noqa: E731
-    assert count(raw) == sdpa_flop_count(head, head, head)
+    layer = (packed, 4, batch_first, None, None, False, 0.0, None)
+    assert count(lambda: ops.SELF_ATTENTION(*layer, 0)) == sdpa_flop_count(head, head, head)
+    out, norm, _ = ops.SELF_ATTENTION(*layer, 0)
+    wanted = sdpa_backward_flop_count(head, head, head, head)
+    assert count(lambda: ops.SELF_ATTENTION_BWD(out, out, norm, *layer)) == wanted
 
 
 def test_modules_are_told_apart() -> None:
@@ -106,7 +109,8 @@ def test_every_operator_has_a_formula() -> None:
         for op in each:
             assert op.overloadpacket in flop_registry, backend
     assert {"cpu", "cuda", "triton", "gluon"} <= ops.DEFINED.keys()
-    assert ops.SELF_ATTENTION.overloadpacket in flop_registry
+    for op in (ops.SELF_ATTENTION, ops.SELF_ATTENTION_BWD):
+        assert op.overloadpacket in flop_registry
 
 
 LATE = """

@@ -145,7 +145,7 @@ def test_heads_are_merged_as_a_view(batch_first: bool, reached: list[dict[str, A
     _, ours = pair(torch.float32, batch_first=batch_first)
     merged = []
     ours.out_proj.register_forward_pre_hook(lambda _, args: merged.append(args[0]))
-    ours(*sequences(ours, "self", True, torch.float32), need_weights=False)
+    ours(*sequences(ours, "shared", True, torch.float32), need_weights=False)
     (call,) = reached
     assert merged[0].untyped_storage().data_ptr() == call["result"].untyped_storage().data_ptr()
 

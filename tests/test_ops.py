@@ -273,15 +273,24 @@ def test_opcheck_with_gradients(kind: str) -> None:
 
 
 def self_attention_arguments() -> tuple[Any, ...]:
-    return torch.randn(2, 5, 24), 2, True, None, torch.randn(1, 1, 5, 5), False, 1
+    return torch.randn(2, 5, 24), 2, True, None, torch.randn(1, 1, 5, 5), False, 0.0, None, 1
+
+
+def self_attention_backward_arguments() -> tuple[Any, ...]:
+    *layer, weights = self_attention_arguments()
+    out, norm, _ = ops.SELF_ATTENTION(*layer, weights)
+    return out.cos(), out, norm, *layer
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_opcheck_of_self_attention(batch_first: bool) -> None:
-    packed, heads, _, _, _, causal, weights = self_attention_arguments()
+    packed, heads, *_, weights = self_attention_arguments()
     mask = torch.rand(1, 1, 5, 5) < 0.7 if batch_first else None
-    arguments = (packed, heads, batch_first, mask, None, causal, weights)
-    torch.library.opcheck(ops.SELF_ATTENTION, arguments)
+    seed = torch.tensor([1, 2]) if batch_first else None
+    layer = (packed, heads, batch_first, mask, None, False, 0.5 if batch_first else 0.0, seed)
+    torch.library.opcheck(ops.SELF_ATTENTION, (*layer, weights))
+    out, norm, _ = ops.SELF_ATTENTION(*layer, weights)
+    torch.library.opcheck(ops.SELF_ATTENTION_BWD, (out.cos(), out, norm, *layer))
 
 
 # The tensors, by their places, by which an operator has no derivative: the slopes; results of
@@ -292,6 +301,11 @@ REFUSED = {
     "cpu_decode": (ops.CPU.decode, decode_arguments(), (0, 1, 2, 5, 6, 7)),
     "cpu_pooled": (ops.CPU.pooled, pooled_arguments(EVERYTHING), (0, 1, 2, 4, 5, 6)),
     "cpu_self_attention": (ops.SELF_ATTENTION, self_attention_arguments(), (0, 4)),
+    "cpu_self_attention_bwd": (
+        ops.SELF_ATTENTION_BWD,
+        self_attention_backward_arguments(),
+        (0, 1, 2, 3, 7),
+    ),
 }
 
 

@@ -177,9 +177,9 @@ class Lazily(nn.Module):
 
 
 def test_nested_and_lazily_used_modules(attended: list[dict[str, Any]]) -> None:
-    model = Lazily()
+    model = Lazily().double()
     assert replace(model).replaced == ("inner.0.deep", "rarely")
-    x = torch.randn(T, B, 5)
+    x = torch.randn(T, B, 5, dtype=torch.float64)
     model(x)
     assert len(attended) == 1
     both = model(x, twice=True)

@@ -197,11 +197,17 @@ def windows_of_heads(mesh: DeviceMesh) -> None:
 def self_attention(mesh: DeviceMesh) -> None:
     torch.manual_seed(0)
     packed, mask = torch.randn(2, 5, 24), torch.rand(2, 1, 5, 5) < 0.7
-    expected = ops.SELF_ATTENTION(packed, 2, True, mask, None, True, 1)
+    options = None, True, 0.0, None
+    expected = ops.SELF_ATTENTION(packed, 2, True, mask, *options, 1)
+    out, norm, _ = expected
+    expected += (ops.SELF_ATTENTION_BWD(out.cos(), out, norm, packed, 2, True, mask, *options),)
     cut = [distribute_tensor(x, mesh, [BATCH]) for x in (packed, mask)]
-    found = ops.SELF_ATTENTION(cut[0], 2, True, cut[1], None, True, 1)
-    for x, y in zip(found, expected, strict=True):
-        assert x.placements == (BATCH,)
+    found = ops.SELF_ATTENTION(cut[0], 2, True, cut[1], *options, 1)
+    out, norm, _ = found
+    layer = (cut[0], 2, True, cut[1], *options)
+    found += (ops.SELF_ATTENTION_BWD(out.cos(), out, norm, *layer),)
+    for x, y, dim in zip(found, expected, (0, 1, 0, 0), strict=True):
+        assert x.placements == (Shard(dim),)
         torch.testing.assert_close(x.full_tensor(), y)
 
 
@@ -267,4 +273,4 @@ def test_every_operator_can_be_cut() -> None:
     known = DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs
     for each in ops.DEFINED.values():
         assert all(op in known for op in each)
-    assert ops.SELF_ATTENTION in known
+    assert {ops.SELF_ATTENTION, ops.SELF_ATTENTION_BWD} <= known.keys()

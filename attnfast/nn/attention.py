@@ -20,8 +20,7 @@ from ..block_mask import BlockMask
 from ..dispatch import check_name
 from ..functional import attention, decode_attention
 from ..stats import AttentionStats
-from . import extras
-from . import fast_path as inference
+from . import extras, fast_path
 from .cache import KVCache
 from .inputs import (
     NAME,
@@ -262,9 +261,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             dense, is_causal = plain_mask(dense, is_causal, need_weights, query.device)
         return_weights = need_weights and ("mean" if average_attn_weights else True)
         alone = query is key and key is value and kv_cache is None and blocks is None
-        if alone and parallel is None and inference.takes(self, asked, weight, query):
-            masks = (key_padding_mask, dense)
-            short = inference.self_attention(self, weight, query, *masks, is_causal, return_weights)
+        if alone and parallel is None and fast_path.takes(self, asked, weight, query):
+            options = (key_padding_mask, dense, is_causal, return_weights, asked["dropout_p"])
+            short = fast_path.self_attention(self, weight, query, *options)
             if short is not None:
                 return short
 

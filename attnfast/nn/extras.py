@@ -46,9 +46,13 @@ def asked_of(module: Any) -> dict[str, Any]:
     return asked if module.parallel is None else module.parallel.asked(asked)
 
 
-def is_plain(asked: dict[str, Any]) -> bool:
-    """Whether a layer asks for nothing that torch's would not do."""
-    return not [x for name, x in asked.items() if x is not None and x is not OFF.get(name)]
+def is_plain(asked: dict[str, Any], *but: str) -> bool:
+    """Whether a layer asks for nothing, but for what is named, that torch's would not do."""
+    return not [
+        x
+        for name, x in asked.items()
+        if x is not None and x is not OFF.get(name) and name not in but
+    ]
 
 
 def is_decoded(asked: dict[str, Any]) -> bool:

@@ -149,6 +149,19 @@ void check_blocks(const attnfast::BlockMask& mask, const Tensor& starts, const T
   }
 }
 
+void fill_seed(AttentionParams* p, const OptionalTensor& dropout_seed) {
+  if (!dropout_seed) return;
+  const auto* seed = data_of<int64_t>(*dropout_seed, "dropout_seed");
+  p->dropout_seed = static_cast<uint64_t>(seed[0]);
+  const int64_t stride = dropout_seed->stride(0);
+  p->dropout_offset = static_cast<uint64_t>(seed[stride]);
+  p->dropout_heads = p->H;
+  if (dropout_seed->numel() == 6) {
+    p->dropout_heads = seed[2 * stride], p->dropout_head = seed[3 * stride];
+    p->dropout_query = seed[4 * stride], p->dropout_key = seed[5 * stride];
+  }
+}
+
 // A problem, and the values inside tensors: those that index memory are checked, T and S become
 // the longest sequences.
 void fill(AttentionParams* p, Kept<HostCall>* kept, ATTNFAST_INPUTS) {
@@ -162,17 +175,7 @@ void fill(AttentionParams* p, Kept<HostCall>* kept, ATTNFAST_INPUTS) {
   if (p->windows) check_windows(*p, p->H);
   check_offset(align_offset);
   for (int64_t b = 0; p->align_per_batch && b < p->B; ++b) check_offset(p->align_per_batch[b]);
-  if (dropout_seed) {
-    const auto* seed = data_of<int64_t>(*dropout_seed, "dropout_seed");
-    p->dropout_seed = static_cast<uint64_t>(seed[0]);
-    const int64_t stride = dropout_seed->stride(0);
-    p->dropout_offset = static_cast<uint64_t>(seed[stride]);
-    p->dropout_heads = p->H;
-    if (dropout_seed->numel() == 6) {
-      p->dropout_heads = seed[2 * stride], p->dropout_head = seed[3 * stride];
-      p->dropout_query = seed[4 * stride], p->dropout_key = seed[5 * stride];
-    }
-  }
+  fill_seed(p, dropout_seed);
   share_out(p, pairs_of(*p));
 }
 
@@ -224,52 +227,94 @@ ForwardTensors cpu_fwd(ATTNFAST_INPUTS) {
   return results;
 }
 
-// A layer's self-attention without gradients, from its packed projection (B, T, 3, H, D), or
-// (T, B, 3, H, D), to the merged heads (B, T, H, D) or (T, B, H, D): cpu_fwd without ten views.
-std::tuple<Tensor, Tensor> cpu_self_attention(const Tensor& packed, int64_t heads, bool batch_first,
-                                              OptionalTensor mask, OptionalTensor bias, bool causal,
-                                              int64_t weights) {
+// A layer's self-attention, whose q, k and v lie in its packed projection.
+#define ATTNFAST_LAYER                                                                             \
+  const Tensor &packed, int64_t heads, bool batch_first, OptionalTensor mask, OptionalTensor bias, \
+      bool causal, double dropout_p, OptionalTensor dropout_seed
+#define ATTNFAST_LAYER_NAMES packed, heads, batch_first, mask, bias, causal, dropout_p, dropout_seed
+
+// One of `parts` (B, H, T, D) that lie side by side in the rows of x, (B, T, parts, H, D), or
+// (T, B, parts, H, D) unless batch_first.
+template <class AnyView, class Pointer>
+AnyView heads_of(const Tensor& x, Pointer* data, const AttentionParams& p, bool batch_first,
+                 int64_t part = 0) {
+  const DType type = dtype_of(x);
+  const int64_t bytes = part * p.H * p.D * (type == DType::kFloat32 ? 4 : 2);
+  return AnyView{data ? data + bytes : nullptr,
+                 x.stride(batch_first ? 0 : 1),
+                 p.D,
+                 x.stride(batch_first ? 1 : 0),
+                 1,
+                 type};
+}
+
+void fill(AttentionParams* p, ATTNFAST_LAYER) {
   STD_TORCH_CHECK(
       packed.dim() == 3 && heads > 0 && packed.size(2) % (3 * heads) == 0 && packed.is_contiguous(),
       "attention: packed must be contiguous, with 3 * heads * D features");
-  ForwardParams p;
-  const int64_t width = packed.size(2) / 3, D = width / heads;
-  p.B = packed.size(batch_first ? 0 : 1), p.T = p.S = packed.size(batch_first ? 1 : 0);
-  p.H = p.H_kv = heads, p.D = p.D_v = D;
-  const int64_t b = (batch_first ? p.T : 1) * width, t = (batch_first ? 1 : p.B) * width;
-  const DType type = dtype_of(packed);
+  p->B = packed.size(batch_first ? 0 : 1), p->T = p->S = packed.size(batch_first ? 1 : 0);
+  p->H = p->H_kv = heads, p->D = p->D_v = packed.size(2) / 3 / heads;
   const auto* data = data_of<char>(packed, "packed");
-  const int64_t bytes = width * (type == DType::kFloat32 ? 4 : 2);
-  p.q = View{data, 3 * b, D, 3 * t, 1, type};
-  p.k = View{data + bytes, 3 * b, D, 3 * t, 1, type};
-  p.v = View{data + 2 * bytes, 3 * b, D, 3 * t, 1, type};
-  const std::array<int64_t, 4> scores{p.B, p.H, p.T, p.S};
-  p.mask = read_scores(mask, "mask", scores), p.bias = read_scores(bias, "bias", scores);
-  p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(D))), p.causal = causal;
-  share_out(&p, pairs_of(p));
+  p->q = heads_of<View>(packed, data, *p, batch_first, 0);
+  p->k = heads_of<View>(packed, data, *p, batch_first, 1);
+  p->v = heads_of<View>(packed, data, *p, batch_first, 2);
+  const std::array<int64_t, 4> scores{p->B, p->H, p->T, p->S};
+  p->mask = read_scores(mask, "mask", scores), p->bias = read_scores(bias, "bias", scores);
+  p->scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p->D))), p->causal = causal;
+  p->dropout_p = dropout_p;
+  check_count(dropout_seed, "dropout_seed", 2);
+  fill_seed(p, dropout_seed);
+  share_out(p, pairs_of(*p));
+}
 
-  Tensor out = empty(packed, packed.scalar_type(), {packed.size(0), packed.size(1), width});
+// Merged heads, (B, T, H, D) or (T, B, H, D), norm and lse (3, B, H, T), and weights: cpu_fwd without
+// ten views.
+std::tuple<Tensor, Tensor, Tensor> cpu_self_attention(ATTNFAST_LAYER, int64_t weights) {
+  ForwardParams p;
+  fill(&p, ATTNFAST_LAYER_NAMES);
+  const auto type = packed.scalar_type();
+  Tensor out = empty(packed, type, {packed.size(0), packed.size(1), p.H * p.D});
+  const Tensor norm = empty(packed, ScalarType::Float, {3, p.B, p.H, p.T});
   Tensor probabilities = weights == 0   ? nothing(packed)
-                         : weights == 1 ? empty(packed, packed.scalar_type(), {p.B, p.T, p.S})
-                                        : empty(packed, packed.scalar_type(), {p.B, p.H, p.T, p.S});
-  const int64_t queries = p.B * p.H * p.T;
-  const Tensor rows = empty(packed, ScalarType::Float, {3, queries});  // lse and norm
-  p.out = MutableView{out.mutable_data_ptr(), b, D, t, 1, type};
-  p.lse = static_cast<float*>(rows.mutable_data_ptr());
-  p.lse_stride_b = p.H * p.T, p.lse_stride_h = p.T;
-  p.norm = p.lse + queries, p.norm_plane = queries;
+                         : weights == 1 ? empty(packed, type, {p.B, p.T, p.S})
+                                        : empty(packed, type, {p.B, p.H, p.T, p.S});
+  p.out = heads_of<MutableView>(out, static_cast<char*>(out.mutable_data_ptr()), p, batch_first);
+  p.norm = floats(norm), p.norm_plane = p.B * p.H * p.T;
+  p.lse = p.norm + 2 * p.norm_plane, p.lse_stride_b = p.H * p.T, p.lse_stride_h = p.T;
   p.weights_mode = static_cast<Weights>(weights);
-  const int64_t square = p.T * p.S, per_head = weights == 2 ? square : 0;
-  if (weights) {
-    p.weights = MutableView{probabilities.mutable_data_ptr(),
-                            weights == 1 ? square : p.H * square,
-                            per_head,
-                            p.S,
-                            1,
-                            type};
-  }
+  if (weights)
+    p.weights = weights_view<MutableView>(probabilities, probabilities.mutable_data_ptr());
   run_forward(p);
-  return {out, probabilities};
+  return {out, norm, probabilities};
+}
+
+// The gradient of packed: cpu_bwd, whose dq, dk and dv lie in one tensor.
+Tensor cpu_self_attention_bwd(const Tensor& grad_out, const Tensor& out, const Tensor& norm,
+                              ATTNFAST_LAYER) {
+  BackwardParams p;
+  fill(&p, ATTNFAST_LAYER_NAMES);
+  const auto is_merged = [&](const Tensor& x) {
+    return x.dim() == 3 && x.scalar_type() == packed.scalar_type() && x.size(0) == packed.size(0) &&
+           x.size(1) == packed.size(1) && x.size(2) == p.H * p.D &&
+           (x.size(2) <= 1 || x.stride(2) == 1);
+  };
+  STD_TORCH_CHECK(is_merged(grad_out) && is_merged(out),
+                  "attention: grad_out and out must be merged heads of packed, with last stride 1");
+  STD_TORCH_CHECK(norm.scalar_type() == ScalarType::Float && norm.is_contiguous() &&
+                      norm.numel() == 3 * p.B * p.H * p.T,
+                  "attention: norm must be what the forward returned");
+  Tensor gradient =
+      empty(packed, packed.scalar_type(), {packed.size(0), packed.size(1), packed.size(2)});
+  p.out = heads_of<View>(out, data_of<char>(out, "out"), p, batch_first);
+  p.grad_out = heads_of<View>(grad_out, data_of<char>(grad_out, "grad_out"), p, batch_first);
+  p.norm = data_of<float>(norm, "norm"), p.norm_plane = p.B * p.H * p.T;
+  p.lse_stride_b = p.H * p.T, p.lse_stride_h = p.T;
+  auto* data = static_cast<char*>(gradient.mutable_data_ptr());
+  p.dq = heads_of<MutableView>(gradient, data, p, batch_first, 0);
+  p.dk = heads_of<MutableView>(gradient, data, p, batch_first, 1);
+  p.dv = heads_of<MutableView>(gradient, data, p, batch_first, 2);
+  run(attnfast::cpu::kernels().attention_bwd, p, "attention: no memory for the backward's");
+  return gradient;
 }
 
 BackwardTensors cpu_bwd(ATTNFAST_UPSTREAM, ATTNFAST_INPUTS) {
@@ -384,6 +429,7 @@ STABLE_TORCH_LIBRARY_IMPL(ATTNFAST_OPERATORS, CPU, m) {
   m.impl("cpu_decode", ATTNFAST_BOX(cpu_decode));
   m.impl("cpu_pooled", ATTNFAST_BOX(cpu_pooled));
   m.impl("cpu_self_attention", ATTNFAST_BOX(cpu_self_attention));
+  m.impl("cpu_self_attention_bwd", ATTNFAST_BOX(cpu_self_attention_bwd));
   m.impl("cpu_workspace", ATTNFAST_BOX(cpu_workspace));
   m.impl("cpu_decode_workspace", ATTNFAST_BOX(cpu_decode_workspace));
 }
