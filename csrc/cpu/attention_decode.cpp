@@ -8,11 +8,11 @@
 //   lse = logsumexp of the scores    received = sum over the queries of p
 //
 // Work: one item per (batch entry, key head, at most kMaxRows of the T * H / H_kv query rows that
-// share its keys, piece of the keys); then one per query row, to combine the pieces in order; then,
-// where column sums are wanted, one per (batch entry, head, some keys).
+// share its keys, piece of the keys); then one per query row whose keys are not one piece, to combine
+// the pieces in order; then, where column sums are wanted, one per (batch entry, head, some keys).
 //
-// Memory: per item m, l and o of its rows; per thread the item's q and one block of scores; for
-// column sums all scores. Keys and values are read once, where they lie, and converted in
+// Memory: per item m, l and o of its rows, where there are several; per thread the item's q, o and
+// one block of scores; for column sums all scores. Keys and values are read once, where they lie, and converted in
 // registers.
 //
 // Threads: how keys are cut into pieces depends on the sequence's own length alone, and so do the
@@ -34,12 +34,14 @@ template <class Element>
 struct Scratch {
   float* q;                  // [kMaxRows][vectors of a row], on pairs of bf16
   float* s;                  // [kMaxRows][kMaxBlock]
+  float* o;                  // [kMaxRows][Partial::size], of keys that are one piece
   Element *k_copy, *v_copy;  // [2][kMaxBlock][kRowStep]
   Worker* worker = nullptr;
 
-  Scratch(Parts& parts, const RowShape& k)
+  Scratch(Parts& parts, const RowShape& k, const RowShape& v)
       : q(parts.take<float>(kMaxRows * k.padded)),
         s(parts.take<float>(kMaxRows * kMaxBlock)),
+        o(parts.take<float>(kMaxRows * Partial::size(v))),
         k_copy(parts.take<Element>(2 * kMaxBlock * kRowStep<Element>)),
         v_copy(parts.take<Element>(2 * kMaxBlock * kRowStep<Element>)) {}
 };
@@ -90,7 +92,16 @@ struct Decode {
   void load_query(Index b, const Row& row, float* q) const {
     const Element* from =
         static_cast<const Element*>(p.q.data) + b * p.q.b + row.h * p.q.h + row.t * p.q.t;
-    for (Index d = 0; d < k_shape.padded; ++d) {
+    Index whole = 0;  // vectors
+    if constexpr (!kOnPairs<Element>) {
+      for (; whole + kLanes <= p.D; whole += kLanes) {
+        store(q + whole, load(from + whole) * units.factor);
+      }
+    } else {
+      whole = p.D / k_shape.step * k_shape.step;
+      memcpy(q, from, whole * sizeof(Element));
+    }
+    for (Index d = whole; d < k_shape.padded; ++d) {
       const Index begin = d / k_shape.step * k_shape.step, i = k_shape.at(begin) + d - begin;
       const bool first = i < p.D && i >= begin;
       if constexpr (kOnPairs<Element>) {
@@ -107,8 +118,9 @@ struct Decode {
     const Index num_rows = min_of(group_rows - row0, kMaxRows);
     Index begin = sequence.begin + piece * sequence.piece;
     const Index end = min_of(begin + sequence.piece, sequence.length);
+    const bool one_piece = sequence.pieces == 1;
     const Index o_stride = sequence.pieces * Partial::size(v_shape);
-    float* o = partial(b, h_kv, row0, piece);
+    float* o = one_piece ? scratch.o : partial(b, h_kv, row0, piece);
     Row rows[kMaxRows];
     Index first = end;  // key that any row attends
     for (Index i = 0; i < num_rows; ++i) {
@@ -147,13 +159,21 @@ struct Decode {
         add_values(*block, *next, v_shape, num_rows, scratch.s, o, o_stride);
       }
     }
+    for (Index i = 0; one_piece && i < num_rows; ++i) {
+      combine(b, rows[i].h, rows[i].t, o + i * o_stride, 1);
+    }
+  }
+
+  // The pieces of query row h, t, where they were not one.
+  void combine_row(Index b, Index h, Index t) const {
+    const Index count = pieces.of(b), group = p.H / p.H_kv;
+    if (count != 1) combine(b, h, t, partial(b, h / group, h % group * p.T + t, 0), count);
   }
 
   // One query row's pieces, in order, become its output, lse and norm, in the units of heads.
-  void combine(Index b, Index h, Index t) const {
-    const Index pieces = Sequence(p, b).pieces, group = p.H / p.H_kv;
+  void combine(Index b, Index h, Index t, float* first, Index pieces) const {
     const auto piece = [&](Index i) {
-      return Partial(partial(b, h / group, h % group * p.T + t, i), v_shape);
+      return Partial(first + i * Partial::size(v_shape), v_shape);
     };
     const float sink_natural = p.sinks ? p.sinks[h] : -kInfinity;
     const float sink =
@@ -228,8 +248,12 @@ void decode(const DecodeParams& p) {
   }
   const Arena partials(decode.partials_size() * sizeof(float), p.footprint);
   decode.partials = reinterpret_cast<float*>(partials.data());
-  const auto prepare = [&](Parts& parts) { return Scratch<Element>(parts, decode.k_shape); };
-  parallel(p, decode.pieces.count(), 1, prepare, [&](Index item, const Scratch<Element>& mine) {
+  const auto prepare = [&](Parts& parts) {
+    return Scratch<Element>(parts, decode.k_shape, decode.v_shape);
+  };
+  const Index items = decode.pieces.count(), threads = usable_threads(p.num_threads);
+  const Index chunk = max_of(min_of(items / (threads * 8), 8), 1);
+  parallel(p, items, chunk, prepare, [&](Index item, const Scratch<Element>& mine) {
     // Heads before pieces: where the keys of all heads lie side by side, they share pages.
     const Block at = decode.pieces[item];
     const Index i = at.h * at.count + at.index, head = i / decode.chunks;
@@ -239,10 +263,13 @@ void decode(const DecodeParams& p) {
   struct Nothing {
     Worker* worker = nullptr;
   };
-  const Index share = max_of(rows / usable_threads(p.num_threads), 16);
+  Index left = 0;  // to combine
+  for (Index b = 0; b < p.B; ++b) left += decode.pieces.of(b) != 1;
   parallel(
-      p, rows, share, [](Parts&) { return Nothing(); },
-      [&](Index row, Nothing&) { decode.combine(row / p.T / p.H, row / p.T % p.H, row % p.T); });
+      p, left ? rows : 0, max_of(rows / threads, 16), [](Parts&) { return Nothing(); },
+      [&](Index row, Nothing&) {
+        decode.combine_row(row / p.T / p.H, row / p.T % p.H, row % p.T);
+      });
   if (!p.received) return;
   const Index parts = (p.S + kSummedKeys - 1) / kSummedKeys;
   parallel(

@@ -48,13 +48,13 @@ struct RowShape {
 
 // One query row of an item and what it may attend to.
 struct Row {
-  Index h = 0, t = 0, position = 0;
-  Index begin = 0, end = 0;  // keys
-  Index masked_from = 0;     // the last T, which a mask decides about
-  const bool* mask = nullptr;
-  float slope = 0.0f;  // ALiBi's, in units; 0: none
+  Index h, t, position;
+  Index begin, end;   // keys
+  Index masked_from;  // the last T, which a mask decides about
+  const bool* mask;   // or null
+  float slope;        // ALiBi's, in units; 0: none
 
-  Row() = default;
+  Row() {}  // of rows in an array, filled in one by one
   Row(const DecodeParams& p, const Sequence& sequence, Index b, Index h_kv, Index row,
       float natural) {
     h = h_kv * (p.H / p.H_kv) + row / p.T, t = row % p.T;
@@ -62,6 +62,7 @@ struct Row {
     const Index left = p.windows ? p.windows[2 * h] : p.window_left;
     begin = left < 0 ? 0 : max_of(position - left, 0);
     end = position + 1;
+    mask = nullptr, masked_from = 0;
     if (p.mask.data) {
       mask = static_cast<const bool*>(p.mask.data) + b * p.mask.b + h * p.mask.h + t * p.mask.t;
       end = sequence.length, masked_from = sequence.length - p.T;

@@ -95,6 +95,7 @@ ATTNFAST_INLINE void store(Float16* p, Vec x) {
 
 template <class Element>
 ATTNFAST_INLINE Vec load_some(const Element* p, Index n) {
+  if (n == kLanes) return load(p);
   Element buffer[kLanes] = {};
   memcpy(buffer, p, n * sizeof(Element));
   return load(buffer);
@@ -102,6 +103,7 @@ ATTNFAST_INLINE Vec load_some(const Element* p, Index n) {
 
 template <class Element>
 ATTNFAST_INLINE void store_some(Element* p, Vec x, Index n) {
+  if (n == kLanes) return store(p, x);
   Element buffer[kLanes];
   store(buffer, x);
   memcpy(p, buffer, n * sizeof(Element));

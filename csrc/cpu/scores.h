@@ -54,6 +54,19 @@ inline void fold_rows(const char* at_head, Index t_stride, Index s_stride, Index
   for (Index lane = 0; lane < rows; lane += kLanes) {
     const Index live = min_of(rows - lane, kLanes);
     const Element* row = base + lane * t_stride;
+    if (t_stride == 1) {  // transposed already
+      for (Index j = 0; j < n; ++j) {
+        Vec x = zeros();
+        if (live == kLanes) {
+          x = load(row + j * s_stride);
+        } else {
+          for (Index i = 0; i < live; ++i) x[i] = to_float(row[i + j * s_stride]);
+        }
+        float* out = tile + j * kColumn + lane;
+        store(out, f(load(out), x));
+      }
+      continue;
+    }
     for (Index j = 0; j < n; j += kLanes) {
       const Index width = min_of(n - j, kLanes);
       Vec r[kLanes];
