@@ -93,9 +93,12 @@ def memory(function: str, name: str, x: Tensor) -> None:
     """Check that x's memory was not given back, before torch reads it; kernels look themselves."""
     if type(x) not in PLAIN or torch.compiler.is_compiling() or not torch._C._has_storage(x):
         return
-    last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    if x.is_contiguous():
+        elements = x.numel()
+    else:
+        elements = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     size = x.untyped_storage().nbytes()
-    if size < (last + 1) * x.element_size() and x.numel():
+    if size < (x.storage_offset() + elements) * x.element_size() and x.numel():
         fail(function, name, "in memory", f"a storage of {size} bytes")
 
 
@@ -120,15 +123,16 @@ def dense_sizes(
     function: str, names: tuple[str, ...], q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[int, int, int, int, int]:
     """B, H, T, D and S of (B, H, T, D), (B, H_kv, S, D) and (B, H_kv, S, D_v)."""
-    if q.dim() != 4:
-        fail(function, names[0], "(B, H, T, D)", tuple(q.shape))
-    B, H, T, D = q.shape
-    if k.dim() != 4 or k.shape[0] != B or k.shape[3] != D:
-        fail(function, names[1], f"(B, H_kv, S, D) = ({B}, *, *, {D})", tuple(k.shape))
-    _, H_kv, S, _ = k.shape
-    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
-        fail(function, names[2], f"(B, H_kv, S, D_v) = ({B}, {H_kv}, {S}, *)", tuple(v.shape))
-    heads(function, names, H, H_kv, D, v.shape[3], (T, S))
+    of_q, of_k, of_v = q.shape, k.shape, v.shape
+    if len(of_q) != 4:
+        fail(function, names[0], "(B, H, T, D)", tuple(of_q))
+    B, H, T, D = of_q
+    if len(of_k) != 4 or of_k[0] != B or of_k[3] != D:
+        fail(function, names[1], f"(B, H_kv, S, D) = ({B}, *, *, {D})", tuple(of_k))
+    _, H_kv, S, _ = of_k
+    if len(of_v) != 4 or of_v[:3] != of_k[:3]:
+        fail(function, names[2], f"(B, H_kv, S, D_v) = ({B}, {H_kv}, {S}, *)", tuple(of_v))
+    heads(function, names, H, H_kv, D, of_v[3], (T, S))
     return B, H, T, D, S
 
 

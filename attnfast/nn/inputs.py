@@ -245,7 +245,7 @@ def _viewed_key_padding_mask(mask: Tensor, sizes: tuple[int, int, int, int]) -> 
             f"{NAME}: key_padding_mask must be (B, S) = ({batch}, {source})"
             f"{unbatched}, got {tuple(mask.shape)}"
         )
-    return mask[:, None, None]
+    return mask.view(batch, 1, 1, source)
 
 
 def _viewed_attn_mask(mask: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
