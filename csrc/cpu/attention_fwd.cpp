@@ -73,7 +73,6 @@ void tile_step(const ForwardParams& p, const Head<Element>& head, const Column& 
   DeadKeys dead;
   Tiles::scores(head, column, state, part, tile, scratch, tile_max, &dead);
   scratch.next_item.advance(kLinesPerTile);
-  scratch.next_tile.advance(scratch.next_tile_lines);
 
   // Softmax
   raise_max<kStats>(state, tile_max, head.units.to_log2, p.D_v);
@@ -166,7 +165,8 @@ bool query_block(const ForwardParams& p, const Head<Element>& head, Index t0, In
         const Index next = min_of(step, end - key - n);
         scratch.next_tile.add(tile.k + n * tile.k_row, tile.k_row, next, p.D);
         scratch.next_tile.add(tile.v + n * tile.v_row, tile.v_row, next, p.D_v);
-        scratch.next_tile_lines = (scratch.next_tile.lines() + num_columns - 1) / num_columns;
+        const Index pieces = (n + kTileRows - 1) / kTileRows * num_columns;
+        scratch.next_tile_lines = (scratch.next_tile.lines() + pieces - 1) / pieces;
       }
       for (Index c = 0; c < num_columns; ++c) {
         const Column column = column_of(c, segment);

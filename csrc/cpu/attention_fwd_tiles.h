@@ -31,7 +31,7 @@ struct ForwardScratch {
   float *p_pairs, *v_clean;  // [planes][kMaxKeys / 2][kColumn]; a tile of v
   ForwardColumn* columns;
   Prefetcher next_item, next_tile;
-  Index next_tile_lines = 0;  // asked for with each column
+  Index next_tile_lines = 0;  // asked for with kTileRows keys of a column
   Worker* worker = nullptr;
 
   template <class Element, int kPlanes>
@@ -144,8 +144,9 @@ struct ForwardTiles<Element, 0> {
                                      const ForwardColumn& state, const TilePart& part,
                                      const KeyTile& tile, ForwardScratch& scratch, float* tile_max,
                                      DeadKeys* dead) {
-    const FloatScores products{state.q_t, tile.k + part.skip * tile.k_row, tile.k_row,
-                               head.problem.D};
+    const FloatScores products{state.q_t,          tile.k + part.skip * tile.k_row,
+                               tile.k_row,         head.problem.D,
+                               &scratch.next_tile, scratch.next_tile_lines};
     score_tile(head, column, part.first, part.n, products, scratch.s, nullptr, tile_max, dead);
   }
 

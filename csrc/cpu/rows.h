@@ -1,4 +1,4 @@
-// Rows of keys and values as products over them read them, and asked for ahead.
+// Rows of keys and values as products over them read them.
 #pragma once
 #include "arena.h"
 #include "scores.h"
@@ -36,44 +36,6 @@ struct RowsAsFloat<float> {
     pack_rows(rows, stride, n, D, *out_stride, 1.0f, scratch);
     return scratch;
   }
-};
-
-// Asks for rows that are wanted soon a few cache lines at a time, between the products of those
-// that are there.
-class Prefetcher {
- public:
-  void clear() { count_ = next_ = lines_ = 0; }
-
-  template <class Element>
-  void add(const Element* rows, Index stride, Index n, Index D) {
-    if (n <= 0 || D <= 0) return;
-    const Index bytes = D * Index(sizeof(Element));
-    ranges_[count_++] = {
-        reinterpret_cast<const char*>(rows), stride * Index(sizeof(Element)), n, bytes, 0, 0};
-    lines_ += n * ((bytes + 63) / 64);
-  }
-
-  Index lines() const { return lines_; }
-
-  void advance(Index lines) {
-    for (; lines > 0 && next_ < count_; --lines) {
-      Range& r = ranges_[next_];
-      __builtin_prefetch(r.base + r.row * r.stride + r.byte, 0, 2);
-      r.byte += 64;
-      if (r.byte < r.bytes) continue;
-      r.byte = 0;
-      if (++r.row == r.rows) ++next_;
-    }
-  }
-
- private:
-  struct Range {
-    const char* base;
-    Index stride, rows, bytes, row, byte;
-  };
-  Range ranges_[8];
-  int count_ = 0, next_ = 0;
-  Index lines_ = 0;
 };
 
 // Bytes of a key head that a second-level cache surely keeps; of larger ones the next tile is asked

@@ -8,6 +8,7 @@
 #pragma once
 #include "gemm.h"
 #include "head.h"
+#include "prefetcher.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 
@@ -113,11 +114,18 @@ struct FloatScores {
   const float* q_t;  // [D][kColumn], head.units.factor folded in
   const float* k;    // the tile's first key row
   Index k_row, D;
+  Prefetcher* ahead = nullptr;  // advanced by `lines` after each kTileRows keys
+  Index lines = 0;
 
   template <bool kMax>
   void run(Index n, float* s, float* column_max) const {
-    gemm<kTileVecs, kMax>(n, D, MatrixA{k, k_row, 1}, MatrixB{q_t, kColumn}, MatrixC{s, kColumn},
-                          Start::kZero, column_max);
+    const Index rows = ahead ? kTileRows : n;
+    for (Index j = 0; j < n; j += rows) {
+      gemm<kTileVecs, kMax>(min_of(n - j, rows), D, MatrixA{k + j * k_row, k_row, 1},
+                            MatrixB{q_t, kColumn}, MatrixC{s + j * kColumn, kColumn}, Start::kZero,
+                            column_max);
+      if (ahead) ahead->advance(lines);
+    }
   }
 };
 
