@@ -168,7 +168,7 @@ def test_restore_refuses_a_class_changed_since() -> None:
     with pytest.raises(ValueError) as raised:
         restore(model)
     assert str(raised.value) == (
-        "restore: b must be an attnfast.MultiheadAttention as replace left it, got "
+        "restore: b must be attnfast's MultiheadAttention as replace left it, got "
         "ParametrizedMultiheadAttention: remove parametrizations and wrappers first"
     )
     assert type(model.a) is MultiheadAttention

@@ -1,4 +1,4 @@
-"""Swap ``torch.nn.MultiheadAttention`` for ours inside a model, in place, and back."""
+"""Swap ``torch.nn.MultiheadAttention``, and layers around it, for ours in place, and back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .. import dispatch
 from . import unpad as padding
 from .attention import MultiheadAttention, abandon, adopt
 from .linear import use_torch_linear
+from .transformer import LAYERS
 
 _REPLACED = "_attnfast_replaced"  # on a module whose class replace changed: the class it had
 _USED_NESTED = "_attnfast_used_nested_tensor"  # on an encoder that replace took it from
@@ -54,11 +55,14 @@ def replace(
     The modules stay the same objects with the same parameters: optimisers, hooks, shared modules,
     the training flag, dtype and device survive. Only exact instances are swapped, and of
     subclasses those that ``subclasses`` names; others, and modules whose ``forward`` was overridden
-    on the instance, are left and reported. ``nn.TransformerEncoder``, where it skips padding in
-    inference by itself (``use_nested_tensor``, now False), does so by two hooks: in evaluation,
-    without gradients, on the CPU, with a bool ``src_key_padding_mask`` alone, where there is enough
-    padding to gain by it. This is also done where the attention already was ours. The result can be
-    copied and pickled, and `restore` undoes it all. Calling it again changes nothing.
+    on the instance, are left and reported. Around them, modules of exactly the classes
+    ``nn.TransformerEncoderLayer`` and ``nn.TransformerDecoderLayer`` become subclasses of ours of
+    the same names, whose feed-forward part is faster. ``nn.TransformerEncoder``, where it skips
+    padding in inference by itself (``use_nested_tensor``, now False), does so by two hooks: in
+    evaluation, without gradients, on the CPU, with a bool ``src_key_padding_mask`` alone, where
+    there is enough padding to gain by it. This is also done where the attention already was ours.
+    The result can be copied and pickled, and `restore` undoes it all. Calling it again changes
+    nothing.
 
     Args:
         model: any module, itself a ``torch.nn.MultiheadAttention`` or holding some; may hold none.
@@ -97,6 +101,10 @@ def replace(
 
     encoders = []
     for name, module in model.named_modules():
+        kind = type(module)
+        if kind in LAYERS and _is_ours(module) and "forward" not in vars(module):
+            module.__class__ = LAYERS[kind]
+            setattr(module, _REPLACED, kind)
         if (
             isinstance(module, nn.TransformerEncoder)
             and getattr(module, "use_nested_tensor", False)
@@ -131,13 +139,16 @@ def restore(model: nn.Module) -> int:
     """
     _check_model("restore", model)
     for name, module in model.named_modules():
-        if _REPLACED in vars(module) and getattr(module, "parallel", None) is not None:
+        if _REPLACED not in vars(module):
+            continue
+        if getattr(module, "parallel", None) is not None:
             raise ValueError(
                 f"restore: {name or 'the model'} must be whole, got one that parallelize has cut"
             )
-        if _REPLACED in vars(module) and type(module) is not MultiheadAttention:
+        ours = LAYERS.get(vars(module)[_REPLACED], MultiheadAttention)
+        if type(module) is not ours:
             raise ValueError(
-                f"restore: {name or 'the model'} must be an attnfast.MultiheadAttention as replace "
+                f"restore: {name or 'the model'} must be attnfast's {ours.__name__} as replace "
                 f"left it, got {type(module).__name__}: remove parametrizations and wrappers first"
             )
     restored = 0
@@ -145,10 +156,11 @@ def restore(model: nn.Module) -> int:
         state = module.__dict__
         kind = state.pop(_REPLACED, None)
         if kind is not None:
+            if isinstance(module, MultiheadAttention):
+                use_torch_linear(module.out_proj)
+                abandon(module)
+                restored += 1
             module.__class__ = kind
-            use_torch_linear(cast(nn.MultiheadAttention, module).out_proj)
-            abandon(cast(nn.MultiheadAttention, module))
-            restored += 1
         if state.pop(_USED_NESTED, False):
             state["use_nested_tensor"] = True
             padding.keep(module)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .attention import HOOK, MultiheadAttention
 from .extras import appended_keys, counts_positions
 from .linear import is_watched
+from .transformer import TransformerEncoderLayer
 
 # Multiply-adds of padding per layer below which skipping it costs more: a jagged tensor's operators
 # go through Python.
@@ -104,7 +105,7 @@ def _is_plain(encoder: nn.TransformerEncoder) -> bool:
 def _is_plain_layer(layer: nn.Module) -> bool:
     attention = getattr(layer, "self_attn", None)
     return (
-        type(layer) is nn.TransformerEncoderLayer
+        type(layer) in (nn.TransformerEncoderLayer, TransformerEncoderLayer)
         and type(attention) is MultiheadAttention
         and attention.batch_first
         and not (appended_keys(attention) or counts_positions(attention))

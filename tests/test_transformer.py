@@ -1,0 +1,246 @@
+"""Torch's encoder and decoder layers as replace leaves them: who computes what."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from attnfast import MultiheadAttention, replace, restore
+from attnfast.nn import transformer
+
+B, T, E, H, F = 3, 6, 16, 4, 40
+
+KINDS = {
+    "encoder": (nn.TransformerEncoderLayer, transformer.TransformerEncoderLayer),
+    "decoder": (nn.TransformerDecoderLayer, transformer.TransformerDecoderLayer),
+}
+over_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the weights of every product of the feed-forward parts."""
+    seen: list[tuple[int, ...]] = []
+    plain = transformer.linear
+
+    def listed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(tuple(weight.shape))
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(transformer, "linear", listed)
+    return seen
+
+
+def made(kind: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    options = {"batch_first": True, "dropout": 0.0} | options
+    return KINDS[kind][0](E, H, F, **options)
+
+
+def call(layer: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = layer(x) if isinstance(layer, nn.TransformerEncoderLayer) else layer(x, x)
+    return out
+
+
+@over_kinds
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_feed_forward_part(
+    kind: str, norm_first: bool, bias: bool, training: bool, products: list[tuple[int, ...]]
+) -> None:
+    """Torch's results and gradients, its dropout included; both of its products are ours."""
+    stock = made(kind, norm_first=norm_first, bias=bias).train(training)
+    stock.dropout.p = 0.5
+    ours = copy.deepcopy(stock)
+    replace(ours, verbose=False)
+    assert type(ours) is KINDS[kind][1]
+    results = []
+    for layer in (stock, ours):
+        x = torch.randn(B, T, E, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        torch.manual_seed(2)
+        y = call(layer, x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    assert products == [(F, E), (E, F)]
+    torch.testing.assert_close(results[1], results[0])
+
+
+@over_kinds
+def test_it_comes_back(kind: str) -> None:
+    layer = made(kind)
+    before = [(type(m), sorted(vars(m))) for m in layer.modules()]
+    replace(layer, verbose=False)
+    replace(layer, verbose=False)
+    assert repr(layer).startswith(KINDS[kind][0].__name__)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer):
+        assert type(twin) is KINDS[kind][1]
+        assert type(twin.linear1) is nn.Linear
+        assert restore(twin) == 1 + (kind == "decoder")
+        assert [(type(m), sorted(vars(m))) for m in twin.modules()] == before
+
+
+class Sub(nn.TransformerEncoderLayer):
+    """A user's own."""
+
+
+def overridden(layer: nn.Module) -> nn.Module:
+    layer.forward = lambda x: x
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [lambda: Sub(E, H), lambda: overridden(nn.TransformerEncoderLayer(E, H))],
+    ids=["subclass", "overridden"],
+)
+def test_other_layers_are_left(layer: Callable[[], nn.Module]) -> None:
+    model = layer()
+    kind = type(model)
+    assert replace(model, verbose=False).replaced == ("self_attn",)
+    assert type(model) is kind
+
+
+def test_a_layer_whose_attention_is_left() -> None:
+    class Other(nn.MultiheadAttention):
+        pass
+
+    model = made("encoder")
+    model.self_attn = Other(E, H)
+    replace(model, verbose=False)
+    assert type(model) is nn.TransformerEncoderLayer
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def other_class(module: Any) -> None:
+    module.__class__ = Doubled
+
+
+def hooked(module: Any) -> None:
+    module.register_forward_hook(lambda _, __, y: 2 * y)
+
+
+def pre_hooked(module: Any) -> None:
+    module.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+
+
+def own_forward(module: Any) -> None:
+    plain = module.forward
+    module.forward = lambda x: 2 * plain(x)
+
+
+def parametrized(module: Any) -> None:
+    class Double(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    nn.utils.parametrize.register_parametrization(module, "weight", Double())
+
+
+CHANGES = {
+    "class": other_class,
+    "hook": hooked,
+    "pre-hook": pre_hooked,
+    "forward": own_forward,
+    "parametrization": parametrized,
+}
+
+
+@over_kinds
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("part", ["linear1", "linear2"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_others_did_to_a_linear_takes_part(
+    change: Callable[[Any], None],
+    part: str,
+    training: bool,
+    kind: str,
+    products: list[tuple[int, ...]],
+) -> None:
+    layer, x = made(kind).train(training), torch.randn(B, T, E)
+    replace(layer, verbose=False)
+    with torch.set_grad_enabled(training):
+        change(getattr(layer, part))
+        actual = call(layer, x)
+        assert len(products) == 1
+        restore(layer)
+        layer.train()  # torch's own inference does not look at hooks of classes
+        torch.testing.assert_close(actual, call(layer, x))
+
+
+@over_kinds
+def test_backward_hooks_and_global_hooks_see_it(kind: str, products: list[tuple[int, ...]]) -> None:
+    layer, seen = made(kind), []
+    replace(layer, verbose=False)
+    handle = layer.linear2.register_full_backward_hook(lambda *_: seen.append("backward"))
+    call(layer, torch.randn(B, T, E)).sum().backward()
+    assert seen == ["backward"]
+    handle.remove()
+    products.clear()
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        call(layer, torch.randn(B, T, E))
+    finally:
+        handle.remove()
+    assert layer.linear1 in seen
+    assert layer.linear2 in seen
+    assert not products
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+@over_kinds
+def test_it_is_quantized_as_before(kind: str) -> None:
+    layer = made(kind).eval()
+    replace(layer, verbose=False)
+    quantized = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, torch.qint8)
+    assert type(quantized.linear1) is torch.ao.nn.quantized.dynamic.Linear
+    x = torch.randn(B, T, E)
+    with torch.no_grad():
+        assert (call(quantized, x) - call(layer, x)).abs().max() < 0.1
+
+
+@over_kinds
+def test_a_graph_of_fx_has_it_as_one_node(kind: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = made(kind)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return call(self.layer, x)
+
+    model, x = Model(), torch.randn(B, T, E)
+    replace(model, verbose=False)
+    graph = torch.fx.symbolic_trace(model)
+    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["layer"]
+    assert torch.equal(graph(x), model(x))
+
+
+@over_kinds
+@pytest.mark.parametrize("training", [True, False])
+def test_it_compiles_whole(kind: str, training: bool) -> None:
+    layer, x = made(kind).train(training), torch.randn(B, T, E)
+    replace(layer, verbose=False)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(compiled(*[x] * (1 + (kind == "decoder"))), call(layer, x))
+
+
+def test_layers_built_with_our_attention() -> None:
+    model = made("encoder")
+    model.self_attn = MultiheadAttention(E, H, batch_first=True)
+    replace(model, verbose=False)
+    assert type(model) is transformer.TransformerEncoderLayer
+    assert restore(model) == 0
+    assert type(model) is nn.TransformerEncoderLayer
