@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     plain = projections._onednn
 
-    def listed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def listed(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
         seen.append((*x.shape, weight.shape[0]))
-        return plain(x, weight, bias)
+        return plain(x, weight, *others)
 
     monkeypatch.setattr(projections, "_onednn", listed)
     monkeypatch.setattr(projections, "_mkl_is_slow", lambda: True)
@@ -88,6 +89,28 @@ def test_results_and_derivatives(
             continue
         bound = 2 * (y - e).abs().max() + 4 * torch.finfo(torch.float32).eps * e.abs().max()
         assert (x - e).abs().max() <= bound
+
+
+@pytest.mark.parametrize("way", ["products", "converted", None])
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("activation", [F.relu, F.gelu], ids=lambda f: f.__name__)
+def test_activations(
+    activation: Callable[[Tensor], Tensor],
+    gradients: bool,
+    way: str | None,
+    request: pytest.FixtureRequest,
+) -> None:
+    """The exact gelu, not the one by tanh, whoever computes it."""
+    dtype = torch.bfloat16 if way == "converted" else torch.float32
+    seen = request.getfixturevalue(way) if way else []
+    args = [x.to(dtype) for x in operands(5) if x is not None]
+    with torch.set_grad_enabled(gradients):
+        y = linear(*(x.requires_grad_(gradients) for x in args), activation.__name__)
+        expected = activation(F.linear(*(x.double() for x in args)))
+    assert bool(seen) == bool(way)
+    bound = 2e-2 if way == "converted" else 1e-5
+    torch.testing.assert_close(y.double(), expected, atol=bound, rtol=bound)
+    assert y.requires_grad == gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

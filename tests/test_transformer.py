@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from attnfast import MultiheadAttention, replace, restore
+from attnfast import MultiheadAttention, lens, replace, restore
 from attnfast.nn import transformer
 
 B, T, E, H, F = 3, 6, 16, 4, 40
@@ -30,9 +31,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     plain = transformer.linear
 
-    def listed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def listed(x: Tensor, weight: Tensor, bias: Tensor | None, *activation: str) -> Tensor:
         seen.append(tuple(weight.shape))
-        return plain(x, weight, bias)
+        return plain(x, weight, bias, *activation)
 
     monkeypatch.setattr(transformer, "linear", listed)
     return seen
@@ -70,6 +71,124 @@ def test_the_feed_forward_part(
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
     assert products == [(F, E), (E, F)]
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The encoder layers that went the short way of inference."""
+    seen: list[nn.Module] = []
+    plain = transformer._inferred_feed_forward
+
+    def listed(layer: nn.Module, x: Tensor) -> Tensor:
+        seen.append(layer)
+        return plain(layer, x)
+
+    monkeypatch.setattr(transformer, "_inferred_feed_forward", listed)
+    return seen
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "padding": {"src_key_padding_mask": torch.arange(T) >= torch.tensor([[T], [2], [4]])},
+    "mask": {"src_mask": torch.ones(T, T, dtype=torch.bool).triu(1)},
+    "float mask": {"src_mask": torch.linspace(-1, 1, T * T).view(T, T)},
+    "causal": {"src_mask": nn.Transformer.generate_square_subsequent_mask(T), "is_causal": True},
+    "both": {
+        "src_mask": torch.ones(T, T, dtype=torch.bool).triu(2),
+        "src_key_padding_mask": torch.arange(T) >= torch.tensor([[T], [3], [4]]),
+    },
+}
+
+
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu", nn.functional.gelu])
+def test_inference(
+    activation: Any, norm_first: bool, masks: dict[str, Any], short: list[nn.Module]
+) -> None:
+    """Torch's results, the argument as it was; its own fast path takes a float mask for a bool."""
+    stock = made("encoder", activation=activation, norm_first=norm_first, layer_norm_eps=0.1)
+    ours = copy.deepcopy(stock).eval()
+    replace(ours, verbose=False)
+    x = torch.randn(B, T, E)
+    given = x.clone()
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(given, **masks), stock(x, **masks))
+    assert short == [ours]
+    assert torch.equal(given, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_inference_of_any_layout(
+    bias: bool, batch_first: bool, dtype: torch.dtype, short: list[nn.Module]
+) -> None:
+    stock = made("encoder", batch_first=batch_first, bias=bias).eval()
+    ours = copy.deepcopy(stock).to(dtype)
+    replace(ours, verbose=False)
+    bound = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
+    with torch.no_grad():
+        for shape in ((B, T, E), (T, E), (1, 1, E), (0, T, E)):
+            x = torch.randn(shape).to(dtype)
+            expected = stock(x.float()).to(dtype)
+            torch.testing.assert_close(ours(x), expected, atol=bound, rtol=bound)
+    assert short == [ours] * 4
+
+
+def training(layer: Any) -> None:
+    layer.train()
+
+
+def trained_dropout(layer: Any) -> None:
+    layer.dropout2.train()
+
+
+def other_activation(layer: Any) -> None:
+    layer.activation = nn.ReLU()
+
+
+def other_norm(layer: Any) -> None:
+    layer.norm2.__class__ = type("Norm", (nn.LayerNorm,), {})
+
+
+def hooked_attention(layer: Any) -> None:
+    layer.self_attn.register_forward_hook(lambda *_: None)
+
+
+def left_attention(layer: Any) -> None:
+    restore(layer.self_attn)
+
+
+LONG = (training, trained_dropout, other_activation, other_norm, hooked_attention, left_attention)
+
+
+@pytest.mark.parametrize("change", LONG, ids=lambda f: f.__name__)
+def test_what_is_changed_goes_torchs_way(
+    change: Callable[[Any], None], short: list[nn.Module]
+) -> None:
+    layer = made("encoder").eval()
+    replace(layer, verbose=False)
+    change(layer)
+    with torch.no_grad():
+        layer(torch.randn(B, T, E))
+    assert not short
+
+
+def test_who_watches_sees_torchs_way(short: list[nn.Module]) -> None:
+    """Autocast, gradients, functorch, dispatch modes and observers."""
+    layer, x = made("encoder").eval(), torch.randn(B, T, E)
+    replace(layer, verbose=False)
+    layer(x)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        torch.func.vmap(layer)(x[None])
+        with FlopCounterMode(display=False):
+            layer(x)
+        with lens.observe(layer):
+            layer(x)
+    assert not short
 
 
 @over_kinds

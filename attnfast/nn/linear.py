@@ -4,14 +4,16 @@ MKL, the BLAS of torch's x86 builds, does not use AVX-512 on AMD processors; one
 builds hold for other purposes, does: on a Zen 5, 2 threads, 2048 rows from 384 to 1152 features in
 fp32 take 4.0 ms instead of 8.2. Where a processor has no instructions for bf16 or fp16 that oneDNN
 knows, torch multiplies these in plain loops; fp32 products of converted operands, rounded once at
-the end, are exact to more digits and many times faster. Everything else goes to torch's own
-function: other dtypes, devices and processors, small products, autocast, torch.compile, functorch's
+the end, are exact to more digits and many times faster. Without gradients bf16 goes to oneDNN with
+its bias, and its activation, in one operator. Everything else goes to torch's own function: other
+dtypes, devices and processors, small products, autocast, torch.compile, functorch's
 transforms, tracing, dispatch modes and tensor subclasses.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,22 +28,29 @@ from ..backends import HALF
 # of a Function in Python.
 WORTH_IT = 1 << 22
 WORTH_IT_WITH_GRADIENTS = 1 << 23
-WORTH_CONVERTING = 1 << 16  # the same for products in fp32 of bf16 and fp16
+WORTH_CONVERTING = 1 << 16  # the same for products of bf16 and fp16
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+}
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
     """``x @ weight.T + bias``: what ``torch.nn.functional.linear`` gives, up to rounding.
 
     Args:
         x: ``(..., K)``.
         weight: ``(N, K)``.
         bias: ``(N,)``, or None.
+        activation: "relu" or "gelu" of the result, or "none".
 
     Returns:
         ``(..., N)``, with derivatives of every order.
     """
+    activate = ACTIVATIONS[activation]
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return F.linear(x, weight, bias)
+        return activate(F.linear(x, weight, bias))
     with_gradients = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
@@ -50,12 +59,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     else:
         least = WORTH_IT_WITH_GRADIENTS if with_gradients else WORTH_IT
     worth_it = x.numel() * weight.shape[0] >= least
-    if not (worth_it and _torch_is_slow(x.dtype) and _takes(x, weight, bias)):
-        return F.linear(x, weight, bias)
+    if not (worth_it and _torch_is_slow(x.dtype, with_gradients) and _takes(x, weight, bias)):
+        return activate(F.linear(x, weight, bias))
     if with_gradients:
-        y: Tensor = _Linear.apply(x, weight, bias)
-        return y
-    return _product(x, weight, bias)
+        return activate(_Linear.apply(x, weight, bias))
+    return _product(x, weight, bias, activation)
 
 
 class ProjectionLinear(NonDynamicallyQuantizableLinear):
@@ -99,11 +107,11 @@ class _Linear(Function):
         )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
     """The product where `_torch_is_slow`."""
-    if x.dtype is torch.float32:
-        return _onednn(x, weight, bias)
-    return _in_fp32(x, weight, bias)
+    if x.dtype in HALF and _half_is_slow(x.dtype):
+        return ACTIVATIONS[activation](_in_fp32(x, weight, bias))
+    return _onednn(x, weight, bias, activation)
 
 
 def _in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -111,8 +119,9 @@ def _in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.float(), weight.float(), exact).to(x.dtype)
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    gelu = "none" if activation == "gelu" else ""  # not the one by tanh
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, activation, [], gelu)
     return y
 
 
@@ -156,10 +165,12 @@ def _is_plain(x: Tensor) -> bool:
     )
 
 
-def _torch_is_slow(dtype: torch.dtype) -> bool:
+def _torch_is_slow(dtype: torch.dtype, with_gradients: bool) -> bool:
     """Whether torch's own products of a dtype leave the processor's best unused."""
     if dtype is torch.float32:
         return _mkl_is_slow()
+    if dtype is torch.bfloat16 and not with_gradients and _has_onednn():
+        return True
     return dtype in HALF and _half_is_slow(dtype)
 
 
@@ -176,9 +187,14 @@ def _half_is_slow(dtype: torch.dtype) -> bool:
 @functools.cache
 def _mkl_is_slow() -> bool:
     """Whether torch's fp32 products leave AVX-512 unused that oneDNN would use."""
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
-        return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not _has_onednn():
         return False
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_f")) and "AMD" in str(capabilities.get("cpu_name"))
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    """Whether torch has oneDNN's products beside MKL's: of other builds nothing was measured."""
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return both and hasattr(torch.ops.mkldnn, "_linear_pointwise")
