@@ -214,6 +214,14 @@ def test_a_mask_elsewhere_is_refused_by_name() -> None:
         module(x, x, x, attn_mask=mask)
 
 
+@pytest.mark.parametrize("grads", [True, False])
+def test_a_bias_of_another_dtype_is_refused_by_name(grads: bool) -> None:
+    module, x = layer(), torch.randn(B, T, E)
+    bias = torch.zeros(T, T).to(torch.float8_e4m3fn)
+    with torch.set_grad_enabled(grads), pytest.raises(TypeError, match="bias must be float32"):
+        module(x, x, x, attn_mask=bias)
+
+
 def test_the_operator() -> None:
     packed = torch.randn(B, T, 3 * E)
     mask, bias = torch.rand(B, 1, 1, T) < 0.7, torch.randn(1, H, T, T)

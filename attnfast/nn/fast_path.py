@@ -19,6 +19,7 @@ from ..autograd import call, call_unwatched
 from ..backends import cpu
 from ..call import Inputs, Options, Upstream
 from ..checks import WEIGHTS, dense_rows
+from ..requirements import DTYPES
 from .extras import NO_DROPOUT, appended_keys, is_plain
 from .inputs import split_masks
 from .linear import is_watched, linear
@@ -78,6 +79,8 @@ def self_attention(
         masks = (attn_mask, key_padding_mask)
         mask, bias = (_as_4d(x) for x in split_masks(*masks, sizes, query.device))
         if not (_is_plain_tensor(mask) and _is_plain_tensor(bias)):
+            return None
+        if bias is not None and bias.dtype not in DTYPES:
             return None
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
             return None
