@@ -160,7 +160,36 @@ def left_attention(layer: Any) -> None:
     restore(layer.self_attn)
 
 
-LONG = (training, trained_dropout, other_activation, other_norm, hooked_attention, left_attention)
+def hooked_projection(layer: Any) -> None:
+    layer.self_attn.out_proj.register_forward_hook(lambda *_: None)
+
+
+def other_projection(layer: Any) -> None:
+    layer.self_attn.out_proj = nn.Linear(E, E)
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+
+def unhashable_activation(layer: Any) -> None:
+    layer.activation = Unhashable()
+
+
+LONG = (
+    training,
+    trained_dropout,
+    other_activation,
+    unhashable_activation,
+    other_norm,
+    hooked_attention,
+    left_attention,
+    hooked_projection,
+    other_projection,
+)
 
 
 @pytest.mark.parametrize("change", LONG, ids=lambda f: f.__name__)
@@ -173,6 +202,17 @@ def test_what_is_changed_goes_torchs_way(
     with torch.no_grad():
         layer(torch.randn(B, T, E))
     assert not short
+
+
+def test_what_a_hook_keeps_stays_as_it_was() -> None:
+    """The projection's result, to which the layer's argument is added."""
+    layer, x, kept = made("encoder").eval(), torch.randn(B, T, E), []
+    replace(layer, verbose=False)
+    layer.self_attn.out_proj.register_forward_hook(lambda _, __, y: kept.append(y))
+    layer(x)
+    with torch.no_grad():
+        layer(x)
+    torch.testing.assert_close(kept[1], kept[0])
 
 
 def test_who_watches_sees_torchs_way(short: list[nn.Module]) -> None:

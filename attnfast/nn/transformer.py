@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 
 from .. import watching
 from .attention import HOOK, MultiheadAttention
-from .linear import is_watched, linear
+from .linear import ProjectionLinear, is_watched, linear
 from .tracing import first_proxy, module_node
 
 
@@ -122,8 +122,9 @@ def _infers(layer: Any, src: Any) -> bool:
         and not watching.now
         and not is_watched()
         and not torch._C._is_any_autocast_enabled()
-        and layer.activation in _ACTIVATIONS
+        and any(layer.activation is known for known in _ACTIVATIONS)
         and all(_is_stock(layer._modules.get(name), kind) for name, kind in _PARTS.items())
+        and _is_stock(layer.self_attn.out_proj, ProjectionLinear)  # its result is written over
     )
 
 
