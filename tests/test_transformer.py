@@ -231,6 +231,35 @@ def test_who_watches_sees_torchs_way(short: list[nn.Module]) -> None:
     assert not short
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_rows_of_nested_tensors(gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of all sequences' rows, with the results and gradients of padded ones."""
+    layer, seen = made("encoder"), []
+    replace(layer, verbose=False)
+    plain = transformer.linear
+
+    def listed(x: Tensor, *args: Any) -> Tensor:
+        seen.append((x.is_nested, *x.shape))
+        return plain(x, *args)
+
+    x = [torch.randn(n, E) for n in (5, 1, 3)]
+    with torch.set_grad_enabled(gradients):
+        expected = [layer(sequence[None])[0] for sequence in x]
+        monkeypatch.setattr(transformer, "linear", listed)
+        actual = list(layer(torch.nested.as_nested_tensor(x, layout=torch.jagged)).unbind())
+    assert seen == [(False, 9, E), (False, 9, F)]
+    torch.testing.assert_close(actual, expected)
+    if gradients:
+        parameters = list(layer.parameters())
+        torch.testing.assert_close(
+            *(
+                torch.autograd.grad(sum(y.square().sum() for y in ys), parameters)
+                for ys in (actual, expected)
+            )
+        )
+
+
 @over_kinds
 def test_it_comes_back(kind: str) -> None:
     layer = made(kind)
