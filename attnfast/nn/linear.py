@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
+from torch.nested._internal.nested_tensor import NestedTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..backends import HALF
@@ -40,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
     """``x @ weight.T + bias``: what ``torch.nn.functional.linear`` gives, up to rounding.
 
     Args:
-        x: ``(..., K)``.
+        x: ``(..., K)``, or a jagged nested ``(B, *, K)``.
         weight: ``(N, K)``.
         bias: ``(N,)``, or None.
         activation: "relu" or "gelu" of the result, or "none".
@@ -51,6 +52,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
     activate = ACTIVATIONS[activation]
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return activate(F.linear(x, weight, bias))
+    if type(x) is NestedTensor and x._ragged_idx == 1 and x.lengths() is None:
+        return _jagged(x, weight, bias, activation)
     with_gradients = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
@@ -64,6 +67,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
     if with_gradients:
         return activate(_Linear.apply(x, weight, bias))
     return _product(x, weight, bias, activation)
+
+
+def _jagged(x: Any, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """`linear` of the rows of all sequences."""
+    return torch.nested.nested_tensor_from_jagged(
+        linear(x.values(), weight, bias, activation),
+        x.offsets(),
+        min_seqlen=x._maybe_min_seqlen,
+        max_seqlen=x._maybe_max_seqlen,
+    )
 
 
 class ProjectionLinear(NonDynamicallyQuantizableLinear):

@@ -82,21 +82,7 @@ def _project(module: nn.Module, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or type(module) is not nn.Linear or not _is_untouched(module):
         y: Tensor = module(x)
         return y
-    if x.is_nested and x.layout is torch.jagged:
-        return _project_jagged(module, x)
     return linear(x, module.weight, module.bias)
-
-
-def _project_jagged(module: nn.Linear, x: Any) -> Tensor:
-    """`linear` of the rows of all sequences, which takes no nested tensor."""
-    if x._ragged_idx != 1 or x.lengths() is not None:
-        return linear(x, module.weight, module.bias)
-    return torch.nested.nested_tensor_from_jagged(
-        linear(x.values(), module.weight, module.bias),
-        x.offsets(),
-        min_seqlen=x._maybe_min_seqlen,
-        max_seqlen=x._maybe_max_seqlen,
-    )
 
 
 def _is_untouched(module: nn.Module) -> bool:
