@@ -199,6 +199,31 @@ class StatisticsCase(AttentionCase):
         return f"{super().__str__()}-statistics"
 
 
+class CallersCase(AttentionCase):
+    """Calls of so many Python threads at once, each on tensors of its own, so many times."""
+
+    callers = 8
+
+    def __str__(self) -> str:
+        """The row's name, which says so."""
+        return f"{self.callers}-callers-{super().__str__()}"
+
+    @property
+    def repeats(self) -> int:
+        """Of each thread's call: a thread that starts late is nothing beside them."""
+        return max(2, min(200, int(1e9 / super().flop)))
+
+    @property
+    def flop(self) -> float:
+        """Of all calls."""
+        return super().flop * self.callers * self.repeats
+
+    @property
+    def bytes(self) -> float:
+        """Of all calls."""
+        return super().bytes * self.callers * self.repeats
+
+
 class DecodeCase(NamedTuple):
     """One row of the decode suite: one new token per sequence, over a cache."""
 

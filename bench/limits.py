@@ -15,6 +15,7 @@ import pandas as pd
 from . import OURS, ROOT
 from .grid import (
     AttentionCase,
+    CallersCase,
     Case,
     DecodeCase,
     StatisticsCase,
@@ -29,6 +30,7 @@ from .tables import geometric_mean, table
 LONG = ((2, 16, 1024), (1, 16, 4096), (1, 8, 8192))  # B, H, T
 SHORT = ((8, 12, 50, 64), (8, 12, 128, 64), (8, 12, 197, 64), (512, 4, 64, 16))  # B, H, T, D
 WATCHED = ((8, 512, 768, 12), (8, 128, 768, 12), (64, 32, 256, 8), (2, 2048, 768, 12))  # B, T, E, H
+AT_ONCE = ((1, 4, 16, 32), (1, 8, 64, 64), (2, 8, 256, 64))  # B, H, T, D, of each caller
 WORKS = ("forward", "forward+backward")
 
 
@@ -78,6 +80,11 @@ def bars(kernel: str) -> list[Bar]:
     )
     decoded = tuple(case for case in decoded if case.bytes <= 1 << 31)
     found.append(Bar("decoding: of the bandwidth of copying", 0.85, "share", "least", decoded))
+    at_once = tuple(
+        CallersCase(B, H, T, T, D, "float32", False, work)
+        for (B, H, T, D), work in itertools.product(AT_ONCE, WORKS)
+    )
+    found.append(Bar("8 Python threads at once: times torch.sdpa", 1.0, "ratio", "least", at_once))
     watched = tuple(
         StatisticsCase(1, 16, 2048, 2048, 64, dtype, True, work)
         for dtype, work in itertools.product(("float32", "bfloat16"), WORKS)

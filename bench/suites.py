@@ -17,6 +17,7 @@ from .environment import Settings, architecture
 from .grid import (
     MINUTES_SHARE,
     AttentionCase,
+    CallersCase,
     Case,
     DecodeCase,
     EncoderCase,
@@ -27,11 +28,12 @@ from .grid import (
     WatchedCase,
 )
 from .race import Entries, Limits, Race
-from .rivals import attention, decode, layers, sparse, varlen
+from .rivals import attention, callers, decode, layers, sparse, varlen
 
 ENTRIES: dict[type, Callable[..., Entries]] = {
     AttentionCase: attention.entries,
     StatisticsCase: attention.statistics_entries,
+    CallersCase: callers.entries,
     DecodeCase: decode.entries,
     VarlenCase: varlen.entries,
     SparseCase: sparse.entries,

@@ -9,7 +9,7 @@ import torch
 from test_bench import run
 
 from bench import OURS, environment, limits, results
-from bench.grid import StatisticsCase, WatchedCase, describe
+from bench.grid import CallersCase, StatisticsCase, WatchedCase, describe
 from bench.rivals.attention import PLAIN
 from bench.rivals.layers import UNOBSERVED
 from bench.suites import ENTRIES
@@ -93,6 +93,18 @@ def test_an_observed_step_races_against_the_step(layer: str) -> None:
     ours, plain = (found.calls[name][0]() for name in found.calls)
     torch.testing.assert_close(ours, plain)
     assert str(case).startswith(f"observed-{layer}-")
+
+
+@pytest.mark.parametrize("work", limits.WORKS)
+def test_callers_at_once_have_results_of_their_own(work: str) -> None:
+    case = CallersCase(1, 2, 30, 30, 16, "float32", True, work)
+    found = ENTRIES[type(case)](case, "cpu", torch.device("cpu"), 1, full=False)
+    assert list(found.calls) == [OURS, "torch.sdpa"]
+    ours, torchs = (found.calls[name][0]() for name in found.calls)
+    torch.testing.assert_close(ours, torchs)
+    assert ours["out"].shape == (8, 1, 2, 30, 16)
+    assert len({x.sum().item() for x in ours["out"]}) == 8
+    assert str(case).startswith("8-callers-")
 
 
 def test_bars_are_the_cpus() -> None:

@@ -4,11 +4,12 @@
 //   delta = rowsum(p * dp) = rowsum(do * o) + ...               dq = scale * ds k, dk = scale * ds^T q
 //
 // Work:    first row_term for every query; then one item per (batch entry, key head), which owns its
-//          dk and dv and all dq of its query heads. With too few heads for the threads, dq and
-//          dk/dv are computed apart instead, one item per block of queries or range of keys: 7
-//          products instead of 5, the same sums in the same order.
-// Memory:  per query one float; per thread tiles, and fp32 dk and dv and what has to be packed of k
-//          and v, of one head
+//          dk and dv and all dq of its query heads. With too few heads for the threads, one per
+//          range of its keys instead, which hand dq on; or dq and dk/dv are computed apart, one
+//          item per block of queries or range of keys: 7 products instead of 5. Always the same
+//          sums in the same order (attention_bwd_ways.h).
+// Memory:  per query one float, and dq in fp32 where it is handed on; per thread tiles, and fp32 dk
+//          and dv and what has to be packed of k and v, of one head
 // Pairs:   where the processor multiplies pairs of bf16, all five products of bf16 inputs do, p and
 //          ds rounded to bf16; with AMX those of fp32 inputs too, in three planes (pairs.h)
 // Threads: results do not depend on their number
@@ -17,6 +18,7 @@
 
 #include "attention_bwd_pairs.h"
 #include "attention_bwd_rows.h"
+#include "attention_bwd_ways.h"
 #include "kernels.h"
 
 namespace attnfast::cpu::ATTNFAST_ISA {
@@ -39,8 +41,14 @@ struct Backward : GradientTiles<Element, kPlanes> {
 
   // One block of queries against the keys key_begin .. key_end - 1.
   void query_block(const Head<Element>& head, Index t0, Index n, Index key_begin, Index key_end,
-                   const Keys& keys, const KeyGradients& to, BackwardScratch& s) const {
-    Tiles::load_block(head, t0, n, s, to.dkv);
+                   const Keys& keys, const KeyGradients& to, const Link* link,
+                   BackwardScratch& s) const {
+    s.num_columns = (n + kColumn - 1) / kColumn;
+    for (Index c = 0; c < s.num_columns; ++c) {
+      s.columns[c].start = link ? link->start() : Start::kZero;
+      if (link) s.columns[c].dq_t = link->dq_t(head.b, head.h, t0 + c * kColumn);
+    }
+    bool loaded = false;
     Segments segments(head, t0, key_begin, key_end);
     for (Segment segment; segments.next(&segment);) {
       Index begin = segment.end, end = segment.begin;
@@ -51,6 +59,7 @@ struct Backward : GradientTiles<Element, kPlanes> {
       }
       begin -= begin % Tiles::kFirstKey;
       begin = max_of(begin, key_begin), end = min_of(end, key_end);
+      if (begin < end && !loaded) Tiles::load_block(head, t0, n, s, to.dkv), loaded = true;
       for (Index key = begin; key < end;) {
         Index stop = min_of((key / kKeys + 1) * kKeys, end);
         if (s.worker->stops(n * (stop - key))) return;
@@ -73,6 +82,7 @@ struct Backward : GradientTiles<Element, kPlanes> {
     for (Index c = 0; c < s.num_columns; ++c) {
       BackwardColumn& state = s.columns[c];
       if (state.start == Start::kZero) memset(state.dq_t, 0, p.D * kColumn * sizeof(float));
+      if (link && !link->last()) continue;
       transpose_out(state.dq_t, min_of(n - c * kColumn, kColumn), p.D, factor,
                     dq + c * kColumn * p.dq.t, p.dq.t);
     }
@@ -81,12 +91,12 @@ struct Backward : GradientTiles<Element, kPlanes> {
   // dk and dv (and dq, if asked) of one key head, for the keys key_begin .. key_end - 1. `packed`:
   // the key head on pairs; null: packed here.
   void key_head(Index b, Index h_kv, Index key_begin, Index key_end, bool with_dq,
-                const float* packed, BackwardScratch& s) const {
+                const float* packed, Link* link, BackwardScratch& s) const {
     const Index group = p.H / p.H_kv;
     const Head<Element> first(p, b, h_kv * group);
     key_end = min_of(key_end, first.S);
     if (key_begin >= key_end) {
-      if (with_dq) each_query_block(b, h_kv, 0, 0, {}, kOnlyQueries, s);
+      if (with_dq) each_query_block(b, h_kv, 0, 0, {}, kOnlyQueries, link, s);
       return;
     }
     const Index keys = key_end - key_begin;
@@ -97,7 +107,7 @@ struct Backward : GradientTiles<Element, kPlanes> {
     KeyGradients to{with_dq, true, s.dk_head, s.dv_head, s.D_pad, s.D_v_pad};
     const Keys loaded = Tiles::load_keys(first, keys, packed, dk, dv, to, s);
     to.dk -= key_begin * to.dk_row, to.dv -= key_begin * to.dv_row;  // row 0 is key 0
-    each_query_block(b, h_kv, key_begin, key_end, loaded, to, s);
+    each_query_block(b, h_kv, key_begin, key_end, loaded, to, link, s);
     if (!s.dk_head) return;
     copy_rows(s.dk_head, s.D_pad, keys, p.D, Tiles::dk_scale(), dk, p.dk.t);
     copy_rows(s.dv_head, s.D_v_pad, keys, p.D_v, 1.0f, dv, p.dv.t);
@@ -109,28 +119,17 @@ struct Backward : GradientTiles<Element, kPlanes> {
   }
 
   void each_query_block(Index b, Index h_kv, Index key_begin, Index key_end, const Keys& keys,
-                        const KeyGradients& to, BackwardScratch& s) const {
+                        const KeyGradients& to, Link* link, BackwardScratch& s) const {
     const Index group = p.H / p.H_kv;
     for (Index g = 0; g < group; ++g) {
       const Head<Element> head(p, b, h_kv * group + g);
       for (Index t0 = 0; t0 < head.T; t0 += block_rows) {
-        query_block(head, t0, min_of(block_rows, head.T - t0), key_begin, key_end, keys, to, s);
+        if (link && !link->wait(s.worker)) return;
+        query_block(head, t0, min_of(block_rows, head.T - t0), key_begin, key_end, keys, to, link,
+                    s);
+        if (link) link->hand_on();
       }
     }
-  }
-
-  // Whether key heads are too few, or one of them is too long, to be shared out whole.
-  bool few_heads() const {
-    const Index heads = p.B * p.H_kv, threads = usable_threads(p.num_threads);
-    if (are_few(heads, threads)) return true;
-    if (!p.cu_seqlens_q || threads == 1) return false;
-    double longest = 0.0, all = 0.0;
-    for (Index b = 0; b < p.B; ++b) {
-      const Head<Element> head(p, b, 0);
-      const double pairs = static_cast<double>(head.T) * head.S;
-      longest = pairs > longest ? pairs : longest, all += pairs;
-    }
-    return longest * 5 * threads > all * p.H_kv * 7;
   }
 
   // dq, dk and dv of the key heads (b * H_kv + h_kv) that `mine` holds; null: of all.
@@ -139,17 +138,21 @@ struct Backward : GradientTiles<Element, kPlanes> {
     plan.planes = kPlanes;
     const bool in_place = !kPlanes && !kPacks && p.D % kLanes == 0 && p.D_v % kLanes == 0;
     using Layout = PairKeyLayout<Element, kPlanes ? kPlanes : 1>;
-    if (!few_heads()) {
+    const Way way = way_of<Element>(p, block_rows);
+    if (way == Way::kWhole) {
       plan.packed_rows = kPacks && !kPlanes ? p.S : 0;
       plan.head_rows = in_place ? 0 : round_up(p.S, kTileSize);
       plan.keys = kPlanes ? Layout(p, p.S).floats() : 0;
       parallel(p.B * p.H_kv, plan, [&](Index item, BackwardScratch& s) {
         if (mine && !mine[item]) return;
-        key_head(item / p.H_kv, item % p.H_kv, 0, p.S, true, nullptr, s);
+        key_head(item / p.H_kv, item % p.H_kv, 0, p.S, true, nullptr, nullptr, s);
       });
       return;
     }
-    const Blocks ranges(p.cu_seqlens_k, p.B, p.H_kv, p.S, kKeysPerItem);
+    const Index most = way == Way::kLinked ? keys_per_link(p) : kKeysPerItem;
+    const Blocks ranges(p.B, p.H_kv, [&](Index b) {
+      return max_of((Head<Element>(p, b, 0).S + most - 1) / most, 1);
+    });
     const Blocks panels(p.cu_seqlens_k, p.B, p.H_kv, p.S, kPanel);
     const Index panel_floats = Layout(p, kPanel).floats();
     const Arena memory(kPlanes ? panels.count() * panel_floats * sizeof(float) : 0, p.footprint);
@@ -160,25 +163,57 @@ struct Backward : GradientTiles<Element, kPlanes> {
     if constexpr (kPlanes > 0) {
       parallel(ranges.count(), ScratchPlan{0}, [&](Index item, BackwardScratch&) {
         const Block at = ranges[item];
-        const Index index = at.b * p.H_kv + at.h, key = at.index * kKeysPerItem;
+        const Index index = at.b * p.H_kv + at.h, key = at.index * most;
         if (mine && !mine[index]) return;
         const Head<Element> head(p, at.b, at.h * (p.H / p.H_kv));
-        Layout(p, head.S).pack(head, key, min_of(kKeysPerItem, head.S - key), packed_head(index));
+        Layout(p, head.S).pack(head, key, min_of(most, head.S - key), packed_head(index));
       });
+    }
+    if (way == Way::kLinked) {
+      plan.head_rows = in_place ? 0 : most;
+      linked(ranges, most, plan, mine, packed_head);
+      return;
     }
     this->each_block(plan, [&](const Head<Element>& head, Index t0, Index n, BackwardScratch& s) {
       const Index index = head.b * p.H_kv + head.h / (p.H / p.H_kv);
       if (mine && !mine[index]) return;
       Keys keys;
       if constexpr (kPlanes > 0) keys = Layout(p, head.S).keys(head, packed_head(index));
-      query_block(head, t0, n, 0, head.S, keys, kOnlyQueries, s);
+      query_block(head, t0, n, 0, head.S, keys, kOnlyQueries, nullptr, s);
     });
-    plan.head_rows = in_place ? 0 : kKeysPerItem;
+    plan.head_rows = in_place ? 0 : most;
     parallel(ranges.count(), plan, [&](Index item, BackwardScratch& s) {
       const Block at = ranges[item];
-      const Index index = at.b * p.H_kv + at.h, key = at.index * kKeysPerItem;
+      const Index index = at.b * p.H_kv + at.h, key = at.index * most;
       if (mine && !mine[index]) return;
-      key_head(at.b, at.h, key, key + kKeysPerItem, false, packed_head(index), s);
+      key_head(at.b, at.h, key, key + most, false, packed_head(index), nullptr, s);
+    });
+  }
+
+  // The same where each range of `most` keys hands dq on to the next.
+  template <class PackedHead>
+  void linked(const Blocks& ranges, Index most, const ScratchPlan& plan, const bool* mine,
+              const PackedHead& packed_head) const {
+    const Blocks columns(p.cu_seqlens_q, p.B, p.H, p.T, kColumn);
+    float* sums = nullptr;
+    std::atomic<Index>* done = nullptr;
+    const auto cut = [&](Parts parts) {
+      sums = parts.take<float>(columns.count() * Link::column_floats(p.D));
+      done = parts.take<std::atomic<Index>>(ranges.count());
+      return parts.bytes();
+    };
+    const Arena memory(cut(Parts()), p.footprint);
+    cut(Parts(memory.data()));
+    for (Index i = 0; done && i < ranges.count(); ++i) new (done + i) std::atomic<Index>(0);
+    parallel(ranges.count(), plan, [&](Index item, BackwardScratch& s) {
+      // Heads before ranges: then those of one head are far apart, and seldom wait.
+      const Block at = ranges[item];
+      const Index i = at.h * at.count + at.index, h_kv = i % p.H_kv, range = i / p.H_kv;
+      const Index index = at.b * p.H_kv + h_kv;
+      if (mine && !mine[index]) return;
+      Link link(columns, p.H, p.D, sums, range ? done + item - p.H_kv : nullptr, done + item,
+                range + 1 == at.count);
+      key_head(at.b, h_kv, range * most, (range + 1) * most, true, packed_head(index), &link, s);
     });
   }
 

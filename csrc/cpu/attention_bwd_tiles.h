@@ -45,7 +45,6 @@ struct BackwardTiles {
       state.row_term[lane] = lane < live ? row_terms[offset + lane] : 0.0f;
       state.dentropy[lane] = lane < live && p.grad_entropy ? p.grad_entropy[offset + lane] : 0.0f;
     }
-    state.start = Start::kZero;
   }
 
   // Makes the scores of rows that are NaN so, but for those of keys that they do not attend.
