@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,28 +91,27 @@ def train(made: nn.Module, x: Tensor, scale: float) -> list[Tensor]:
 
 
 WRAPS = (ddp, fsdp1, fsdp1_by_size, fsdp2)
+OPERATORS = (("cpu_fwd", "cpu_bwd"), ("cpu_self_attention", "cpu_self_attention_bwd"))
 
 
 def process(rank: int, rendezvous: str, x: Tensor, expected: list[Tensor]) -> None:
     """One of the processes: its half of the batch, gradients averaged over both."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=WORLD)
-    calls, attention = [], attnfast.nn.attention.attention
-
-    def spy(*args: Tensor, **kwargs: Any) -> Any:
-        calls.append(kwargs["backend"])
-        return attention(*args, **kwargs)
-
-    attnfast.nn.attention.attention = spy
     for wrap in WRAPS:
-        calls.clear()
-        losses = train(wrap(model()), x.chunk(WORLD)[rank], 1.0)
+        wrapped = wrap(model())
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            losses = train(wrapped, x.chunk(WORLD)[rank], 1.0)
         for loss in losses:
             dist.all_reduce(loss)
         torch.testing.assert_close(
             losses, expected, msg=lambda said, w=wrap: f"{w.__name__}: {said}"
         )
-        assert calls == ["cpu"] * 3 * STEPS, wrap.__name__
+        calls = {event.key: event.count for event in seen.key_averages()}
+        for forward, backward in OPERATORS:
+            assert calls.get(f"attnfast::{forward}", 0) == calls.get(f"attnfast::{backward}", 0)
+        forwards = sum(calls.get(f"attnfast::{forward}", 0) for forward, _ in OPERATORS)
+        assert forwards == 3 * STEPS, wrap.__name__
     dist.destroy_process_group()
 
 
