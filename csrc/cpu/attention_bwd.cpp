@@ -11,7 +11,7 @@
 // Memory:  per query one float, and dq in fp32 where it is handed on; per thread tiles, and fp32 dk
 //          and dv and what has to be packed of k and v, of one head
 // Pairs:   where the processor multiplies pairs of bf16, all five products of bf16 inputs do, p and
-//          ds rounded to bf16; with AMX those of fp32 inputs too, in three planes (pairs.h)
+//          ds rounded to bf16; with AMX those of fp16 and fp32 inputs too, in planes (pairs.h)
 // Threads: results do not depend on their number
 #include <algorithm>
 #include <type_traits>
@@ -217,13 +217,13 @@ struct Backward : GradientTiles<Element, kPlanes> {
     });
   }
 
-  // Which key heads three planes serve for.
+  // Which key heads planes serve for.
   void find_in_range(bool* in_range) const {
     parallel(p.B * p.H_kv, ScratchPlan{0}, [&](Index item, BackwardScratch&) {
       const Index group = p.H / p.H_kv;
       const Head<Element> first(p, item / p.H_kv, item % p.H_kv * group);
       Peak scores, values, upstream, norms;
-      const auto look = [](Peak& peak, const Element* rows, Index stride, Index n, Index D) {
+      const auto look = [](Peak& peak, const auto* rows, Index stride, Index n, Index D) {
         for (Index i = 0; i < n; ++i)
           for (Index d = 0; d < D; d += kLanes) peak.add(load_part(rows + i * stride + d, D - d));
       };

@@ -82,7 +82,7 @@ struct GradientTiles : BackwardTiles<Element> {
   static constexpr Index kFirstKey = kPanel;
   float dk_scale() const { return p.scale; }
 
-  // q is scaled neither in rows nor, in one plane, in columns.
+  // Rows of q are never scaled, columns in three planes alone.
   void load_block(const Head<Element>& head, Index t0, Index n, BackwardScratch& s,
                   bool row_major) const {
     s.num_columns = (n + kColumn - 1) / kColumn;
@@ -92,8 +92,8 @@ struct GradientTiles : BackwardTiles<Element> {
       BackwardColumn& state = s.columns[c];
       const Index t = c * kColumn, live = min_of(n - t, kColumn);
       transpose_column_in_planes<kPlanes>(q + t * p.q.t, p.q.t, live, p.D,
-                                          kPlanes > 1 ? head.units.factor : 1.0f, state.q_t,
-                                          q_t_plane(), &unused);
+                                          kScalesProducts<kPlanes> ? 1.0f : head.units.factor,
+                                          state.q_t, q_t_plane(), &unused);
       transpose_column_in_planes<kPlanes>(d_o + t * p.grad_out.t, p.grad_out.t, live, p.D_v, 1.0f,
                                           state.do_t, do_t_plane(), &unused);
       this->load_rows(head, t0 + t, live, state);
@@ -197,7 +197,7 @@ struct GradientTiles : BackwardTiles<Element> {
     const PairScores<kPlanes> scores{{state.q_t, kColumn, q_t_plane()},
                                      rows_of(keys.k, key),
                                      (p.D + kPanel - 1) / kPanel,
-                                     kPlanes > 1 ? 1.0f : head.units.factor};
+                                     kScalesProducts<kPlanes> ? head.units.factor : 1.0f};
     score_tile(head, column, key, n, scores, s.p_tile, s.dcapped, nullptr, dead);
     Tiles::spread_nan(state, n, s.p_tile);
 

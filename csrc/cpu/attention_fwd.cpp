@@ -7,7 +7,7 @@
 // Memory:  per thread the block's transposed q and o and one tile of scores; what of k and v cannot
 //          be read in place (keys.h), packed: a tile per thread, or the key heads in work
 // Pairs:   where the processor multiplies pairs of bf16 (AVX512_BF16, AMX), both products of bf16
-//          inputs do, p rounded to bf16; with AMX those of fp32 inputs too, in three planes
+//          inputs do, p rounded to bf16; with AMX those of fp16 and fp32 inputs too, in planes
 //          (pairs.h)
 // Threads: items are independent; a row's result depends on its own sequence alone
 #include <type_traits>

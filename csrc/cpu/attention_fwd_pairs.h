@@ -39,14 +39,14 @@ struct ForwardTiles {
   // Tile registers take what the second-level cache holds.
   static Index keys_per_tile(const AttentionParams&) { return kPairKeys; }
 
-  // False where a query is out of the range of three planes.
+  // False where a query is out of the range of planes.
   static ATTNFAST_INLINE bool load_queries(const Head<Element>& head, const Column& column,
                                            ForwardColumn& state) {
     const AttentionParams& p = head.problem;
     Peak peak;
     transpose_column_in_planes<kPlanes>(head.q + column.t0 * p.q.t, p.q.t, column.rows, p.D,
-                                        kPlanes > 1 ? head.units.factor : 1.0f, state.q_t,
-                                        round_up(p.D, kPanel) / 2 * kColumn, &peak);
+                                        kScalesProducts<kPlanes> ? 1.0f : head.units.factor,
+                                        state.q_t, round_up(p.D, kPanel) / 2 * kColumn, &peak);
     return kPlanes == 1 || Peak::in_range(peak.get());
   }
 
@@ -59,7 +59,7 @@ struct ForwardTiles {
         {state.q_t, kColumn, panels * kPanelPairs * kColumn},
         {tile.k + part.skip * tile.k_row, tile.k_row, kPanelPairs, tile.k_plane},
         panels,
-        kPlanes > 1 ? 1.0f : head.units.factor};
+        kScalesProducts<kPlanes> ? head.units.factor : 1.0f};
     score_tile(head, column, part.first, part.n, products, scratch.s, nullptr, tile_max, dead);
   }
 

@@ -52,7 +52,10 @@ struct ForwardScratch {
     const bool packs_tiles = kPlanes < 2 && !packed.by_team();
     Index k_tile = packs_tiles ? packed.layout.k_floats(kMaxKeys) : 0;
     Index v_tile = packs_tiles ? packed.layout.v_floats(kMaxKeys) : 0;
-    if (kPlanes > 1) v_tile = KeyLayout<Element, 0>(p).v_floats(kMaxKeys);  // out of range: in fp32
+    if (kPlanes > 1) {  // out of range: in fp32
+      const KeyLayout<Element, 0> in_fp32(p);
+      k_tile = in_fp32.k_floats(kMaxKeys), v_tile = in_fp32.v_floats(kMaxKeys);
+    }
     k = floats(k_tile);
     v = floats(v_tile);
   }

@@ -226,7 +226,7 @@ class PackedHeads {
   }
   float* v(Index head) const { return k(head) + layout.k_floats(capacity(head)); }
 
-  // Whether three planes serve for a head.
+  // Whether planes serve for a head.
   bool in_range(Index head) const {
     Peaks most_of_all;
     const Index end = parts_.first_of(head + 1);

@@ -1,4 +1,4 @@
-// Products of pairs of bf16, and fp32 numbers in three bf16 planes.
+// Products of pairs of bf16, and fp16 and fp32 numbers in two and three bf16 planes.
 //
 // With AMX's tiles, or row by row where there is only vdpbf16ps or bfdot:
 //
@@ -7,7 +7,9 @@
 // One plane holds bf16 numbers. Three planes hold fp32 numbers exactly, x = high + middle + low,
 // each the leading 8 bits of what is left (Henry, Tang, Heinecke, "Leveraging the bfloat16
 // artificial intelligence datatype for higher-precision computations", 2019). Six of the nine
-// products are summed; those left out are below 2 ** -21 of |a b|. Numbers of extreme magnitude are
+// products are summed; those left out are below 2 ** -21 of |a b|. Two planes hold fp16 numbers
+// exactly, and of p and ds 16 bits; three of the four products are summed, the fourth is below
+// 2 ** -14 of |a b|, but for scores, which are as exact as fp32's. Numbers of extreme magnitude are
 // left to fp32 products (Peak below).
 #pragma once
 #include "elements.h"
@@ -17,7 +19,7 @@
 
 namespace attnfast::cpu::ATTNFAST_ISA {
 
-// Queries of a key head from which on three planes are worth their making.
+// Queries of a key head from which on more planes than one are worth their making.
 constexpr Index kFewestQueries = 256;
 
 constexpr Index kPanelPairs = kLanes;      // with tiles, what their rows hold
@@ -29,7 +31,13 @@ inline constexpr int kPlanesOf = 0;
 template <>
 inline constexpr int kPlanesOf<BFloat16> = kHasPairs ? 1 : 0;
 template <>
+inline constexpr int kPlanesOf<Float16> = kHasTiles ? 2 : 0;
+template <>
 inline constexpr int kPlanesOf<float> = kHasTiles ? 3 : 0;
+
+// Whether planes hold the rows of q as they are, so that what scales them waits for the products.
+template <int kPlanes>
+inline constexpr bool kScalesProducts = kPlanes == 1 || kPlanes == 2;
 
 // a[plane][i][panel * 16 + k] = data[plane * plane_stride + panel * panel_stride + i * row + k]
 struct PairsA {
@@ -45,7 +53,7 @@ struct PairsB {
 
 #if defined(__AMX_BF16__) || defined(ATTNFAST_EMULATED_TILES)
 // kM x kN tiles of C.
-template <int kPlanes, int kM, int kN>
+template <int kPlanes, int kOrder, int kM, int kN>
 ATTNFAST_INLINE void multiply_tiles(Index panels, PairsA a, PairsB b, const MatrixC& c,
                                     Start start) {
   constexpr int kA = 4, kB = 6;  // C in registers 0 to 3, row by row
@@ -65,7 +73,8 @@ ATTNFAST_INLINE void multiply_tiles(Index panels, PairsA a, PairsB b, const Matr
       const float* a_plane = a.data + i * a.plane_stride;
       tile_load<kA>(a_plane, a.row);
       if (kM > 1) tile_load<kA + 1>(a_plane + kTileSize * a.row, a.row);
-      ATTNFAST_UNROLL for (int j = 0; j < kPlanes - i; ++j) {
+      ATTNFAST_UNROLL for (int j = 0; j < kPlanes; ++j) {
+        if (i + j >= kOrder) break;
         const float* b_plane = b.data + j * b.plane_stride;
         tile_load<kB>(b_plane, b.row);
         if (kN > 1) tile_load<kB + 1>(b_plane + kTileSize, b.row);
@@ -84,34 +93,34 @@ ATTNFAST_INLINE void multiply_tiles(Index panels, PairsA a, PairsB b, const Matr
   if (kM > 1 && kN > 1) tile_store<3>(c.data + kTileSize * c.ld + kTileSize, c.ld);
 }
 
-template <int kPlanes, int kN>
+template <int kPlanes, int kOrder, int kN>
 ATTNFAST_NOINLINE void multiply_tile_columns(Index M, Index panels, PairsA a, const PairsB& b,
                                              MatrixC c, Start start) {
   for (; M > kTileSize; M -= 2 * kTileSize) {
-    multiply_tiles<kPlanes, 2, kN>(panels, a, b, c, start);
+    multiply_tiles<kPlanes, kOrder, 2, kN>(panels, a, b, c, start);
     a.data += 2 * kTileSize * a.row, c.data += 2 * kTileSize * c.ld;
   }
-  if (M > 0) multiply_tiles<kPlanes, 1, kN>(panels, a, b, c, start);
+  if (M > 0) multiply_tiles<kPlanes, kOrder, 1, kN>(panels, a, b, c, start);
 }
 #endif
 
 // M rows; with tiles, rows up to the next multiple of 16 are read and written as well. N: a
-// multiple of kLanes.
-template <int kPlanes>
+// multiple of kLanes. Planes i and j are multiplied where i + j < kOrder.
+template <int kPlanes, int kOrder = kPlanes>
 inline void multiply_pairs(Index M, Index N, Index panels, const PairsA& a, const PairsB& b,
                            const MatrixC& c, Start start) {
 #if defined(__AMX_BF16__) || defined(ATTNFAST_EMULATED_TILES)
   Index n = 0;
   for (; n + 2 * kTileSize <= N; n += 2 * kTileSize) {
-    multiply_tile_columns<kPlanes, 2>(M, panels, a, PairsB{b.data + n, b.row, b.plane_stride},
-                                      MatrixC{c.data + n, c.ld}, start);
+    multiply_tile_columns<kPlanes, kOrder, 2>(
+        M, panels, a, PairsB{b.data + n, b.row, b.plane_stride}, MatrixC{c.data + n, c.ld}, start);
   }
   if (n < N) {
-    multiply_tile_columns<kPlanes, 1>(M, panels, a, PairsB{b.data + n, b.row, b.plane_stride},
-                                      MatrixC{c.data + n, c.ld}, start);
+    multiply_tile_columns<kPlanes, kOrder, 1>(
+        M, panels, a, PairsB{b.data + n, b.row, b.plane_stride}, MatrixC{c.data + n, c.ld}, start);
   }
 #else
-  static_assert(kPlanes == 1, "fp32 planes are for tiles");
+  static_assert(kPlanes == 1, "planes are for tiles");
   gemm_wide<true>(M, N, kPanelPairs, MatrixA{a.data, a.row, 1, panels, a.panel_stride},
                   MatrixB{b.data, b.row}, c, start);
 #endif
@@ -143,7 +152,7 @@ ATTNFAST_INLINE void store_row(Vec first, Vec second, float* to, Index plane_str
   }
 }
 
-// The largest magnitude seen, and whether three planes serve for such numbers. They must not be so
+// The largest magnitude seen, and whether planes serve for such numbers. They must not be so
 // large that a sum overflows where fp32's would not; and where sums of small numbers are the
 // result, the largest must not be so small that the lowest plane falls below the normal numbers,
 // which tiles take for zero. NaN is in range: it comes through in any case.

@@ -14,7 +14,7 @@ namespace attnfast::cpu::ATTNFAST_ISA {
 // forward's were: p is then right to about 1e-4.
 constexpr float kRoundedAlike = 256.0f;
 
-// bf16 scores come from pairs; three planes of fp32 would not pay for one product.
+// bf16 scores come from pairs; planes of fp16 and fp32 would not pay for one product.
 template <class Element>
 constexpr bool kOnPairs = kPlanesOf<Element> == 1;
 

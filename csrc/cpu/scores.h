@@ -139,7 +139,8 @@ struct PairScores {
 
   template <bool kMax>
   void run(Index n, float* s, float* column_max) const {
-    multiply_pairs<kPlanes>(n, kColumn, panels, k, q_t, MatrixC{s, kColumn}, Start::kZero);
+    constexpr int kOrder = kPlanes == 2 ? 3 : kPlanes;  // lse is an fp32 result
+    multiply_pairs<kPlanes, kOrder>(n, kColumn, panels, k, q_t, MatrixC{s, kColumn}, Start::kZero);
     if (!kMax && factor == 1.0f) return;
     for (Index lane = 0; lane < kColumn; lane += kLanes) {
       Vec m = kMax ? load(column_max + lane) : zeros();

@@ -59,7 +59,7 @@ def test_a_constant_changes_no_bit(
         found[height] = run(with_inputs(given, **changes), backend)
     flat, high = found.values()
     for name in set(flat) - {"lse", "max_logit", "dsinks"}:
-        if backend == "cpu" and dtype == fp32 and ops.cpu_isa() in ("amx", "tiles16"):
+        if backend == "cpu" and dtype != torch.bfloat16 and ops.cpu_isa() in ("amx", "tiles16"):
             # large scores leave the planes
             assert_close(high[name], flat[name])
         else:
