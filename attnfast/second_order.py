@@ -10,10 +10,19 @@ from torch import Tensor
 
 from .block_index import dense
 from .call import BLOCK_FIELDS, Inputs, Options
-from .reference import reference_attention, without_autocast
+from .reference import (
+    NEG_INF,
+    allowed,
+    dropout_mask,
+    positions,
+    reference_attention,
+    scores,
+    without_autocast,
+)
 
 PRIMALS = ("q", "k", "v", "bias", "sinks")
 BLOCK_ELEMENTS = 1 << 20  # scores in one block of rows
+CLOSED_FORMS = 4  # so many times as many, since it holds so many times fewer matrices of them
 
 
 class ResultGradients(NamedTuple):
@@ -35,8 +44,9 @@ def second_derivatives(
 ) -> dict[str, Tensor]:
     """The gradient of sum(first gradients * ``toward``) for every differentiable tensor.
 
-    Every block of rows is computed anew by the reference, in fp32 or better, and differentiated
-    twice: memory is that of one block's scores, beside results of the inputs' sizes.
+    Every block of rows is computed anew, in fp32 or better: in closed form where only ``out`` has a
+    gradient, else by the reference, differentiated twice. Memory is that of one block's scores,
+    beside results of the inputs' sizes.
 
     Args:
         inputs: The tensors of the forward call.
@@ -55,15 +65,22 @@ def second_derivatives(
         stats=int("entropy" in grads), weights=options.weights if "weights" in grads else 0
     )
     with without_autocast(inputs.q.device.type):
-        for block in blocks(inputs, options):
+        closed = list(grads) == ["out"] and inputs.sinks is None and options.softcap <= 0
+        elements = BLOCK_ELEMENTS * (CLOSED_FORMS if closed else 1)
+        of_a_row = inputs.q.shape[0] * inputs.q.shape[1]
+        for block in blocks(inputs, options, lambda S: elements // max(1, of_a_row * S)):
             x, dy, direction = (block.cut(tensors, dtype) for tensors in (primals, grads, toward))
-            pullback = vjp(lambda x, dy, block=block: block.backward(x, dy, toward), x, dy)
-            for sums, terms in zip((totals, grad_totals), pullback(direction), strict=True):
+            if closed:
+                results = closed_form(block, x, dy["out"], direction)
+            else:
+                pullback = vjp(lambda x, dy, block=block: block.backward(x, dy, toward), x, dy)
+                results = pullback(direction)
+            for sums, terms in zip((totals, grad_totals), results, strict=True):
                 for name, term in terms.items():
                     sums[name][block.part(name, sums[name])] += term
-    results = [total.to(primals[name].dtype) for name, total in totals.items()]
-    results += [total.to(grads[name].dtype) for name, total in grad_totals.items()]
-    return dict(zip(second_derivative_names(inputs, grads), results, strict=True))
+    found = [total.to(primals[name].dtype) for name, total in totals.items()]
+    found += [total.to(grads[name].dtype) for name, total in grad_totals.items()]
+    return dict(zip(second_derivative_names(inputs, grads), found, strict=True))
 
 
 def primals_of(inputs: Inputs) -> dict[str, Tensor]:
@@ -128,8 +145,8 @@ class Block(NamedTuple):
         (dx,) = vjp(lambda x: self.forward(x, dy), x)(dy)
         return {name: dx[name] for name in wanted}
 
-    def forward(self, x: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-        """The reference's results on the block, as functions of its differentiable tensors."""
+    def call(self, x: dict[str, Tensor]) -> Inputs:
+        """The block's own call, with ``x`` for the differentiable tensors."""
         others = {
             name: tensor[self.part(name, tensor)]
             for name, tensor in self.inputs._asdict().items()
@@ -141,8 +158,12 @@ class Block(NamedTuple):
             longest = self.options.max_seqlen_k or keys
             starts, index, bits = in_blocks
             others["mask"] = dense(starts, index, bits, self.rows, longest)[..., :keys]
+        return Inputs(**x, **others)
+
+    def forward(self, x: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+        """The reference's results on the block, as functions of its differentiable tensors."""
         outputs = reference_attention(
-            Inputs(**x, **others),
+            self.call(x),
             self.options,
             row_start=self.rows.start,
             batch_start=self.sequence or 0,
@@ -157,11 +178,97 @@ class Block(NamedTuple):
         return {name: results[name] for name in wanted}
 
 
-def blocks(
-    inputs: Inputs, options: Options, height: Callable[[int], int] | None = None
-) -> Iterator[Block]:
-    """Cut a call into blocks of ``height(S)`` rows, by default those of BLOCK_ELEMENTS scores."""
-    B, H, T, _ = inputs.q.shape
+def closed_form(
+    block: Block, x: dict[str, Tensor], d_o: Tensor, toward: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A block's second derivatives where out alone has a gradient; docs/math.md has the names."""
+    inputs, options, row = block.call(x), block.options, block.rows.start
+    (B, H, T, _), S, H_kv = inputs.q.shape, inputs.k.shape[2], inputs.k.shape[1]
+    distance = torch.arange(S, device=d_o.device) - positions(inputs, options, row)
+    hidden = ~allowed(inputs, options, distance) if hides(inputs, options) else None
+
+    def hide(y: Tensor, value: float = 0.0) -> Tensor:
+        return y if hidden is None else y.masked_fill_(hidden, value)
+
+    def of_all_heads(y: Tensor) -> Tensor:
+        return y.repeat_interleave(H // H_kv, dim=1) if H_kv < H else y
+
+    def of_key_heads(y: Tensor) -> Tensor:
+        return y.unflatten(1, (H_kv, H // H_kv)).sum(2) if H_kv < H else y
+
+    q, k, v = inputs.q, of_all_heads(inputs.k), of_all_heads(inputs.v)
+    poison: Tensor | float = 0.0
+    if hidden is not None:  # as in the reference: NaN goes nowhere that it was not seen
+        idle_q, idle_k = hidden.all(-1)[..., None], hidden.all(-2)[..., None]
+        k, v = (y.masked_fill(idle_k, 0) for y in (k, v))
+        q, d_o = (y.masked_fill(idle_q, 0) for y in (q, d_o))
+        has_nan = q.isnan().any(-1, keepdim=True)
+        poison = torch.where(has_nan, q, 0).sum(-1, keepdim=True)
+        q = q.masked_fill(has_nan, 0)
+    p = scores(q @ k.mT, inputs, options, distance).add_(poison)
+    p = hide(torch.softmax(hide(p, NEG_INF), -1))
+    kept = None
+    if options.dropout_p > 0:
+        assert inputs.dropout_seed is not None
+        start = {"row_start": row, "batch_start": block.sequence or 0}
+        kept = dropout_mask(inputs.dropout_seed, B, H, T, S, options.dropout_p, **start).to(p.dtype)
+        kept /= 1 - options.dropout_p if options.dropout_p < 1 else 1
+
+    def drop(y: Tensor) -> Tensor:
+        return y if kept is None else y.mul_(kept)
+
+    by = {name: of_all_heads(y) if name in ("k", "v") else y for name, y in toward.items()}
+    g = torch.zeros_like(p)  # d / d ds
+    if pairs := [
+        (by[a], b) if a == "q" else (b, by[a]) for a, b in (("q", k), ("k", q)) if a in by
+    ]:
+        rows, columns = (torch.cat(y, -1) for y in zip(*pairs, strict=True))
+        g = (rows * options.scale) @ columns.mT
+    if "bias" in by:
+        g += by["bias"]
+    g = hide(g)
+    dp = hide(drop(d_o @ v.mT))
+    dp -= (p * dp).sum(-1, keepdim=True)
+    ds = hide(p * dp)
+    g -= (p * g).sum(-1, keepdim=True)
+    d_dp = drop(hide(p * g))
+    # d / dp, but for multiples of the row: sum(p (dp - delta)) = 0
+    e = g.mul_(dp)
+    if "v" in by:
+        e += drop(d_o @ by["v"].mT)
+    e -= (p * e).sum(-1, keepdim=True)
+    e = hide(e.mul_(p))
+    dq, dk = e @ k, e.mT @ q
+    if "k" in by:
+        dq += ds @ by["k"]
+    if "q" in by:
+        dk += ds.mT @ by["q"]
+    dv, d_do = d_dp.mT @ d_o, d_dp @ v
+    if "v" in by:
+        d_do += drop(p) @ by["v"]
+    if hidden is not None:
+        dq, d_do = (y.masked_fill_(idle_q, 0) for y in (dq, d_do))
+        dk, dv = (y.masked_fill_(idle_k, 0) for y in (dk, dv))
+    terms = {
+        "q": dq.mul_(options.scale),
+        "k": of_key_heads(dk).mul_(options.scale),
+        "v": of_key_heads(dv),
+    }
+    if "bias" in x:
+        terms["bias"] = e.sum_to_size(x["bias"].shape)
+    return terms, {"out": d_do}
+
+
+def hides(inputs: Inputs, options: Options) -> bool:
+    """Whether there may be keys that a query must not see."""
+    limits = (inputs.mask, inputs.bias, inputs.windows, inputs.indices)
+    sides = (options.window_left, options.window_right)
+    return options.causal or max(sides) >= 0 or any(limit is not None for limit in limits)
+
+
+def blocks(inputs: Inputs, options: Options, height: Callable[[int], int]) -> Iterator[Block]:
+    """Cut a call into blocks of ``height(S)`` rows."""
+    T = inputs.q.shape[2]
     q_ends, k_ends = [0, T], [0, inputs.k.shape[2]]
     if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
         q_ends, k_ends = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
@@ -169,7 +276,7 @@ def blocks(
         T, S = q_ends[i + 1] - q_start, k_ends[i + 1] - k_start
         offset = options.align_offset + (S - T if options.align_bottom_right else 0)
         aligned = options._replace(align_offset=offset, align_bottom_right=False)
-        step = height(S) if height else max(1, BLOCK_ELEMENTS // max(1, B * H * S))
+        step = max(1, height(S))
         for row in range(0, T, step):
             sequence = None if inputs.cu_seqlens_q is None else i
             rows, k_rows = slice(row, min(row + step, T)), slice(k_start, k_start + S)

@@ -279,7 +279,7 @@ def test_mapped() -> None:
 
 @pytest.mark.parametrize("at_once", [second_order.BLOCK_ELEMENTS, 2 * 4 * 90 * 9])
 def test_second_derivatives(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(second_order, "BLOCK_ELEMENTS", at_once)  # all rows at once, or nine
+    monkeypatch.setattr(second_order, "BLOCK_ELEMENTS", at_once)  # all rows at once, or few
     mask = BlockMask.from_mask(drawn(2, 1, 70, 90), 64)
     found = []
     for given in (mask, mask.to_dense()):

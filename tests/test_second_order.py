@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +93,45 @@ CASES = {
         stats=1,
         grads=ALL_GRADS,
     ),
+    "out alone, every option": Case(
+        T=5,
+        S=7,
+        D=4,
+        D_v=3,
+        H=4,
+        H_kv=2,
+        causal=True,
+        align="bottom_right",
+        window=(5, -1),
+        alibi="bh",
+        mask="bts",
+        bias="ht",
+        dropout_p=0.3,
+    ),
+    "out alone, chosen keys": Case(
+        T=6, S=9, D=4, H=4, H_kv=2, indices=5, causal=True, align="bottom_right"
+    ),
+    "out alone, windows": Case(
+        T=6,
+        S=9,
+        D=4,
+        H=4,
+        windows=((2, 0), (-1, 1), (0, -1), (-1, -1)),
+        align="tensor",
+        bias="hts",
+        masking_bias=True,
+    ),
+    "out alone, varlen": Case(
+        lengths=((3, 2), (0, 4), (5, 7), (2, 0)),
+        H=4,
+        H_kv=2,
+        D=4,
+        causal=True,
+        align="bottom_right",
+        mask="ts",
+        bias="hs",
+        dropout_p=0.3,
+    ),
 }
 
 
@@ -149,6 +190,30 @@ def test_second_derivatives_are_those_of_the_reference(
     assert_all_close(second, expected_second)
     assert {"q", "k"} <= second.keys()
     assert any(g.abs().max() > 0.1 for g in second.values())
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "out"])
+def test_nan_goes_no_further_than_in_the_reference(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a causal mask: the closed form, and the reference differentiated twice."""
+    inputs, options, cotangents = in_double(problem(replace(CASES["plain"], causal=True)))
+    grads = {"out": cotangents.out.double()}
+    toward = {x: torch.randn_like(getattr(inputs, x)) for x in ("q", "k", "v")}
+    spoilt = grads["out"] if name == "out" else getattr(inputs, name)
+    spoilt[0, 0, 3, 1] = torch.nan
+    closed = second_order.second_derivatives(inputs, options, grads, toward)
+
+    def twice(block: Any, x: Any, d_o: Tensor, toward: Any) -> Any:
+        pullback = second_order.vjp(lambda x, dy: block.backward(x, dy, toward), x, {"out": d_o})
+        return pullback(toward)
+
+    monkeypatch.setattr(second_order, "closed_form", twice)
+    torch.testing.assert_close(
+        closed, second_order.second_derivatives(inputs, options, grads, toward), equal_nan=True
+    )
+    assert any(x.isnan().any() for x in closed.values())
+    assert not all(x.isnan().all() for x in closed.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -214,15 +279,28 @@ def test_the_second_derivative_is_the_derivative_of_the_first(
     torch.testing.assert_close(slope, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
-def test_blocks_of_rows_keep_memory_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("names", "most"), [(("out",), 4000), (("out", "lse"), 1000)])
+def test_blocks_of_rows_keep_memory_linear(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], most: int
+) -> None:
+    blocks, seen = second_order.blocks, []
+
+    def spy(*args: Any) -> Iterator[second_order.Block]:
+        for block in blocks(*args):
+            seen.append(block)
+            yield block
+
     monkeypatch.setattr(second_order, "BLOCK_ELEMENTS", 1000)
-    for case in (Case(B=2, H=3, T=300, S=129), Case(lengths=((50, 3), (9, 300), (0, 5)))):
+    monkeypatch.setattr(second_order, "blocks", spy)
+    for case in (Case(B=2, H=4, T=100, S=39), Case(lengths=((50, 3), (9, 300), (0, 5)))):
         inputs, options, _ = problem(case)
         B, H, T, _ = inputs.q.shape
-        rows = 0
-        for block in second_order.blocks(inputs, options):
+        results = {"out": (B, H, T, inputs.v.shape[3]), "lse": (B, H, T)}
+        grads = {name: torch.randn(results[name]) for name in names}
+        seen.clear()
+        second_order.second_derivatives(inputs, options, grads, {"q": torch.ones_like(inputs.q)})
+        for block in seen:
             height = block.rows.stop - block.rows.start
             S = block.k_rows.stop - block.k_rows.start
-            assert height == 1 or B * H * height * S <= 1000
-            rows += height
-        assert rows == T
+            assert height == 1 or B * H * height * S <= most
+        assert sum(block.rows.stop - block.rows.start for block in seen) == T
