@@ -172,7 +172,8 @@ inline const float* without_poison(const float* rows, Index D_pad, Index plane_s
   return result;
 }
 
-// The packed heads that a team works on: consecutive ones, as many as kPackedBytes holds or one.
+// The packed heads that a team works on: consecutive ones, as many as kPackedBytes holds; in more
+// planes than one, which cost more to make, at least one of any length.
 template <class Element, int kPlanes>
 class PackedHeads {
  public:
@@ -184,9 +185,9 @@ class PackedHeads {
         panels_(p.cu_seqlens_k, p.B, p.H_kv, p.S, kPanel),
         parts_(p.cu_seqlens_k, p.B, p.H_kv, p.S, kPackedKeys) {
     if (!layout.packs() || panels_.count() == 0) return;
-    if (kPlanes < 2 && items_per_key_head < 2) return;
     most_panels_ = static_cast<Index>(kPackedBytes / (panel_floats() * sizeof(float)));
     const Index longest = (p.S + kPanel - 1) / kPanel;
+    if (kPlanes < 2 && (items_per_key_head < 2 || longest > most_panels_)) return;
     const Index panels = min_of(max_of(most_panels_, longest), panels_.count());
     const auto cut = [&](Parts parts) {
       data_ = parts.take<float>(panels * panel_floats());
