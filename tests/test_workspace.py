@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from attnfast.backends import cpu
+from attnfast.call import Inputs, Options
+from attnfast.ops import cpu_isa
 
 HEAP = r"""
 #include <malloc.h>
@@ -194,3 +197,15 @@ def test_explain_says_what_a_call_takes(tmp_path: Path) -> None:
         assert len(said) == len(taken) > 0, (name, process.stderr)
         for claim, size in zip(said, taken, strict=True):
             assert abs(claim - size) < 0.01 * claim + (32 << 10), (name, said, taken)
+
+
+@pytest.mark.skipif(cpu.MISSING is not None, reason="no native library")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_forward_of_a_long_call_takes_4_mb_a_thread(dtype: str) -> None:
+    """Of 65,536 tokens; but for planes on AMX's tiles, which are made for whole heads."""
+    if dtype != "bfloat16" and cpu_isa() in ("amx", "tiles16"):
+        pytest.skip("packs whole heads in planes")
+    x = torch.empty(1, 1, 1 << 16, 64, dtype=getattr(torch, dtype))
+    arguments = (*Inputs(x, x, x), *Options(0.125, causal=True), False)
+    forward, _ = torch.ops.attnfast.cpu_workspace(*arguments)
+    assert 0 < forward <= 4e6 * torch.get_num_threads()
