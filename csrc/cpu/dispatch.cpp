@@ -1,5 +1,4 @@
-// Which instruction set's kernels run: the best that the machine has, unless ATTNFAST_CPU_ISA names
-// another.
+// Which instruction set's kernels run: the best for this machine, unless ATTNFAST_CPU_ISA names another.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -38,11 +37,21 @@ bool has_f16c() {
 [[maybe_unused]] bool runs_avx512_bf16() {
   return runs_avx512() && __builtin_cpu_supports("avx512bf16");
 }
+// Intel's processors from AVX512-FP16 on multiply pairs of bf16 at less than half the rate of fp32
+// (kFastPairs), in which avx512 computes.
+bool serves(const std::string& isa) {
+  unsigned a, b, c, d;
+  return isa != "avx512_bf16" || !__builtin_cpu_is("intel") ||
+         !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & bit_AVX512FP16);
+}
 [[maybe_unused]] bool runs_amx() { return runs_avx512_bf16() && has_tile_registers(); }
 // In sanitizer builds only, in AVX2 instructions: the shapes of avx512 and of amx.
 [[maybe_unused]] bool runs_lanes16() { return runs_avx2(); }
 [[maybe_unused]] bool runs_tiles16() { return runs_avx2(); }
-#elif defined(__aarch64__)
+#else
+bool serves(const std::string&) { return true; }
+#endif
+#if defined(__aarch64__)
 [[maybe_unused]] bool runs_neon() { return true; }
 #if defined(__linux__)
 [[maybe_unused]] bool runs_neon_bf16() { return getauxval(AT_HWCAP2) & HWCAP2_BF16; }
@@ -73,8 +82,8 @@ const Kernels& choose() {
   const Row* rows = table(&count);
   const char* wanted = getenv("ATTNFAST_CPU_ISA");
   for (int i = 0; i < count; ++i) {
-    if (rows[i].runs && (!wanted || !*wanted || std::string(wanted) == rows[i].kernels.name))
-      return rows[i].kernels;
+    const std::string name = rows[i].kernels.name;
+    if (rows[i].runs && (wanted && *wanted ? name == wanted : serves(name))) return rows[i].kernels;
   }
   throw std::runtime_error(std::string("ATTNFAST_CPU_ISA must be one of ") + runnable_isas() +
                            " on this machine, got " + wanted);
