@@ -63,7 +63,7 @@ struct Decode {
   explicit Decode(const DecodeParams& params)
       : p(params),
         k_shape(p.D, kRowStep<Element>),
-        v_shape(p.D_v),
+        v_shape(p.D_v, kValueStep<Element>),
         group_rows(p.T * (p.H / p.H_kv)),
         chunks((group_rows + kMaxRows - 1) / kMaxRows),
         block_keys(keys_per_block(p)),
@@ -87,27 +87,29 @@ struct Decode {
 
   Index row_of(Index b, Index h, Index t) const { return (b * p.H + h) * p.T + t; }
 
-  // The query row, vector by vector as RowShape says, each element in one vector only: times
-  // factor in fp32, or as it is on pairs.
+  // The query row, step by step as RowShape says, each element in one only: times factor and in
+  // parts, or as it is on pairs.
   void load_query(Index b, const Row& row, float* q) const {
     const Element* from =
         static_cast<const Element*>(p.q.data) + b * p.q.b + row.h * p.q.h + row.t * p.q.t;
-    Index whole = 0;  // vectors
-    if constexpr (!kOnPairs<Element>) {
-      for (; whole + kLanes <= p.D; whole += kLanes) {
-        store(q + whole, load(from + whole) * units.factor);
-      }
-    } else {
-      whole = p.D / k_shape.step * k_shape.step;
+    const Index step = k_shape.step, whole = p.D / step * step;
+    if constexpr (kOnPairs<Element>) {
       memcpy(q, from, whole * sizeof(Element));
+    } else {
+      for (Index d = 0; d < whole; d += step) {
+        Vec parts[kParts<Element>];
+        load_parts(from + d, parts);
+        for (int i = 0; i < kParts<Element>; ++i)
+          store(q + d + i * kLanes, parts[i] * units.factor);
+      }
     }
     for (Index d = whole; d < k_shape.padded; ++d) {
-      const Index begin = d / k_shape.step * k_shape.step, i = k_shape.at(begin) + d - begin;
+      const Index begin = d / step * step, i = k_shape.at(begin) + d - begin;
       const bool first = i < p.D && i >= begin;
       if constexpr (kOnPairs<Element>) {
         reinterpret_cast<Element*>(q)[d] = first ? from[i] : Element{};
       } else {
-        q[d] = first ? to_float(from[i]) * units.factor : 0.0f;
+        q[place<Element>(d)] = first ? to_float(from[i]) * units.factor : 0.0f;
       }
     }
   }
@@ -126,10 +128,9 @@ struct Decode {
     for (Index i = 0; i < num_rows; ++i) {
       rows[i] = Row(p, sequence, b, h_kv, row0 + i, units.natural);
       first = min_of(first, rows[i].begin);
-      load_query(b, rows[i], scratch.q + i * (k_shape.padded / k_shape.step * kLanes));
-      memset(o + i * o_stride, 0, v_shape.padded * sizeof(float));
-      Partial state(o + i * o_stride, v_shape);
-      state.m = -kInfinity, state.l = 0.0f;
+      load_query(b, rows[i],
+                 scratch.q + i * (k_shape.padded / k_shape.step * kParts<Element> * kLanes));
+      Partial(o + i * o_stride, v_shape).clear(v_shape);
     }
     begin += max_of(first - begin, 0) / block_keys * block_keys;
     KeyBlock<Element> even(scratch.k_copy, scratch.v_copy);
@@ -185,7 +186,7 @@ struct Decode {
     float rescale[kMaxPieces], l = l_sink;
     for (Index i = 0; i < pieces; ++i) {
       rescale[i] = exp2_of((piece(i).m - base) * units.to_log2);
-      l += piece(i).l * rescale[i];
+      l += sum_lanes(load(piece(i).l)) * rescale[i];
     }
     const Index at = row_of(b, h, t);
     const float log2_l = log2(broadcast(l))[0],
@@ -202,10 +203,17 @@ struct Decode {
 
     const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
     Element* out = static_cast<Element*>(p.out.data) + b * p.out.b + h * p.out.h + t * p.out.t;
-    for (Index d = 0; d < p.D_v; d += kLanes) {
-      Vec o = zeros();
-      for (Index i = 0; i < pieces; ++i) o += load(piece(i).o + d) * rescale[i];
-      store_some(out + v_shape.at(d), o * inverse, min_of(p.D_v, kLanes));
+    for (Index d = 0; d < p.D_v; d += v_shape.step) {
+      Vec o[kParts<Element>] = {};
+      for (Index i = 0; i < pieces; ++i) {
+        for (int part = 0; part < kParts<Element>; ++part)
+          o[part] += load(piece(i).o + d + part * kLanes) * rescale[i];
+      }
+      join_parts<Element>(o);
+      for (int part = 0; part < kParts<Element>; ++part) {
+        const Index width = min_of(p.D_v - part * kLanes, kLanes);
+        if (width > 0) store_some(out + v_shape.at(d) + part * kLanes, o[part] * inverse, width);
+      }
     }
   }
 

@@ -16,13 +16,19 @@ constexpr Index kMaxBlock = 128;         // keys whose scores are held at once
 constexpr Index kBlockBytes = 16 << 10;  // of k or v rows in one block: half of a first-level cache
 constexpr Index kMinPiece = 512;         // keys of one item
 constexpr Index kMaxPieces = 64;         // items that a sequence's keys are cut into
-constexpr int kValueRows = 4;            // rows and vectors of o that stay in registers
-constexpr int kValueVecs = kLanes == 16 ? 4 : 2;
+// Rows of o times vectors of it that stay in registers, of which there are 32 with 16 lanes.
+constexpr int kValueRows = 4, kValueVecs = kLanes == 16 ? 4 : 2;
 // Whether products are on pairs of bf16: of a row's elements with q, and of two keys' with p.
 template <class Element>
-constexpr bool kOnPairs = kHasPairs && std::is_same_v<Element, BFloat16>;
+constexpr bool kOnPairs = kFastPairs && std::is_same_v<Element, BFloat16>;
+// Otherwise bf16 is read in pairs and computed in fp32, the even elements apart from the odd ones:
+// a shift and a mask for two vectors. Rows of q and o have them apart too.
 template <class Element>
-constexpr Index kRowStep = kOnPairs<Element> ? 2 * kLanes : kLanes;  // elements of a vector of k
+constexpr int kParts = !kOnPairs<Element> && std::is_same_v<Element, BFloat16> ? 2 : 1;
+template <class Element>
+constexpr Index kValueStep = kParts<Element> * kLanes;  // elements of v that are read at once
+template <class Element>
+constexpr Index kRowStep = kOnPairs<Element> ? 2 * kLanes : kValueStep<Element>;  // of k
 
 // The keys of one batch entry that any of its queries attends to, and how they are cut.
 struct Sequence {
@@ -45,6 +51,40 @@ struct RowShape {
       : D(d), step(step), padded(max_of(round_up(d, step), step)), last(max_of(d - step, 0)) {}
   Index at(Index i) const { return min_of(i, last); }  // where the vector i .. i + step - 1 starts
 };
+
+// Where element i of a row of q or o lies.
+template <class Element>
+constexpr Index place(Index i) {
+  constexpr Index kStep = kValueStep<Element>, kCount = kParts<Element>;
+  return i / kStep * kStep + i % kStep % kCount * kLanes + i % kStep / kCount;
+}
+
+ATTNFAST_INLINE Vec load_pairs(const BFloat16* p) {
+  Vec pairs;  // at no alignment of fp32
+  memcpy(&pairs, p, sizeof pairs);
+  return pairs;
+}
+
+// The kValueStep elements from p on in fp32, part by part.
+template <class Element>
+ATTNFAST_INLINE void load_parts(const Element* p, Vec* parts) {
+  if constexpr (kParts<Element> == 2) {
+    const UVec pairs = bit_cast<UVec>(load_pairs(p));
+    parts[0] = bit_cast<Vec>(pairs << 16), parts[1] = bit_cast<Vec>(pairs & 0xffff0000u);
+  } else {
+    parts[0] = load(p);
+  }
+}
+
+// The parts as consecutive elements again.
+template <class Element>
+ATTNFAST_INLINE void join_parts(Vec* parts) {
+  if constexpr (kParts<Element> == 2) {
+    float rows[2 * kLanes];
+    for (Index i = 0; i < kLanes; ++i) rows[2 * i] = parts[0][i], rows[2 * i + 1] = parts[1][i];
+    parts[0] = load(rows), parts[1] = load(rows + kLanes);
+  }
+}
 
 // One query row of an item and what it may attend to.
 struct Row {
@@ -124,7 +164,7 @@ struct KeyBlock {
     key = first, n = count;
     if (n == 0) return;
     find_rows(p, p.k, b, h_kv, p.D, kRowStep<Element>, k_copy, k);
-    find_rows(p, p.v, b, h_kv, p.D_v, kLanes, v_copy, v);
+    find_rows(p, p.v, b, h_kv, p.D_v, kValueStep<Element>, v_copy, v);
   }
 
   // Whether each of its rows has one at its place in the next block.
@@ -156,15 +196,8 @@ struct KeyBlock {
   }
 };
 
-// q or k as the products of scores take them.
-template <class Element>
-ATTNFAST_INLINE Vec load_factors(const Element* p) {
-  if constexpr (kOnPairs<Element>) {
-    return load(reinterpret_cast<const float*>(p));
-  } else {
-    return load(p);
-  }
-}
+template <int kCount>
+using Count = std::integral_constant<int, kCount>;
 
 // Asks for the cache line of the element at `at` of a row of which all vectors are asked for so.
 template <Index kStep, class Element>
@@ -173,28 +206,39 @@ ATTNFAST_INLINE void ask(const Element* row, Index at) {
   if (kStep >= kLine || at % kLine == 0) __builtin_prefetch(row + at, 0, 3);
 }
 
+// The keys whose rows in `ahead` are asked for.
+enum class Asks { kNone, kAll, kEven, kOdd };
+
 // s[row][key] = factor q[row] . k[key] for kRows rows and kLanes keys, kLanes products at a time;
-// with every vector of k the one at its place in `ahead` is asked for, evenly among the products:
-// a burst of requests would wait for one another, and the products for them.
-template <int kRows, bool kAhead, class Element>
+// with vectors of k those at their place in `ahead` are asked for, evenly among the products: a
+// burst of requests would wait for one another, and the products for them.
+template <int kRows, Asks kAsks, class Element>
 ATTNFAST_NOINLINE void dot_rows(const Element* const* k, const Element* const* ahead,
                                 const RowShape& shape, const float* q, Index q_row, float factor,
                                 float* s) {
-  constexpr int kKeys = kLanes / kRows, kAtOnce = kKeys < 4 ? kKeys : 4;
+  constexpr int kKeys = kLanes / kRows, kAtOnce = kKeys < 4 ? kKeys : 4, kCount = kParts<Element>;
   for (Index j = 0; j < kLanes; j += kKeys) {
     Vec sums[kLanes];
     ATTNFAST_UNROLL for (int i = 0; i < kLanes; ++i) sums[i] = zeros();
     ATTNFAST_UNROLL for (int first = 0; first < kKeys; first += kAtOnce) {
-      for (Index d = 0, i = 0; d < shape.padded; d += shape.step, i += kLanes) {
+      for (Index d = 0, i = 0; d < shape.padded; d += shape.step, i += kCount * kLanes) {
         const Index at = shape.at(d);
-        Vec qv[kRows];
-        ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) qv[row] = load(q + row * q_row + i);
         ATTNFAST_UNROLL for (int key = first; key < first + kAtOnce; ++key) {
-          const Vec kv = load_factors(k[j + key] + at);
-          if (kAhead) ask<kRowStep<Element>>(ahead[j + key], at);
+          const Element* row_k = k[j + key] + at;
+          Vec kv[kCount];
+          if constexpr (kOnPairs<Element>) {
+            kv[0] = load_pairs(row_k);
+          } else {
+            load_parts(row_k, kv);
+          }
+          if (kAsks == Asks::kAll || kAsks == (key % 2 ? Asks::kOdd : Asks::kEven))
+            ask<kRowStep<Element>>(ahead[j + key], at);
           ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
             Vec& sum = sums[row * kKeys + key];
-            sum = kOnPairs<Element> ? multiply_add_pairs(kv, qv[row], sum) : kv * qv[row] + sum;
+            ATTNFAST_UNROLL for (int part = 0; part < kCount; ++part) {
+              const Vec qv = load(q + row * q_row + i + part * kLanes);
+              sum = kOnPairs<Element> ? multiply_add_pairs(kv[part], qv, sum) : kv[part] * qv + sum;
+            }
           }
         }
       }
@@ -211,18 +255,20 @@ ATTNFAST_NOINLINE void dot_rows(const Element* const* k, const Element* const* a
 template <class Element>
 void dot_block(const KeyBlock<Element>& block, const RowShape& shape, const float* q, Index rows,
                float factor, float* s) {
-  const Index q_row = shape.padded / shape.step * kLanes;
+  const Index q_row = shape.padded / shape.step * kParts<Element> * kLanes;
   for (Index j = 0; j < block.n; j += kLanes) {
-    const auto run = [&](auto asking, auto not_asking, Index row) {
-      const auto dot = row == 0 ? asking : not_asking;
+    const auto run = [&](auto count, Index row) {
+      constexpr int kRows = decltype(count)::value;
+      auto dot = dot_rows<kRows, Asks::kNone, Element>;
+      if (row == 0) dot = dot_rows<kRows, Asks::kAll, Element>;
+      if (row == 0 && rows >= 2 * kRows) dot = dot_rows<kRows, Asks::kEven, Element>;
+      if (row == kRows) dot = dot_rows<kRows, Asks::kOdd, Element>;
       dot(block.k + j, block.v + j, shape, q + row * q_row, q_row, factor, s + row * kMaxBlock + j);
     };
     Index row = 0;
-    for (; row + 4 <= rows; row += 4)
-      run(dot_rows<4, true, Element>, dot_rows<4, false, Element>, row);
-    for (; row + 2 <= rows; row += 2)
-      run(dot_rows<2, true, Element>, dot_rows<2, false, Element>, row);
-    for (; row < rows; ++row) run(dot_rows<1, true, Element>, dot_rows<1, false, Element>, row);
+    for (; row + 4 <= rows; row += 4) run(Count<4>(), row);
+    for (; row + 2 <= rows; row += 2) run(Count<2>(), row);
+    for (; row < rows; ++row) run(Count<1>(), row);
   }
 }
 
@@ -283,11 +329,17 @@ inline void edit_scores(const DecodeParams& p, const Scaling& units, Index b, co
 // What a row's keys so far, or those of one piece, come to.
 struct Partial {
   float* o;  // [padded D_v]
+  float* l;  // [kLanes]: sums of p
   float& m;  // running maximum, in units
-  float& l;  // sum of p
 
-  Partial(float* slot, const RowShape& v) : o(slot), m(slot[v.padded]), l(slot[v.padded + 1]) {}
-  static Index size(const RowShape& v) { return v.padded + kLanes; }
+  Partial(float* slot, const RowShape& v)
+      : o(slot), l(slot + v.padded), m(slot[v.padded + kLanes]) {}
+  static Index size(const RowShape& v) { return v.padded + 2 * kLanes; }
+
+  void clear(const RowShape& v) {
+    memset(o, 0, (v.padded + kLanes) * sizeof(float));
+    m = -kInfinity;
+  }
 };
 
 inline float exp2_of(float x) { return exp2(broadcast(x))[0]; }
@@ -297,22 +349,20 @@ inline void exponentiate(float to_log2, Index n, const RowShape& v, float* s, Pa
   const Index width = round_up(n, kLanes);
   Vec top = broadcast(partial.m);
   for (Index j = 0; j < width; j += kLanes) top = max(load(s + j), top);
-  const float m = max_lanes(top);
-  if (m > partial.m) {
-    const float drop = partial.m - m, rescale = exp2_of(drop * to_log2);
-    for (Index d = 0; d < v.padded; d += kLanes)
+  if (any(top > partial.m)) {
+    const float m = max_lanes(top), rescale = exp2_of((partial.m - m) * to_log2);
+    for (Index d = 0; d < v.padded + kLanes; d += kLanes)  // o, and l after it
       store(partial.o + d, load(partial.o + d) * rescale);
-    partial.l *= rescale;
     partial.m = m;
   }
-  const float base = m == -kInfinity ? 0.0f : m;
-  Vec l = zeros();
+  const float base = partial.m == -kInfinity ? 0.0f : partial.m;
+  Vec l = load(partial.l);
   for (Index j = 0; j < width; j += kLanes) {
     const Vec depth = load(s + j) - base, p = exp2(depth * to_log2);
     l += p;
     store(s + j, p);
   }
-  partial.l += sum_lanes(l);
+  store(partial.l, l);
 }
 
 // o[row] += p[row] v over n keys, for kRows rows and kVecs vectors from element d on; `ahead` as in
@@ -321,16 +371,17 @@ template <int kRows, int kVecs, bool kAhead, class Element>
 ATTNFAST_NOINLINE void add_value_tile(const Element* const* v, const Element* const* ahead, Index n,
                                       const RowShape& shape, Index d, const float* p, float* o,
                                       Index o_stride) {
+  constexpr int kCount = kParts<Element>, kReads = kVecs / kCount;
   Vec sums[kRows][kVecs];
-  Index at[kVecs];
+  Index at[kReads];
+  ATTNFAST_UNROLL for (int i = 0; i < kReads; ++i) at[i] = shape.at(d + i * kCount * kLanes);
   ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) {
-    at[i] = shape.at(d + i * kLanes);
     ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) sums[row][i] =
         load(o + row * o_stride + d + i * kLanes);
   }
   const auto add = [&](const auto& value_of, const auto& weight_of) {
     Vec value[kVecs];
-    ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) value[i] = value_of(at[i]);
+    ATTNFAST_UNROLL for (int i = 0; i < kReads; ++i) value_of(at[i], value + i * kCount);
     ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
       const Vec weight = weight_of(p + row * kMaxBlock);
       ATTNFAST_UNROLL for (int i = 0; i < kVecs; ++i) {
@@ -341,7 +392,8 @@ ATTNFAST_NOINLINE void add_value_tile(const Element* const* v, const Element* co
     }
   };
   const auto ask_for = [&](Index j) {
-    ATTNFAST_UNROLL for (int i = 0; kAhead && i < kVecs; ++i) ask<kLanes>(ahead[j], at[i]);
+    ATTNFAST_UNROLL for (int i = 0; kAhead && i < kReads; ++i)
+        ask<kValueStep<Element>>(ahead[j], at[i]);
   };
   if constexpr (kOnPairs<Element>) {
     static const BFloat16 none[kLanes] = {};  // no key twice: 0 * Inf would be NaN
@@ -349,13 +401,14 @@ ATTNFAST_NOINLINE void add_value_tile(const Element* const* v, const Element* co
       const bool both = j + 1 < n;
       ask_for(j);
       if (both) ask_for(j + 1);
-      add([&](Index d) { return pairs_of_rows(v[j] + d, both ? v[j + 1] + d : none); },
+      add([&](Index d, Vec* x) { *x = pairs_of_rows(v[j] + d, both ? v[j + 1] + d : none); },
           [&](const float* p) { return broadcast(p[j / 2]); });
     }
   } else {
     for (Index j = 0; j < n; ++j) {
       ask_for(j);
-      add([&](Index d) { return load(v[j] + d); }, [&](const float* p) { return broadcast(p[j]); });
+      add([&](Index d, Vec* x) { load_parts(v[j] + d, x); },
+          [&](const float* p) { return broadcast(p[j]); });
     }
   }
   ATTNFAST_UNROLL for (int row = 0; row < kRows; ++row) {
@@ -363,9 +416,6 @@ ATTNFAST_NOINLINE void add_value_tile(const Element* const* v, const Element* co
         store(o + row * o_stride + d + i * kLanes, sums[row][i]);
   }
 }
-
-template <int kCount>
-using Count = std::integral_constant<int, kCount>;
 
 // o[row] += p[row] v over the keys of a block, while the next block's keys are on their way. On pairs
 // p is left as pairs of keys.
@@ -396,10 +446,12 @@ void add_values(const KeyBlock<Element>& block, const KeyBlock<Element>& next,
                  add_value_tile<kRows, kVecs, false, Element>, row, d);
     };
     if (kRows == 1) add_vectors(Count<2 * kValueVecs>());
-    add_vectors(Count<kValueVecs>());
-    add_vectors(Count<1>());
+    add_vectors(Count<kRows == 8 ? 2 : kValueVecs>());
+    add_vectors(Count<kParts<Element>>());
   };
   Index row = 0;
+  if constexpr (kLanes == 16)
+    for (; row + 8 <= rows; row += 8) add_rows(Count<8>(), row);
   for (; row + kValueRows <= rows; row += kValueRows) add_rows(Count<kValueRows>(), row);
   for (; row + 2 <= rows; row += 2) add_rows(Count<2>(), row);
   for (; row < rows; ++row) add_rows(Count<1>(), row);
@@ -413,9 +465,13 @@ ATTNFAST_NOINLINE void add_attended_values(const KeyBlock<Element>& block, const
     for (Index j = 0; j < block.n; ++j) {
       const float weight = p[row * kMaxBlock + j];
       if (weight == 0.0f) continue;
-      for (Index d = 0; d < shape.padded; d += kLanes) {
-        float* out = o + row * o_stride + d;
-        store(out, load(block.v[j] + shape.at(d)) * weight + load(out));
+      for (Index d = 0; d < shape.padded; d += shape.step) {
+        Vec value[kParts<Element>];
+        load_parts(block.v[j] + shape.at(d), value);
+        for (int i = 0; i < kParts<Element>; ++i) {
+          float* out = o + row * o_stride + d + i * kLanes;
+          store(out, value[i] * weight + load(out));
+        }
       }
     }
   }
@@ -425,9 +481,10 @@ template <class Element>
 bool has_poison(const KeyBlock<Element>& block, const RowShape& shape) {
   for (Index j = 0; j < block.n; ++j) {
     Vec zero = zeros();  // x - x, summed: NaN where any x is NaN or Inf
-    for (Index d = 0; d < shape.padded; d += kLanes) {
-      const Vec x = load(block.v[j] + shape.at(d));
-      zero += x - x;
+    for (Index d = 0; d < shape.padded; d += shape.step) {
+      Vec x[kParts<Element>];
+      load_parts(block.v[j] + shape.at(d), x);
+      for (int i = 0; i < kParts<Element>; ++i) zero += x[i] - x[i];
     }
     if (any(zero != 0.0f)) return true;
   }

@@ -7,6 +7,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -135,18 +136,6 @@ ATTNFAST_INLINE bool any(IVec mask) {
 #endif
 }
 
-ATTNFAST_INLINE float sum_lanes(Vec x) {
-  float s = 0.0f;
-  ATTNFAST_UNROLL for (int i = 0; i < kLanes; ++i) s += x[i];
-  return s;
-}
-
-ATTNFAST_INLINE float max_lanes(Vec x) {
-  float m = x[0];
-  ATTNFAST_UNROLL for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
-  return m;
-}
-
 // The full 64-bit products of two vectors of 32-bit words, split in their halves.
 ATTNFAST_INLINE void multiply_wide(UVec a, uint32_t b, UVec* high, UVec* low) {
 #if defined(__AVX512F__)
@@ -176,12 +165,34 @@ ATTNFAST_INLINE void multiply_wide(UVec a, uint32_t b, UVec* high, UVec* low) {
 #endif
 }
 
-// Transposes the kLanes x kLanes tile whose rows are r[0], r[1], ...
 template <int... I>
 ATTNFAST_INLINE Vec shuffle(Vec a, Vec b) {
   return __builtin_shufflevector(a, b, I...);
 }
 
+// Joins all lanes by halves, so that each step waits for log2(kLanes) others and not for kLanes.
+template <int kStep, class Join, int... I>
+ATTNFAST_INLINE Vec join_lanes(Vec x, Join join, std::integer_sequence<int, I...> lanes) {
+  x = join(x, shuffle<(I ^ kStep)...>(x, x));
+  if constexpr (kStep > 1) {
+    return join_lanes<kStep / 2>(x, join, lanes);
+  } else {
+    return x;
+  }
+}
+
+ATTNFAST_INLINE float sum_lanes(Vec x) {
+  return join_lanes<kLanes / 2>(
+      x, [](Vec a, Vec b) { return a + b; }, std::make_integer_sequence<int, kLanes>())[0];
+}
+
+// The largest of numbers, none of them NaN.
+ATTNFAST_INLINE float max_lanes(Vec x) {
+  return join_lanes<kLanes / 2>(
+      x, [](Vec a, Vec b) { return max(a, b); }, std::make_integer_sequence<int, kLanes>())[0];
+}
+
+// Transposes the kLanes x kLanes tile whose rows are r[0], r[1], ...
 ATTNFAST_INLINE void transpose_tile(Vec* r) {
   Vec t[kLanes];
 #if ATTNFAST_LANES == 16
