@@ -59,8 +59,8 @@ def second_derivatives(
     """
     primals = primals_of(inputs)
     dtype = torch.promote_types(inputs.q.dtype, torch.float32)
-    totals = {name: torch.zeros_like(x, dtype=dtype) for name, x in primals.items()}
-    grad_totals = {name: torch.zeros_like(x, dtype=dtype) for name, x in grads.items()}
+    totals: dict[str, Tensor] = {}
+    grad_totals: dict[str, Tensor] = {}
     options = options._replace(
         stats=int("entropy" in grads), weights=options.weights if "weights" in grads else 0
     )
@@ -77,9 +77,18 @@ def second_derivatives(
                 results = pullback(direction)
             for sums, terms in zip((totals, grad_totals), results, strict=True):
                 for name, term in terms.items():
-                    sums[name][block.part(name, sums[name])] += term
-    found = [total.to(primals[name].dtype) for name, total in totals.items()]
-    found += [total.to(grads[name].dtype) for name, total in grad_totals.items()]
+                    whole = (primals if sums is totals else grads)[name]
+                    if closed and name not in sums and term.shape == whole.shape:
+                        sums[name] = term
+                        continue
+                    if name not in sums:
+                        sums[name] = torch.zeros_like(whole, dtype=dtype)
+                    sums[name][block.part(name, whole)] += term
+    found = [
+        sums[name].to(x.dtype) if name in sums else torch.zeros_like(x)
+        for tensors, sums in ((primals, totals), (grads, grad_totals))
+        for name, x in tensors.items()
+    ]
     return dict(zip(second_derivative_names(inputs, grads), found, strict=True))
 
 
@@ -179,16 +188,25 @@ class Block(NamedTuple):
 
 
 def closed_form(
-    block: Block, x: dict[str, Tensor], d_o: Tensor, toward: dict[str, Tensor]
+    block: Block,
+    x: dict[str, Tensor],
+    d_o: Tensor,
+    toward: dict[str, Tensor],
+    *,
+    careful: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A block's second derivatives where out alone has a gradient; docs/math.md has the names."""
+    """A block's second derivatives where out alone has a gradient; docs/math.md has the names.
+
+    Where a query must not see a key, p is 0, and so is what it multiplies unless that is NaN or
+    Inf; then sums over the row are too, and all is done again with ``careful`` zeros there.
+    """
     inputs, options, row = block.call(x), block.options, block.rows.start
     (B, H, T, _), S, H_kv = inputs.q.shape, inputs.k.shape[2], inputs.k.shape[1]
     distance = torch.arange(S, device=d_o.device) - positions(inputs, options, row)
     hidden = ~allowed(inputs, options, distance) if hides(inputs, options) else None
 
-    def hide(y: Tensor, value: float = 0.0) -> Tensor:
-        return y if hidden is None else y.masked_fill_(hidden, value)
+    def hide(y: Tensor) -> Tensor:
+        return y.masked_fill_(hidden, 0) if careful and hidden is not None else y
 
     def of_all_heads(y: Tensor) -> Tensor:
         return y.repeat_interleave(H // H_kv, dim=1) if H_kv < H else y
@@ -197,16 +215,25 @@ def closed_form(
         return y.unflatten(1, (H_kv, H // H_kv)).sum(2) if H_kv < H else y
 
     q, k, v = inputs.q, of_all_heads(inputs.k), of_all_heads(inputs.v)
-    poison: Tensor | float = 0.0
-    if hidden is not None:  # as in the reference: NaN goes nowhere that it was not seen
+    poison: Tensor | None = None
+    if hidden is not None:
         idle_q, idle_k = hidden.all(-1)[..., None], hidden.all(-2)[..., None]
-        k, v = (y.masked_fill(idle_k, 0) for y in (k, v))
-        q, d_o = (y.masked_fill(idle_q, 0) for y in (q, d_o))
-        has_nan = q.isnan().any(-1, keepdim=True)
-        poison = torch.where(has_nan, q, 0).sum(-1, keepdim=True)
-        q = q.masked_fill(has_nan, 0)
-    p = scores(q @ k.mT, inputs, options, distance).add_(poison)
-    p = hide(torch.softmax(hide(p, NEG_INF), -1))
+        if careful:  # as in the reference: NaN goes nowhere that it was not seen
+            k, v = (y.masked_fill(idle_k, 0) for y in (k, v))
+            q, d_o = (y.masked_fill(idle_q, 0) for y in (q, d_o))
+            has_nan = q.isnan().any(-1, keepdim=True)
+            poison = torch.where(has_nan, q, 0).sum(-1, keepdim=True)
+            q = q.masked_fill(has_nan, 0)
+    p = scores(q @ k.mT, inputs, options, distance)
+    if poison is not None:
+        p += poison
+    if hidden is not None:
+        seen = torch.zeros_like(hidden, dtype=p.dtype).masked_fill_(hidden, NEG_INF)
+        p = hide(torch.softmax(hide(p).add_(seen), -1))
+        if idle_q.any():
+            p.masked_fill_(idle_q, 0)
+    else:
+        p = torch.softmax(p, -1)
     kept = None
     if options.dropout_p > 0:
         assert inputs.dropout_seed is not None
@@ -218,45 +245,53 @@ def closed_form(
         return y if kept is None else y.mul_(kept)
 
     by = {name: of_all_heads(y) if name in ("k", "v") else y for name, y in toward.items()}
-    g = torch.zeros_like(p)  # d / d ds
-    if pairs := [
-        (by[a], b) if a == "q" else (b, by[a]) for a, b in (("q", k), ("k", q)) if a in by
-    ]:
-        rows, columns = (torch.cat(y, -1) for y in zip(*pairs, strict=True))
-        g = (rows * options.scale) @ columns.mT
+    g: Tensor | None = None  # d / d ds
+    for a, b in (("q", k), ("k", q)):
+        if a in by:
+            rows, columns = (by[a], b) if a == "q" else (b, by[a])
+            g = product(rows, columns.mT, g, options.scale)
     if "bias" in by:
-        g += by["bias"]
-    g = hide(g)
-    dp = hide(drop(d_o @ v.mT))
-    dp -= (p * dp).sum(-1, keepdim=True)
-    ds = hide(p * dp)
-    g -= (p * g).sum(-1, keepdim=True)
-    d_dp = drop(hide(p * g))
+        g = by["bias"].expand_as(p).clone() if g is None else g.add_(by["bias"])
+    g, dp = hide(torch.zeros_like(p) if g is None else g), hide(drop(d_o @ v.mT))
+    delta, gamma = ((p * y).sum(-1, keepdim=True) for y in (dp, g))
+    dp -= delta
+    g -= gamma
+    ds, d_dp = hide(p * dp), drop(hide(p * g))
     # d / dp, but for multiples of the row: sum(p (dp - delta)) = 0
     e = g.mul_(dp)
     if "v" in by:
-        e += drop(d_o @ by["v"].mT)
-    e -= (p * e).sum(-1, keepdim=True)
-    e = hide(e.mul_(p))
-    dq, dk = e @ k, e.mT @ q
+        e = product(d_o, by["v"].mT, e) if kept is None else e.add_(drop(d_o @ by["v"].mT))
+    e = torch._softmax_backward_data(e, p, -1, p.dtype)  # p (e - sum(p e))
+    if hidden is not None and not careful:
+        rows_of_e = e[..., :1]  # none of a row is finite where the sum is not
+        sums = (q.sum(-1), k.sum(-1), delta, gamma, rows_of_e)
+        if not torch.cat([y.flatten() for y in sums]).isfinite().all():
+            return closed_form(block, x, d_o, toward, careful=True)
+    e = hide(e)
+    dq, dk = product(e, k, None, options.scale), product(e.mT, q, None, options.scale)
     if "k" in by:
-        dq += ds @ by["k"]
+        dq = product(ds, by["k"], dq, options.scale)
     if "q" in by:
-        dk += ds.mT @ by["q"]
+        dk = product(ds.mT, by["q"], dk, options.scale)
     dv, d_do = d_dp.mT @ d_o, d_dp @ v
     if "v" in by:
-        d_do += drop(p) @ by["v"]
-    if hidden is not None:
+        d_do = product(drop(p), by["v"], d_do)
+    if careful and hidden is not None:
         dq, d_do = (y.masked_fill_(idle_q, 0) for y in (dq, d_do))
         dk, dv = (y.masked_fill_(idle_k, 0) for y in (dk, dv))
-    terms = {
-        "q": dq.mul_(options.scale),
-        "k": of_key_heads(dk).mul_(options.scale),
-        "v": of_key_heads(dv),
-    }
+    terms = {"q": dq, "k": of_key_heads(dk), "v": of_key_heads(dv)}
     if "bias" in x:
         terms["bias"] = e.sum_to_size(x["bias"].shape)
     return terms, {"out": d_do}
+
+
+def product(a: Tensor, b: Tensor, onto: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """``scale a @ b``, added to ``onto`` in place where there is one."""
+    beta = 0.0 if onto is None else 1.0
+    onto = a.new_empty(*a.shape[:-1], b.shape[-1]) if onto is None else onto
+    flat = (y.flatten(0, 1) for y in (a, b))
+    onto.flatten(0, 1).baddbmm_(*flat, beta=beta, alpha=scale)
+    return onto
 
 
 def hides(inputs: Inputs, options: Options) -> bool:
