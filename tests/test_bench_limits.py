@@ -10,6 +10,7 @@ from test_bench import run
 
 from bench import OURS, environment, limits, results
 from bench.grid import CallersCase, StatisticsCase, WatchedCase, describe
+from bench.race import disagreement
 from bench.rivals.attention import PLAIN
 from bench.rivals.layers import UNOBSERVED
 from bench.suites import ENTRIES
@@ -82,6 +83,7 @@ def test_statistics_race_against_ours_without(work: str) -> None:
     assert list(found.calls) == [OURS, PLAIN]
     ours, plain = (found.calls[name][0]() for name in found.calls)
     assert ours.keys() == plain.keys() >= {"out"}
+    disagreement(ours, plain, PLAIN, case.dtype)
     assert str(case).endswith("-statistics")
 
 

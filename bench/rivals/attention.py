@@ -7,6 +7,7 @@ not compute this row, or None, and ``forward(problem)``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import attnfast
 
 from .. import OURS
-from ..clock import Results
+from ..clock import Call, Results
 from ..grid import DROPOUT_P, WINDOW, AttentionCase
 from ..problem import Workload, eager, pass_of, problem
 from ..race import Entries
@@ -242,14 +243,19 @@ def entries(
     return Entries(calls, absent, ready, compiled=(flex.NAME,))
 
 
-def statistics_entries(case: AttentionCase, *arguments: Any, **options: Any) -> Entries:
-    """Ours with statistics and ours without, of which the output is compared."""
-    plain = AttentionCase(*case)
-    with_statistics = entries(plain._replace(option="statistics"), *arguments, **options)
-    without = entries(plain, *arguments, **options)
+def statistics_entries(
+    case: AttentionCase, backend: str | None, device: torch.device, copies: int, *, full: bool
+) -> Entries:
+    """Ours with statistics and ours without, on the same inputs; out alone has a gradient."""
+    forward, plain = ours(backend or "auto").forward, AttentionCase(*case)
+    calls: dict[str, list[Call]] = {OURS: [], PLAIN: []}
+    for _ in range(copies):
+        without = problem(plain, device)
+        observed = replace(without, case=plain._replace(option="statistics"))
+        calls[PLAIN].append(pass_of(without, forward))
+        calls[OURS].append(_but_entropy(pass_of(observed, forward)))
+    return Entries(calls, {})
 
-    def kept(call: Any) -> Any:
-        return lambda: {name: x for name, x in call().items() if name != "entropy"}
 
-    calls = {OURS: with_statistics.calls[OURS], PLAIN: without.calls[OURS]}
-    return Entries({name: [kept(call) for call in found] for name, found in calls.items()}, {})
+def _but_entropy(call: Call) -> Call:
+    return lambda: {name: x for name, x in call().items() if name != "entropy"}
