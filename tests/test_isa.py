@@ -44,16 +44,6 @@ def test_the_library_runs_all_that_the_processor_has() -> None:
     assert ops.cpu_isa() in ops.cpu_isas()
 
 
-@pytest.mark.skipif("ATTNFAST_CPU_ISA" in os.environ, reason="the set was chosen")
-def test_the_best_set_is_the_default() -> None:
-    """That is the last in the order of the build, but for Intel's slow products of bf16 pairs."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    slow = "GenuineIntel" in text and "avx512_fp16" in text
-    best = next(isa for isa in ops.cpu_isas() if not (slow and isa == "avx512_bf16"))
-    assert ops.cpu_isa() == best
-
-
 @pytest.mark.parametrize("isa", SETS)
 def test_instruction_set(isa: str, record_property: Any) -> None:
     if lacks := missing(isa):
