@@ -217,8 +217,9 @@ def closed_form(
     q, k, v = inputs.q, of_all_heads(inputs.k), of_all_heads(inputs.v)
     poison: Tensor | None = None
     if hidden is not None:
-        idle_q, idle_k = hidden.all(-1)[..., None], hidden.all(-2)[..., None]
+        idle_q = hidden.all(-1)[..., None]
         if careful:  # as in the reference: NaN goes nowhere that it was not seen
+            idle_k = hidden.all(-2)[..., None]
             k, v = (y.masked_fill(idle_k, 0) for y in (k, v))
             q, d_o = (y.masked_fill(idle_q, 0) for y in (q, d_o))
             has_nan = q.isnan().any(-1, keepdim=True)
